@@ -1,0 +1,284 @@
+"""Settings that several stages share, the presets, and the one reader of settings and --flags.
+
+A setting is an annotated UPPER_CASE constant at the top of a file: this one if several stages need it, else the script's own.
+Edit it there, or override it for one run with a flag: `--layer-idx 18`, `--no-use-matryoshka`, `--matryoshka-prefixes 64,256`,
+`--max-examples none`. Files are read, not imported, so `run_pipeline.py` checks every stage's settings before anything loads.
+"""
+import argparse
+import ast
+import math
+import re
+import sys
+import textwrap
+import tokenize
+from pathlib import Path
+
+PRESET: str = "demo"                # which of the PRESETS below gives the settings declared without a value
+OUTPUT_DIR: str | None = None       # folder for activations/, checkpoints/ and interpretations.*; none = the project's folder
+RUN_NAME: str | None = None         # folder under checkpoints/; none = the dataset's name
+MODEL_REVISION: str | None = None   # branch, tag or commit of a hub model; none = its default
+CACHE_DIR: str | None = None        # where models are kept; none = FASTSAE_CACHE or ~/.cache/fastsae, and the hub's own cache
+TEXT_FIELD: str = "text"            # dataset field that holds a plain text (one user turn)
+MAX_EXAMPLES: int | None = None     # use only the first so many examples; none = all
+DEVICE: str = "auto"                # auto, cuda, cuda:1, mps or cpu; auto takes the first of these that is there
+SEED: int = 0                       # of the split, the initial weights and the data order
+
+# The preset gives these. Write a value here (`LAYER_IDX: int = 18`) and it wins over the preset.
+MODEL_NAME: str                     # the embedded SmolLM2-135M-Instruct, a hub id, a local folder or a .gguf file
+LAYER_IDX: int                      # residual stream after this many blocks, 1 to the model's number of blocks
+MAX_LENGTH: int                     # tokens kept of each example, its chat template included
+DATASET_PATH: str                   # JSONL file (or a JSON array): rows with text, messages or conversations
+LABEL_FIELD: str | None             # dataset field with a category, for category_auc; none = no labels
+
+PRESETS = {
+    "demo": {
+        "MODEL_NAME": "SmolLM2-135M-Instruct",
+        "LAYER_IDX": 12,
+        "MAX_LENGTH": 512,
+        "DATASET_PATH": "data/cognitive_actions.jsonl",
+        "LABEL_FIELD": "cognitive_action",
+    },
+    "llama-3.1-8b": {
+        "MODEL_NAME": "meta-llama/Llama-3.1-8B-Instruct",
+        "LAYER_IDX": 12,
+        "MAX_LENGTH": 8192,
+        "DATASET_PATH": "dataset.jsonl",
+        "LABEL_FIELD": None,
+    },
+}
+
+PROJECT = Path(__file__).resolve().parent
+STAGES = ("extract_activations.py", "train_sae.py", "interpret_sae.py")
+PATH_SETTINGS = ("DATASET_PATH", "OUTPUT_DIR", "CACHE_DIR")
+
+
+class Settings:
+    """The resolved settings of one run, frozen: `settings.M`, `settings.source["M"]`, `settings.values`."""
+
+    def __init__(self, values, source, owner):
+        self.__dict__.update(values=values, source=source, owner=owner)
+
+    def __getattr__(self, name):
+        if name in self.__dict__["values"]:
+            return self.values[name]
+        raise AttributeError(name)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"settings are frozen; give --{flag_name(name)} instead")
+
+    def select(self, names):
+        """The named settings as a JSON-able dict."""
+        return {name: list(v) if isinstance(v := self.values[name], tuple) else v for name in names}
+
+    @property
+    def output_dir(self):
+        return Path(self.OUTPUT_DIR) if self.OUTPUT_DIR else PROJECT
+
+    @property
+    def activations_path(self):
+        return self.output_dir / "activations" / f"activations_layer{self.LAYER_IDX}.npz"
+
+    @property
+    def run_dir(self):
+        return self.output_dir / "checkpoints" / (self.RUN_NAME or Path(self.DATASET_PATH).stem)
+
+    def flags_for(self, script):
+        """The flags of this run that `script` understands, as command-line arguments."""
+        flags = []
+        for name, value in self.values.items():
+            if self.source[name] == "flag" and self.owner[name] in ("config.py", script):
+                if isinstance(value, bool):
+                    flags.append(f"--{'' if value else 'no-'}{flag_name(name)}")
+                else:
+                    text = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+                    flags.append(f"--{flag_name(name)}={text}")
+        return flags
+
+    def describe(self):
+        """Every setting with where it came from, a few lines in all."""
+        groups = {}
+        for name, value in self.values.items():
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            groups.setdefault(self.source[name], []).append(f"{name}={text}")
+        order = sorted(groups, key=lambda source: (source != "flag", not source.startswith("preset"), source))
+        return "\n".join(textwrap.fill(f"{source}: {', '.join(groups[source])}", 150, initial_indent="settings from ",
+                                       subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+                         for source in order)
+
+
+def resolve(*scripts, argv=None):
+    """Settings of config.py and of `scripts`, with flags, preset and files applied in that order of precedence.
+
+    Prints --help and exits 0, or prints every problem at once and exits 2.
+    """
+    declared = {}
+    for path in (Path(__file__), *map(Path, scripts)):
+        declared.update(read_settings(path))
+    given, problems = parse_flags(declared, sys.argv[1:] if argv is None else argv, [Path(s).name for s in scripts])
+    preset_name = given.get("PRESET", declared["PRESET"]["value"])
+    if preset_name not in PRESETS:
+        problems.append(f"PRESET: there is no preset {preset_name!r}. choose {' or '.join(PRESETS)}.")
+    preset = PRESETS.get(preset_name, PRESETS["demo"])
+    values, source = {}, {}
+    for name, setting in declared.items():
+        if name in given:
+            values[name], source[name] = given[name], "flag"
+        elif setting["has_value"]:
+            values[name], source[name] = setting["value"], setting["file"]
+        else:
+            values[name], source[name] = preset[name], f"preset {preset_name}"
+        if name in PATH_SETTINGS and values[name]:  # flags are relative to where the user is, files to the project
+            base = Path.cwd() if source[name] == "flag" else PROJECT
+            values[name] = str(base / Path(values[name]).expanduser())
+    wrong_type = [f"{name}: {values[name]!r} is no {setting['type']}. mend it in {setting['file']}."
+                  for name, setting in declared.items() if not _has_type(values[name], setting["type"])]
+    problems += wrong_type or check_values(values)
+    if problems:
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    return Settings(values, source, {name: setting["file"] for name, setting in declared.items()})
+
+
+def read_settings(path):
+    """{NAME: {type, value, has_value, comment, file}} of the annotated UPPER_CASE constants of a file, without running it."""
+    comments = {}
+    with tokenize.open(path) as file:
+        source = file.read()
+    with open(path, "rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type == tokenize.COMMENT:
+                comments[token.start[0]] = token.string.lstrip("# ")
+    settings = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and re.fullmatch("[A-Z][A-Z0-9_]*", node.target.id):
+            settings[node.target.id] = {
+                "type": ast.unparse(node.annotation), "has_value": node.value is not None,
+                "value": _constant(node.value, path) if node.value is not None else None,
+                "comment": comments.get(node.end_lineno, ""), "file": Path(path).name}
+    return settings
+
+
+def _constant(node, path):
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        print(f"error: {Path(path).name}:{node.lineno}: a setting must be a plain value. write the result, not the sum.", file=sys.stderr)
+        sys.exit(2)
+
+
+def flag_name(name):
+    return name.lower().replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse_flags(declared, argv, scripts):
+    """({NAME: value} of the flags in `argv`, problems). `--help` lists every setting and exits."""
+    parser = _Parser(prog=scripts[0] if len(scripts) == 1 else "run_pipeline.py", allow_abbrev=False,
+                     usage="%(prog)s [--setting value ...]",
+                     description="Every setting is a constant at the top of the file named; a flag overrides it for one run.",
+                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=130))
+    groups = {}
+    for name, setting in declared.items():
+        group = groups.get(setting["file"]) or groups.setdefault(setting["file"], parser.add_argument_group(setting["file"]))
+        default = setting["value"] if setting["has_value"] else "from the preset"
+        text = f"{setting['comment']} [{default}]".replace("%", "%%")
+        if setting["type"] == "bool":
+            group.add_argument(f"--{flag_name(name)}", dest=name, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS)
+        else:
+            kind = setting["type"].replace(" | None", " or none").replace("tuple[int, ...]", "int,int,...")
+            group.add_argument(f"--{flag_name(name)}", dest=name, metavar=kind.upper().replace("OR NONE", "or none"),
+                               help=text, default=argparse.SUPPRESS)
+    try:
+        raw, unknown = parser.parse_known_args(argv)
+    except ValueError as error:
+        return {}, [f"command line: {error}. see --help."]
+    problems = [f"{flag}: no such setting. see --help for all of them." for i, flag in enumerate(unknown)
+                if flag.startswith("-") or i == 0 or not unknown[i - 1].startswith("--")]  # not the value of an unknown flag
+    given = {}
+    for name, text in vars(raw).items():
+        try:
+            given[name] = parse_value(text, declared[name]["type"])
+        except ValueError:
+            problems.append(f"{name}: {text!r} is no {declared[name]['type']}. for example --{flag_name(name)} "
+                            f"{_example_of(declared[name])}.")
+    return given, problems
+
+
+def _example_of(setting):
+    value = setting["value"]
+    return ",".join(map(str, value)) if isinstance(value, tuple) else {"int": "8", "float": "0.5"}.get(setting["type"].split(" ")[0], value)
+
+
+def parse_value(text, kind):
+    """A flag's text as a value of the annotated type `kind`; ValueError if it is none."""
+    if isinstance(text, bool):
+        return text
+    if kind.endswith(" | None"):
+        if text.lower() == "none":
+            return None
+        kind = kind.removesuffix(" | None")
+    if kind == "tuple[int, ...]":
+        return tuple(int(part) for part in text.split(","))
+    return {"int": int, "float": float, "str": str}[kind](text)
+
+
+def _has_type(value, kind):
+    if kind.endswith(" | None"):
+        return value is None or _has_type(value, kind.removesuffix(" | None"))
+    if kind == "tuple[int, ...]":
+        return isinstance(value, (tuple, list)) and all(_has_type(v, "int") for v in value)
+    if kind == "float":
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value).__name__ == kind
+
+
+AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATCH_TOKENS": 1, "CHUNK_TOKENS": 1, "M": 1, "K": 1, "AUX_K": 0,
+            "AUX_COEF": 0, "DEAD_AFTER_STEPS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
+            "N_LLM_WORKERS": 1}
+ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0}
+CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"),
+           "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference")}
+
+
+def check_values(values):
+    """Every impossible value or combination among `values`, one line each with its remedy."""
+    problems = []
+
+    def require(ok, name, what, remedy):
+        if not ok:
+            problems.append(f"{name}: {what}. {remedy}.")
+
+    for name, least in AT_LEAST.items():
+        if values.get(name) is not None:
+            require(values[name] >= least, name, f"{values[name]} is below {least}", f"give {least} or more")
+    for name, bound in ABOVE.items():
+        if values.get(name) is not None:
+            require(values[name] > bound, name, f"{values[name]} is not above {bound}", f"give more than {bound}")
+    for name, allowed in CHOICES.items():
+        if name in values:
+            require(values[name] in allowed, name, f"{values[name]!r} is unknown", f"choose {', '.join(allowed)}")
+    require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", values["DEVICE"]), "DEVICE", f"{values['DEVICE']!r} is unknown",
+            "choose auto, cpu, mps, cuda or cuda:0")
+    if {"BATCH_TOKENS", "POOLING"} & set(values):  # the stages that read the dataset
+        require(Path(values["DATASET_PATH"]).is_file(), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
+                "give your data with --dataset-path FILE.jsonl")
+    run_name = values["RUN_NAME"]
+    require(run_name is None or re.fullmatch(r"[\w.=+-]*[\w=+-]", run_name), "RUN_NAME", f"{run_name!r} is no folder name",
+            "use letters, digits and . _ = + -")
+    if "VALIDATION_FRACTION" in values:
+        require(values["VALIDATION_FRACTION"] < 1, "VALIDATION_FRACTION", "nothing is left to train on", "give a part such as 0.1")
+    if "M" in values:
+        m, k, prefixes = values["M"], values["K"], values["MATRYOSHKA_PREFIXES"]
+        require(k <= m, "K", f"{k} active features of only M={m}", f"lower --k or raise --m to at least {k}")
+        require((values["AUX_K"] or 0) <= m, "AUX_K", f"{values['AUX_K']} is more than M={m}", "lower --aux-k")
+        if values["USE_MATRYOSHKA"]:
+            rising = len(prefixes) > 0 and prefixes[0] >= 1 and all(a < b for a, b in zip(prefixes, prefixes[1:]))
+            require(rising, "MATRYOSHKA_PREFIXES", f"{prefixes} do not rise from 1 or more", "give for example 64,256")
+            require(not rising or prefixes[-1] == m, "MATRYOSHKA_PREFIXES", f"the last of {prefixes} is not M={m}",
+                    f"give for example --matryoshka-prefixes {max(1, m // 4)},{m}, or --no-use-matryoshka")
+    return problems

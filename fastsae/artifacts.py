@@ -1,0 +1,246 @@
+"""Files that stages hand to each other: written whole or not at all, verified when read, reused only if they match.
+
+Every artifact carries its own metadata, `{"format", "stage", "settings", "inputs", "fingerprint", ...}`. The fingerprint is the
+sha256 of what decides the content (format, stage, settings, inputs), so equal fingerprints mean that the work is already done.
+"""
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from fastsae.errors import EnvironmentFailure, InputError
+
+FORMAT = 1
+CHUNK_BYTES = 1 << 22
+
+
+def fingerprint(stage, settings, inputs):
+    """sha256 (hex) of what decides a stage's output: `settings` and `inputs` are JSON-able dicts."""
+    content = {"format": FORMAT, "stage": stage, "settings": settings, "inputs": inputs}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def new_metadata(stage, settings, inputs, **more):
+    """The metadata block of a new artifact; `more` is recorded but decides nothing."""
+    return {"format": FORMAT, "stage": stage, "settings": settings, "inputs": inputs,
+            "fingerprint": fingerprint(stage, settings, inputs), "versions": library_versions(), **more}
+
+
+def library_versions():
+    from importlib import metadata
+
+    names = ("torch", "transformers", "numpy", "hypothesaes")
+    return {name: metadata.version(name) for name in names}
+
+
+def difference(old, new):
+    """The first few settings and inputs in which two metadata blocks differ, as 'LAYER_IDX 12 -> 20, ...'."""
+    found = []
+    for part in ("settings", "inputs"):
+        before, after = old.get(part, {}), new.get(part, {})
+        for name in sorted(set(before) | set(after)):
+            a, b = (json.loads(json.dumps(side.get(name, "absent"))) for side in (before, after))
+            if a != b:
+                found.append(f"{name} {str(a)[:40]} -> {str(b)[:40]}" if part == "settings" else f"{name} changed")
+    if old.get("format") != new.get("format"):
+        found.append("file format changed")
+    return ", ".join(found[:5]) or "unknown difference"
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def committed(path):
+    """A binary file that appears under `path` complete, or not at all: temp file, fsync, rename, fsync of the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path, text):
+    with committed(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def to_json(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path, value):
+    """Append one JSON line and fsync it: for journals, whose lines count one by one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.write(to_json(value).encode("utf-8") + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path):
+    """The JSON lines of a journal that are whole; a torn last line is left out. [] if there is no file."""
+    lines = []
+    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
+        with contextlib.suppress(ValueError):
+            if isinstance(value := json.loads(line), dict):
+                lines.append(value)
+    return lines
+
+
+def move_aside(path):
+    """Rename an artifact that no longer matches to `<stem>.old-1<suffix>` (the next free number); returns the new path."""
+    path = Path(path)
+    n = 1
+    while (target := path.with_name(f"{path.stem}.old-{n}{path.suffix}")).exists():
+        n += 1
+    os.replace(path, target)
+    return target
+
+
+def matches(path, metadata, read):
+    """True if the artifact at `path` is already what `metadata` describes. Otherwise says why and moves the old one aside.
+
+    `read(path)` returns the metadata inside the artifact; an unreadable artifact counts as one that does not match.
+    """
+    if not Path(path).exists():
+        return False
+    try:
+        found = read(path)
+    except EnvironmentFailure as error:
+        print(f"not reused: {error}")
+    else:
+        if found.get("fingerprint") == metadata["fingerprint"]:
+            print(f"up to date: {path}")
+            return True
+        print(f"changed: {difference(found, metadata)}")
+    print(f"kept as {move_aside(path)}")
+    return False
+
+
+# Activations (.npz)
+
+def write_npz(path, arrays):
+    """Write `{name: array or (shape, dtype, iterator of row blocks)}` as an uncompressed .npz, streaming the iterators.
+
+    Member dates are fixed, so equal content gives equal bytes.
+    """
+    with committed(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, value in arrays.items():
+            shape, dtype, blocks = value if isinstance(value, tuple) else (value.shape, value.dtype, [value])
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(
+                header, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape})
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                member.write(header.getvalue())
+                for block in blocks:
+                    member.write(np.ascontiguousarray(block, dtype).tobytes())
+
+
+def read_npz(path, members=None, *, made_by):
+    """Read members of an .npz (all by default) with CRC checks and no pickle; `made_by` is named in the remedy.
+
+    Raises InputError if the file is missing, EnvironmentFailure if it is damaged or foreign.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: not found. run {made_by} first, or check --output-dir.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in (members or archive.files)}
+    except KeyError as error:
+        raise EnvironmentFailure(f"{path}: has no member {error}, so it is no file of this project. run {made_by}.") from None
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, AttributeError) as error:
+        raise EnvironmentFailure(f"{path}: damaged or foreign ({_brief(error)}). delete it and run {made_by}.") from None
+
+
+def read_npz_metadata(path, *, made_by="extract_activations.py"):
+    """The `metadata` member of an activations file, as a dict."""
+    text = str(read_npz(path, ["metadata"], made_by=made_by)["metadata"])
+    return _metadata_from(text, path, made_by)
+
+
+def _metadata_from(text, path, made_by):
+    try:
+        value = json.loads(text)
+        if isinstance(value, dict) and value.get("format") == FORMAT and "fingerprint" in value:
+            return value
+    except ValueError:
+        pass
+    raise EnvironmentFailure(f"{path}: its metadata is not of this version of the project. delete it and run {made_by}.")
+
+
+# Checkpoints (.pt)
+
+def write_checkpoint(path, checkpoint):
+    """`torch.save` of a dict of plain values and CPU tensors. Equal content gives equal bytes."""
+    import torch
+
+    buffer = io.BytesIO()  # the archive's inner names do not depend on the path this way
+    torch.save(checkpoint, buffer)
+    with committed(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def read_checkpoint(path, *, made_by="train_sae.py"):
+    """A checkpoint's dict, after a CRC check of the whole file (PyTorch makes none) and without running pickled code."""
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: not found. run {made_by} first, or check --output-dir.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise EnvironmentFailure(f"{path}: damaged ({bad} fails its checksum). delete it and run {made_by}.")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except EnvironmentFailure:
+        raise
+    except Exception as error:  # damaged archives raise many types here; whatever it is, the file cannot be used
+        raise EnvironmentFailure(f"{path}: damaged or foreign ({_brief(error)}). delete it and run {made_by}.") from None
+
+
+def read_checkpoint_metadata(path):
+    checkpoint = read_checkpoint(path)
+    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
+    return _metadata_from(json.dumps(meta), path, "train_sae.py")
+
+
+def _brief(error):
+    return (str(error) or type(error).__name__).splitlines()[0][:120]

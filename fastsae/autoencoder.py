@@ -1,0 +1,102 @@
+"""Autoencoders: HypotheSAEs' `SparseAutoencoder`, laid out for fast steps; its checkpoints; its features of given activations."""
+import torch
+
+from fastsae import artifacts
+from fastsae.errors import EnvironmentFailure
+from fastsae.sparse_step import TINY, Entries, active_entries, pre_activations, update_threshold
+
+CONFIG_NAMES = ("input_dim", "m_total_neurons", "k_active_neurons", "aux_k", "multi_k", "dead_neuron_threshold_steps",
+                "prefix_lengths", "use_batch_topk")
+
+
+def checkpoint_name(m, k, prefixes=None):
+    """The file name HypotheSAEs gives such a checkpoint (without importing it, which takes seconds)."""
+    if not prefixes:
+        return f"SAE_M={m}_K={k}.pt"
+    return f"SAE_matryoshka_M={m}_K={k}_prefixes={'-'.join(map(str, prefixes))}.pt"
+
+
+def new_sae(config, device="cpu"):
+    """A `hypothesaes.sae.SparseAutoencoder` from its config dict, its decoder stored as the transpose of (M, d) rows."""
+    from hypothesaes.sae import SparseAutoencoder
+
+    sae = SparseAutoencoder(**config, device=device)
+    sae.decoder.weight.data = sae.decoder.weight.data.t().contiguous().t()
+    return sae
+
+
+def initialise(sae, sample, seed):
+    """HypotheSAEs' initialisation from a sample of activations (n, d): b_dec = median, unit decoder rows, tied encoder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        weight = torch.empty(sae.decoder.weight.shape)
+        torch.nn.init.xavier_uniform_(weight)  # drawn on the CPU, so every device starts from the same numbers
+    with torch.no_grad():
+        sae.decoder.weight.copy_(weight)
+        sae.normalize_decoder_()
+        sae.encoder.weight.copy_(sae.decoder.weight.t())
+        sae.neuron_bias.zero_()
+        sae.input_bias.copy_(sample.median(dim=0).values)
+
+
+def reference_step(sae, x, dead, *, aux_coef):
+    """The slow twin of `sparse_step`: HypotheSAEs' own forward and loss and autograd, with the same corrections to aux-k."""
+    sae.zero_grad(set_to_none=True)
+    aux_k, threshold = sae.aux_k, sae.threshold.clone()
+    sae.train()
+    sae.aux_k = None
+    try:
+        reconstruction, info = sae(x)
+        loss = sae.compute_loss(x, reconstruction, info, 0.0, 0.0)
+    finally:
+        sae.aux_k = aux_k
+        sae.eval()
+    activations = info["activations"].detach()
+    if sae.use_batch_topk:
+        sae.threshold.copy_(threshold)
+        update_threshold(sae, activations)
+    if aux_k and aux_coef and bool(dead.any()):
+        pre = sae.encoder(x - sae.input_bias) + sae.neuron_bias
+        dead_pre = pre.masked_fill(~dead, -torch.inf)
+        value, choice = dead_pre.topk(min(aux_k, int(dead.sum())), dim=1)
+        predicted = sae.decoder(torch.zeros_like(pre).scatter(1, choice, value))
+        residual = (x - reconstruction).detach()
+        variance = (residual - residual.mean(0)).square().mean().clamp_min(TINY)
+        loss = loss + aux_coef * (predicted - residual).square().mean() / variance
+    loss.backward()
+    return loss.detach(), (activations > 0).any(0)
+
+
+@torch.no_grad()
+def encode(sae, x):
+    """Features of activations x (n, d) as inference has them: an `Entries` of the positive ones."""
+    entries = active_entries(sae, pre_activations(sae, x), training=False)
+    keep = entries.value > 0
+    return Entries(entries.row[keep], entries.column[keep], entries.value[keep], entries.n_rows, entries.n_columns)
+
+
+@torch.no_grad()
+def decode(sae, entries):
+    """Reconstructions (n, d) of features."""
+    return entries.times(sae.decoder.weight.t()) + sae.input_bias
+
+
+def save_sae(path, sae, meta):
+    """Write `{"config", "state_dict", "meta"}`, readable by `hypothesaes.sae.load_model`; refuses weights that are not finite."""
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sae.state_dict().items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise EnvironmentFailure(f"{path}: not written, the weights hold NaN or infinity. lower --learning-rate.")
+    config = {name: getattr(sae, name) for name in CONFIG_NAMES}
+    artifacts.write_checkpoint(path, {"config": config, "state_dict": state, "meta": meta})
+
+
+def load_sae(path, device="cpu"):
+    """(sae, meta) of a checkpoint of this project, verified; raises EnvironmentFailure if it is damaged or foreign."""
+    checkpoint = artifacts.read_checkpoint(path)
+    try:
+        sae = new_sae(checkpoint["config"], device)
+        sae.load_state_dict(checkpoint["state_dict"])
+        meta = checkpoint["meta"]
+    except (KeyError, TypeError, RuntimeError, AssertionError, AttributeError) as error:
+        raise EnvironmentFailure(f"{path}: is no checkpoint of train_sae.py ({type(error).__name__}). run train_sae.py.") from None
+    return sae.eval(), meta

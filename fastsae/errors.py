@@ -1,0 +1,57 @@
+"""Errors a user can cause or meet, as one line and an exit code; everything else is a bug and keeps its traceback."""
+import errno
+import os
+import signal
+import sys
+
+EXIT_INPUT, EXIT_ENVIRONMENT, EXIT_INCOMPLETE = 2, 3, 4
+
+
+class StageError(Exception):
+    """What went wrong and what to do about it: `where: what. remedy.`, one line each when there are several."""
+
+    exit_code = 1
+
+
+class InputError(StageError):
+    """A bad setting, dataset or model choice: the user can mend it."""
+
+    exit_code = EXIT_INPUT
+
+
+class EnvironmentFailure(StageError):
+    """Disk, network, access rights or a damaged artifact."""
+
+    exit_code = EXIT_ENVIRONMENT
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. A BaseException, like KeyboardInterrupt, so that no handler swallows it."""
+
+
+def _on_sigterm(signum, frame):
+    raise Terminated
+
+
+def run_stage(main):
+    """Call `main()` and return the exit code of DESIGN.md: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete, 130/143."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        return main() or 0
+    except StageError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, Terminated) as stop:
+        print("stopped: what was finished is kept; the same command continues.", file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left, as in `| head`
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        remedy = ("free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder's rights")
+        print(f"error: {error.filename or 'output'}: {error.strerror}. {remedy}, or choose another --output-dir; "
+              "nothing that was complete is lost.", file=sys.stderr)
+        return EXIT_ENVIRONMENT

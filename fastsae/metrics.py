@@ -1,0 +1,71 @@
+"""How well an autoencoder reconstructs activations, summed over whole sets of tokens (never a mean of batch ratios)."""
+import numpy as np
+import torch
+
+from fastsae.autoencoder import decode, encode
+from fastsae.sparse_step import Entries
+
+BATCH = 4096
+
+
+@torch.no_grad()
+def evaluate(sae, activations, rows, example_of_row, special):
+    """Metrics of `sae` on the given rows of `activations`.
+
+    Args: activations (n_tokens, d) CPU tensor; rows (n,) the tokens to use; example_of_row (n_tokens,) example numbers;
+    special (n_tokens,) bool, the tokens that count for mse_special_tokens.
+
+    `mse` is FAST's (arXiv 2506.07691, eq. 7): squared error per dimension, the mean over the tokens of an example, then over
+    examples. `normalized_mse` is the sum of squared errors over the sum of squared distances from the tokens' mean.
+    """
+    device = sae.input_bias.device
+    prefixes = sae.prefix_lengths or [sae.m_total_neurons]
+    squared = np.empty(len(rows))               # (n,) squared error per token, summed over dimensions
+    cosine = l0 = 0.0
+    prefix_squared = np.zeros(len(prefixes))
+    fired = torch.zeros(sae.m_total_neurons, dtype=torch.bool, device=device)
+    total, total_squared = torch.zeros(activations.shape[1], dtype=torch.float64), 0.0
+    for start in range(0, len(rows), BATCH):
+        x = activations[rows[start:start + BATCH]].to(device).float()
+        entries = encode(sae, x)
+        reconstruction = decode(sae, entries)
+        error = (reconstruction - x).square().sum(1)
+        squared[start:start + len(x)] = error.double().cpu().numpy()
+        prefix_squared += [float((error if end == sae.m_total_neurons else _prefix_error(sae, entries, end, x)).double().sum())
+                           for end in prefixes]
+        cosine += float(torch.cosine_similarity(reconstruction, x).double().sum())
+        l0 += len(entries.value)
+        fired[entries.column] = True
+        wide = x.double().cpu()
+        total += wide.sum(0)
+        total_squared += float(wide.square().sum())
+    variance = max(total_squared - float(total.square().sum()) / len(rows), 1e-30)  # about the mean, summed over tokens
+    d = activations.shape[1]
+    normalised = float(squared.sum() / variance)
+    is_special = special[rows]
+    return {
+        "mse": _per_example_mean(squared / d, example_of_row[rows]),
+        "normalized_mse": normalised,
+        "explained_variance": 1 - normalised,
+        "l0": l0 / len(rows),
+        "dead_fraction": 1 - float(fired.double().mean()),
+        "mse_special_tokens": _per_example_mean(squared[is_special] / d, example_of_row[rows][is_special]),
+        "cosine_similarity": cosine / len(rows),
+        "prefix_normalized_mse": {str(end): float(s / variance) for end, s in zip(prefixes, prefix_squared)},
+        "n_tokens": len(rows),
+        "n_special_tokens": int(is_special.sum()),
+    }
+
+
+def _prefix_error(sae, entries, end, x):
+    keep = entries.column < end
+    part = Entries(entries.row[keep], entries.column[keep], entries.value[keep], entries.n_rows, entries.n_columns)
+    return (decode(sae, part) - x).square().sum(1)
+
+
+def _per_example_mean(values, example):
+    """The mean over examples of each one's mean value; None without values."""
+    if not len(values):
+        return None
+    _, inverse, counts = np.unique(example, return_inverse=True, return_counts=True)
+    return float(np.mean(np.bincount(inverse, values) / counts))

@@ -1,0 +1,45 @@
+"""The three stages one after the other, and nothing else.
+
+    python run_pipeline.py                               # the demo
+    python run_pipeline.py --dataset-path my.jsonl --k 16
+
+Checks the settings of all stages first, hands each flag to the stages that know it, and returns the exit code of the stage
+that failed. A stage whose output is up to date says so and returns at once.
+"""
+import signal
+import subprocess
+import sys
+
+import config
+
+
+def main():
+    scripts = [config.PROJECT / name for name in config.STAGES]
+    settings = config.resolve(*scripts)
+    for number, script in enumerate(scripts, 1):
+        print(f"[{number}/{len(scripts)}] {script.name}", flush=True)
+        code = run(script, settings.flags_for(script.name))
+        if code:
+            return code
+    return 0
+
+
+def run(script, flags):
+    """The stage's exit code. A stage gets the signals that end this process, so that none is left running."""
+    stage = subprocess.Popen([sys.executable, str(script), *flags], stdin=subprocess.DEVNULL)
+
+    def stop(signum, frame):
+        if stage.poll() is None:
+            stage.send_signal(signum)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = stage.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
