@@ -21,6 +21,7 @@ CACHE_DIR: str | None = None        # where models are kept; none = FASTSAE_CACH
 TEXT_FIELD: str = "text"            # dataset field that holds a plain text (one user turn)
 MAX_EXAMPLES: int | None = None     # use only the first so many examples; none = all
 DEVICE: str = "auto"                # auto, cuda, cuda:1, mps or cpu; auto takes the first of these that is there
+PRINT_SETTINGS: bool = True         # say which settings are in force and where each came from
 SEED: int = 0                       # of the split, the initial weights and the data order
 
 # The preset gives these. Write a value here (`LAYER_IDX: int = 18`) and it wins over the preset.
@@ -94,8 +95,12 @@ class Settings:
                     flags.append(f"--{flag_name(name)}={text}")
         return flags
 
+    def show(self):
+        """Print every setting with where it came from, a few lines in all, unless PRINT_SETTINGS is off."""
+        if self.PRINT_SETTINGS:
+            print(self.describe(), flush=True)
+
     def describe(self):
-        """Every setting with where it came from, a few lines in all."""
         groups = {}
         for name, value in self.values.items():
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -33,7 +33,7 @@ SINK_RATIO = 10  # a token whose norm is this many times the median counts as an
 
 def main():
     settings = config.resolve(__file__)
-    print(settings.describe())
+    settings.show()
     from fastsae import language_model  # after the settings: loading libraries takes seconds
 
     examples = read_dataset(settings.DATASET_PATH, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,

@@ -34,7 +34,7 @@ COLUMNS = ("feature", "label", "label_source", "status", "density", "max_activat
 
 def main():
     settings = config.resolve(__file__)
-    print(settings.describe())
+    settings.show()
     checkpoint_path = named_checkpoint(settings.run_dir)
     sae_meta = artifacts.read_checkpoint_metadata(checkpoint_path)
     source = sae_meta["activations"]
@@ -55,7 +55,7 @@ def main():
         selected = features.choose(settings.N_TOP_NEURONS)
         add_llm_labels(rows, selected, features, endpoint, settings)
     failed = [j for j in selected if rows[j]["label_source"] != settings.INTERPRETER_MODEL]
-    write_tables(csv_path, jsonl_path, rows, {**metadata, "complete": not failed})
+    write_tables(csv_path, jsonl_path, rows, {**metadata, "complete": not failed, "summary": features.summary()})
     report(rows, features, csv_path)
     if failed:
         reasons = sorted({rows[j]["status"] for j in failed})
@@ -190,6 +190,14 @@ class Features:
         activations[token[inside] - first] = value[inside]
         return self.statistics.excerpt(self.tokenizer, self.token_ids[first:last], activations)
 
+    def summary(self):
+        """Counts over all features, for the report and the tables' first line."""
+        counts = {"n_features": len(self.mass), "n_dead": int((self.mass == 0).sum())}
+        if self.auc is not None:
+            counts |= {"auc_bound": AUC_BOUND, "n_above_auc_bound": int((self.auc > AUC_BOUND).sum()),
+                       "n_above_auc_bound_shuffled": self.chance}
+        return counts
+
     def choose(self, n):
         """The features to label: alive ones by category AUC where there are labels, else by total activation."""
         score = self.mass if self.auc is None else np.nan_to_num(self.auc, nan=-1)
@@ -226,13 +234,13 @@ def write_tables(csv_path, jsonl_path, rows, metadata):
 
 
 def report(rows, features, csv_path):
-    alive = [row for row in rows if row["status"] != "dead"]
-    print(f"features: {len(rows)}, {len(rows) - len(alive)} dead on these tokens; "
+    alive, counts = [row for row in rows if row["status"] != "dead"], features.summary()
+    print(f"features: {counts['n_features']}, {counts['n_dead']} dead on these tokens; "
           f"labelled by an LLM: {sum(row['label_source'] not in ('', 'tokens') for row in rows)}")
     shown = sorted(alive, key=lambda row: -row["max_activation"])
     if features.auc is not None:
-        good = int((features.auc > AUC_BOUND).sum())
-        print(f"category AUC above {AUC_BOUND}: {good} features; with shuffled labels {features.chance:.1f} on average")
+        print(f"category AUC above {AUC_BOUND}: {counts['n_above_auc_bound']} features; with shuffled labels "
+              f"{counts['n_above_auc_bound_shuffled']:.1f} on average")
         shown = sorted(alive, key=lambda row: -(row["category_auc"] or 0))
     for row in shown[:5]:
         category = f" ({row['best_category']}, AUC {row['category_auc']:.2f})" if row["best_category"] else ""

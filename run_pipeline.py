@@ -16,9 +16,10 @@ import config
 def main():
     scripts = [config.PROJECT / name for name in config.STAGES]
     settings = config.resolve(*scripts)
+    settings.show()
     for number, script in enumerate(scripts, 1):
         print(f"[{number}/{len(scripts)}] {script.name}", flush=True)
-        code = run(script, settings.flags_for(script.name))
+        code = run(script, [*settings.flags_for(script.name), "--no-print-settings"])
         if code:
             return code
     return 0

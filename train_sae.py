@@ -40,7 +40,7 @@ INIT_SAMPLE = 32768  # tokens whose median initialises b_dec
 
 def main():
     settings = config.resolve(__file__)
-    print(settings.describe())
+    settings.show()
     source = artifacts.read_npz_metadata(settings.activations_path)
     prefixes = list(settings.MATRYOSHKA_PREFIXES) if settings.USE_MATRYOSHKA else None
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]

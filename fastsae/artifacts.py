@@ -108,7 +108,9 @@ def write_json(path, value):
 def append_line(path, value):
     """Append one JSON line and fsync it: for journals, whose lines count one by one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
+    with open(path, "ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")  # a line torn by a crash must not swallow the next one
         file.write(to_json(value).encode("utf-8") + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -8,9 +8,12 @@ pre-activation is negative; it is left out while nothing is dead; and a batch wi
 
 Shapes: x (B, d), encoder weight (M, d), decoder rows (M, d), one entry per active feature, sorted by row and then by column.
 """
+import warnings
 from dataclasses import dataclass
 
 import torch
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 TINY = 1e-12  # floor of a batch's variance, so that constant batches divide by something
 

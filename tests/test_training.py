@@ -1,0 +1,233 @@
+"""Stage 2 on made-up activations: recovery of known directions, odd sizes, the checkpoint, and what makes it train again."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import planted_tokens
+
+import train_sae
+from fastsae import artifacts
+from fastsae.autoencoder import checkpoint_name, load_sae
+from fastsae.errors import InputError
+from fastsae.metrics import evaluate
+from fastsae.tokens import split_examples, usable_tokens
+
+SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--device", "cpu", "--run-name", "test"]
+
+
+def metrics_of(tmp_path):
+    return json.loads((tmp_path / "checkpoints" / "test" / "metrics.json").read_text())
+
+
+def checkpoint_of(tmp_path):
+    return tmp_path / "checkpoints" / "test" / metrics_of(tmp_path)["checkpoint"]
+
+
+@pytest.mark.parametrize("batch_topk", [False, True], ids=["topk", "batchtopk"])
+def test_planted_dictionary_is_recovered(tmp_path, write_activations, run_main, batch_topk):
+    tokens, directions = planted_tokens(12_000, 32, 48, 3)
+    flags = write_activations(tokens, [10] * 1200)
+    assert run_main("train_sae", *flags, *SMALL, "--m", 48, "--k", 3, "--n-epochs", 60, "--learning-rate", 3e-3, "--batch-size", 256,
+                    "--max-norm-ratio", "none", "--use-batch-topk" if batch_topk else "--no-use-batch-topk") == 0
+    sae, _ = load_sae(checkpoint_of(tmp_path))
+    cosine = directions @ sae.decoder.weight.detach().numpy()  # (true, learnt)
+    assert cosine.max(1).mean() > 0.9
+    assert metrics_of(tmp_path)["l0"] == pytest.approx(3, rel=0.1)
+
+
+@pytest.mark.parametrize("side", ["train", "validation"])
+@pytest.mark.parametrize("n", [512, 513, 514])
+def test_sizes_that_leave_one_row_over(tmp_path, write_activations, run_main, side, n):
+    """HypotheSAEs' fit gives an all-NaN model for n_train = 513 at batch size 512."""
+    chosen = split_examples(10, 0.1, seed=0)
+    lengths = np.where(chosen, n if side == "validation" else 40, 0)
+    rest = np.flatnonzero(~chosen)
+    lengths[rest] = 60
+    lengths[rest[-1]] = n - 60 * 8 if side == "train" else 60
+    tokens, _ = planted_tokens(int(lengths.sum()), 8, 16, 2)
+    flags = write_activations(tokens, lengths)
+    assert run_main("train_sae", *flags, *SMALL, "--max-norm-ratio", "none", "--batch-size", 512) == 0
+    metrics = metrics_of(tmp_path)
+    assert metrics[f"n_{side}_tokens" if side == "train" else "n_validation_tokens"] == n
+    assert np.isfinite(metrics["normalized_mse"])
+    sae, _ = load_sae(checkpoint_of(tmp_path))
+    assert all(bool(value.isfinite().all()) for value in sae.state_dict().values())
+
+
+def test_epoch_batches_hold_every_row_once_and_depend_on_seed_and_epoch_alone():
+    rows = np.arange(100, 613)
+    batches = train_sae.epoch_batches(rows, 512, 0, 1)
+    assert [len(b) for b in batches] == [513]
+    assert sorted(np.concatenate(batches)) == rows.tolist()
+    assert [len(b) for b in train_sae.epoch_batches(np.arange(1026), 512, 0, 1)] == [512, 512, 2]
+    assert np.array_equal(batches[0], train_sae.epoch_batches(rows, 512, 0, 1)[0])
+    assert not np.array_equal(batches[0], train_sae.epoch_batches(rows, 512, 0, 2)[0])
+    assert not np.array_equal(batches[0], train_sae.epoch_batches(rows, 512, 1, 1)[0])
+
+
+def test_hypothesaes_reads_the_checkpoint(tmp_path, write_activations, run_main):
+    import hypothesaes.sae as theirs
+
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    flags = write_activations(tokens, [20] * 30)
+    assert run_main("train_sae", *flags, *SMALL, "--use-matryoshka", "--matryoshka-prefixes", "4,16") == 0
+    path = checkpoint_of(tmp_path)
+    assert path.name == theirs.get_sae_checkpoint_name(16, 2, [4, 16]) == checkpoint_name(16, 2, [4, 16])
+    assert theirs.get_sae_checkpoint_name(16, 2) == checkpoint_name(16, 2)
+    loaded = theirs.load_model(str(path), device="cpu")
+    ours, _ = load_sae(path)
+    x = torch.from_numpy(tokens[:50])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x)[0], ours(x)[0])
+    activations = loaded.get_activations(tokens[:50], show_progress=False)
+    from fastsae.autoencoder import encode
+    entries = encode(ours, x)
+    dense = np.zeros_like(activations)
+    dense[entries.row, entries.column] = entries.value
+    np.testing.assert_allclose(dense, activations, atol=1e-5)
+
+
+def test_the_best_weights_are_kept(tmp_path, write_activations, run_main):
+    """Few noisy tokens and many epochs: validation gets worse again. HypotheSAEs keeps the last weights even so."""
+    tokens, _ = planted_tokens(100, 16, 32, 2, noise=0.5)
+    flags = write_activations(tokens, [5] * 20)
+    assert run_main("train_sae", *flags, *SMALL, "--learning-rate", 0.05, "--n-epochs", 40, "--patience", 40, "--batch-size", 16) == 0
+    history = [json.loads(line) for line in (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text().splitlines()]
+    values = [line["normalized_mse"] for line in history]
+    metrics = metrics_of(tmp_path)
+    assert metrics["best_epoch"] == 1 + int(np.argmin(values)) < len(values)
+    assert metrics["normalized_mse"] == pytest.approx(min(values), rel=1e-6)
+
+
+def test_only_a_checkpoint_of_the_same_settings_is_reused(tmp_path, write_activations, run_main, capsys):
+    """HypotheSAEs' quickstart returns any file with the same M, K and prefixes."""
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    flags = write_activations(tokens, [20] * 30)
+    run = lambda *more: run_main("train_sae", *flags, *SMALL, *more)  # noqa: E731
+    assert run() == 0
+    first = checkpoint_of(tmp_path).read_bytes()
+    capsys.readouterr()
+    assert run() == 0
+    assert "up to date" in capsys.readouterr().out
+    assert checkpoint_of(tmp_path).read_bytes() == first
+    assert run("--learning-rate", 0.01) == 0
+    out = capsys.readouterr().out
+    assert "LEARNING_RATE 0.0005 -> 0.01" in out and "up to date" not in out
+    assert (tmp_path / "checkpoints" / "test" / "SAE_M=16_K=2.old-1.pt").read_bytes() == first
+    assert run("--k", 3) == 0
+    assert metrics_of(tmp_path)["checkpoint"] == "SAE_M=16_K=3.pt"
+    assert run("--learning-rate", 0.01) == 0  # trained already, under its own name: only metrics.json turns to it
+    assert "up to date" in capsys.readouterr().out
+    assert metrics_of(tmp_path)["checkpoint"] == "SAE_M=16_K=2.pt"
+    write_activations(tokens * 2, [20] * 30, dataset=checkpoint_of(tmp_path))  # other activations under the same name
+    assert run("--learning-rate", 0.01) == 0
+    assert "activations changed" in capsys.readouterr().out
+
+
+def test_equal_runs_give_equal_bytes(tmp_path, write_activations, run_main):
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    flags = write_activations(tokens, [20] * 30)
+    contents = []
+    for _ in range(2):
+        assert run_main("train_sae", *flags, *SMALL) == 0
+        contents.append(checkpoint_of(tmp_path).read_bytes())
+        checkpoint_of(tmp_path).unlink()
+    assert contents[0] == contents[1]
+
+
+def test_engines_train_the_same_autoencoder(tmp_path, write_activations, run_main):
+    tokens, _ = planted_tokens(800, 8, 16, 2)
+    flags = write_activations(tokens, [20] * 40)
+    results = {}
+    for engine in ("sparse", "reference"):
+        assert run_main("train_sae", *flags, *SMALL, "--engine", engine, "--dead-after-steps", 1, "--run-name", "test") == 0
+        results[engine] = metrics_of(tmp_path)["normalized_mse"]
+        checkpoint_of(tmp_path).unlink()
+    assert results["sparse"] == pytest.approx(results["reference"], rel=1e-3)
+
+
+def test_prefix_and_sinks_are_left_out_of_training(tmp_path, write_activations, run_main):
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    kind = np.tile([2, 2] + [0] * 18, 30)
+    tokens[kind == 2] *= 1000
+    tokens[[7, 28]] *= 1000  # two sinks
+    flags = write_activations(tokens, [20] * 30, kind=kind)
+    assert run_main("train_sae", *flags, *SMALL) == 0
+    metrics = metrics_of(tmp_path)
+    assert (metrics["n_excluded_shared_prefix"], metrics["n_excluded_sinks"]) == (60, 2)
+    assert metrics["n_train_tokens"] + metrics["n_validation_tokens"] == 600 - 62
+    assert metrics["with_prefix_and_sinks"]["mse"] > 100 * metrics["mse"]
+
+
+def test_a_loss_that_is_no_number_ends_with_a_setting_named(tmp_path, write_activations, run_main, capsys):
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    flags = write_activations(tokens, [20] * 30)
+    assert run_main("train_sae", *flags, *SMALL, "--learning-rate", 1e30) == 2
+    assert "LEARNING_RATE" in capsys.readouterr().err
+    assert not list((tmp_path / "checkpoints").glob("*/*.pt"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_activations_that_are_no_numbers_are_refused(write_activations, run_main, capsys, bad):
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    tokens[17, 3] = bad
+    assert run_main("train_sae", *write_activations(tokens, [20] * 30), *SMALL) == 2
+    assert "token 17" in capsys.readouterr().err
+
+
+def test_metrics_by_hand():
+    """One feature along (1, 0), K = 1, no biases. Tokens (2, 0), (0, 2) of example 0 and (4, 4) of example 1.
+
+    Reconstructions (2, 0), (0, 0), (4, 0); squared errors 0, 4, 16; their sum 20. The mean token is (2, 2), the squared
+    distances from it 4, 4, 8, so the normalised MSE is 20 / 16. Eq. 7: example 0 has (0 + 2) / 2 = 1, example 1 has 8: mean 4.5.
+    The only special token is the second, with error 4 / 2. L0: two of three tokens fire.
+    """
+    from fastsae.autoencoder import new_sae
+
+    sae = new_sae({"input_dim": 2, "m_total_neurons": 2, "k_active_neurons": 1, "aux_k": 0, "prefix_lengths": [1, 2]}).eval()
+    with torch.no_grad():
+        sae.encoder.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, -1.0]]))
+        sae.decoder.weight.copy_(torch.eye(2))
+    x = torch.tensor([[2.0, 0.0], [0.0, 2.0], [4.0, 4.0]])
+    result = evaluate(sae, x, np.arange(3), np.array([0, 0, 1]), np.array([False, True, False]))
+    assert result["normalized_mse"] == pytest.approx(20 / 16)
+    assert result["explained_variance"] == pytest.approx(1 - 20 / 16)
+    assert result["mse"] == pytest.approx(4.5)
+    assert result["mse_special_tokens"] == pytest.approx(2)
+    assert result["l0"] == pytest.approx(2 / 3)
+    assert result["dead_fraction"] == 0.5
+    assert result["prefix_normalized_mse"] == {"1": pytest.approx(20 / 16), "2": pytest.approx(20 / 16)}
+
+
+def test_split_is_by_example_and_never_empty():
+    for n in (2, 3, 10, 1000):
+        for fraction in (0.001, 0.1, 0.9, 0.999):
+            validation = split_examples(n, fraction, 0)
+            assert 0 < validation.sum() < n
+    assert split_examples(1000, 0.1, 0).sum() == 100
+    assert np.array_equal(split_examples(50, 0.1, 3), split_examples(50, 0.1, 3))
+
+
+def test_usable_tokens_by_hand():
+    norms, kind = np.array([500.0, 1, 2, 3, 100]), np.array([2, 0, 1, 0, 0])
+    keep, bound = usable_tokens(norms, kind, exclude_shared_prefix=True, max_norm_ratio=10)
+    assert bound == 25 and keep.tolist() == [False, True, True, True, False]  # the median of 1, 2, 3, 100 is 2.5
+    keep, bound = usable_tokens(norms, kind, exclude_shared_prefix=False, max_norm_ratio=None)
+    assert bound is None and keep.all()
+
+
+def test_too_few_tokens_name_the_setting(tmp_path, write_activations):
+    import config
+
+    flags = write_activations(np.ones((2, 4), np.float32), [1, 1])
+    settings = config.resolve(train_sae.__file__, argv=[*flags])
+    with pytest.raises(InputError, match="VALIDATION_FRACTION"):
+        train_sae.Tokens(settings)
+
+
+def test_checkpoints_hold_no_time(tmp_path, write_activations, run_main):
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    assert run_main("train_sae", *write_activations(tokens, [20] * 30), *SMALL) == 0
+    meta = artifacts.read_checkpoint_metadata(checkpoint_of(tmp_path))
+    assert "seconds" not in json.dumps(meta) and {"seconds", "tokens_per_second"} <= set(metrics_of(tmp_path))
