@@ -181,7 +181,7 @@ def write_activations(path, parts, tokens, examples, metadata, storage_dtype, st
         "token_role": np.concatenate([t.role for t in tokens]),
         "example_ids": np.array([example.line for example in examples], np.int32),
         "metadata": np.array(artifacts.to_json(metadata)),
-    })
+    }, keep_old=True)
 
 
 def summarise(path, parts, lengths, metadata, statistics):

@@ -76,20 +76,18 @@ def named_checkpoint(run_dir):
 
 
 def done(csv_path, jsonl_path, metadata):
-    """True if both tables are there, whole, and made from the same inputs; else moves outdated ones aside, saying why."""
+    """True if both tables are there, complete, and made from the same inputs."""
     def read(path):
         lines = artifacts.read_lines(path)
         if not lines or "fingerprint" not in lines[0]:
             raise EnvironmentFailure(f"{path}: damaged. it will be made anew.")
         if not csv_path.exists() or artifacts.file_sha256(csv_path) != lines[0]["csv_sha256"]:
             raise EnvironmentFailure(f"{csv_path}: was changed by hand or is missing. it will be made anew.")
-        return lines[0] if lines[0]["complete"] else {**lines[0], "fingerprint": "incomplete", "inputs": {"unlabelled features": True}}
+        if not lines[0]["complete"]:
+            raise EnvironmentFailure(f"{path}: some features are unlabelled. only these are asked again.")
+        return lines[0]
 
-    if artifacts.matches(jsonl_path, metadata, read):
-        return True
-    if csv_path.exists():
-        artifacts.move_aside(csv_path)
-    return False
+    return artifacts.matches(jsonl_path, metadata, read)
 
 
 class Features:
@@ -228,9 +226,9 @@ def write_tables(csv_path, jsonl_path, rows, metadata):
     writer.writeheader()
     writer.writerows({name: cell(row[name]) for name in COLUMNS} for row in rows)
     text = table.getvalue()
-    artifacts.write_text(csv_path, text)
+    artifacts.write_text(csv_path, text, keep_old=True)
     lines = [{**metadata, "csv_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}, *rows]
-    artifacts.write_text(jsonl_path, "".join(artifacts.to_json(line) + "\n" for line in lines))
+    artifacts.write_text(jsonl_path, "".join(artifacts.to_json(line) + "\n" for line in lines), keep_old=True)
 
 
 def report(rows, features, csv_path):

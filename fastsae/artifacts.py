@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -63,8 +64,12 @@ def file_sha256(path):
 
 
 @contextlib.contextmanager
-def committed(path):
-    """A binary file that appears under `path` complete, or not at all: temp file, fsync, rename, fsync of the folder."""
+def committed(path, *, keep_old=False):
+    """A binary file that appears under `path` complete, or not at all: temp file, fsync, rename, fsync of the folder.
+
+    With `keep_old`, what was there stays as `<stem>.old-1<suffix>` (the next free number), and under its own name until the new
+    file is whole.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -74,6 +79,8 @@ def committed(path):
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
+        if keep_old and path.exists():
+            _keep_aside(path)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -86,14 +93,25 @@ def committed(path):
         raise
 
 
+def _keep_aside(path):
+    n = 1
+    while (target := path.with_name(f"{path.stem}.old-{n}{path.suffix}")).exists():
+        n += 1
+    try:
+        os.link(path, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, target)
+    print(f"the old one is kept as {target}")
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def write_text(path, text):
-    with committed(path) as file:
+def write_text(path, text, *, keep_old=False):
+    with committed(path, keep_old=keep_old) as file:
         file.write(text.encode("utf-8"))
 
 
@@ -126,18 +144,8 @@ def read_lines(path):
     return lines
 
 
-def move_aside(path):
-    """Rename an artifact that no longer matches to `<stem>.old-1<suffix>` (the next free number); returns the new path."""
-    path = Path(path)
-    n = 1
-    while (target := path.with_name(f"{path.stem}.old-{n}{path.suffix}")).exists():
-        n += 1
-    os.replace(path, target)
-    return target
-
-
 def matches(path, metadata, read):
-    """True if the artifact at `path` is already what `metadata` describes. Otherwise says why and moves the old one aside.
+    """True if the artifact at `path` is already what `metadata` describes. Otherwise says what differs, if one is there.
 
     `read(path)` returns the metadata inside the artifact; an unreadable artifact counts as one that does not match.
     """
@@ -147,23 +155,22 @@ def matches(path, metadata, read):
         found = read(path)
     except EnvironmentFailure as error:
         print(f"not reused: {error}")
-    else:
-        if found.get("fingerprint") == metadata["fingerprint"]:
-            print(f"up to date: {path}")
-            return True
-        print(f"changed: {difference(found, metadata)}")
-    print(f"kept as {move_aside(path)}")
+        return False
+    if found.get("fingerprint") == metadata["fingerprint"]:
+        print(f"up to date: {path}")
+        return True
+    print(f"changed: {difference(found, metadata)}")
     return False
 
 
 # Activations (.npz)
 
-def write_npz(path, arrays):
+def write_npz(path, arrays, *, keep_old=False):
     """Write `{name: array or (shape, dtype, iterator of row blocks)}` as an uncompressed .npz, streaming the iterators.
 
     Member dates are fixed, so equal content gives equal bytes.
     """
-    with committed(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with committed(path, keep_old=keep_old) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, value in arrays.items():
             shape, dtype, blocks = value if isinstance(value, tuple) else (value.shape, value.dtype, [value])
             header = io.BytesIO()
@@ -216,7 +223,7 @@ def write_checkpoint(path, checkpoint):
 
     buffer = io.BytesIO()  # the archive's inner names do not depend on the path this way
     torch.save(checkpoint, buffer)
-    with committed(path) as file:
+    with committed(path, keep_old=True) as file:
         file.write(buffer.getbuffer())
 
 

@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -112,10 +113,9 @@ def _fetch_gguf(work):
 
 def _convert(gguf, folder):
     transformers = _transformers()
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **_gguf_options(transformers))
+    model = _load(transformers.AutoModelForCausalLM.from_pretrained, str(gguf), EMBEDDED["name"], **_gguf_options(transformers))
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    _load(transformers.AutoTokenizer.from_pretrained, str(gguf), EMBEDDED["name"]).save_pretrained(folder)
 
 
 def _gguf_options(transformers):
@@ -129,6 +129,7 @@ def _transformers():
     import transformers
 
     transformers.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry of a hub that cannot be reached
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     return transformers
@@ -140,7 +141,8 @@ def _load(loader, located, name, **options):
     if path.suffix == ".gguf":
         located, options["gguf_file"] = str(path.parent), path.name
     try:
-        return loader(located, **options)
+        with contextlib.redirect_stderr(io.StringIO()) if path.suffix == ".gguf" else contextlib.nullcontext():
+            return loader(located, **options)  # reading GGUF shows bars that cannot be turned off; downloads may show theirs
     except (OSError, ValueError, ImportError) as error:
         chain, link = [], error
         while link is not None and len(chain) < 10:
@@ -218,8 +220,9 @@ class ResidualModel:
     def __init__(self, name, layer, *, revision=None, cache_dir=None, device="cpu", dtype):
         import torch
 
-        model = _load(_transformers().AutoModelForCausalLM.from_pretrained, locate(name, cache_dir), name, dtype=dtype,
-                      **_hub(revision, cache_dir))
+        transformers, located = _transformers(), locate(name, cache_dir)
+        options = _gguf_options(transformers) if located.endswith(".gguf") else {}
+        model = _load(transformers.AutoModelForCausalLM.from_pretrained, located, name, dtype=dtype, **options, **_hub(revision, cache_dir))
         self.revision = getattr(model.config, "_commit_hash", None)
         stack = decoder_stack(model)
         stack.layers = stack.layers[:layer]   # later blocks, the final norm and the head never run
