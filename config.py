@@ -28,7 +28,7 @@ SEED: int = 0                       # of the split, the initial weights and the 
 MODEL_NAME: str                     # the embedded SmolLM2-135M-Instruct, a hub id, a local folder or a .gguf file
 LAYER_IDX: int                      # residual stream after this many blocks, 1 to the model's number of blocks
 MAX_LENGTH: int                     # tokens kept of each example, its chat template included
-DATASET_PATH: str                   # JSONL file (or a JSON array): rows with text, messages or conversations
+DATASET_PATH: str                   # JSONL file (or JSON array) of rows with text, messages or conversations; hf:owner/name; a .txt for blocks
 LABEL_FIELD: str | None             # dataset field with a category, for category_auc; none = no labels
 
 PRESETS = {
@@ -132,7 +132,7 @@ def resolve(*scripts, argv=None):
             values[name], source[name] = setting["value"], setting["file"]
         else:
             values[name], source[name] = preset[name], f"preset {preset_name}"
-        if name in PATH_SETTINGS and values[name]:  # flags are relative to where the user is, files to the project
+        if name in PATH_SETTINGS and values[name] and not values[name].startswith("hf:"):  # flags are relative to where the user is, files to the project
             base = Path.cwd() if source[name] == "flag" else PROJECT
             values[name] = str(base / Path(values[name]).expanduser())
     wrong_type = [f"{name}: {values[name]!r} is no {setting['type']}. mend it in {setting['file']}."
@@ -242,11 +242,12 @@ def _has_type(value, kind):
     return type(value).__name__ == kind
 
 
-AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATCH_TOKENS": 1, "CHUNK_TOKENS": 1, "M": 1, "K": 1, "AUX_K": 0,
-            "AUX_COEF": 0, "DEAD_AFTER_STEPS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
+AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATCH_TOKENS": 1, "CHUNK_TOKENS": 1, "SHARD_BYTES": 1,
+            "BLOCK_LENGTH": 2, "DEDUP_NGRAM": 0, "M": 1, "K": 1, "AUX_K": 0, "AUX_COEF": 0,
+            "DEAD_AFTER_STEPS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
             "N_LLM_WORKERS": 1}
 ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0}
-CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"),
+CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"), "PROCESSING": ("example", "block"),
            "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference")}
 
 
@@ -270,8 +271,16 @@ def check_values(values):
     require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", values["DEVICE"]), "DEVICE", f"{values['DEVICE']!r} is unknown",
             "choose auto, cpu, mps, cuda or cuda:0")
     if {"BATCH_TOKENS", "POOLING"} & set(values):  # the stages that read the dataset
-        require(Path(values["DATASET_PATH"]).is_file(), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
+        from_hub = values["DATASET_PATH"].startswith("hf:")
+        require(from_hub or Path(values["DATASET_PATH"]).is_file(), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
                 "give your data with --dataset-path FILE.jsonl")
+    if "LAYERS" in values:
+        layers = values["LAYERS"]
+        require(layers is None or (len(layers) > 0 and min(layers) >= 1 and len(set(layers)) == len(layers)), "LAYERS",
+                f"{layers} are not different layers from 1 on", "give for example --layers 12,18")
+        is_text = values["DATASET_PATH"].endswith(".txt")
+        require(not is_text or values["PROCESSING"] == "block", "PROCESSING", "a .txt has no examples", "add --processing block")
+        require(not (is_text and values["DEDUP_NGRAM"]), "DEDUP_NGRAM", "a .txt has no examples to drop", "set it to 0")
     run_name = values["RUN_NAME"]
     require(run_name is None or re.fullmatch(r"[\w.=+-]*[\w=+-]", run_name), "RUN_NAME", f"{run_name!r} is no folder name",
             "use letters, digits and . _ = + -")
