@@ -158,25 +158,10 @@ class Forward:
         return ids
 
     def _storable(self, stream, real):
-        """(batch, length, d_model) or (length, d_model) -> the real rows, one after the other, on the host in the storage type.
-
-        `real`: (example, length) of each row of the batch. Refuses to lose a number to overflow, or to store NaN.
-        """
-        import torch
-
-        stream = stream[None] if stream.ndim == 2 else stream
-        rows = torch.cat([stream[row, :length] for row, (_, length) in enumerate(real)])  # (real tokens, d_model)
-        peaks = rows.abs().amax(1).float()                                                # (real tokens,)
-        limit = float(np.finfo(self.storage_dtype).max)
-        if not bool((peaks <= limit).all()):  # NaN is not <= anything
-            at = int((~(peaks <= limit)).nonzero()[0])
-            example = real[int(np.searchsorted(np.cumsum([length for _, length in real]), at, side="right"))][0]
-            raise self._own(overflow(f"{self.dataset_name}:{self.table.lines[example]}", float(peaks[at]), self.storage_dtype))
-        rows = rows.to(getattr(torch, np.dtype(self.storage_dtype).name))
-        if not self.pin:
-            return rows.cpu()
-        host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-        return host.copy_(rows, non_blocking=True)
+        try:
+            return storable(stream, real, self.storage_dtype, lambda i: f"{self.dataset_name}:{self.table.lines[i]}", pin=self.pin)
+        except InputError as error:
+            raise self._own(error)
 
     def _store(self, buffers, first, batch, rows, event, progress):
         if event is not None:
@@ -197,11 +182,29 @@ class Forward:
         return error
 
 
-def overflow(where, largest, storage_dtype):
-    """The error for an activation that `storage_dtype` cannot hold."""
-    if np.isfinite(largest):
-        return InputError(f"{where}: an activation of {largest:.0f} does not fit into {storage_dtype}. set --storage-dtype float32.")
-    return InputError(f"{where}: the model gives NaN or infinity here. set --dtype float32 or bfloat16.")
+def storable(stream, real, storage_dtype, where, pin=False):
+    """(batch, length, d_model) or (length, d_model) -> the real rows, one after the other, on the host in the storage type.
+
+    `real`: (example, length) of each row of the batch; `where(example)` names one. Refuses to lose a number to overflow, or to
+    store NaN.
+    """
+    import torch
+
+    stream = stream[None] if stream.ndim == 2 else stream
+    rows = torch.cat([stream[row, :length] for row, (_, length) in enumerate(real)])  # (real tokens, d_model)
+    peaks = rows.abs().amax(1).float()                                                # (real tokens,)
+    fits = peaks <= float(np.finfo(storage_dtype).max)                                # NaN is not <= anything
+    if not bool(fits.all()):
+        at = int((~fits).nonzero()[0])
+        example = real[int(np.searchsorted(np.cumsum([length for _, length in real]), at, side="right"))][0]
+        if not np.isfinite(float(peaks[at])):
+            raise InputError(f"{where(example)}: the model gives NaN or infinity here. set --dtype float32 or bfloat16.")
+        raise InputError(f"{where(example)}: an activation of {float(peaks[at]):.0f} does not fit into {storage_dtype}. "
+                         "set --storage-dtype float32.")
+    rows = rows.to(getattr(torch, np.dtype(storage_dtype).name))
+    if not pin:
+        return rows.cpu()
+    return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
 
 
 def extract_parts(forward, chunks, folder, plan, world):
