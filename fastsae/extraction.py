@@ -72,7 +72,8 @@ class World:
         if self.size > 1:  # torchrun gives each process one thread
             import torch
 
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_size))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // self.local_size))
 
     def __enter__(self):
         return self
@@ -81,10 +82,15 @@ class World:
         """One message for all: what every rank finds wrong, rank 0 says, and torchrun then stops the others."""
         if self.size == 1 or error is None:
             return
-        if self.rank and isinstance(error, StageError) and not getattr(error, "of_this_rank", False):
-            time.sleep(20)
-        if not isinstance(error, Exception) or isinstance(error, InterruptedError):  # stopped because another one failed
-            sys.stderr = open(os.devnull, "w")
+        try:
+            if self.rank and isinstance(error, StageError) and not getattr(error, "of_this_rank", False):
+                time.sleep(20)
+        except BaseException as stop:
+            error = stop
+            raise
+        finally:
+            if not isinstance(error, Exception):  # stopped because another one failed
+                sys.stderr = open(os.devnull, "w")
 
 
 class Forward:
@@ -101,6 +107,7 @@ class Forward:
         if self.n_prefix:
             self.prefix, streams = model.read_prefix(torch.from_numpy(table.ids[:self.n_prefix].astype(np.int64)))
             self.prefix_rows = {layer: self._storable(stream, [(0, self.n_prefix)]).numpy() for layer, stream in streams.items()}
+            self.n_prefix = self.n_prefix if self.prefix else 0
 
     def chunk(self, first, last, progress):
         """{layer: (tokens of examples first to last, d_model)} in the storage type; calls `progress(n)` as tokens are done."""
@@ -124,6 +131,9 @@ class Forward:
         """[(examples, {layer: rows on the host}, event)], more than one if memory ran out and the batch was halved."""
         import torch
 
+        longest = max(int(self.table.lengths[i]) for i in batch) - self.n_prefix
+        if len(batch) > 1 and len(batch) * longest > self.batch_tokens:  # planned before memory ran out
+            return self._halves(batch)
         try:
             streams = self.model(self._padded(batch), self.prefix)
             real = [(i, int(self.table.lengths[i]) - self.n_prefix) for i in batch]
@@ -139,13 +149,15 @@ class Forward:
         if len(batch) == 1:  # outside the handler, so that the failed pass's memory is free
             raise self._own(EnvironmentFailure(f"MAX_LENGTH: an example of {self.table.lengths[batch[0]]} tokens does not fit into memory on "
                                                f"{self.model.device}. lower --max-length."))
-        if self.batch_tokens > 1:
-            print(f"out of memory: BATCH_TOKENS {self.batch_tokens} -> {self.batch_tokens // 2}", flush=True)
-            self.batch_tokens //= 2
+        print(f"out of memory: BATCH_TOKENS {self.batch_tokens} -> {self.batch_tokens // 2}", flush=True)
+        self.batch_tokens //= 2
         if self.model.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        half = len(batch) // 2
-        return self._launch(batch[:half]) + self._launch(batch[half:])
+        return self._halves(batch)
+
+    def _halves(self, batch):
+        middle = len(batch) // 2
+        return self._launch(batch[:middle]) + self._launch(batch[middle:])
 
     def _padded(self, batch):
         import torch
@@ -237,7 +249,11 @@ def extract_parts(forward, chunks, folder, plan, world):
                     **{f"activations_{layer}": part for layer, part in rows.items()}, "seconds": np.float64(seconds)})
                 del rows
             if writing:
-                writing.result()
+                try:
+                    writing.result()
+                except FileNotFoundError:  # rank 0 has seen the last part, used it and cleared up before this process had its fsync
+                    if not world.rank:
+                        raise
         others = [i for i in missing if i % world.size != world.rank] if world.rank == 0 else []
         while others:
             there = [i for i in others if paths[i].exists()]

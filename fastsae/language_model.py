@@ -259,14 +259,19 @@ class ResidualModel:
             return streams
 
     def read_prefix(self, ids):
-        """((length,) int tensor) -> (what `__call__` takes as `prefix`, {layer: (length, d_model)})."""
+        """((length,) int tensor) -> (what `__call__` takes as `prefix`, {layer: (length, d_model)}).
+
+        The first is None if a layer's attention window is shorter than the prefix, which then cannot be reused.
+        """
         import torch
 
         with torch.inference_mode():
             cache = self._cache([])
             self.stack(input_ids=ids[None].to(self.device), past_key_values=cache, use_cache=True)
             streams, self._streams = self._streams, {}
-            return [(layer.keys, layer.values) for layer in cache.layers[:len(self.stack.layers)]], {n: s[0] for n, s in streams.items()}
+            kept = [(layer.keys, layer.values) for layer in cache.layers[:len(self.stack.layers)]]
+            whole = all(keys.shape[-2] == len(ids) for keys, _ in kept)
+            return kept if whole else None, {layer: stream[0] for layer, stream in streams.items()}
 
     def _cache(self, keys_and_values):
         from transformers import DynamicCache
