@@ -244,10 +244,12 @@ def _has_type(value, kind):
 
 AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATCH_TOKENS": 1, "CHUNK_TOKENS": 1, "M": 1, "K": 1, "AUX_K": 0,
             "AUX_COEF": 0, "DEAD_AFTER_STEPS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
-            "N_LLM_WORKERS": 1}
-ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0}
+            "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0}
+ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0, "SAVE_EVERY": 0,
+         "LR_DECAY_FRACTION": 0}
 CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"),
-           "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference")}
+           "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference"),
+           "SELECT_DTYPE": ("float32", "bfloat16"), "LR_SCHEDULE": ("constant", "linear", "cosine")}
 
 
 def check_values(values):
@@ -277,6 +279,7 @@ def check_values(values):
             "use letters, digits and . _ = + -")
     if "VALIDATION_FRACTION" in values:
         require(values["VALIDATION_FRACTION"] < 1, "VALIDATION_FRACTION", "nothing is left to train on", "give a part such as 0.1")
+        require(values["LR_DECAY_FRACTION"] <= 1, "LR_DECAY_FRACTION", "more than all steps", "give at most 1")
     if "M" in values:
         m, k, prefixes = values["M"], values["K"], values["MATRYOSHKA_PREFIXES"]
         require(k <= m, "K", f"{k} active features of only M={m}", f"lower --k or raise --m to at least {k}")

@@ -217,13 +217,13 @@ def _metadata_from(text, path, made_by):
 
 # Checkpoints (.pt)
 
-def write_checkpoint(path, checkpoint):
-    """`torch.save` of a dict of plain values and CPU tensors. Equal content gives equal bytes."""
+def write_checkpoint(path, checkpoint, *, keep_old=True):
+    """`torch.save` of a dict of plain values and tensors. Equal content gives equal bytes."""
     import torch
 
     buffer = io.BytesIO()  # the archive's inner names do not depend on the path this way
     torch.save(checkpoint, buffer)
-    with committed(path, keep_old=True) as file:
+    with committed(path, keep_old=keep_old) as file:
         file.write(buffer.getbuffer())
 
 

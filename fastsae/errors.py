@@ -1,4 +1,5 @@
 """Errors a user can cause or meet, as one line and an exit code; everything else is a bug and keeps its traceback."""
+import contextlib
 import errno
 import os
 import signal
@@ -29,13 +30,39 @@ class Terminated(BaseException):
     """SIGTERM arrived. A BaseException, like KeyboardInterrupt, so that no handler swallows it."""
 
 
-def _on_sigterm(signum, frame):
-    raise Terminated
+_waiting = {"deferred": False, "asked": None}
+
+
+def _on_signal(signum, frame):
+    if _waiting["deferred"] and _waiting["asked"] is None:  # asked twice: stop at once
+        _waiting["asked"] = signum
+    else:
+        raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def deferred_stop():
+    """Within, SIGTERM and Ctrl-C only ask: the loop looks at `stop_asked()` where its state is whole, saves, and calls `stop()`."""
+    _waiting.update(deferred=True, asked=None)
+    try:
+        yield
+    finally:
+        _waiting["deferred"] = False
+
+
+def stop_asked():
+    return _waiting["asked"] is not None
+
+
+def stop():
+    """End the run as the signal that asked for it would have."""
+    raise Terminated if _waiting["asked"] == signal.SIGTERM else KeyboardInterrupt
 
 
 def run_stage(main):
     """Call `main()` and return the exit code of DESIGN.md: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete, 130/143."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
     try:
         return main() or 0
     except StageError as error:
