@@ -6,7 +6,9 @@ Edit it there, or override it for one run with a flag: `--layer-idx 18`, `--no-u
 """
 import argparse
 import ast
+import io
 import math
+import os
 import re
 import sys
 import textwrap
@@ -132,12 +134,13 @@ def resolve(*scripts, argv=None):
             values[name], source[name] = setting["value"], setting["file"]
         else:
             values[name], source[name] = preset[name], f"preset {preset_name}"
-        if name in PATH_SETTINGS and values[name]:  # flags are relative to where the user is, files to the project
-            base = Path.cwd() if source[name] == "flag" else PROJECT
-            values[name] = str(base / Path(values[name]).expanduser())
-    wrong_type = [f"{name}: {values[name]!r} is no {setting['type']}. mend it in {setting['file']}."
-                  for name, setting in declared.items() if not _has_type(values[name], setting["type"])]
-    problems += wrong_type or check_values(values)
+        if name in PATH_SETTINGS and isinstance(values[name], str) and values[name]:
+            base = Path.cwd() if source[name] == "flag" else PROJECT  # flags are relative to where the user is, files to the project
+            values[name] = os.path.join(base, os.path.expanduser(values[name]))
+    wrong = {name: setting for name, setting in declared.items() if not _has_type(values[name], setting["type"])}
+    problems += [f"{name}: {values[name]!r} is no {setting['type']}. " + ("give another value." if source[name] == "flag" else
+                 f"mend it in {setting['file']}.") for name, setting in wrong.items()]
+    problems += check_values({name: value for name, value in values.items() if name not in wrong})
     if problems:
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -150,12 +153,16 @@ def read_settings(path):
     comments = {}
     with tokenize.open(path) as file:
         source = file.read()
-    with open(path, "rb") as file:
-        for token in tokenize.tokenize(file.readline):
-            if token.type == tokenize.COMMENT:
-                comments[token.start[0]] = token.string.lstrip("# ")
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        print(f"error: {Path(path).name}:{error.lineno}: {error.msg}. mend the line.", file=sys.stderr)
+        sys.exit(2)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ")
     settings = {}
-    for node in ast.parse(source).body:
+    for node in tree.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and re.fullmatch("[A-Z][A-Z0-9_]*", node.target.id):
             settings[node.target.id] = {
                 "type": ast.unparse(node.annotation), "has_value": node.value is not None,
@@ -247,13 +254,14 @@ AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATC
             "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0}
 ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0, "SAVE_EVERY": 0,
          "LR_DECAY_FRACTION": 0}
+AT_MOST = {"SEED": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "LR_DECAY_FRACTION": 1}
 CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"),
            "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference"),
            "SELECT_DTYPE": ("float32", "bfloat16"), "LR_SCHEDULE": ("constant", "linear", "cosine")}
 
 
 def check_values(values):
-    """Every impossible value or combination among `values`, one line each with its remedy."""
+    """Every impossible value or combination among `values`, one line each with its remedy; names that are left out pass."""
     problems = []
 
     def require(ok, name, what, remedy):
@@ -266,27 +274,43 @@ def check_values(values):
     for name, bound in ABOVE.items():
         if values.get(name) is not None:
             require(values[name] > bound, name, f"{values[name]} is not above {bound}", f"give more than {bound}")
+    for name, most in AT_MOST.items():
+        if values.get(name) is not None:
+            require(values[name] <= most, name, f"{values[name]} is above {most}", f"give {most} or less")
     for name, allowed in CHOICES.items():
         if name in values:
             require(values[name] in allowed, name, f"{values[name]!r} is unknown", f"choose {', '.join(allowed)}")
-    require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", values["DEVICE"]), "DEVICE", f"{values['DEVICE']!r} is unknown",
-            "choose auto, cpu, mps, cuda or cuda:0")
-    if {"BATCH_TOKENS", "POOLING"} & set(values):  # the stages that read the dataset
-        require(Path(values["DATASET_PATH"]).is_file(), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
-                "give your data with --dataset-path FILE.jsonl")
-    run_name = values["RUN_NAME"]
-    require(run_name is None or re.fullmatch(r"[\w.=+-]*[\w=+-]", run_name), "RUN_NAME", f"{run_name!r} is no folder name",
-            "use letters, digits and . _ = + -")
-    if "VALIDATION_FRACTION" in values:
-        require(values["VALIDATION_FRACTION"] < 1, "VALIDATION_FRACTION", "nothing is left to train on", "give a part such as 0.1")
-        require(values["LR_DECAY_FRACTION"] <= 1, "LR_DECAY_FRACTION", "more than all steps", "give at most 1")
-    if "M" in values:
-        m, k, prefixes = values["M"], values["K"], values["MATRYOSHKA_PREFIXES"]
-        require(k <= m, "K", f"{k} active features of only M={m}", f"lower --k or raise --m to at least {k}")
-        require((values["AUX_K"] or 0) <= m, "AUX_K", f"{values['AUX_K']} is more than M={m}", "lower --aux-k")
-        if values["USE_MATRYOSHKA"]:
-            rising = len(prefixes) > 0 and prefixes[0] >= 1 and all(a < b for a, b in zip(prefixes, prefixes[1:]))
-            require(rising, "MATRYOSHKA_PREFIXES", f"{prefixes} do not rise from 1 or more", "give for example 64,256")
-            require(not rising or prefixes[-1] == m, "MATRYOSHKA_PREFIXES", f"the last of {prefixes} is not M={m}",
-                    f"give for example --matryoshka-prefixes {max(1, m // 4)},{m}, or --no-use-matryoshka")
+    if "DEVICE" in values:
+        require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", values["DEVICE"]), "DEVICE", f"{values['DEVICE']!r} is unknown",
+                "choose auto, cpu, mps, cuda or cuda:0")
+    if values.get("RUN_NAME") is not None:
+        require(re.fullmatch(r"[\w.=+-]*[\w=+-]", values["RUN_NAME"]), "RUN_NAME", f"{values['RUN_NAME']!r} is no folder name",
+                "use letters, digits and . _ = + -")
+    check_paths(values, require)
+    check_features(values, require)
     return problems
+
+
+def check_paths(values, require):
+    if {"BATCH_TOKENS", "POOLING"} & set(values) and "DATASET_PATH" in values:  # the stages that read the dataset
+        require(os.path.isfile(values["DATASET_PATH"]), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
+                "give your data with --dataset-path FILE.jsonl")
+    if values.get("OUTPUT_DIR"):
+        nearest = values["OUTPUT_DIR"]
+        while not os.path.lexists(nearest) and os.path.dirname(nearest) != nearest:
+            nearest = os.path.dirname(nearest)
+        require(os.path.isdir(nearest), "OUTPUT_DIR", f"{nearest} is no folder", "choose another --output-dir")
+
+
+def check_features(values, require):
+    """M, K, AUX_K and the prefixes against each other."""
+    if not {"M", "K", "AUX_K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES"} <= set(values):
+        return
+    m, k, prefixes = values["M"], values["K"], values["MATRYOSHKA_PREFIXES"]
+    require(k <= m, "K", f"{k} active features of only M={m}", f"lower --k or raise --m to at least {k}")
+    require((values["AUX_K"] or 0) <= m, "AUX_K", f"{values['AUX_K']} is more than M={m}", "lower --aux-k")
+    if values["USE_MATRYOSHKA"]:
+        rising = len(prefixes) > 0 and prefixes[0] >= 1 and all(a < b for a, b in zip(prefixes, prefixes[1:]))
+        require(rising, "MATRYOSHKA_PREFIXES", f"{prefixes} do not rise from 1 or more", "give for example 64,256")
+        require(not rising or prefixes[-1] == m, "MATRYOSHKA_PREFIXES", f"the last of {prefixes} is not M={m}",
+                f"give for example --matryoshka-prefixes {max(1, m // 4)},{m}, or --no-use-matryoshka")

@@ -64,7 +64,9 @@ def run_stage(main):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except StageError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

@@ -164,9 +164,9 @@ def test_a_seed_that_torch_refuses(refused, seed):
 
 @pytest.mark.parametrize("flags", [
     ["--k", "256"], ["--no-use-matryoshka", "--m", "300"], ["--m", "512", "--matryoshka-prefixes", "128,512"],
-    ["--matryoshka-prefixes", "256"], ["--matryoshka-prefixes", "1,256"], ["--device", "cuda:1"], ["--device", "mps"], ["--max-norm-ratio", "none"],
-    ["--clip-grad", "none"], ["--aux-k", "0"], ["--aux-k", "256"], ["--max-examples", "2"], ["--batch-size", "2"], ["--layer-idx", "1"],
-    ["--run-name", "a-1.b=2_c+"]])
+    ["--matryoshka-prefixes", "256"], ["--matryoshka-prefixes", "1,256"], ["--device", "cuda:1"], ["--device", "mps"],
+    ["--max-norm-ratio", "none"], ["--clip-grad", "none"], ["--aux-k", "0"], ["--aux-k", "256"], ["--max-examples", "2"],
+    ["--batch-size", "2"], ["--layer-idx", "1"], ["--run-name", "a-1.b=2_c+"]])
 def test_possible_settings_pass(flags):
     assert "flag" in config.resolve(*STAGES, argv=flags).source.values()
 
