@@ -53,7 +53,8 @@ def main():
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     metadata = artifacts.new_metadata("sae", settings.select([*own, "SEED"]), {"activations": source["fingerprint"]}, activations=source)
 
-    from fastsae.autoencoder import checkpoint_name  # after the settings: loading torch takes seconds
+    from fastsae.autoencoder import checkpoint_name, save_sae  # after the settings: loading torch takes seconds
+    from fastsae.language_model import choose_device
 
     path = settings.run_dir / checkpoint_name(settings.M, settings.K, prefixes)
     metrics_path = settings.run_dir / "metrics.json"
@@ -63,15 +64,14 @@ def main():
 
     print(f"activations: {source['model_name']}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
+    device = choose_device(settings.DEVICE)
     tokens = Tokens(settings)
     print(f"training on {len(tokens.train):,} tokens, validating on {len(tokens.validation):,} of {int(tokens.is_validation.sum())} other "
           f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks")
     state_path = path.with_suffix(".resume.pt")
-    sae, history, timing = train(tokens, prefixes, settings, state_path, metadata["fingerprint"])
+    sae, history, timing = train(tokens, prefixes, settings, device, state_path, metadata["fingerprint"])
     metrics = final_metrics(sae, tokens, history)
     metadata.update(max_norm=tokens.max_norm, validation_examples=np.flatnonzero(tokens.is_validation).tolist(), metrics=metrics)
-
-    from fastsae.autoencoder import save_sae
 
     save_sae(path, sae, metadata)
     artifacts.write_json(metrics_path, {"checkpoint": path.name, **metrics, **timing})
@@ -110,15 +110,13 @@ class Tokens:
                              "validation. give more examples, or longer ones.")
 
 
-def train(tokens, prefixes, settings, state_path, fingerprint):
+def train(tokens, prefixes, settings, device, state_path, fingerprint):
     """(the best autoencoder on validation, one dict per epoch, timing)."""
     import torch
     from tqdm import tqdm
 
-    from fastsae.language_model import choose_device
     from fastsae.training_run import TrainingRun, learning_rate_factor
 
-    device = choose_device(settings.DEVICE)
     config_of_sae = {
         "input_dim": tokens.activations.shape[1], "m_total_neurons": settings.M, "k_active_neurons": settings.K, "prefix_lengths": prefixes,
         "aux_k": 2 * settings.K if settings.AUX_K is None else settings.AUX_K, "use_batch_topk": settings.USE_BATCH_TOPK,
