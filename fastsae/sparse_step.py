@@ -18,6 +18,7 @@ import torch
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 TINY = 1e-12       # floor of a batch's variance, so that constant batches divide by something
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 BLOCK_ROWS = 512   # rows of pre-activations at a time on a CPU: 512 x 4,608 floats are 9 MB
 
 
@@ -101,13 +102,18 @@ def top_columns(pre, k):
 
 
 def _blocks(sae, x_centred, dtype):
-    """(first row, pre-activations) of consecutive blocks of rows; the memory is used again for the next block."""
-    n, size = len(x_centred), len(x_centred) if x_centred.is_cuda else BLOCK_ROWS
+    """(first row, pre-activations) of consecutive blocks of rows."""
+    size = len(x_centred) if x_centred.is_cuda else BLOCK_ROWS
     weight, bias, x = (tensor.detach().to(dtype) for tensor in (sae.encoder.weight, sae.neuron_bias, x_centred))
-    buffer = torch.empty(min(size, n), len(bias), dtype=dtype, device=x.device)
-    for first in range(0, n, size):
-        rows = x[first:first + size]
-        yield first, torch.addmm(bias, rows, weight.t(), out=buffer[:len(rows)])
+    for first in range(0, len(x), size):
+        yield first, linear(x[first:first + size], weight, bias)
+
+
+def linear(x, weight, bias):
+    """x @ weight.T + bias. On a CPU by oneDNN where PyTorch has it, twice as fast as MKL on processors that are not Intel's."""
+    if x.device.type != "cpu" or not HAS_ONEDNN:
+        return torch.addmm(bias, x, weight.t())
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def active_entries(sae, x_centred, *, training, select=torch.float32):
