@@ -69,7 +69,7 @@ def named_checkpoint(run_dir):
     path = run_dir / "metrics.json"
     try:
         return run_dir / json.loads(path.read_text())["checkpoint"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: not found. run train_sae.py first, or check --run-name and --output-dir.") from None
     except (ValueError, KeyError, TypeError):
         raise EnvironmentFailure(f"{path}: damaged. run train_sae.py again.") from None
@@ -102,7 +102,7 @@ class Features:
 
         self.statistics, self.settings = feature_statistics, settings
         data = artifacts.read_npz(settings.activations_path, made_by="extract_activations.py")
-        source = artifacts._metadata_from(str(data["metadata"]), settings.activations_path, "extract_activations.py")
+        source = artifacts.metadata_of(data, settings.activations_path)
         if source["fingerprint"] != sae_meta["inputs"]["activations"]:
             raise InputError(f"{checkpoint_path}: was trained on other activations than {settings.activations_path}. run train_sae.py.")
         if artifacts.file_sha256(settings.DATASET_PATH) != source["inputs"]["dataset"]:

@@ -144,7 +144,8 @@ class Forward:
                 event.record()
             return [(batch, rows, event)]
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)):
+            if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+                    or "not enough memory" in str(error)):
                 raise
         if len(batch) == 1:  # outside the handler, so that the failed pass's memory is free
             raise self._own(EnvironmentFailure(f"MAX_LENGTH: an example of {self.table.lengths[batch[0]]} tokens does not fit into memory on "
