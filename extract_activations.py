@@ -56,7 +56,8 @@ def main():
         language_model.check_layer(model_config, max(metadata), settings.MODEL_NAME)
         table, counts = read_tokens(settings, dataset_path, language_model.load_tokenizer(settings.MODEL_NAME, **source))
         n_shared = 0 if settings.PROCESSING == "block" else mark_shared_prefix(table)
-        extraction.require_disk_space(settings.activations_path, len(table.ids) * model_config.hidden_size * len(metadata), settings.STORAGE_DTYPE)
+        n_values = len(table.ids) * model_config.hidden_size * len(metadata)
+        extraction.require_disk_space(settings.activations_path, n_values, settings.STORAGE_DTYPE)
 
         device = world.device(language_model.choose_device(settings.DEVICE))
         model = language_model.ResidualModel(settings.MODEL_NAME, metadata, device=device,

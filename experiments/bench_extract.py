@@ -33,8 +33,8 @@ def main():
     parser.add_argument("--dataset-path", default=str(PROJECT / "data" / "cognitive_actions.jsonl"))
     parser.add_argument("--layer", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--examples", type=int, default=48, help="examples of a round of the batched methods")
-    parser.add_argument("--slow-examples", type=int, default=16, help="of these, how many the one-at-a-time methods take")
+    parser.add_argument("--examples", type=int, default=32, help="examples of a round of the sorted methods")
+    parser.add_argument("--slow-examples", type=int, default=8, help="examples of a round of the one-at-a-time methods")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=("smollm2", "8b"), default="smollm2")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of stage 1 for the dataset and for ten times as much")
@@ -46,13 +46,14 @@ def main():
         model_name = MODEL if args.shape == "smollm2" else random_model(Path(folder))
         result = {"n_examples": len(table.lengths), "n_tokens": len(table.ids)}
         for dtype in (torch.float32, torch.bfloat16):
-            result[str(dtype).removeprefix("torch.")] = compare(args, table, model_name, dtype)
-    result["ours_bfloat16_over_seeds_float32"] = result["bfloat16"]["tokens_per_second"]["ours"] / result["float32"]["tokens_per_second"]["seeds_loop"]
+            name = str(dtype).removeprefix("torch.")
+            result[name] = compare(args, table, model_name, dtype)
+            print(name, {k: round(v, 2) for k, v in {**result[name]["tokens_per_second"], **result[name]["ratios"]}.items()}, flush=True)
+    speeds = {name: result[name]["tokens_per_second"] for name in ("float32", "bfloat16")}
+    result["ours_bfloat16_over_seeds_float32"] = speeds["bfloat16"]["ours"] / speeds["float32"]["seeds_loop"]
     result["tokenise_tokens_per_second"] = tokenise_speed(args.dataset_path, tokenizer)
     if args.memory:
         result["peak_memory_mb"] = memory(args.dataset_path)
-    for dtype in ("float32", "bfloat16"):
-        print(dtype, {name: round(value, 2) for name, value in {**result[dtype]["tokens_per_second"], **result[dtype]["ratios"]}.items()})
     print(f"ours in bfloat16 over the seeds' loop in float32: {result['ours_bfloat16_over_seeds_float32']:.1f}")
     write_result(args.name, vars(args), result)
 
@@ -84,11 +85,12 @@ def compare(args, table, model_name, dtype):
     """Median tokens a second of each method at one dtype, and what the matrix products alone would allow."""
     import transformers
 
-    many, few = sample(table, args.examples), sample(table, args.slow_examples)
+    many, few, sixteen = sample(table, args.examples), sample(table, args.slow_examples), sample(table, 16)
     n_shared = mark_shared_prefix(many)
     batch_tokens = extraction.BATCH_TOKENS[args.device.partition(":")[0]]
     whole = transformers.AutoModelForCausalLM.from_pretrained(language_model.locate(model_name), dtype=dtype).to(args.device).eval()
-    cut, fast = (language_model.ResidualModel(model_name, args.layer, device=args.device, dtype=dtype, exact_twin=exact) for exact in (True, False))
+    cut, fast = (language_model.ResidualModel(model_name, args.layer, device=args.device, dtype=dtype, exact_twin=exact)
+                 for exact in (True, False))
 
     def ours(model, prefix, order=None):
         forward = extraction.Forward(model, many, n_shared=prefix, batch_tokens=batch_tokens, storage_dtype="float16", dataset_name="d",
@@ -97,7 +99,7 @@ def compare(args, table, model_name, dtype):
 
     methods = {
         "seeds_loop": (few, lambda: [whole_model(whole, ids, args) for ids in rows(few)]),
-        "padded_batches_of_16": (many, lambda: padded_batches(whole, many, args)),
+        "padded_batches_of_16": (sixteen, lambda: padded_batches(whole, sixteen, args)),
         "one_at_a_time_cut": (few, lambda: [cut(ids[None])[args.layer][0].float().cpu().numpy() for ids in rows(few)]),
         "sorted_batches_cut": (many, ours(cut, 0)),
         "and_cpu_kernels": (many, ours(fast, 0)),
@@ -130,8 +132,8 @@ def rows(table):
 def whole_model(model, ids, args):
     """The seeds' way: one text, the whole model, all hidden states, of which one is kept."""
     with torch.no_grad():
-        out = model(input_ids=ids[None].to(args.device), attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=args.device),
-                    output_hidden_states=True)
+        ids = ids[None].to(args.device)
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
     return out.hidden_states[args.layer][0].float().cpu().numpy()
 
 
@@ -143,7 +145,8 @@ def padded_batches(model, table, args):
         ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in batch], batch_first=True)
         with torch.no_grad():
-            hidden = model(input_ids=ids.to(args.device), attention_mask=mask.to(args.device), output_hidden_states=True).hidden_states[args.layer]
+            out = model(input_ids=ids.to(args.device), attention_mask=mask.to(args.device), output_hidden_states=True)
+        hidden = out.hidden_states[args.layer]
         [h[:len(t)].float().cpu().numpy() for h, t in zip(hidden, batch)]
 
 
@@ -201,8 +204,9 @@ def memory(path):
             data.write_text((text if text.endswith("\n") else text + "\n") * times, encoding="utf-8")
             code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
                     "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-            done = subprocess.run([sys.executable, "-c", code, sys.executable, str(PROJECT / "extract_activations.py"), "--dataset-path", str(data),
-                                   "--output-dir", f"{folder}/{times}", "--layer-idx", "1", "--device", "cpu"], capture_output=True, text=True, check=True)
+            stage = [sys.executable, str(PROJECT / "extract_activations.py"), "--dataset-path", str(data), "--output-dir",
+                     f"{folder}/{times}", "--layer-idx", "1", "--device", "cpu"]
+            done = subprocess.run([sys.executable, "-c", code, *stage], capture_output=True, text=True, check=True)
             peaks[f"dataset_x{times}"] = round(int(done.stdout.split()[-1]) / 1e3, 1)
     return peaks
 

@@ -66,7 +66,8 @@ class GatedMlp(nn.Module):
 
     def __init__(self, mlp):
         super().__init__()
-        gate, up, down = (linear.weight.detach() for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))  # (hidden, d), (hidden, d), (d, hidden)
+        # (hidden, d), (hidden, d), (d, hidden)
+        gate, up, down = (linear.weight.detach() for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         order = (gate.float().norm(dim=1) * up.float().norm(dim=1) * down.float().norm(dim=0)).argsort(stable=True)
         self.gate, self.up, self.down = packed(gate[order]), packed(up[order]), packed(down[:, order])
 

@@ -148,8 +148,8 @@ class Forward:
                     or "not enough memory" in str(error)):
                 raise
         if len(batch) == 1:  # outside the handler, so that the failed pass's memory is free
-            raise self._own(EnvironmentFailure(f"MAX_LENGTH: an example of {self.table.lengths[batch[0]]} tokens does not fit into memory on "
-                                               f"{self.model.device}. lower --max-length."))
+            raise self._own(EnvironmentFailure(f"MAX_LENGTH: an example of {self.table.lengths[batch[0]]} tokens does not fit into "
+                                               f"memory on {self.model.device}. lower --max-length."))
         print(f"out of memory: BATCH_TOKENS {self.batch_tokens} -> {self.batch_tokens // 2}", flush=True)
         self.batch_tokens //= 2
         if self.model.device.startswith("cuda"):
@@ -230,7 +230,8 @@ def extract_parts(forward, chunks, folder, plan, world):
 
     paths = [folder / f"part-{plan}-{i:05}.npz" for i in range(len(chunks))]
     n_tokens = [int(forward.table.lengths[first:last].sum()) for first, last in chunks]
-    with tqdm(total=sum(n_tokens), unit="token", unit_scale=True, desc="extracting", mininterval=1, disable=True if world.rank else None) as bar:
+    with tqdm(total=sum(n_tokens), unit="token", unit_scale=True, desc="extracting", mininterval=1,
+              disable=True if world.rank else None) as bar:
         missing = []
         for i, path in enumerate(paths):
             if path.exists():

@@ -138,7 +138,8 @@ def identity(path):
         sha = huggingface_hub.HfApi().dataset_info(name, revision=revision or None, timeout=30).sha
     except Exception as error:  # the hub's client raises types of several libraries
         if type(error).__name__ in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "HFValidationError"):
-            raise InputError(f"DATASET_PATH: {path} is not on the hub, or not open to you. check its name, or run: hf auth login.") from None
+            raise InputError(f"DATASET_PATH: {path} is not on the hub, or not open to you. check its name, or run: hf auth login."
+                             ) from None
         raise EnvironmentFailure(f"DATASET_PATH: {path}: the hub cannot be reached ({type(error).__name__}). connect, or give a local "
                                  "file with --dataset-path FILE.jsonl.") from None
     return f"{HUB}{name}@{sha}", f"{HUB}{name}@{sha}"
@@ -155,7 +156,8 @@ def hub_rows(path):
         yield from enumerate(datasets.load_dataset(name, revision=revision or None, split="train", streaming=True), 1)
     except Exception as error:  # as above
         brief = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise EnvironmentFailure(f"DATASET_PATH: {path} could not be read ({brief}). connect and check its name, or give a local file.") from None
+        raise EnvironmentFailure(f"DATASET_PATH: {path} could not be read ({brief}). connect and check its name, or give a local file."
+                                 ) from None
 
 
 class Deduplicator:

@@ -53,8 +53,8 @@ def llama(tiny):
 @pytest.fixture
 def extract(tmp_path, run_main, dataset, llama):
     def run(*flags, out="out", data=dataset, model=llama):
-        return run_main("extract_activations", "--dataset-path", data, "--output-dir", tmp_path / out, "--model-name", model, "--device", "cpu",
-                        "--layer-idx", 2, "--chunk-tokens", 200, "--storage-dtype", "float32", *flags)
+        return run_main("extract_activations", "--dataset-path", data, "--output-dir", tmp_path / out, "--model-name", model,
+                        "--device", "cpu", "--layer-idx", 2, "--chunk-tokens", 200, "--storage-dtype", "float32", *flags)
     return run
 
 
@@ -102,7 +102,8 @@ def test_shared_prefix_and_cpu_kernels_equal_the_whole_model_one_at_a_time(tmp_p
     data = activations_of(tmp_path / "out")
     assert json.loads(str(data["metadata"]))["n_shared_prefix"] == 24
     twin = language_model.ResidualModel(str(folder), 2, dtype=torch.float32, exact_twin=True)
-    rows = [twin(torch.tensor(ids[None].astype(np.int64)))[2][0] for ids in np.split(data["token_ids"], np.cumsum(data["seq_lengths"])[:-1])]
+    examples = np.split(data["token_ids"], np.cumsum(data["seq_lengths"])[:-1])
+    rows = [twin(torch.tensor(ids[None].astype(np.int64)))[2][0] for ids in examples]
     assert relative_errors(data["activations"], torch.cat(rows)).max() <= 1e-5
 
 
@@ -112,7 +113,8 @@ def test_fast_path_of_the_embedded_model(smol_tokenizer, dtype, bound, median):
     examples = list(stream_examples(PROJECT / "data" / "cognitive_actions.jsonl", max_examples=8))
     table = tokenise(examples, ChatTokenizer(smol_tokenizer, max_length=512))
     fast, twin = (language_model.ResidualModel("SmolLM2-135M-Instruct", (6, 12), dtype=dtype, exact_twin=exact) for exact in (False, True))
-    found = extraction.Forward(fast, table, n_shared=24, batch_tokens=600, storage_dtype="float32", dataset_name="d").chunk(0, 8, lambda n: None)
+    forward = extraction.Forward(fast, table, n_shared=24, batch_tokens=600, storage_dtype="float32", dataset_name="d")
+    found = forward.chunk(0, 8, lambda n: None)
     ids = np.split(table.ids, np.cumsum(table.lengths)[:-1])
     for layer in (6, 12):
         expected = torch.cat([twin(torch.tensor(i[None].astype(np.int64)))[layer][0].float() for i in ids])
@@ -229,7 +231,8 @@ def test_block_mode_joins_the_examples(tmp_path, extract, llama):
     assert extract() == 0 and extract("--processing", "block", "--block-length", 64, out="blocks") == 0
     single, blocks = activations_of(tmp_path / "out"), activations_of(tmp_path / "blocks")
     n = len(blocks["token_ids"])
-    assert set(blocks["seq_lengths"]) == {64} and np.array_equal(blocks["token_ids"], single["token_ids"][:n]) and len(single["token_ids"]) - n < 64
+    assert set(blocks["seq_lengths"]) == {64} and np.array_equal(blocks["token_ids"], single["token_ids"][:n])
+    assert len(single["token_ids"]) - n < 64
     metadata = json.loads(str(blocks["metadata"]))
     assert metadata["settings"]["PROCESSING"] == "block" and metadata["settings"]["BLOCK_LENGTH"] == 64 and metadata["n_shared_prefix"] == 0
     assert metadata["n_left_over"] == len(single["token_ids"]) - n
@@ -266,7 +269,8 @@ def test_duplicates_by_hand():
     assert seen.is_new(example(" ".join(words[11:30] + ["x"])))           # 19 words in common
     assert not seen.is_new(example("y " + " ".join(words[10:30]).upper()))  # 20
     assert seen.is_new(example(" ".join(words[30:50])))
-    assert not seen.is_new(Example(1, [{"role": "user", "content": " ".join(words[30:40])}, {"role": "assistant", "content": " ".join(words[40:50])}]))
+    assert not seen.is_new(Example(1, [{"role": "user", "content": " ".join(words[30:40])},  # across turns, too
+                                       {"role": "assistant", "content": " ".join(words[40:50])}]))
     assert seen.is_new(example("too short")) and seen.is_new(example("too short"))
     assert seen.n_dropped == 2
 
@@ -329,8 +333,9 @@ def test_kills_at_random_times_change_no_byte(dataset, llama):
 
 
 def torchrun(*flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-endpoint", "localhost:0",
-               PROJECT / "extract_activations.py", "--device", "cpu", "--layer-idx", "2", "--chunk-tokens", "200", "--storage-dtype", "float32", *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-endpoint",
+               "localhost:0", PROJECT / "extract_activations.py", "--device", "cpu", "--layer-idx", "2", "--chunk-tokens", "200",
+               "--storage-dtype", "float32", *flags]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
