@@ -244,10 +244,11 @@ def _has_type(value, kind):
 
 AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATCH_TOKENS": 1, "CHUNK_TOKENS": 1, "M": 1, "K": 1, "AUX_K": 0,
             "AUX_COEF": 0, "DEAD_AFTER_STEPS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
-            "N_LLM_WORKERS": 1}
+            "N_LLM_WORKERS": 1, "N_REPORT_FEATURES": 1, "N_SCORED_FEATURES": 0, "N_FIDELITY_EXAMPLES": 0, "N_HYPOTHESES": 1}
 ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0}
 CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"),
-           "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference")}
+           "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference"),
+           "LLM_PROTOCOL": ("both", "contrastive", "fast"), "SELECTION_METHOD": ("separation_score", "correlation", "lasso")}
 
 
 def check_values(values):
@@ -277,6 +278,8 @@ def check_values(values):
             "use letters, digits and . _ = + -")
     if "VALIDATION_FRACTION" in values:
         require(values["VALIDATION_FRACTION"] < 1, "VALIDATION_FRACTION", "nothing is left to train on", "give a part such as 0.1")
+    if "TARGET_FIELD" in values:
+        check_interpretation(values, require)
     if "M" in values:
         m, k, prefixes = values["M"], values["K"], values["MATRYOSHKA_PREFIXES"]
         require(k <= m, "K", f"{k} active features of only M={m}", f"lower --k or raise --m to at least {k}")
@@ -287,3 +290,13 @@ def check_values(values):
             require(not rising or prefixes[-1] == m, "MATRYOSHKA_PREFIXES", f"the last of {prefixes} is not M={m}",
                     f"give for example --matryoshka-prefixes {max(1, m // 4)},{m}, or --no-use-matryoshka")
     return problems
+
+
+def check_interpretation(values, require):
+    """The rules of stage 3's own settings."""
+    require(not values["TARGET_VALUE"] or values["TARGET_FIELD"] or values["LABEL_FIELD"], "TARGET_VALUE", "no field is named that could have it",
+            "name one with --target-field")
+    n = values["N_FIDELITY_EXAMPLES"]
+    require(n == 0 or n >= 6, "N_FIDELITY_EXAMPLES", f"{n} are too few to test a label", "give 6 or more, or 0 for no test")
+    name = values["NEURONPEDIA_SET"]
+    require(name is None or re.fullmatch(r"[\w.-]*\w", name), "NEURONPEDIA_SET", f"{name!r} is no name of a set", "use letters, digits and . _ -")
