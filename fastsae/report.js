@@ -29,6 +29,15 @@ function drawing(tag, properties, ...children) {
 const percent = x => x === 0 ? "0 %" : x < 0.001 ? `${(100 * x).toPrecision(1)} %` : `${(100 * x).toFixed(x < 0.1 ? 1 : 0)} %`;
 const round = (x, digits = 2) => x === null || x === undefined ? "–" : x.toFixed(digits);
 const visible = text => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍");
+const isMixed = f => f.label.startsWith("mixed contexts");
+
+// A label made of tokens as chips, one by a language model as it stands.
+function labelNodes(f, brief) {
+  if (f.byLlm || f.dead || !f.tokens.length) return [labelOf(f)];
+  const chips = f.tokens.slice(0, 4).map(([name]) => make("span", { class: "chip" }, visible(name)));
+  return isMixed(f) ? [make("span", { class: "mixed" }, brief ? "mixed " : "mixed contexts, some of "), ...chips] : chips;
+}
+
 const labelOf = f => f.label || (f.dead ? "never fires here" : "no label");
 
 // Texts with their activations
@@ -38,10 +47,15 @@ function tokenNode(text, kind, value, max, isPeak, breaks) {
   if (kind === "t" || kind === "p") inner = text.trim() ? make("span", { class: "special" }, visible(text)) : newlines(text, breaks);
   else if (/[\n\t\r]/.test(text)) inner = newlines(text, breaks);
   if (!value) return kind === "p" && typeof inner !== "string" ? make("span", { class: "out" }, inner) : inner;
-  const node = make("mark", { class: isPeak ? "peak" : null, "data-value": value }, text === " " ? "␠" : inner);
+  const space = typeof inner === "string" && text.trim() ? /^ */.exec(text)[0] : "";  // shade the word, not the gap before it
+  const node = make("mark", { class: isPeak ? "peak" : null, "data-value": value, "data-text": text },
+    text === " " ? "␠" : space ? text.slice(space.length) : inner);
   node.style.setProperty("--a", Math.min(1, value / max).toFixed(3));
   node.dataset.share = Math.round(100 * value / max);
-  return node;
+  if (!space) return node;
+  const both = document.createDocumentFragment();
+  both.append(space, node);
+  return both;
 }
 
 function newlines(text, breaks) {
@@ -74,11 +88,11 @@ function tokens(feature, example, { width = WINDOW, whole = false, className = "
 
 function row(f) {
   const example = f.examples[0];
-  const label = make("div", { class: `label${f.byLlm ? " by-llm" : ""}${f.label.startsWith("mixed contexts") ? " mixed" : ""}`, title: f.label }, labelOf(f));
+  const label = make("div", { class: `label${f.byLlm ? " by-llm" : ""}`, title: f.label }, ...labelNodes(f, true));
   return make("li", {}, make("a", { class: `row${f.dead ? " dead" : ""}`, href: `#feature=${f.id}`, "data-id": f.id },
-    make("span", { class: "id number" }, String(f.id)),
+    make("span", { class: "id number" }, String(f.id), make("span", { class: "under" }, f.level)),
     make("div", {}, label, example ? tokens(f, example, { width: 9, className: "snippet" }) : null),
-    make("span", { class: "figure number right of-density" }, percent(f.density), make("span", { class: "under" }, f.level)),
+    make("span", { class: "figure number right of-density" }, percent(f.density)),
     make("span", { class: "figure number right of-auc", title: f.category }, round(f.auc), make("span", { class: "under" }, f.category || "")),
     make("span", { class: "figure right of-score" }, f.score ? dots(f.score) : "–",
       make("span", { class: "under number" }, f.f1 === null ? "" : `F1 ${round(f.f1)}`))));
@@ -173,7 +187,7 @@ function exampleNode(f, example) {
 }
 
 function fact(name, value, note) {
-  return make("div", {}, make("dt", {}, name), make("dd", { class: "number" }, value, note ? make("small", {}, " " + note) : null));
+  return make("div", {}, make("dt", {}, name), make("dd", { class: "number" }, value, note ? make("small", {}, note) : null));
 }
 
 function origin(f) {
@@ -192,13 +206,13 @@ function panel(f) {
   const groups = [["Strongest examples", "the darker, the stronger; hover for the value", f.examples.filter(e => e.quantile === null)],
     ["Ordinary examples", "at five percentiles of its strongest activation per example", f.examples.filter(e => e.quantile !== null)]];
   $("panel").replaceChildren(
-    make("div", { class: "crumbs" }, make("a", { class: "back", href: "#" }, "← all features"), make("span", {}, `Feature ${f.id}${f.level ? " · " + f.level : ""}`),
+    make("div", { class: "crumbs" }, make("a", { class: "back", href: "#" }, "← all"), make("span", {}, `Feature ${f.id}${f.level ? " · " + f.level : ""}`),
       make("span", { class: "step" }, before === undefined || i < 0 ? null : make("a", { href: `#feature=${before}` }, "↑ previous"), after === undefined || i < 0 ? null : make("a", { href: `#feature=${after}` }, "↓ next"))),
-    make("h2", {}, labelOf(f)), origin(f),
+    make("h2", {}, ...labelNodes(f)), origin(f),
     ...(f.dead ? [] : [
       make("dl", { class: "facts" }, fact("fires on", percent(f.density), "of the tokens"), fact("strongest", f.max.toFixed(1), `mean ${f.mean.toFixed(1)}`),
         f.score ? fact("LLM score", dots(f.score), `${f.score} of 5`) : null,
-        f.auc === null ? null : fact(`AUC for ${f.category}`, round(f.auc), `mean pooling ${round(f.aucMean)}${data.chance ? `; by chance up to ${round(data.chance)}` : ""}`),
+        f.auc === null ? null : fact(`AUC for ${f.category}`, round(f.auc), data.chance ? `by chance up to ${round(data.chance)}` : null),
         fact("on template tokens", percent(f.special), "of its activation")),
       ...groups.filter(([, , list]) => list.length).flatMap(([name, note, list]) => [make("h3", {}, name, make("small", {}, note)), ...list.map(e => exampleNode(f, e))]),
       make("div", { class: "two" },
@@ -219,7 +233,7 @@ function panel(f) {
 function show() {
   const wanted = /^#feature=(\d+)$/.exec(location.hash), isRun = location.hash === "#run";
   const f = wanted ? byId.get(Number(wanted[1])) : null;
-  $("features").hidden = isRun; $("run").hidden = !isRun;
+  $("features").hidden = isRun; $("run-page").hidden = !isRun;
   document.body.dataset.view = isRun ? "run" : f ? "feature" : "index";
   for (const link of document.querySelectorAll(".top nav a")) link.toggleAttribute("aria-current", (link.hash === "#run") === isRun);
   if (isRun) return;
@@ -249,7 +263,7 @@ addEventListener("pointerover", event => {
   const mark = event.target.closest?.("mark[data-value]");
   tip.hidden = !mark;
   if (!mark) return;
-  tip.textContent = `${visible(mark.textContent)}  ${Number(mark.dataset.value).toFixed(1)}  (${mark.dataset.share} % of its maximum)`;
+  tip.textContent = `${visible(mark.dataset.text)}  ${Number(mark.dataset.value).toFixed(1)}  (${mark.dataset.share} % of its maximum)`;
   const box = mark.getBoundingClientRect();
   tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - 230))}px`;
   tip.style.top = `${box.top > 34 ? box.top - 30 : box.bottom + 6}px`;

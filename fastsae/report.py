@@ -38,7 +38,7 @@ def render(evidence, rows, shown, lens, run):
         title=run["title"], subtitle=run["subtitle"], story=run["story"], notice=run["notice"], tables=run["tables"],
         charts=[chart for chart in run["charts"] if chart], style=Markup(style), script=Markup(script), style_hash=csp_hash(style),
         script_hash=csp_hash(script), has_auc=has["has_auc"], has_score=has["has_score"], has_llm=any(r["label_source"] not in ("", "tokens") for r in alive),
-        levels=[(level, level) for level in sorted({row["matryoshka_level"] for row in alive} - {""})],
+        has_dead=len(alive) < len(shown), levels=[(level, level) for level in sorted({row["matryoshka_level"] for row in alive} - {""})],
         categories=[(c, c) for c in sorted({row["best_category"] for row in alive} - {""})],
         data=Markup(embed(report_data(evidence, rows, shown, lens, order, run["chance"]))))
 

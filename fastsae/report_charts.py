@@ -28,9 +28,12 @@ def compact(value):
     return f"{value:.2g}" if abs(value) < 10 else f"{value:.3g}"
 
 
-def bars(title, note, counts, labels, *, shown=None, cool=()):
-    """One bar per count; `labels` under them (None = no label), `shown` above them; numbers in `cool` take the second colour."""
-    top, step = max([*counts, 1e-12]), (WIDTH - LEFT) / len(counts)
+def bars(title, note, counts, labels, *, shown=None, cool=(), outline=()):
+    """One bar per count; `labels` under them (None = no label), `shown` above them; numbers in `cool` take the second colour.
+
+    `outline`: other counts to compare with, drawn as dashed steps.
+    """
+    top, step = max([*counts, *outline, 1e-12]), (WIDTH - LEFT) / len(counts)
     body = [line(LEFT, HEIGHT, WIDTH, HEIGHT), text(LEFT - 6, 18, compact(top), "end")]
     for i, count in enumerate(counts):
         x, height = LEFT + i * step, (HEIGHT - 20) * count / top
@@ -41,6 +44,10 @@ def bars(title, note, counts, labels, *, shown=None, cool=()):
             body.append(text(x + step / 2, HEIGHT + 15, labels[i]))
         if shown and count:
             body.append(text(x + step / 2, HEIGHT - height - 5, shown[i], key=True))
+    if len(outline):
+        heights = [HEIGHT - (HEIGHT - 20) * count / top for count in outline]
+        points = " ".join(f"{LEFT + (i + side) * step:.1f},{y:.1f}" for i, y in enumerate(heights) for side in (0, 1))
+        body.append(f'<polyline class="guide" fill="none" points="{points}"/>')
     return chart(title, note, body)
 
 
@@ -83,5 +90,6 @@ def curves(title, note, series):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         body.append(f'<polyline class="line{" second" if i else ""}" points="{path}"/>')
         x, y = points[-1]
-        body.append(text(x, y - 7 if i == 0 else y + 15, f"{name} {compact(values[-1])}", "end", key=True))
+        highest = values[-1] >= max(other[-1] for _, other in series)
+        body.append(text(x, y - 8 if highest else y + 16, f"{name} {compact(values[-1])}", "end", key=True))
     return chart(title, note, body)

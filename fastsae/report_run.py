@@ -23,7 +23,7 @@ def describe_run(features, metadata, scored, settings, n_shown):
     history = artifacts.read_lines(features.checkpoint_path.parent / "metrics.jsonl")
     left_out = len(s.kept) - s.n_kept
     story = (f"Each of the {n_examples:,} examples of {dataset} went through {model} alone. A sparse autoencoder then learned to write the "
-             f"model's state after layer {layer} on every token as a sum of at most a few of {m:,} features; {n_alive:,} of them fire on this "
+             f"model's state after layer {layer} on every token as a sum of about {sae_meta['settings']['K']} of {m:,} features; {n_alive:,} of them fire on this "
              f"dataset. The figures count {s.n_kept:,} tokens; {left_out:,} are left out, the prefix that all examples share and attention sinks. "
              + (f"{n_llm} labels were written by {features.settings.INTERPRETER_MODEL}, the others are the features' own tokens."
                 if n_llm else "No language model was asked: every label is made of the feature's own tokens."))
@@ -78,8 +78,8 @@ def run_charts(evidence, history, max_norm, aucs, shuffled, scored):
         found = np.histogram(aucs[~np.isnan(aucs)].clip(0.3, 1), edges)[0]
         chance = np.histogram(shuffled[~np.isnan(shuffled)].clip(0.3, 1), edges)[0] * (len(aucs) / max(shuffled.size, 1))
         labels = [f"{edges[i]:.1f}" if i % 2 == 0 else None for i in range(14)]
-        both = charts.bars("Category AUC", f"features by the AUC of their best category on held-out examples; beyond 0.8: {int((aucs > .8).sum())}, under "
-                           f"shuffled labels {chance[10:].sum():.1f}", found.tolist(), labels, cool={i for i in range(14) if edges[i] >= 0.8 - 1e-9})
+        both = charts.bars("Category AUC", f"features by the AUC of their best category, on examples not used to choose it; dashed: with shuffled labels. "
+                           f"Beyond 0.8: {int((aucs > .8).sum())}, shuffled {(shuffled > .8).mean() * len(aucs):.1f}", found.tolist(), labels, cool={i for i in range(14) if edges[i] >= 0.8 - 1e-9}, outline=chance.tolist())
         result.append(both)
     if scored:
         counts = [sum(score == value for score in scored) for value in range(1, 6)]
