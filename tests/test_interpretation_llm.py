@@ -192,7 +192,10 @@ def test_the_key_is_taken_out_of_replies(tmp_path, planted, run_main, endpoint):
 
 
 def test_a_dry_run_asks_and_writes_nothing(tmp_path, planted, run_main, endpoint, capsys):
-    server = endpoint(reply=answer)
+    def distinct(prompt):  # labels differ, so no two features are validated by the same prompt
+        return completion(f"mentions {hash(prompt)}") if "POSITIVE SAMPLES" in prompt else answer(prompt)
+
+    server = endpoint(reply=distinct)
     flags = [*planted, "--n-top-neurons", 4, "--n-scored-features", 3, "--n-fidelity-examples", 12]
     assert run_main("interpret_sae", *flags, "--dry-run") == 0
     plan = capsys.readouterr().out
