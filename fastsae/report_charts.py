@@ -12,7 +12,7 @@ def chart(title, note, body):
 
 
 def text(x, y, content, anchor="middle", key=False):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{" class=key" if key else ""}>{escape(content)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{' class="key"' if key else ""}>{escape(content)}</text>'
 
 
 def line(x1, y1, x2, y2, kind="axis"):
