@@ -6,12 +6,15 @@ Edit it there, or override it for one run with a flag: `--layer-idx 18`, `--no-u
 """
 import argparse
 import ast
+import io
 import math
+import os
 import re
 import sys
 import textwrap
 import tokenize
 from pathlib import Path
+from types import MappingProxyType
 
 PRESET: str = "demo"                # which of the PRESETS below gives the settings declared without a value
 OUTPUT_DIR: str | None = None       # folder for activations/, checkpoints/ and interpretations.*; none = the project's folder
@@ -57,7 +60,7 @@ class Settings:
     """The resolved settings of one run, frozen: `settings.M`, `settings.source["M"]`, `settings.values`."""
 
     def __init__(self, values, source, owner):
-        self.__dict__.update(values=values, source=source, owner=owner)
+        self.__dict__.update(values=MappingProxyType(values), source=MappingProxyType(source), owner=MappingProxyType(owner))
 
     def __getattr__(self, name):
         if name in self.__dict__["values"]:
@@ -111,6 +114,17 @@ class Settings:
                          for source in order)
 
 
+def quiet_if_unread(main):
+    """Call `main()`; a reader of our output that leaves early, as `head` does, is no error."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
 def resolve(*scripts, argv=None):
     """Settings of config.py and of `scripts`, with flags, preset and files applied in that order of precedence.
 
@@ -120,10 +134,12 @@ def resolve(*scripts, argv=None):
     for path in (Path(__file__), *map(Path, scripts)):
         declared.update(read_settings(path))
     given, problems = parse_flags(declared, sys.argv[1:] if argv is None else argv, [Path(s).name for s in scripts])
+    unread = {problem.split(":")[0] for problem in problems}  # flags whose value is wrong: no other value stands in for them
     preset_name = given.get("PRESET", declared["PRESET"]["value"])
-    if preset_name not in PRESETS:
+    if not isinstance(preset_name, str) or preset_name not in PRESETS:
         problems.append(f"PRESET: there is no preset {preset_name!r}. choose {' or '.join(PRESETS)}.")
-    preset = PRESETS.get(preset_name, PRESETS["demo"])
+        preset_name = "demo"
+    preset = PRESETS[preset_name]
     values, source = {}, {}
     for name, setting in declared.items():
         if name in given:
@@ -132,12 +148,13 @@ def resolve(*scripts, argv=None):
             values[name], source[name] = setting["value"], setting["file"]
         else:
             values[name], source[name] = preset[name], f"preset {preset_name}"
-        if name in PATH_SETTINGS and values[name]:  # flags are relative to where the user is, files to the project
-            base = Path.cwd() if source[name] == "flag" else PROJECT
-            values[name] = str(base / Path(values[name]).expanduser())
-    wrong_type = [f"{name}: {values[name]!r} is no {setting['type']}. mend it in {setting['file']}."
-                  for name, setting in declared.items() if not _has_type(values[name], setting["type"])]
-    problems += wrong_type or check_values(values)
+        if name in PATH_SETTINGS and isinstance(values[name], str) and values[name]:
+            base = Path.cwd() if source[name] == "flag" else PROJECT  # flags are relative to where the user is, files to the project
+            values[name] = os.path.join(base, os.path.expanduser(values[name]))
+    wrong = {name: setting for name, setting in declared.items() if not _has_type(values[name], setting["type"])}
+    problems += [f"{name}: {values[name]!r} is no {setting['type']}. " + ("give another value." if source[name] == "flag" else
+                 f"mend it in {setting['file']}.") for name, setting in wrong.items()]
+    problems += check_values({name: value for name, value in values.items() if name not in wrong and name not in unread})
     if problems:
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -150,12 +167,16 @@ def read_settings(path):
     comments = {}
     with tokenize.open(path) as file:
         source = file.read()
-    with open(path, "rb") as file:
-        for token in tokenize.tokenize(file.readline):
-            if token.type == tokenize.COMMENT:
-                comments[token.start[0]] = token.string.lstrip("# ")
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        print(f"error: {Path(path).name}:{error.lineno}: {error.msg}. mend the line.", file=sys.stderr)
+        sys.exit(2)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ")
     settings = {}
-    for node in ast.parse(source).body:
+    for node in tree.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and re.fullmatch("[A-Z][A-Z0-9_]*", node.target.id):
             settings[node.target.id] = {
                 "type": ast.unparse(node.annotation), "has_value": node.value is not None,
@@ -180,9 +201,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
 
+    def print_help(self, file=None):
+        quiet_if_unread(lambda: super(_Parser, self).print_help(file))
+
 
 def parse_flags(declared, argv, scripts):
-    """({NAME: value} of the flags in `argv`, problems). `--help` lists every setting and exits."""
+    """({NAME: value} of the flags in `argv`, problems). `--help` lists every setting and exits.
+
+    A flag whose value cannot be read is left out and its name is in `problems`.
+    """
     parser = _Parser(prog=scripts[0] if len(scripts) == 1 else "run_pipeline.py", allow_abbrev=False,
                      usage="%(prog)s [--setting value ...]",
                      description="Every setting is a constant at the top of the file named; a flag overrides it for one run.",
@@ -196,22 +223,36 @@ def parse_flags(declared, argv, scripts):
             group.add_argument(f"--{flag_name(name)}", dest=name, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS)
         else:
             kind = setting["type"].replace(" | None", " or none").replace("tuple[int, ...]", "int,int,...")
-            group.add_argument(f"--{flag_name(name)}", dest=name, metavar=kind.upper().replace("OR NONE", "or none"),
+            group.add_argument(f"--{flag_name(name)}", dest=name, metavar=kind.upper().replace("OR NONE", "or none"), nargs="?",
                                help=text, default=argparse.SUPPRESS)
     try:
-        raw, unknown = parser.parse_known_args(argv)
+        raw, unknown = parser.parse_known_args(_joined(argv))
     except ValueError as error:
         return {}, [f"command line: {error}. see --help."]
     problems = [f"{flag}: no such setting. see --help for all of them." for i, flag in enumerate(unknown)
                 if flag.startswith("-") or i == 0 or not unknown[i - 1].startswith("--")]  # not the value of an unknown flag
     given = {}
     for name, text in vars(raw).items():
+        if text is None:
+            problems.append(f"{name}: no value is given. for example --{flag_name(name)} {_example_of(declared[name])}.")
+            continue
         try:
             given[name] = parse_value(text, declared[name]["type"])
         except ValueError:
             problems.append(f"{name}: {text!r} is no {declared[name]['type']}. for example --{flag_name(name)} "
                             f"{_example_of(declared[name])}.")
     return given, problems
+
+
+def _joined(argv):
+    """`--flag -1` as `--flag=-1`: argparse takes a value that begins with '-' only so."""
+    joined = []
+    for word in argv:
+        if joined and re.match(r"-[\d.]", word) and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _example_of(setting):
@@ -244,15 +285,18 @@ def _has_type(value, kind):
 
 AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATCH_TOKENS": 1, "CHUNK_TOKENS": 1, "M": 1, "K": 1, "AUX_K": 0,
             "AUX_COEF": 0, "DEAD_AFTER_STEPS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
-            "N_LLM_WORKERS": 1, "N_REPORT_FEATURES": 1, "N_SCORED_FEATURES": 0, "N_FIDELITY_EXAMPLES": 0, "N_HYPOTHESES": 1}
-ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0}
+            "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0, "N_REPORT_FEATURES": 1, "N_SCORED_FEATURES": 0, "N_FIDELITY_EXAMPLES": 0, "N_HYPOTHESES": 1}
+ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0, "SAVE_EVERY": 0,
+         "LR_DECAY_FRACTION": 0}
+AT_MOST = {"SEED": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "LR_DECAY_FRACTION": 1}
 CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"),
            "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference"),
+           "SELECT_DTYPE": ("float32", "bfloat16"), "LR_SCHEDULE": ("constant", "linear", "cosine"),
            "LLM_PROTOCOL": ("both", "contrastive", "fast"), "SELECTION_METHOD": ("separation_score", "correlation", "lasso")}
 
 
 def check_values(values):
-    """Every impossible value or combination among `values`, one line each with its remedy."""
+    """Every impossible value or combination among `values`, one line each with its remedy; names that are left out pass."""
     problems = []
 
     def require(ok, name, what, remedy):
@@ -265,38 +309,54 @@ def check_values(values):
     for name, bound in ABOVE.items():
         if values.get(name) is not None:
             require(values[name] > bound, name, f"{values[name]} is not above {bound}", f"give more than {bound}")
+    for name, most in AT_MOST.items():
+        if values.get(name) is not None:
+            require(values[name] <= most, name, f"{values[name]} is above {most}", f"give {most} or less")
     for name, allowed in CHOICES.items():
         if name in values:
             require(values[name] in allowed, name, f"{values[name]!r} is unknown", f"choose {', '.join(allowed)}")
-    require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", values["DEVICE"]), "DEVICE", f"{values['DEVICE']!r} is unknown",
-            "choose auto, cpu, mps, cuda or cuda:0")
-    if {"BATCH_TOKENS", "POOLING"} & set(values):  # the stages that read the dataset
-        require(Path(values["DATASET_PATH"]).is_file(), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
-                "give your data with --dataset-path FILE.jsonl")
-    run_name = values["RUN_NAME"]
-    require(run_name is None or re.fullmatch(r"[\w.=+-]*[\w=+-]", run_name), "RUN_NAME", f"{run_name!r} is no folder name",
-            "use letters, digits and . _ = + -")
-    if "VALIDATION_FRACTION" in values:
-        require(values["VALIDATION_FRACTION"] < 1, "VALIDATION_FRACTION", "nothing is left to train on", "give a part such as 0.1")
-    if "TARGET_FIELD" in values:
-        check_interpretation(values, require)
-    if "M" in values:
-        m, k, prefixes = values["M"], values["K"], values["MATRYOSHKA_PREFIXES"]
-        require(k <= m, "K", f"{k} active features of only M={m}", f"lower --k or raise --m to at least {k}")
-        require((values["AUX_K"] or 0) <= m, "AUX_K", f"{values['AUX_K']} is more than M={m}", "lower --aux-k")
-        if values["USE_MATRYOSHKA"]:
-            rising = len(prefixes) > 0 and prefixes[0] >= 1 and all(a < b for a, b in zip(prefixes, prefixes[1:]))
-            require(rising, "MATRYOSHKA_PREFIXES", f"{prefixes} do not rise from 1 or more", "give for example 64,256")
-            require(not rising or prefixes[-1] == m, "MATRYOSHKA_PREFIXES", f"the last of {prefixes} is not M={m}",
-                    f"give for example --matryoshka-prefixes {max(1, m // 4)},{m}, or --no-use-matryoshka")
+    if "DEVICE" in values:
+        require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", values["DEVICE"]), "DEVICE", f"{values['DEVICE']!r} is unknown",
+                "choose auto, cpu, mps, cuda or cuda:0")
+    if values.get("RUN_NAME") is not None:
+        require(re.fullmatch(r"[\w.=+-]*[\w=+-]", values["RUN_NAME"]), "RUN_NAME", f"{values['RUN_NAME']!r} is no folder name",
+                "use letters, digits and . _ = + -")
+    check_paths(values, require)
+    check_features(values, require)
+    check_interpretation(values, require)
     return problems
+
+
+def check_paths(values, require):
+    if {"BATCH_TOKENS", "POOLING"} & set(values) and "DATASET_PATH" in values:  # the stages that read the dataset
+        require(os.path.isfile(values["DATASET_PATH"]), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
+                "give your data with --dataset-path FILE.jsonl")
+    for name in ("OUTPUT_DIR", "CACHE_DIR"):
+        nearest = values.get(name) or "/"
+        while not os.path.lexists(nearest) and os.path.dirname(nearest) != nearest:
+            nearest = os.path.dirname(nearest)
+        require(os.path.isdir(nearest), name, f"{nearest} is no folder", f"choose another --{flag_name(name)}")
+
+
+def check_features(values, require):
+    """M, K, AUX_K and the prefixes against each other."""
+    if not {"M", "K", "AUX_K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES"} <= set(values):
+        return
+    m, k, prefixes = values["M"], values["K"], values["MATRYOSHKA_PREFIXES"]
+    require(k <= m, "K", f"{k} active features of only M={m}", f"lower --k or raise --m to at least {k}")
+    require((values["AUX_K"] or 0) <= m, "AUX_K", f"{values['AUX_K']} is more than M={m}", "lower --aux-k")
+    if values["USE_MATRYOSHKA"]:
+        rising = len(prefixes) > 0 and prefixes[0] >= 1 and all(a < b for a, b in zip(prefixes, prefixes[1:]))
+        require(rising, "MATRYOSHKA_PREFIXES", f"{prefixes} do not rise from 1 or more", "give for example 64,256")
+        require(not rising or prefixes[-1] == m, "MATRYOSHKA_PREFIXES", f"the last of {prefixes} is not M={m}",
+                f"give for example --matryoshka-prefixes {max(1, m // 4)},{m}, or --no-use-matryoshka")
 
 
 def check_interpretation(values, require):
     """The rules of stage 3's own settings."""
-    require(not values["TARGET_VALUE"] or values["TARGET_FIELD"] or values["LABEL_FIELD"], "TARGET_VALUE", "no field is named that could have it",
-            "name one with --target-field")
-    n = values["N_FIDELITY_EXAMPLES"]
-    require(n == 0 or n >= 6, "N_FIDELITY_EXAMPLES", f"{n} are too few to test a label", "give 6 or more, or 0 for no test")
-    name = values["NEURONPEDIA_SET"]
+    if {"TARGET_VALUE", "TARGET_FIELD", "LABEL_FIELD"} <= set(values):
+        require(not values["TARGET_VALUE"] or values["TARGET_FIELD"] or values["LABEL_FIELD"], "TARGET_VALUE",
+                "no field is named that could have it", "name one with --target-field")
+    n, name = values.get("N_FIDELITY_EXAMPLES") or 0, values.get("NEURONPEDIA_SET")
+    require(n <= 0 or n >= 6, "N_FIDELITY_EXAMPLES", f"{n} are too few to test a label", "give 6 or more, or 0 for no test")
     require(name is None or re.fullmatch(r"[\w.-]*\w", name), "NEURONPEDIA_SET", f"{name!r} is no name of a set", "use letters, digits and . _ -")

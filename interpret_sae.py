@@ -82,7 +82,7 @@ def named_checkpoint(run_dir):
     path = run_dir / "metrics.json"
     try:
         return run_dir / json.loads(path.read_text())["checkpoint"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: not found. run train_sae.py first, or check --run-name and --output-dir.") from None
     except (ValueError, KeyError, TypeError):
         raise EnvironmentFailure(f"{path}: damaged. run train_sae.py again.") from None
@@ -131,7 +131,7 @@ class Features:
 
         self.settings, self.sae_meta, self.checkpoint_path = settings, sae_meta, checkpoint_path
         data = artifacts.read_npz(settings.activations_path, made_by="extract_activations.py")
-        self.source = artifacts._metadata_from(str(data["metadata"]), settings.activations_path, "extract_activations.py")
+        self.source = artifacts.metadata_of(data, settings.activations_path)
         if self.source["fingerprint"] != sae_meta["inputs"]["activations"]:
             raise InputError(f"{checkpoint_path}: was trained on other activations than {settings.activations_path}. run train_sae.py.")
         if artifacts.file_sha256(settings.DATASET_PATH) != self.source["inputs"]["dataset"]:

@@ -26,8 +26,11 @@ def main():
 
 
 def run(script, flags):
-    """The stage's exit code. A stage gets the signals that end this process, so that none is left running."""
-    stage = subprocess.Popen([sys.executable, str(script), *flags], stdin=subprocess.DEVNULL)
+    """The stage's exit code. A stage gets the signals that end this process, each once, so that none is left running.
+
+    (In a session of its own: Ctrl-C at a terminal would otherwise reach it twice, and twice means at once, without saving.)
+    """
+    stage = subprocess.Popen([sys.executable, str(script), *flags], stdin=subprocess.DEVNULL, start_new_session=True)
 
     def stop(signum, frame):
         if stage.poll() is None:
@@ -43,4 +46,4 @@ def run(script, flags):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(config.quiet_if_unread(main))

@@ -3,8 +3,10 @@
     python train_sae.py --m 512 --k 8 --matryoshka-prefixes 64,512
 
 Reads `activations/activations_layer{LAYER_IDX}.npz`. Writes `checkpoints/<run>/SAE_....pt` (which `hypothesaes.sae.load_model`
-reads), `metrics.json` with the final figures, and `metrics.jsonl` with one line per epoch. The activations must fit in memory.
+reads), `metrics.json` with the final figures, and `metrics.jsonl` with one line per epoch; while it trains, `SAE_....resume.pt`,
+from which the same command goes on after an interruption and ends in the same bytes. The activations must fit in memory.
 """
+import functools
 import json
 import math
 import sys
@@ -14,7 +16,7 @@ import numpy as np
 
 import config
 from fastsae import artifacts
-from fastsae.errors import InputError, run_stage
+from fastsae.errors import InputError, deferred_stop, run_stage, stop, stop_asked
 
 M: int = 256                                       # features
 K: int = 8                                         # active features per token
@@ -28,13 +30,18 @@ N_EPOCHS: int = 100                                # at most; see PATIENCE
 PATIENCE: int = 5                                  # epochs without a better validation normalised MSE before stopping
 BATCH_SIZE: int = 512                              # tokens per step
 LEARNING_RATE: float = 5e-4                        # of Adam
+LR_SCHEDULE: str = "constant"                      # constant, linear or cosine: how it falls over the last LR_DECAY_FRACTION of the steps
+LR_DECAY_FRACTION: float = 0.2                     # part of N_EPOCHS over which the learning rate falls
+LR_WARMUP_STEPS: int = 0                           # steps over which it rises first
 CLIP_GRAD: float | None = 1.0                      # bound of the gradient's norm; none = no bound
 VALIDATION_FRACTION: float = 0.1                   # part of the examples (not of the tokens) kept for validation
 EXCLUDE_SHARED_PREFIX: bool = True                 # leave out the tokens that the chat template puts before every example
 MAX_NORM_RATIO: float | None = 10.0                # leave out attention sinks: norms above this many times the median; none = keep
 ENGINE: str = "sparse"                             # sparse: from the active features only; reference: HypotheSAEs' dense code
+SELECT_DTYPE: str = "float32"                      # bfloat16 picks the top K from a coarser product: faster, their values stay float32
+SAVE_EVERY: float = 60.0                           # seconds between saves of an unfinished run, the most that a kill loses
 
-NOT_DECISIVE = ("ENGINE",)
+NOT_DECISIVE = ("ENGINE", "SAVE_EVERY")
 INIT_SAMPLE = 32768  # tokens whose median initialises b_dec
 
 
@@ -46,7 +53,8 @@ def main():
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     metadata = artifacts.new_metadata("sae", settings.select([*own, "SEED"]), {"activations": source["fingerprint"]}, activations=source)
 
-    from fastsae.autoencoder import checkpoint_name  # after the settings: loading torch takes seconds
+    from fastsae.autoencoder import checkpoint_name, save_sae  # after the settings: loading torch takes seconds
+    from fastsae.language_model import choose_device
 
     path = settings.run_dir / checkpoint_name(settings.M, settings.K, prefixes)
     metrics_path = settings.run_dir / "metrics.json"
@@ -56,17 +64,18 @@ def main():
 
     print(f"activations: {source['model_name']}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
+    device = choose_device(settings.DEVICE)
     tokens = Tokens(settings)
     print(f"training on {len(tokens.train):,} tokens, validating on {len(tokens.validation):,} of {int(tokens.is_validation.sum())} other "
           f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks")
-    sae, history, timing = train(tokens, prefixes, settings)
+    state_path = path.with_suffix(".resume.pt")
+    sae, history, timing = train(tokens, prefixes, settings, device, state_path, metadata["fingerprint"])
     metrics = final_metrics(sae, tokens, history)
     metadata.update(max_norm=tokens.max_norm, validation_examples=np.flatnonzero(tokens.is_validation).tolist(), metrics=metrics)
 
-    from fastsae.autoencoder import save_sae
-
     save_sae(path, sae, metadata)
     artifacts.write_json(metrics_path, {"checkpoint": path.name, **metrics, **timing})
+    state_path.unlink(missing_ok=True)
     report(metrics, timing, settings)
     print(f"wrote {path}")
 
@@ -101,58 +110,78 @@ class Tokens:
                              "validation. give more examples, or longer ones.")
 
 
-def train(tokens, prefixes, settings):
+def train(tokens, prefixes, settings, device, state_path, fingerprint):
     """(the best autoencoder on validation, one dict per epoch, timing)."""
     import torch
     from tqdm import tqdm
 
-    from fastsae.autoencoder import initialise, new_sae, reference_step
-    from fastsae.language_model import choose_device
-    from fastsae.metrics import evaluate
-    from fastsae.sparse_step import sparse_step
+    from fastsae.training_run import TrainingRun, learning_rate_factor
 
-    device = choose_device(settings.DEVICE)
-    step = reference_step if settings.ENGINE == "reference" or device == "mps" else sparse_step  # mps has no sparse products
-    sae = new_sae({"input_dim": tokens.activations.shape[1], "m_total_neurons": settings.M, "k_active_neurons": settings.K,
-                   "aux_k": 2 * settings.K if settings.AUX_K is None else settings.AUX_K, "prefix_lengths": prefixes,
-                   "dead_neuron_threshold_steps": settings.DEAD_AFTER_STEPS, "use_batch_topk": settings.USE_BATCH_TOPK}, device).eval()
-    sample = np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE]
-    initialise(sae, tokens.activations[np.sort(sample)].float().to(device), settings.SEED)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=settings.LEARNING_RATE, fused=device != "mps")
-    steps_since_fired = torch.zeros(settings.M, dtype=torch.long, device=device)
-
-    history, best = [], None
-    started, trained = time.perf_counter(), 0
-    with tqdm(total=settings.N_EPOCHS, unit="epoch", desc="training", mininterval=1, disable=None) as bar:
-        for epoch in range(1, settings.N_EPOCHS + 1):
-            loss_sum = torch.zeros((), device=device)
-            for rows in epoch_batches(tokens.train, settings.BATCH_SIZE, settings.SEED, epoch):
+    config_of_sae = {
+        "input_dim": tokens.activations.shape[1], "m_total_neurons": settings.M, "k_active_neurons": settings.K, "prefix_lengths": prefixes,
+        "aux_k": 2 * settings.K if settings.AUX_K is None else settings.AUX_K, "use_batch_topk": settings.USE_BATCH_TOPK,
+        "dead_neuron_threshold_steps": settings.DEAD_AFTER_STEPS}
+    sample = np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE])
+    run = TrainingRun(config_of_sae, tokens.activations[sample].float(), seed=settings.SEED, device=device, learning_rate=settings.LEARNING_RATE)
+    if run.restore(state_path, fingerprint):
+        print(f"going on in epoch {run.epoch}, after {run.trained_tokens:,} tokens")
+    step, sae = step_function(settings, device), run.sae
+    n_batches = len(epoch_batches(tokens.train, settings.BATCH_SIZE, settings.SEED, 1))
+    last_save = time.monotonic()
+    with deferred_stop(), tqdm(total=settings.N_EPOCHS, initial=run.epoch - 1, unit="epoch", desc="training", mininterval=1, disable=None) as bar:
+        while run.epoch <= settings.N_EPOCHS and run.epoch - (run.best_epoch or run.epoch) <= settings.PATIENCE:
+            for rows in epoch_batches(tokens.train, settings.BATCH_SIZE, settings.SEED, run.epoch)[run.batch:]:
+                factor = learning_rate_factor(
+                    (run.epoch - 1) * n_batches + run.batch, n_steps=settings.N_EPOCHS * n_batches, schedule=settings.LR_SCHEDULE,
+                    warmup_steps=settings.LR_WARMUP_STEPS, decay_fraction=settings.LR_DECAY_FRACTION)
+                run.optimizer.param_groups[0]["lr"] = settings.LEARNING_RATE * factor
                 x = tokens.activations[rows].to(device).float()  # (batch, d)
-                loss, fired = step(sae, x, steps_since_fired > settings.DEAD_AFTER_STEPS, aux_coef=settings.AUX_COEF)
-                steps_since_fired = torch.where(fired, 0, steps_since_fired + 1)
+                loss, fired = step(sae, x, run.steps_since_fired > settings.DEAD_AFTER_STEPS)
+                run.steps_since_fired = torch.where(fired, 0, run.steps_since_fired + 1)
                 sae.adjust_decoder_gradient_()  # keep only what turns the decoder's directions: their length stays 1
                 if settings.CLIP_GRAD is not None:
                     torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.CLIP_GRAD)
-                optimizer.step()
+                run.optimizer.step()
                 sae.normalize_decoder_()
-                loss_sum += loss * len(rows)
-                trained += len(rows)
-            result = evaluate(sae, tokens.activations, tokens.validation, tokens.example, tokens.special)
-            history.append({"epoch": epoch, "loss": float(loss_sum) / len(tokens.train), "normalized_mse": result["normalized_mse"],
-                            "l0": result["l0"], "dead_fraction": float((steps_since_fired > settings.DEAD_AFTER_STEPS).double().mean())})
-            if not math.isfinite(history[-1]["loss"] + result["normalized_mse"]):
-                raise InputError(f"LEARNING_RATE: the loss is no number after epoch {epoch}. lower --learning-rate.")
-            artifacts.write_text(settings.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+                run.loss_sum += loss * len(rows)
+                run.trained_tokens += len(rows)
+                run.batch += 1
+                if stop_asked() or time.monotonic() - last_save > settings.SAVE_EVERY:
+                    run.save(state_path, fingerprint)
+                    last_save = time.monotonic()
+                    if stop_asked():
+                        stop()
+            end_epoch(run, tokens, settings)
             bar.update()
-            bar.set_postfix({name: f"{history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
-            if best is None or result["normalized_mse"] < history[best["epoch"] - 1]["normalized_mse"]:
-                best = {"epoch": epoch, "state": {name: value.clone() for name, value in sae.state_dict().items()}}
-            elif epoch - best["epoch"] >= settings.PATIENCE:
-                break
-    seconds = time.perf_counter() - started
-    sae.load_state_dict(best["state"])
-    timing = {"seconds": round(seconds, 2), "tokens_per_second": round(trained / seconds, 1), "device": device}
-    return sae, history, timing
+            bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
+    seconds = run.elapsed()
+    sae.load_state_dict(run.best_state)
+    return sae, run.history, {"seconds": round(seconds, 2), "tokens_per_second": round(run.trained_tokens / seconds, 1), "device": device}
+
+
+def step_function(settings, device):
+    """The function that fills the gradients of one batch: `step(sae, x, dead) -> (loss, fired)`."""
+    import torch
+
+    from fastsae.autoencoder import reference_step
+    from fastsae.sparse_step import sparse_step
+
+    if settings.ENGINE == "reference" or device == "mps":  # mps has no sparse products
+        return functools.partial(reference_step, aux_coef=settings.AUX_COEF)
+    return functools.partial(sparse_step, aux_coef=settings.AUX_COEF, select=getattr(torch, settings.SELECT_DTYPE))
+
+
+def end_epoch(run, tokens, settings):
+    """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run."""
+    from fastsae.metrics import evaluate
+
+    result = evaluate(run.sae, tokens.activations, tokens.validation, tokens.example, tokens.special)
+    line = {"epoch": run.epoch, "loss": float(run.loss_sum) / len(tokens.train), "normalized_mse": result["normalized_mse"],
+            "l0": result["l0"], "dead_fraction": float((run.steps_since_fired > settings.DEAD_AFTER_STEPS).double().mean())}
+    if not math.isfinite(line["loss"] + line["normalized_mse"]):
+        raise InputError(f"LEARNING_RATE: the loss is no number after epoch {run.epoch}. lower --learning-rate.")
+    run.end_epoch(line)
+    artifacts.write_text(settings.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in run.history))
 
 
 def epoch_batches(rows, batch_size, seed, epoch):

@@ -4,11 +4,13 @@ Every artifact carries its own metadata, `{"format", "stage", "settings", "input
 sha256 of what decides the content (format, stage, settings, inputs), so equal fingerprints mean that the work is already done.
 """
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -99,8 +101,14 @@ def _keep_aside(path):
         n += 1
     try:
         os.link(path, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK):
+            raise
+        try:  # a file system without hard links
+            shutil.copyfile(path, target)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
     print(f"the old one is kept as {target}")
 
 
@@ -191,64 +199,100 @@ def read_npz(path, members=None, *, made_by):
     if not path.is_file():
         raise InputError(f"{path}: not found. run {made_by} first, or check --output-dir.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in (members or archive.files)}
+        with zipfile.ZipFile(path) as archive:
+            names = members or [name.removesuffix(".npy") for name in archive.namelist()]
+            return {name: _array(archive, archive.getinfo(f"{name}.npy"), path.stat().st_size) for name in names}
+    except PermissionError:
+        raise
     except KeyError as error:
-        raise EnvironmentFailure(f"{path}: has no member {error}, so it is no file of this project. run {made_by}.") from None
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, AttributeError) as error:
+        name = str(error).split("'")[1] if "'" in str(error) else error
+        raise EnvironmentFailure(f"{path}: has no member {name}, so it is no file of this project. run {made_by}.") from None
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise EnvironmentFailure(f"{path}: damaged or foreign ({_brief(error)}). delete it and run {made_by}.") from None
+
+
+def _array(archive, info, file_size):
+    """The array of an .npy member. All of it is read, so its checksum covers the header too (np.load stops where a damaged header
+    says the data ends, and checks nothing then)."""
+    if info.file_size > file_size:
+        raise ValueError("a member is larger than the file")
+    content = bytearray(info.file_size)
+    with archive.open(info) as member:
+        done, view = 0, memoryview(content)
+        while n := member.readinto(view[done:]):
+            done += n
+        if done < len(content) or member.read(1):
+            raise EOFError("a member is not of its size")
+    stream = io.BytesIO(content[:1024])
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("written by another program")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject or fortran_order:
+        raise ValueError("holds Python objects")
+    return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape)
 
 
 def read_npz_metadata(path, *, made_by="extract_activations.py"):
     """The `metadata` member of an activations file, as a dict."""
-    text = str(read_npz(path, ["metadata"], made_by=made_by)["metadata"])
-    return _metadata_from(text, path, made_by)
+    return metadata_of(read_npz(path, ["metadata"], made_by=made_by), path, made_by)
 
 
-def _metadata_from(text, path, made_by):
+def metadata_of(arrays, path, made_by="extract_activations.py"):
+    """The metadata among the members that `read_npz` gave."""
     try:
-        value = json.loads(text)
-        if isinstance(value, dict) and value.get("format") == FORMAT and "fingerprint" in value:
-            return value
+        return _checked_metadata(json.loads(str(arrays["metadata"])), path, made_by)
     except ValueError:
-        pass
+        return _checked_metadata(None, path, made_by)
+
+
+def _checked_metadata(value, path, made_by):
+    if isinstance(value, dict) and value.get("format") == FORMAT and "fingerprint" in value:
+        return value
     raise EnvironmentFailure(f"{path}: its metadata is not of this version of the project. delete it and run {made_by}.")
 
 
 # Checkpoints (.pt)
 
-def write_checkpoint(path, checkpoint):
-    """`torch.save` of a dict of plain values and CPU tensors. Equal content gives equal bytes."""
+def write_checkpoint(path, checkpoint, *, keep_old=True):
+    """`torch.save` of a dict of plain values and tensors. Equal content gives equal bytes."""
     import torch
 
     buffer = io.BytesIO()  # the archive's inner names do not depend on the path this way
     torch.save(checkpoint, buffer)
-    with committed(path, keep_old=True) as file:
-        file.write(buffer.getbuffer())
+    content = buffer.getvalue()[:-2]  # without the length of the zip's comment, which is 0
+    with committed(path, keep_old=keep_old) as file:
+        file.write(content)
+        file.write(_seal(content))
+
+
+def _seal(content):
+    """The end of a checkpoint file: its sha256 as the zip archive's comment, which other readers skip.
+
+    The archive's own CRCs are not enough: PyTorch never looks at them, and they do not cover the archive's headers.
+    """
+    return struct.pack("<H", 64) + hashlib.sha256(content).hexdigest().encode()
 
 
 def read_checkpoint(path, *, made_by="train_sae.py"):
-    """A checkpoint's dict, after a CRC check of the whole file (PyTorch makes none) and without running pickled code."""
+    """A checkpoint's dict, after checking the sha256 of the whole file, and without running pickled code."""
     import torch
 
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: not found. run {made_by} first, or check --output-dir.")
+    content = path.read_bytes()
+    if content[-66:] != _seal(content[:-66]):
+        raise EnvironmentFailure(f"{path}: damaged, or no checkpoint of this project. delete it and run {made_by}.")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if bad := archive.testzip():
-                raise EnvironmentFailure(f"{path}: damaged ({bad} fails its checksum). delete it and run {made_by}.")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except EnvironmentFailure:
-        raise
-    except Exception as error:  # damaged archives raise many types here; whatever it is, the file cannot be used
-        raise EnvironmentFailure(f"{path}: damaged or foreign ({_brief(error)}). delete it and run {made_by}.") from None
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whole, yet no plain checkpoint: whatever PyTorch raises, the file cannot be used
+        raise EnvironmentFailure(f"{path}: is no plain checkpoint ({_brief(error)}). delete it and run {made_by}.") from None
 
 
 def read_checkpoint_metadata(path):
     checkpoint = read_checkpoint(path)
     meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
-    return _metadata_from(json.dumps(meta), path, "train_sae.py")
+    return _checked_metadata(meta, path, "train_sae.py")
 
 
 def _brief(error):

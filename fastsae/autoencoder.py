@@ -3,7 +3,7 @@ import torch
 
 from fastsae import artifacts
 from fastsae.errors import EnvironmentFailure
-from fastsae.sparse_step import TINY, Entries, active_entries, pre_activations, update_threshold
+from fastsae.sparse_step import TINY, active_entries, update_threshold
 
 CONFIG_NAMES = ("input_dim", "m_total_neurons", "k_active_neurons", "aux_k", "multi_k", "dead_neuron_threshold_steps",
                 "prefix_lengths", "use_batch_topk")
@@ -70,9 +70,8 @@ def reference_step(sae, x, dead, *, aux_coef):
 @torch.no_grad()
 def encode(sae, x):
     """Features of activations x (n, d) as inference has them: an `Entries` of the positive ones."""
-    entries = active_entries(sae, pre_activations(sae, x), training=False)
-    keep = entries.value > 0
-    return Entries(entries.row[keep], entries.column[keep], entries.value[keep], entries.n_rows, entries.n_columns)
+    entries = active_entries(sae, x - sae.input_bias, training=False)
+    return entries.keep(entries.value > 0)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 """Errors a user can cause or meet, as one line and an exit code; everything else is a bug and keeps its traceback."""
+import contextlib
 import errno
 import os
 import signal
@@ -29,15 +30,43 @@ class Terminated(BaseException):
     """SIGTERM arrived. A BaseException, like KeyboardInterrupt, so that no handler swallows it."""
 
 
-def _on_sigterm(signum, frame):
-    raise Terminated
+_waiting = {"deferred": False, "asked": None}
+
+
+def _on_signal(signum, frame):
+    if _waiting["deferred"] and _waiting["asked"] is None:  # asked twice: stop at once
+        _waiting["asked"] = signum
+    else:
+        raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def deferred_stop():
+    """Within, SIGTERM and Ctrl-C only ask: the loop looks at `stop_asked()` where its state is whole, saves, and calls `stop()`."""
+    _waiting.update(deferred=True, asked=None)
+    try:
+        yield
+    finally:
+        _waiting["deferred"] = False
+
+
+def stop_asked():
+    return _waiting["asked"] is not None
+
+
+def stop():
+    """End the run as the signal that asked for it would have."""
+    raise Terminated if _waiting["asked"] == signal.SIGTERM else KeyboardInterrupt
 
 
 def run_stage(main):
     """Call `main()` and return the exit code of DESIGN.md: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete, 130/143."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except StageError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -45,6 +74,12 @@ def run_stage(main):
     except (KeyboardInterrupt, Terminated) as stop:
         print("stopped: what was finished is kept; the same command continues.", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
+    except MemoryError as error:
+        return _out_of_memory(error)
+    except RuntimeError as error:  # torch's own errors, of a GPU or of the CPU's allocator
+        if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
+            raise
+        return _out_of_memory(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left, as in `| head`
         return 0
@@ -55,3 +90,10 @@ def run_stage(main):
         print(f"error: {error.filename or 'output'}: {error.strerror}. {remedy}, or choose another --output-dir; "
               "nothing that was complete is lost.", file=sys.stderr)
         return EXIT_ENVIRONMENT
+
+
+def _out_of_memory(error):
+    brief = (str(error) or "out of memory").splitlines()[0][:150]
+    print(f"error: memory: {brief}. lower --batch-tokens (stage 1) or --batch-size and --max-examples (stage 2), then run again: "
+          "what was finished is kept.", file=sys.stderr)
+    return EXIT_ENVIRONMENT

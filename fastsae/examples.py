@@ -97,10 +97,11 @@ def _example(number, row, text_field, label_field):
     elif text_field in row:
         messages = [{"role": "user", "content": _content(row[text_field], text_field)}]
     else:
-        fields = ", ".join(map(str, list(row)[:8])) or "none"
+        fields = ", ".join(name if name.isprintable() else repr(name) for name in list(row)[:8]) or "none"
         raise ValueError(f"has no {text_field}, messages or conversations (its fields: {fields}). add one, or name yours with --text-field.")
     label = row.get(label_field) if label_field else None
-    return Example(number, messages, "messages" not in row and "conversations" not in row, None if label is None else str(label))
+    is_text = row.get("messages") is None and row.get("conversations") is None
+    return Example(number, messages, is_text, None if label is None else _encodable(str(label), label_field))
 
 
 def _messages(turns, name, role_key, content_key):
@@ -122,10 +123,14 @@ def _content(value, name):
         raise ValueError(f"{name} is {type(value).__name__}, not text. write a JSON string.")
     if not value.strip():
         raise ValueError(f"{name} is empty. remove the row or give it text.")
+    return _encodable(value, name)
+
+
+def _encodable(value, name):
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{name} holds half of a surrogate pair, which no tokenizer can read. remove it.") from None
+        raise ValueError(f"{name} holds half of a surrogate pair, which no tokenizer and no file can hold. remove it.") from None
     return value
 
 

@@ -154,7 +154,7 @@ def keep_examples(result, pairs, first, seed):
 
 def lottery(example, feature, seed):
     """A number in (0, 1] for each pair, the same in every run and block order (splitmix64's mixing of the two numbers)."""
-    x = (example.astype(np.uint64) << np.uint64(32)) ^ feature.astype(np.uint64) ^ (np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15))
+    x = (example.astype(np.uint64) << np.uint64(32)) ^ feature.astype(np.uint64) ^ np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / (1 << 53) + 2.0 ** -54

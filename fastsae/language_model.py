@@ -1,5 +1,6 @@
 """The language model: where it comes from (embedded, hub, folder, .gguf), and its residual stream up to one layer."""
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -137,20 +138,26 @@ def _transformers():
 
 def _load(loader, located, name, **options):
     """Call a `from_pretrained`, turning its failures into one line that says what to do."""
+    from safetensors import SafetensorError
+
     path = Path(located)
     if path.suffix == ".gguf":
         located, options["gguf_file"] = str(path.parent), path.name
     try:
         with contextlib.redirect_stderr(io.StringIO()) if path.suffix == ".gguf" else contextlib.nullcontext():
             return loader(located, **options)  # reading GGUF shows bars that cannot be turned off; downloads may show theirs
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         chain, link = [], error
         while link is not None and len(chain) < 10:
             chain.append(type(link).__name__)
             link = link.__cause__ or link.__context__
-        brief = str(error).splitlines()[0][:200]
+        brief = (str(error) or type(error).__name__).splitlines()[0][:200]
         if "GatedRepoError" in chain or "gated repo" in str(error):
             raise EnvironmentFailure(f"MODEL_NAME: {name} is gated. accept its licence on its hub page, then run: hf auth login.") from None
+        if isinstance(error, RuntimeError) and ("OutOfMemory" in chain[0] or "not enough memory" in brief):
+            raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentFailure(f"MODEL_NAME: {name} could not be stored ({brief}). free some space, or set --cache-dir.") from None
         if isinstance(error, ImportError):
             raise EnvironmentFailure(f"MODEL_NAME: {name} needs a package that is missing ({brief}). pip install it.") from None
         if set(NETWORK_ERRORS) & set(chain) and not path.exists():

@@ -3,7 +3,6 @@ import numpy as np
 import torch
 
 from fastsae.autoencoder import decode, encode
-from fastsae.sparse_step import Entries
 
 BATCH = 4096
 
@@ -58,9 +57,7 @@ def evaluate(sae, activations, rows, example_of_row, special):
 
 
 def _prefix_error(sae, entries, end, x):
-    keep = entries.column < end
-    part = Entries(entries.row[keep], entries.column[keep], entries.value[keep], entries.n_rows, entries.n_columns)
-    return (decode(sae, part) - x).square().sum(1)
+    return (decode(sae, entries.keep(entries.column < end)) - x).square().sum(1)
 
 
 def _per_example_mean(values, example):

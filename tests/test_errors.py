@@ -26,7 +26,8 @@ from fastsae.examples import ChatTokenizer, Example, read_dataset
 GOOD = '{"text": "one"}\n'
 SMALL = ["--m", "8", "--k", "2", "--no-use-matryoshka", "--n-epochs", "1", "--device", "cpu", "--run-name", "r"]
 MESSAGE_ROLES = [("human", "user"), ("gpt", "assistant"), ("system", "system"), ("chatgpt", "assistant"), ("function", "tool"),
-                 ("user", "user"), ("assistant", "assistant"), ("tool", "tool"), ("observation", "tool"), ("bing", "assistant"), ("bard", "assistant")]
+                 ("user", "user"), ("assistant", "assistant"), ("tool", "tool"), ("observation", "tool"), ("bing", "assistant"),
+                 ("bard", "assistant")]
 
 
 @pytest.fixture(autouse=True)
@@ -590,7 +591,8 @@ def test_a_bug_is_not_hidden(error):
 
 def stage_process(body, stdout):
     code = f"import sys; from fastsae.errors import run_stage; sys.exit(run_stage(lambda: {body}))"
-    return subprocess.run([sys.executable, "-c", code], cwd=PROJECT, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run([sys.executable, "-c", code], cwd=PROJECT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, timeout=60)
 
 
 def test_a_bug_keeps_its_traceback():

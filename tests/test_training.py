@@ -1,5 +1,6 @@
 """Stage 2 on made-up activations: recovery of known directions, odd sizes, the checkpoint, and what makes it train again."""
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -231,3 +232,65 @@ def test_checkpoints_hold_no_time(tmp_path, write_activations, run_main):
     assert run_main("train_sae", *write_activations(tokens, [20] * 30), *SMALL) == 0
     meta = artifacts.read_checkpoint_metadata(checkpoint_of(tmp_path))
     assert "seconds" not in json.dumps(meta) and {"seconds", "tokens_per_second"} <= set(metrics_of(tmp_path))
+
+
+@pytest.mark.parametrize("variant", [[], ["--use-batch-topk", "--lr-schedule", "linear", "--lr-warmup-steps", 7]], ids=["topk", "batchtopk, schedule"])
+def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, write_activations, run_main, monkeypatch, capsys, variant):
+    """Stopped by a signal in the middle of epochs, with dead features present; the same command goes on."""
+    import fastsae.training_run as training_run
+
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--n-epochs", 6, "--batch-size", 50, "--dead-after-steps", 2, *variant]
+    assert run_main("train_sae", *flags) == 0
+    whole = checkpoint_of(tmp_path).read_bytes()
+    history = (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text()
+    checkpoint_of(tmp_path).unlink()
+    steps = []
+    original = training_run.learning_rate_factor
+
+    def count(step, **options):
+        steps.append(step)
+        if len(steps) % 17 == 0:
+            signal.raise_signal(signal.SIGTERM if len(steps) % 2 else signal.SIGINT)
+        return original(step, **options)
+
+    codes = []
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "learning_rate_factor", count)
+        while not codes or codes[-1]:
+            codes.append(run_main("train_sae", *flags))
+            assert len(codes) < 20
+    assert set(codes) == {130, 143, 0} and "going on in epoch" in capsys.readouterr().out
+    assert sorted(steps) == list(range(len(steps)))  # no step twice, none left out
+    assert checkpoint_of(tmp_path).read_bytes() == whole
+    assert (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text() == history
+    assert not list(tmp_path.rglob("*.resume.pt"))
+
+
+def test_a_damaged_or_foreign_resume_state_is_not_used(tmp_path, write_activations, run_main, capsys):
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    flags = [*write_activations(tokens, [20] * 30), *SMALL]
+    state = tmp_path / "checkpoints" / "test" / "SAE_M=16_K=2.resume.pt"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"PK not a zip")
+    assert run_main("train_sae", *flags) == 0
+    assert "not continued" in capsys.readouterr().out
+
+
+def test_learning_rate_schedules_by_hand():
+    from fastsae.training_run import learning_rate_factor as factor
+
+    options = {"n_steps": 100, "warmup_steps": 4, "decay_fraction": 0.2}
+    assert [factor(s, schedule="constant", **options) for s in (0, 1, 3, 50, 99)] == [0.25, 0.5, 1, 1, 1]
+    assert [factor(s, schedule="linear", **options) for s in (79, 80, 90, 99)] == pytest.approx([1, 1, 0.5, 0.05])
+    assert factor(90, schedule="cosine", **options) == pytest.approx(0.5)
+
+
+def test_bfloat16_selection_trains_as_well(tmp_path, write_activations, run_main):
+    tokens, _ = planted_tokens(3000, 16, 32, 2)
+    flags = [*write_activations(tokens, [20] * 150), *SMALL, "--m", 32, "--n-epochs", 20, "--learning-rate", 3e-3]
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        assert run_main("train_sae", *flags, "--select-dtype", dtype) == 0
+        results[dtype] = metrics_of(tmp_path)["normalized_mse"]
+    assert results["bfloat16"] == pytest.approx(results["float32"], rel=0.1)

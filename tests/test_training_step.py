@@ -118,3 +118,24 @@ def test_batchtopk_threshold_starts_at_the_first_batch():
     sparse_step(sae, x, torch.zeros(64, dtype=torch.bool), aux_coef=0.0)
     pre = (x - sae.input_bias) @ sae.encoder.weight.t() + sae.neuron_bias
     assert float(sae.threshold) == pytest.approx(float(pre.flatten().topk(4 * 50).values[-1]))
+
+
+@pytest.mark.parametrize(("m", "k"), [(256, 8), (4608, 32), (1536, 5), (3000, 700)])
+def test_top_columns_are_the_largest(m, k):
+    from fastsae.sparse_step import top_columns
+
+    pre = torch.randn(40, m, generator=torch.Generator().manual_seed(1))
+    expected = pre.topk(k, dim=1).indices.sort(1).values
+    assert torch.equal(top_columns(pre, k).sort(1).values, expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_selection_keeps_exact_values(variant):
+    """Whatever features the coarse product picks, their activations are those of float32."""
+    from fastsae.sparse_step import active_entries
+
+    sae, x = make(**VARIANTS[variant])
+    x_centred = x - sae.input_bias
+    pre = (x_centred @ sae.encoder.weight.t() + sae.neuron_bias).relu().detach()
+    entries = active_entries(sae, x_centred.detach(), training=True, select=torch.bfloat16)
+    torch.testing.assert_close(entries.value.detach(), pre[entries.row, entries.column], rtol=1e-4, atol=1e-5)

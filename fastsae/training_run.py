@@ -1,0 +1,87 @@
+"""Everything that changes while an autoencoder trains, so that a run can be written down at any step and go on from there."""
+import math
+import time
+
+import torch
+
+from fastsae import artifacts
+from fastsae.autoencoder import initialise, new_sae
+from fastsae.errors import EnvironmentFailure
+
+
+class TrainingRun:
+    """An autoencoder with its optimizer, counters, history and best weights so far.
+
+    `epoch` counts from 1 and `batch` is the number of batches done in it, `steps_since_fired` (M,) counts steps. The data order is a
+    function of seed and epoch alone, so these place a run exactly.
+    """
+
+    def __init__(self, config, sample, *, seed, device, learning_rate):
+        self.sae = new_sae(config, device).eval()
+        initialise(self.sae, sample.to(device), seed)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=learning_rate, fused=not device.startswith("mps"))
+        self.steps_since_fired = torch.zeros(config["m_total_neurons"], dtype=torch.long, device=device)
+        self.loss_sum = torch.zeros((), device=device)  # over the tokens of this epoch
+        self.epoch, self.batch, self.trained_tokens, self.seconds = 1, 0, 0, 0.0
+        self.history, self.best_epoch, self.best_state = [], None, None
+        self._since = time.perf_counter()
+
+    def elapsed(self):
+        """Seconds of training, those before an interruption included."""
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        return self.seconds
+
+    def end_epoch(self, line):
+        """Append the epoch's line to the history and keep the weights if they are the best on validation."""
+        self.history.append(line)
+        if self.best_epoch is None or line["normalized_mse"] < self.history[self.best_epoch - 1]["normalized_mse"]:
+            self.best_epoch = self.epoch
+            self.best_state = {name: value.clone() for name, value in self.sae.state_dict().items()}
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.loss_sum.zero_()
+
+    def save(self, path, fingerprint):
+        """Write the whole state; it takes the place of the one before when it is complete."""
+        plain = {name: getattr(self, name) for name in ("epoch", "batch", "trained_tokens", "history", "best_epoch")}
+        artifacts.write_checkpoint(path, {
+            "fingerprint": fingerprint, "plain": {**plain, "seconds": self.elapsed()}, "sae": _contiguous(self.sae.state_dict()),
+            "best_state": self.best_state and _contiguous(self.best_state), "optimizer": self.optimizer.state_dict(),
+            "steps_since_fired": self.steps_since_fired, "loss_sum": self.loss_sum}, keep_old=False)
+
+    def restore(self, path, fingerprint):
+        """Take over a saved state if it belongs to the same run; True if it did. A damaged one is left out with a line said."""
+        if not path.exists():
+            return False
+        try:
+            state = artifacts.read_checkpoint(path)
+            if state["fingerprint"] != fingerprint:
+                return False
+        except (EnvironmentFailure, KeyError, TypeError) as error:
+            print(f"not continued: {error}")
+            return False
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_since_fired.copy_(state["steps_since_fired"])
+        self.loss_sum.copy_(state["loss_sum"])
+        for name, value in state["plain"].items():
+            setattr(self, name, value)
+        self.best_state = state["best_state"] and {name: value.to(self.loss_sum.device) for name, value in state["best_state"].items()}
+        self._since = time.perf_counter()
+        return True
+
+
+def _contiguous(state):
+    return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+
+def learning_rate_factor(step, *, n_steps, warmup_steps, schedule, decay_fraction):
+    """What multiplies the learning rate at `step` (from 0) of `n_steps`: a linear warm-up, then constant, linear or cosine decay.
+
+    The decay takes the last `decay_fraction` of all steps and ends near 0.
+    """
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    if schedule == "constant":
+        return warmup
+    left = min(1.0, (n_steps - step) / (decay_fraction * n_steps))
+    return warmup * (left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
