@@ -21,7 +21,7 @@ from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, run_
 
 POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc and targets: max or mean
 N_REPORT_FEATURES: int = 1024           # features in interpretations.html at most; the tables hold all
-INTERPRETER_MODEL: str = "gpt-5-mini"   # at the endpoint (OPENAI_API_KEY or OPENAI_KEY_SAE, OPENAI_BASE_URL), or local:<model> in this process
+INTERPRETER_MODEL: str = "gpt-5-mini"   # at the endpoint (OPENAI_API_KEY or OPENAI_KEY_SAE, OPENAI_BASE_URL), or local:NAME here
 LLM_PROTOCOL: str = "both"              # contrastive (HypotheSAEs' label), fast (FAST's score and name) or both
 N_TOP_NEURONS: int = 20                 # features that the LLM labels: best category AUC first, else most activation; 0 = no LLM
 N_SCORED_FEATURES: int = 128            # features, by lot, that the LLM scores from 1 to 5 besides these
@@ -135,7 +135,8 @@ class Features:
         if self.source["fingerprint"] != sae_meta["inputs"]["activations"]:
             raise InputError(f"{checkpoint_path}: was trained on other activations than {settings.activations_path}. run train_sae.py.")
         if artifacts.file_sha256(settings.DATASET_PATH) != self.source["inputs"]["dataset"]:
-            raise InputError(f"DATASET_PATH: {settings.DATASET_PATH} is not the file the activations were made from. run extract_activations.py.")
+            raise InputError(f"DATASET_PATH: {settings.DATASET_PATH} is not the file the activations were made from. "
+                             "run extract_activations.py.")
         self.examples = read_dataset(settings.DATASET_PATH, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
                                      max_examples=len(data["seq_lengths"]))
         device = choose_device(settings.DEVICE)
@@ -222,8 +223,8 @@ def print_plan(work, tokenizer):
     parts = work.plan(lambda prompt: len(tokenizer.encode(prompt, add_special_tokens=False)))
     for what, calls, n_tokens in parts:
         print(f"{what}: {calls:,} calls, {n_tokens:,} prompt tokens")
-    print(f"dry run: {sum(calls for _, calls, _ in parts):,} calls with about {sum(n for *_, n in parts):,} prompt tokens are still to be paid "
-          "for; nothing was asked or written.")
+    print(f"dry run: {sum(calls for _, calls, _ in parts):,} calls with about {sum(n for *_, n in parts):,} prompt tokens are still to be "
+          "paid for; nothing was asked or written.")
 
 
 def add_llm_labels(rows, outcome, work):
@@ -250,8 +251,8 @@ def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settin
     texts = {"interpretations.csv": tables.csv_text(rows, COLUMNS),
              "interpretations.html": render(evidence, rows, sorted([*shown, *dead[:settings.N_REPORT_FEATURES]]), features.lens, run)}
     if hypotheses:
-        filled = [{**h, "hypothesis": row["label"], "source": row["label_source"], "fidelity_f1": row["fidelity_f1"], "top_tokens": row["top_tokens"]}
-                  for h in hypotheses for row in (rows[h["feature"]],)]
+        filled = [{**h, "hypothesis": row["label"], "source": row["label_source"],
+                   **{name: row[name] for name in ("fidelity_f1", "top_tokens")}} for h in hypotheses for row in (rows[h["feature"]],)]
         texts["hypotheses.csv"] = tables.csv_text(filled, HYPOTHESIS_COLUMNS)
     files = {}
     if settings.NEURONPEDIA_SET:
@@ -273,8 +274,8 @@ def incomplete(rows):
     """Exit code 4, and a line that says why, if the LLM left something open."""
     if failed := incomplete_rows(rows):
         unlabelled, reasons = sum(row["label_source"] == "tokens" for row in failed), sorted({row["status"] for row in failed})
-        print(f"incomplete: {len(failed)} features, {unlabelled} of them without an LLM's label ({'; '.join(reasons[:3])}). mend it and run "
-              "again: what was answered is not asked twice (--retry-unusable asks those again that gave no usable reply).", file=sys.stderr)
+        print(f"incomplete: {len(failed)} features, {unlabelled} of them without an LLM's label ({'; '.join(reasons[:3])}). mend it and "
+              "run again: what was answered is not asked twice (--retry-unusable asks again what gave no usable reply).", file=sys.stderr)
         return EXIT_INCOMPLETE
     return 0
 

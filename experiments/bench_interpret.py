@@ -67,7 +67,8 @@ def measure(part):
     if part.startswith("speed"):
         encode_only, whole = dense_twin(sae, x, lengths, names)
         result.update(get_activations_seconds=round(encode_only, 3), dense_seconds=round(whole, 3),
-                      times_faster=round(whole / min(seconds), 2), times_faster_than_get_activations_alone=round(encode_only / min(seconds), 2))
+                      times_faster=round(whole / min(seconds), 2),
+                      times_faster_than_get_activations_alone=round(encode_only / min(seconds), 2))
     return result
 
 

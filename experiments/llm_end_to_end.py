@@ -28,7 +28,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         flags = prepare(Path(folder))
         server = Endpoint(reply=RealModel(new_tokens=12))
-        command = [sys.executable, str(PROJECT / "interpret_sae.py"), "--no-print-settings", *map(str, flags), "--n-top-neurons", str(N_FEATURES),
+        command = [sys.executable, str(PROJECT / "interpret_sae.py"), "--no-print-settings", *map(str, flags),
+                   "--n-top-neurons", str(N_FEATURES),
                    "--n-scored-features", "0", "--n-fidelity-examples", str(N_FIDELITY), "--interpreter-model", "SmolLM2-135M-Instruct",
                    "--n-llm-workers", "2", "--llm-timeout", "300"]
         environment = {**os.environ, "OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "sk-of-the-experiment"}
@@ -48,8 +49,8 @@ def main():
             "seconds": round(time.perf_counter() - started, 1), "exit_code": code, "labelled": len(rows),
             "scored": sum(row["score"] != "" for row in rows), "validated": sum(row["fidelity_f1"] != "" for row in rows),
             "statuses": sorted({row["status"] for row in rows}), "calls_before_kill": before, "journalled_at_kill": journalled,
-            "calls": len(prompts), "distinct_prompts": len(set(prompts)), "repeated_calls_that_had_been_answered": len(prompts) - len(set(prompts))
-            - (before - journalled), "labels": [row["label"] for row in rows[:5]]})
+            "calls": len(prompts), "distinct_prompts": len(set(prompts)), "in_flight_at_kill": before - journalled,
+            "repeated_calls": len(prompts) - len(set(prompts)), "labels": [row["label"] for row in rows[:5]]})
         server.close()
 
 

@@ -41,9 +41,10 @@ def main():
 
 def take_all(browser, url, feature, out):
     def take(name, hash, width, height, *, dark=False, phone=False):
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1.5 if phone else 1,
-                                                                       "mobile": phone})
+        theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [theme]})
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": height, "deviceScaleFactor": 1.5 if phone else 1, "mobile": phone})
         browser.get("about:blank")
         browser.get(url + hash)
         time.sleep(0.4)

@@ -192,7 +192,8 @@ class Asker:
                 with self.lock:
                     if reason:
                         failed[prompt] = reason
-                    bar.set_postfix_str(f"{self.spent['prompt_tokens']:,} tokens in, {self.spent['completion_tokens']:,} out", refresh=False)
+                    spent = self.spent
+                    bar.set_postfix_str(f"{spent['prompt_tokens']:,} tokens in, {spent['completion_tokens']:,} out", refresh=False)
                     bar.update()
 
             with ThreadPoolExecutor(self.n_workers) as pool:

@@ -127,7 +127,8 @@ def _token_lines(evidence, example, positions, values):
     activations[positions] = values
     peak = int(np.argmax(activations))
     first = max(min(evidence.own_start(example), peak), peak - FAST_WIDTH)
-    return "\n".join(f"{tokens[i]!r} {activations[i]:.1f}".replace(" 0.0", " 0") for i in range(first, min(len(tokens), peak + FAST_WIDTH + 1)))
+    last = min(len(tokens), peak + FAST_WIDTH + 1)
+    return "\n".join(f"{tokens[i]!r} {activations[i]:.1f}" if activations[i] else f"{tokens[i]!r} 0" for i in range(first, last))
 
 
 def fidelity_prompts(shown, labels, n_examples):
@@ -210,7 +211,8 @@ class Labelling:
                       for p, _ in pairs] if self.n_fidelity else []
         parts = (("contrastive labels", self.contrastive.values()), ("FAST scores", self.fast.values()))
         parts = [(what, self.asker.open(prompts)) for what, prompts in parts]
-        return [(what, len(prompts), sum(map(count_tokens, prompts))) for what, prompts in [*parts, ("validation, at most", validation)] if prompts]
+        parts.append(("validation, at most", validation))
+        return [(what, len(prompts), sum(map(count_tokens, prompts))) for what, prompts in parts if prompts]
 
     def run(self):
         """{feature: {label, label_protocol, score, score_name, fidelity_..., problems}} of every feature asked about."""

@@ -19,7 +19,8 @@ SCHEMA = {  # JSON Schema; `check` knows the few words used here
             "type": "object", "required": ["index", "density", "topLogits", "bottomLogits", "explanations", "activations"], "properties": {
                 "index": {"type": "integer", "minimum": 0}, "density": {"type": "number", "minimum": 0, "maximum": 1},
                 "topLogits": LOGITS, "bottomLogits": LOGITS,
-                "explanations": {"type": "array", "items": {"type": "object", "required": ["text", "methodName", "modelName"], "properties": {
+                "explanations": {"type": "array", "items": {
+                    "type": "object", "required": ["text", "methodName", "modelName"], "properties": {
                     "text": {"type": "string", "minLength": 1, "maxLength": 512}, "methodName": TEXT, "modelName": TEXT}}},
                 "activations": {"type": "array", "items": {
                     "type": "object", "required": ["tokens", "values", "quantileMin", "quantileMax", "quantileFraction"], "properties": {
@@ -95,4 +96,5 @@ def activation(evidence, j, quantile, example, peak, positions, strengths):
     sampled = sampled[sampled > 0]
     inside = (np.minimum((sampled / width).astype(int), 9) == tenth).mean()
     return {"tokens": texts[left:left + MAX_TOKENS], "values": [round(float(v), 4) for v in dense[left:left + MAX_TOKENS]],
-            "quantileMin": round(tenth * width, 4), "quantileMax": round((tenth + 1) * width, 4), "quantileFraction": round(float(inside), 4)}
+            "quantileMin": round(tenth * width, 4), "quantileMax": round((tenth + 1) * width, 4),
+            "quantileFraction": round(float(inside), 4)}

@@ -93,13 +93,15 @@ function row(f) {
     make("span", { class: "id number" }, String(f.id), make("span", { class: "under" }, f.level)),
     make("div", {}, label, example ? tokens(f, example, { width: 9, className: "snippet" }) : null),
     make("span", { class: "figure number right of-density" }, percent(f.density)),
-    make("span", { class: "figure number right of-auc", title: f.category }, round(f.auc), make("span", { class: "under" }, f.category || "")),
+    make("span", { class: "figure number right of-auc", title: f.category }, round(f.auc),
+      make("span", { class: "under" }, f.category || "")),
     make("span", { class: "figure right of-score" }, f.score ? dots(f.score) : "–",
       make("span", { class: "under number" }, f.f1 === null ? "" : `F1 ${round(f.f1)}`))));
 }
 
 function dots(score) {
-  return make("span", { class: "dots", title: `${score} of 5`, "aria-label": `score ${score} of 5` }, "●".repeat(score), make("i", {}, "●".repeat(5 - score)));
+  return make("span", { class: "dots", title: `${score} of 5`, "aria-label": `score ${score} of 5` },
+    "●".repeat(score), make("i", {}, "●".repeat(5 - score)));
 }
 
 const FILTERS = {
@@ -111,7 +113,10 @@ const FILTERS = {
   source: (f, v) => (v === "llm") === f.byLlm,
   dead: (f, v) => v === "all" || f.dead,
 };
-const ORDER = { id: f => -f.id, label: f => f.label.toLowerCase(), density: f => f.density, auc: f => f.auc ?? -1, score: f => (f.score ?? 0) + (f.f1 ?? 0) / 10, mass: f => f.mass };
+const ORDER = {
+  id: f => -f.id, label: f => f.label.toLowerCase(), density: f => f.density, auc: f => f.auc ?? -1,
+  score: f => (f.score ?? 0) + (f.f1 ?? 0) / 10, mass: f => f.mass,
+};
 
 function refresh() {
   const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -119,7 +124,8 @@ function refresh() {
   document.querySelectorAll(".filters select").forEach(s => s.classList.toggle("set", Boolean(s.value)));
   const showDead = active.some(s => s.name === "dead");
   const key = ORDER[state.sort], sign = (state.down ? 1 : -1) * (state.sort === "label" ? -1 : 1);
-  const found = features.filter(f => (showDead || !f.dead) && active.every(s => FILTERS[s.name](f, s.value)) && words.every(w => f.haystack.includes(w)));
+  const found = features.filter(f => (showDead || !f.dead) && active.every(s => FILTERS[s.name](f, s.value))
+    && words.every(word => f.haystack.includes(word)));
   found.sort((a, b) => { const x = key(a), y = key(b); return x < y ? sign : x > y ? -sign : a.id - b.id; });
   state.shown = found.map(f => f.id);
   $("list").replaceChildren(...found.map(f => f.row ??= row(f)));
@@ -145,7 +151,8 @@ function bars(items, className, far, scale) {
   return make("ul", { class: `bars ${className}` }, ...items.map(([what, value]) => {
     const bar = make("span", { class: "bar" });
     bar.style.width = `${Math.max(1, 100 * Math.abs(value) / top)}%`;
-    return make("li", {}, make("span", { class: "what", title: what }, visible(what).replace(/^ $/, "␠")), bar, make("span", { class: "far number" }, far(value)));
+    return make("li", {}, make("span", { class: "what", title: what }, visible(what).replace(/^ $/, "␠")), bar,
+      make("span", { class: "far number" }, far(value)));
   }));
 }
 
@@ -153,7 +160,8 @@ function links(items, far) {
   return make("ul", { class: "bars links" }, ...items.map(([id, value]) => {
     const other = byId.get(id);
     const name = `${id} ${other ? labelOf(other) : ""}`;
-    return make("li", {}, other ? make("a", { href: `#feature=${id}`, title: name }, name) : make("span", {}, `${id} (in the table only)`), make("span", { class: "far number" }, far(value)));
+    const link = other ? make("a", { href: `#feature=${id}`, title: name }, name) : make("span", {}, `${id} (in the table only)`);
+    return make("li", {}, link, make("span", { class: "far number" }, far(value)));
   }));
 }
 
@@ -163,12 +171,13 @@ function histogram(f) {
   f.histogram.forEach((count, i) => {
     const height = count ? Math.max(1.5, h * count / top) : 0;
     const bar = drawing("rect", { class: "bar", x: i * step + 1, y: h - height, width: Math.max(1, step - 2), height, rx: 1.5 });
-    bar.append(drawing("title", {}, `${(i * f.histogramEnd / n).toFixed(1)} to ${((i + 1) * f.histogramEnd / n).toFixed(1)}: ${count.toLocaleString("en")} tokens`));
+    const [from, to] = [i, i + 1].map(edge => (edge * f.histogramEnd / n).toFixed(1));
+    bar.append(drawing("title", {}, `${from} to ${to}: ${count.toLocaleString("en")} tokens`));
     picture.append(bar);
   });
   picture.append(drawing("line", { class: "axis", x1: 0, x2: w, y1: h, y2: h }));
-  for (const [x, anchor, text] of [[0, "start", "0"], [w / 2, "middle", (f.histogramEnd / 2).toFixed(1)], [w, "end", f.histogramEnd.toFixed(1)]])
-    picture.append(drawing("text", { x, y: h + 14, "text-anchor": anchor }, text));
+  for (const [part, anchor] of [[0, "start"], [0.5, "middle"], [1, "end"]])
+    picture.append(drawing("text", { x: part * w, y: h + 14, "text-anchor": anchor }, (part * f.histogramEnd).toFixed(part ? 1 : 0)));
   return picture;
 }
 
@@ -194,7 +203,8 @@ function origin(f) {
   const node = make("p", { class: "origin" });
   if (f.dead) node.append("This feature did not fire on any token of the dataset.");
   else if (f.byLlm) node.append(`Label by ${f.source}${f.protocol ? `, ${f.protocol} protocol` : ""}. `,
-    f.f1 === null ? "Not validated on held-out examples." : `Validated on ${f.held} held-out examples: F1 ${round(f.f1)} (precision ${round(f.precision)}, recall ${round(f.recall)}).`);
+    f.f1 === null ? "Not validated on held-out examples." :
+      `Validated on ${f.held} held-out examples: F1 ${round(f.f1)} (precision ${round(f.precision)}, recall ${round(f.recall)}).`);
   else node.append("Label made of its own most characteristic tokens; no language model was asked.");
   if (f.scoreName && f.scoreName !== f.label) node.append(` The scoring model calls it “${f.scoreName}”.`);
   if (f.status !== "ok" && !f.dead) node.append(make("span", { class: "bad" }, ` ${f.status}.`));
@@ -202,19 +212,23 @@ function origin(f) {
 }
 
 function panel(f) {
-  const i = state.shown.indexOf(f.id), [before, after] = [state.shown[i - 1], state.shown[i + 1]];
+  const i = state.shown.indexOf(f.id), [before, after] = i < 0 ? [] : [state.shown[i - 1], state.shown[i + 1]];
+  const go = (id, text) => id === undefined ? null : make("a", { href: `#feature=${id}` }, text);
   const groups = [["Strongest examples", "the darker, the stronger; hover for the value", f.examples.filter(e => e.quantile === null)],
     ["Ordinary examples", "at five percentiles of its strongest activation per example", f.examples.filter(e => e.quantile !== null)]];
   $("panel").replaceChildren(
-    make("div", { class: "crumbs" }, make("a", { class: "back", href: "#" }, "← all"), make("span", {}, `Feature ${f.id}${f.level ? " · " + f.level : ""}`),
-      make("span", { class: "step" }, before === undefined || i < 0 ? null : make("a", { href: `#feature=${before}` }, "↑ previous"), after === undefined || i < 0 ? null : make("a", { href: `#feature=${after}` }, "↓ next"))),
+    make("div", { class: "crumbs" }, make("a", { class: "back", href: "#" }, "← all"),
+      make("span", {}, `Feature ${f.id}${f.level ? " · " + f.level : ""}`),
+      make("span", { class: "step" }, go(before, "↑ previous"), go(after, "↓ next"))),
     make("h2", {}, ...labelNodes(f)), origin(f),
     ...(f.dead ? [] : [
-      make("dl", { class: "facts" }, fact("fires on", percent(f.density), "of the tokens"), fact("strongest", f.max.toFixed(1), `mean ${f.mean.toFixed(1)}`),
+      make("dl", { class: "facts" }, fact("fires on", percent(f.density), "of the tokens"),
+        fact("strongest", f.max.toFixed(1), `mean ${f.mean.toFixed(1)}`),
         f.score ? fact("LLM score", dots(f.score), `${f.score} of 5`) : null,
         f.auc === null ? null : fact(`AUC for ${f.category}`, round(f.auc), data.chance ? `by chance up to ${round(data.chance)}` : null),
         fact("on template tokens", percent(f.special), "of its activation")),
-      ...groups.filter(([, , list]) => list.length).flatMap(([name, note, list]) => [make("h3", {}, name, make("small", {}, note)), ...list.map(e => exampleNode(f, e))]),
+      ...groups.filter(([, , list]) => list.length).flatMap(([name, note, list]) =>
+        [make("h3", {}, name, make("small", {}, note)), ...list.map(e => exampleNode(f, e))]),
       make("div", { class: "two" },
         make("div", {}, make("h3", {}, "Characteristic tokens", make("small", {}, "share of its activation")), bars(f.tokens, "", percent)),
         make("div", {}, make("h3", {}, "Where it fires", make("small", {}, "share of its activation")), bars(f.groups, "", percent, 1))),
@@ -224,7 +238,8 @@ function panel(f) {
         make("div", {}, make("h3", {}, "Suppresses"), bars(f.suppressed, "down", v => v.toFixed(2)))) : null,
       make("div", { class: "two" },
         make("div", {}, make("h3", {}, "Similar direction", make("small", {}, "cosine")), links(f.near, v => round(v))),
-        make("div", {}, make("h3", {}, "Fires together with", make("small", {}, "Jaccard")), links(f.together, v => round(v))))]).filter(Boolean));
+        make("div", {}, make("h3", {}, "Fires together with", make("small", {}, "Jaccard")), links(f.together, v => round(v)))),
+    ]).filter(Boolean));
   $("panel").scrollTop = 0;
 }
 
@@ -239,7 +254,10 @@ function show() {
   if (isRun) return;
   state.open = f ? f.id : state.shown[0] ?? null;
   if (state.open !== null) panel(byId.get(state.open));
-  if (wanted && !f) $("panel").prepend(make("p", { class: "notice" }, `Feature ${wanted[1]} is not in this report; the table interpretations.csv has all of them.`));
+  if (wanted && !f) {
+    const text = `Feature ${wanted[1]} is not in this report; the table interpretations.csv has all of them.`;
+    $("panel").prepend(make("p", { class: "notice" }, text));
+  }
   markOpen();
   byId.get(state.open)?.row?.scrollIntoView({ block: "nearest" });
 }
@@ -254,7 +272,10 @@ addEventListener("keydown", event => {
   const typing = event.target.tagName === "SELECT" || event.target.tagName === "INPUT";
   if (event.key === "/" && !typing) { event.preventDefault(); $("search").focus(); }
   else if (event.key === "Escape" && event.target === $("search")) { $("search").value = ""; refresh(); $("search").blur(); }
-  else if ((event.key === "ArrowDown" || event.key === "ArrowUp") && event.target.tagName !== "SELECT") { event.preventDefault(); step(event.key === "ArrowDown" ? 1 : -1); }
+  else if ((event.key === "ArrowDown" || event.key === "ArrowUp") && event.target.tagName !== "SELECT") {
+    event.preventDefault();
+    step(event.key === "ArrowDown" ? 1 : -1);
+  }
 });
 
 const tip = make("div", { class: "tip", hidden: "" });
@@ -287,7 +308,8 @@ for (const button of document.querySelectorAll(".heads button")) button.addEvent
 $("search").addEventListener("input", refresh);
 for (const select of document.querySelectorAll(".filters select")) select.addEventListener("change", refresh);
 addEventListener("hashchange", show);
-for (const f of features) f.haystack = `${f.id} ${f.label} ${f.scoreName ?? ""} ${f.category ?? ""} ${f.tokens.map(t => t[0]).join(" ")}`.toLowerCase();
+for (const f of features)
+  f.haystack = [f.id, f.label, f.scoreName ?? "", f.category ?? "", ...f.tokens.map(token => token[0])].join(" ").toLowerCase();
 refresh();
 show();
 document.body.dataset.ready = Math.round(performance.now() - started);

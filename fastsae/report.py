@@ -37,7 +37,8 @@ def render(evidence, rows, shown, lens, run):
     return template.render(
         title=run["title"], subtitle=run["subtitle"], story=run["story"], notice=run["notice"], tables=run["tables"],
         charts=[chart for chart in run["charts"] if chart], style=Markup(style), script=Markup(script), style_hash=csp_hash(style),
-        script_hash=csp_hash(script), has_auc=has["has_auc"], has_score=has["has_score"], has_llm=any(r["label_source"] not in ("", "tokens") for r in alive),
+        script_hash=csp_hash(script), has_auc=has["has_auc"], has_score=has["has_score"],
+        has_llm=any(row["label_source"] not in ("", "tokens") for row in alive),
         has_dead=len(alive) < len(shown), levels=[(level, level) for level in sorted({row["matryoshka_level"] for row in alive} - {""})],
         categories=[(c, c) for c in sorted({row["best_category"] for row in alive} - {""})],
         data=Markup(embed(report_data(evidence, rows, shown, lens, order, run["chance"]))))
@@ -86,12 +87,14 @@ def feature_data(evidence, row, entries, lens, near, together):
     by_llm = row["label_source"] not in ("", "tokens")
     return {
         "id": j, "label": row["label"], "source": row["label_source"], "byLlm": by_llm, "protocol": row.get("label_protocol"),
-        "status": row["status"], "dead": row["status"] == "dead", "density": number(row["density"], 6), "max": number(row["max_activation"]),
+        "status": row["status"], "dead": row["status"] == "dead", "density": number(row["density"], 6),
+        "max": number(row["max_activation"]),
         "mean": number(s.total[j] / max(s.count[j], 1)), "mass": number(s.total[j]), "level": row["matryoshka_level"],
         "category": row["best_category"], "auc": number(row["category_auc"], 4), "aucMean": number(row.get("category_auc_mean"), 4),
         "score": row["score"], "scoreName": row.get("score_name"), "f1": number(row["fidelity_f1"]),
         "precision": number(row.get("fidelity_precision")), "recall": number(row.get("fidelity_recall")), "held": row.get("n_held_out"),
-        "special": number(row["special_token_share"] or 0, 4), "tokens": [[name, number(share, 4)] for name, share in evidence.top_tokens[j]],
+        "special": number(row["special_token_share"] or 0, 4),
+        "tokens": [[name, number(share, 4)] for name, share in evidence.top_tokens[j]],
         "groups": token_groups(s.kind_role_mass[j]), "histogram": histogram.tolist(), "histogramEnd": number(end),
         "examples": entries, "promoted": pairs(lens[0]), "suppressed": pairs(lens[1]), "near": pairs(near), "together": pairs(together)}
 
@@ -129,7 +132,8 @@ class Dialogues:
             self.places[example, part] = len(self.list), start, stop
             offset = self.evidence.offsets[example]
             source = self.evidence.examples[example]
-            self.list.append({"line": source.line, "label": source.label, "ids": [self._string(t) for t in self.evidence.token_texts(example)[start:stop]],
+            texts = self.evidence.token_texts(example)[start:stop]
+            self.list.append({"line": source.line, "label": source.label, "ids": [self._string(text) for text in texts],
                               "kinds": "".join(KIND_LETTERS[k] for k in self.evidence.data["token_kind"][offset + start:offset + stop]),
                               "cut": start > 0, "cutEnd": stop < length})
         return self.places[example, part]

@@ -8,11 +8,13 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 420, 170, 40, 22
 
 def chart(title, note, body):
     return {"title": title, "note": note,
-            "svg": Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(WIDTH, HEIGHT + BOTTOM, title, Markup("".join(body)))}
+            "svg": Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+                WIDTH, HEIGHT + BOTTOM, title, Markup("".join(body)))}
 
 
 def text(x, y, content, anchor="middle", key=False):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{' class="key"' if key else ""}>{escape(content)}</text>'
+    kind = ' class="key"' if key else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(content)}</text>'
 
 
 def line(x1, y1, x2, y2, kind="axis"):
@@ -39,7 +41,8 @@ def bars(title, note, counts, labels, *, shown=None, cool=(), outline=()):
         x, height = LEFT + i * step, (HEIGHT - 20) * count / top
         height = max(height, 1.5) if count else 0
         kind = "bar cool" if i in cool else "bar"
-        body.append(f'<rect class="{kind}" x="{x + step * .08:.1f}" y="{HEIGHT - height:.1f}" width="{step * .84:.1f}" height="{height:.1f}" rx="1.5"/>')
+        body.append(f'<rect class="{kind}" x="{x + step * .08:.1f}" y="{HEIGHT - height:.1f}" width="{step * .84:.1f}" '
+                    f'height="{height:.1f}" rx="1.5"/>')
         if labels[i] is not None:
             body.append(text(x + step / 2, HEIGHT + 15, labels[i]))
         if shown and count:
