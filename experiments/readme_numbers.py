@@ -59,6 +59,8 @@ def tree():
                (f"├── {checkpoint.split('/')[-1]}", size(".pt") + "   the autoencoder"),
                ("├── metrics.json", size("metrics.json") + "   how good it is"), ("└── metrics.jsonl", size("metrics.jsonl") + "   each epoch"),
                ("interpretations.csv", size(".csv") + "   one row per feature"), ("interpretations.jsonl", size("interpretations.jsonl") + "   the same, exact")]
+    if any(path.endswith(".html") for path in sizes):
+        entries.append(("interpretations.html", size(".html") + "   the report: open it in a browser"))
     return "```\n" + "\n".join(f"{name:<54}{text}".rstrip() for name, text in entries) + "\n```"
 
 
