@@ -58,7 +58,6 @@ def tree():
                ("└── activations_layer12.json", size("layer12.json") + "   speed, norms"), ("checkpoints/cognitive_actions/", ""),
                (f"├── {checkpoint.split('/')[-1]}", size(".pt") + "   the autoencoder"),
                ("├── metrics.json", size("metrics.json") + "   how good it is"), ("└── metrics.jsonl", size("metrics.jsonl") + "   each epoch"),
-               ("interpretations.html", size(".html") + "   the report to look at"),
                ("interpretations.csv", size(".csv") + "   one row per feature"), ("interpretations.jsonl", size("interpretations.jsonl") + "   the same, exact")]
     if any(path.endswith(".html") for path in sizes):
         entries.append(("interpretations.html", size(".html") + "   the report: open it in a browser"))
