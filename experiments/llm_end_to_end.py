@@ -2,8 +2,8 @@
 
     python experiments/llm_end_to_end.py
 
-The embedded model is served on loopback through transformers (tests/loopback.py); the dataset is the first sentence of each text
-of the demo. Writes experiments/results/llm_end_to_end.json. It shows that the machinery works; a 135M-parameter model is no judge.
+The embedded model is served on loopback through transformers (tests/loopback.py), in bfloat16; the dataset is the first sentence
+of every third text of the demo. Writes experiments/results/llm_end_to_end.json. It shows that the machinery works; a 135M-parameter model is no judge.
 """
 import csv
 import json
@@ -27,7 +27,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         flags = prepare(Path(folder))
-        server = Endpoint(reply=RealModel(new_tokens=12))
+        server = Endpoint(reply=RealModel(new_tokens=10, dtype="bfloat16"))
         command = [sys.executable, str(PROJECT / "interpret_sae.py"), "--no-print-settings", *map(str, flags),
                    "--n-top-neurons", str(N_FEATURES),
                    "--n-scored-features", "0", "--n-fidelity-examples", str(N_FIDELITY), "--interpreter-model", "SmolLM2-135M-Instruct",
@@ -56,13 +56,13 @@ def main():
 
 def prepare(folder):
     """Short texts, their activations and a small autoencoder; the flags of stage 3."""
-    rows = [json.loads(line) for line in (PROJECT / "data" / "cognitive_actions.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (PROJECT / "data" / "cognitive_actions.jsonl").read_text(encoding="utf-8").splitlines()][::3]
     texts = [{**row, "text": " ".join(re.split(r"(?<=[.?!]) ", row["text"])[0].split()[:14])} for row in rows]
     dataset = folder / "sentences.jsonl"
     dataset.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts), encoding="utf-8")
     flags = ["--dataset-path", dataset, "--output-dir", folder]
     run_stage("extract_activations.py", *flags)
-    run_stage("train_sae.py", *flags, "--m", 64, "--k", 4, "--no-use-matryoshka", "--n-epochs", 20)
+    run_stage("train_sae.py", *flags, "--m", 48, "--k", 4, "--no-use-matryoshka", "--n-epochs", 20)
     return flags
 
 

@@ -78,10 +78,13 @@ class RealModel:
     model chooses the score among 1 to 5 and writes the name.
     """
 
-    def __init__(self, name="SmolLM2-135M-Instruct", new_tokens=16):
+    def __init__(self, name="SmolLM2-135M-Instruct", new_tokens=16, dtype="float32"):
+        import torch
+
         from fastsae.llm_client import LocalModel
 
         self.tokenizer, self.model = LocalModel(name, "cpu")._load()
+        self.model.to(getattr(torch, dtype))
         self.new_tokens, self.ids, self.cache, self.lock = new_tokens, [], None, threading.Lock()
 
     def __call__(self, prompt):

@@ -255,7 +255,7 @@ def test_killed_half_way_and_continued_without_a_repeated_call(tmp_path, planted
 
 def test_a_real_model_behind_a_real_endpoint(tmp_path, planted, run_main, endpoint):
     """The embedded model, served over HTTP, labels, scores and validates; nothing here knows what it will say."""
-    server = endpoint(reply=RealModel())
+    server = endpoint(reply=RealModel(dtype="bfloat16"))
     code = run_main("interpret_sae", *planted, "--n-top-neurons", 3, "--n-scored-features", 2, "--n-fidelity-examples", 6,
                     "--interpreter-model", "SmolLM2-135M-Instruct", "--n-llm-workers", 2)
     rows = [row for row in table(tmp_path) if row["label_source"] == "SmolLM2-135M-Instruct"]
