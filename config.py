@@ -253,11 +253,12 @@ AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATC
             "AUX_COEF": 0, "DEAD_AFTER_STEPS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
             "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0}
 ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0, "SAVE_EVERY": 0,
-         "LR_DECAY_FRACTION": 0}
+         "LR_DECAY_FRACTION": 0, "INIT_ENCODER_SCALE": 0}
 AT_MOST = {"SEED": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "LR_DECAY_FRACTION": 1}
 CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"),
            "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference"),
-           "SELECT_DTYPE": ("float32", "bfloat16"), "LR_SCHEDULE": ("constant", "linear", "cosine")}
+           "SELECT_DTYPE": ("float32", "bfloat16"), "LR_SCHEDULE": ("constant", "linear", "cosine"),
+           "INIT_DIRECTIONS": ("xavier", "kaiming", "orthogonal", "data"), "INIT_CENTRE": ("median", "mean", "geometric_median")}
 
 
 def check_values(values):

@@ -33,6 +33,9 @@ LEARNING_RATE: float = 5e-4                        # of Adam
 LR_SCHEDULE: str = "constant"                      # constant, linear or cosine: how it falls over the last LR_DECAY_FRACTION of the steps
 LR_DECAY_FRACTION: float = 0.2                     # part of N_EPOCHS over which the learning rate falls
 LR_WARMUP_STEPS: int = 0                           # steps over which it rises first
+INIT_DIRECTIONS: str = "xavier"                    # decoder rows at the start: xavier, kaiming, orthogonal, or data (tokens less b_dec)
+INIT_CENTRE: str = "median"                        # b_dec at the start: median, mean or geometric_median of a sample
+INIT_ENCODER_SCALE: float | None = None            # encoder rows at the start / decoder rows; none = by least squares; HypotheSAEs: 1
 CLIP_GRAD: float | None = 1.0                      # bound of the gradient's norm; none = no bound
 VALIDATION_FRACTION: float = 0.1                   # part of the examples (not of the tokens) kept for validation
 EXCLUDE_SHARED_PREFIX: bool = True                 # leave out the tokens that the chat template puts before every example
@@ -112,7 +115,6 @@ class Tokens:
 
 def train(tokens, prefixes, settings, state_path, fingerprint):
     """(the best autoencoder on validation, one dict per epoch, timing)."""
-    import torch
     from tqdm import tqdm
 
     from fastsae.language_model import choose_device
@@ -124,10 +126,11 @@ def train(tokens, prefixes, settings, state_path, fingerprint):
         "aux_k": 2 * settings.K if settings.AUX_K is None else settings.AUX_K, "use_batch_topk": settings.USE_BATCH_TOPK,
         "dead_neuron_threshold_steps": settings.DEAD_AFTER_STEPS}
     sample = np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE])
-    run = TrainingRun(config_of_sae, tokens.activations[sample].float(), seed=settings.SEED, device=device, learning_rate=settings.LEARNING_RATE)
+    run = TrainingRun(config_of_sae, tokens.activations[sample].float(), seed=settings.SEED, device=device, learning_rate=settings.LEARNING_RATE,
+                      directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
     if run.restore(state_path, fingerprint):
         print(f"going on in epoch {run.epoch}, after {run.trained_tokens:,} tokens")
-    step, sae = step_function(settings, device), run.sae
+    step = step_function(settings, device)
     n_batches = len(epoch_batches(tokens.train, settings.BATCH_SIZE, settings.SEED, 1))
     last_save = time.monotonic()
     with deferred_stop(), tqdm(total=settings.N_EPOCHS, initial=run.epoch - 1, unit="epoch", desc="training", mininterval=1, disable=None) as bar:
@@ -136,18 +139,9 @@ def train(tokens, prefixes, settings, state_path, fingerprint):
                 factor = learning_rate_factor(
                     (run.epoch - 1) * n_batches + run.batch, n_steps=settings.N_EPOCHS * n_batches, schedule=settings.LR_SCHEDULE,
                     warmup_steps=settings.LR_WARMUP_STEPS, decay_fraction=settings.LR_DECAY_FRACTION)
-                run.optimizer.param_groups[0]["lr"] = settings.LEARNING_RATE * factor
                 x = tokens.activations[rows].to(device).float()  # (batch, d)
-                loss, fired = step(sae, x, run.steps_since_fired > settings.DEAD_AFTER_STEPS)
-                run.steps_since_fired = torch.where(fired, 0, run.steps_since_fired + 1)
-                sae.adjust_decoder_gradient_()  # keep only what turns the decoder's directions: their length stays 1
-                if settings.CLIP_GRAD is not None:
-                    torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.CLIP_GRAD)
-                run.optimizer.step()
-                sae.normalize_decoder_()
-                run.loss_sum += loss * len(rows)
-                run.trained_tokens += len(rows)
-                run.batch += 1
+                run.step(step, x, learning_rate=settings.LEARNING_RATE * factor, dead_after=settings.DEAD_AFTER_STEPS,
+                         clip_grad=settings.CLIP_GRAD)
                 if stop_asked() or time.monotonic() - last_save > settings.SAVE_EVERY:
                     run.save(state_path, fingerprint)
                     last_save = time.monotonic()
@@ -157,8 +151,8 @@ def train(tokens, prefixes, settings, state_path, fingerprint):
             bar.update()
             bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
     seconds = run.elapsed()
-    sae.load_state_dict(run.best_state)
-    return sae, run.history, {"seconds": round(seconds, 2), "tokens_per_second": round(run.trained_tokens / seconds, 1), "device": device}
+    run.sae.load_state_dict(run.best_state)
+    return run.sae, run.history, {"seconds": round(seconds, 2), "tokens_per_second": round(run.trained_tokens / seconds, 1), "device": device}
 
 
 def step_function(settings, device):

@@ -25,20 +25,6 @@ def new_sae(config, device="cpu"):
     return sae
 
 
-def initialise(sae, sample, seed):
-    """HypotheSAEs' initialisation from a sample of activations (n, d): b_dec = median, unit decoder rows, tied encoder."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        weight = torch.empty(sae.decoder.weight.shape)
-        torch.nn.init.xavier_uniform_(weight)  # drawn on the CPU, so every device starts from the same numbers
-    with torch.no_grad():
-        sae.decoder.weight.copy_(weight)
-        sae.normalize_decoder_()
-        sae.encoder.weight.copy_(sae.decoder.weight.t())
-        sae.neuron_bias.zero_()
-        sae.input_bias.copy_(sample.median(dim=0).values)
-
-
 def reference_step(sae, x, dead, *, aux_coef):
     """The slow twin of `sparse_step`: HypotheSAEs' own forward and loss and autograd, with the same corrections to aux-k."""
     sae.zero_grad(set_to_none=True)

@@ -5,26 +5,41 @@ import time
 import torch
 
 from fastsae import artifacts
-from fastsae.autoencoder import initialise, new_sae
+from fastsae.autoencoder import new_sae
 from fastsae.errors import EnvironmentFailure
+from fastsae.initialisation import initialise
 
 
 class TrainingRun:
     """An autoencoder with its optimizer, counters, history and best weights so far.
 
     `epoch` counts from 1 and `batch` is the number of batches done in it, `steps_since_fired` (M,) counts steps. The data order is a
-    function of seed and epoch alone, so these place a run exactly.
+    function of seed and epoch alone, so these place a run exactly. `start` goes to `initialise`.
     """
 
-    def __init__(self, config, sample, *, seed, device, learning_rate):
+    def __init__(self, config, sample, *, seed, device, learning_rate, **start):
         self.sae = new_sae(config, device).eval()
-        initialise(self.sae, sample.to(device), seed)
+        initialise(self.sae, sample.to(device), seed, **start)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=learning_rate, fused=not device.startswith("mps"))
         self.steps_since_fired = torch.zeros(config["m_total_neurons"], dtype=torch.long, device=device)
         self.loss_sum = torch.zeros((), device=device)  # over the tokens of this epoch
         self.epoch, self.batch, self.trained_tokens, self.seconds = 1, 0, 0, 0.0
         self.history, self.best_epoch, self.best_state = [], None, None
         self._since = time.perf_counter()
+
+    def step(self, fill_gradients, x, *, learning_rate, dead_after, clip_grad):
+        """One step on the batch x (B, d): `fill_gradients(sae, x, dead) -> (loss, fired)`, Adam, decoder rows kept at length 1."""
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        loss, fired = fill_gradients(self.sae, x, self.steps_since_fired > dead_after)
+        self.steps_since_fired = torch.where(fired, 0, self.steps_since_fired + 1)
+        self.sae.adjust_decoder_gradient_()  # keep only what turns the decoder's directions
+        if clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip_grad)
+        self.optimizer.step()
+        self.sae.normalize_decoder_()
+        self.loss_sum += loss * len(x)
+        self.trained_tokens += len(x)
+        self.batch += 1
 
     def elapsed(self):
         """Seconds of training, those before an interruption included."""
