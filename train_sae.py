@@ -18,16 +18,23 @@ import config
 from fastsae import artifacts
 from fastsae.errors import InputError, deferred_stop, run_stage, stop, stop_asked
 
+ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
 M: int = 256                                       # features
 K: int = 8                                         # active features per token
 USE_MATRYOSHKA: bool = True                        # nested prefixes of features, coarse to fine (arXiv 2503.17547)
 MATRYOSHKA_PREFIXES: tuple[int, ...] = (64, 256)   # lengths of the prefixes, rising, the last = M
-USE_BATCH_TOPK: bool = False                       # K active features per token on average over a batch, not in each token
+USE_BATCH_TOPK: bool = False                       # topk only: K active features per token on average over a batch (= batchtopk)
+L1_COEFFICIENT: float = 5.0                        # standard and gated: weight of the sum of a token's features
+JUMPRELU_LOSS: str = "target"                      # target: (L0 - K) squared * 2 / K; step: L0 itself
+L0_COEFFICIENT: float = 0.1                        # jumprelu: weight of that
+JUMPRELU_BANDWIDTH: float = 0.5                    # width around its threshold in which a pre-activation moves the threshold
+SPARSITY_WARMUP_STEPS: int = 0                     # steps over which L1_COEFFICIENT and L0_COEFFICIENT rise from 0
+NORMALIZE_ACTIVATIONS: str = "auto"                # none, mean (to 0), norm (mean length to sqrt(d)), both; auto: norm, for topk none
 AUX_K: int | None = None                           # dead features that try to explain what is left over; none = 2 K, 0 = off
 AUX_COEF: float = 0.03125                          # weight of that loss
 DEAD_AFTER_STEPS: int = 256                        # steps without firing after which a feature counts as dead
 N_EPOCHS: int = 100                                # at most; see PATIENCE
-PATIENCE: int = 5                                  # epochs without a better validation normalised MSE before stopping
+PATIENCE: int = 5                                  # epochs without a better validation loss (topk: normalised MSE) before stopping
 BATCH_SIZE: int = 512                              # tokens per step
 LEARNING_RATE: float = 5e-4                        # of Adam
 LR_SCHEDULE: str = "constant"                      # constant, linear or cosine: how it falls over the last LR_DECAY_FRACTION of the steps
@@ -58,7 +65,7 @@ def main():
 
     from fastsae.autoencoder import checkpoint_name  # after the settings: loading torch takes seconds
 
-    path = settings.run_dir / checkpoint_name(settings.M, settings.K, prefixes)
+    path = settings.run_dir / checkpoint_name(settings.M, settings.K, prefixes, settings.ARCHITECTURE)
     metrics_path = settings.run_dir / "metrics.json"
     if artifacts.matches(path, metadata, artifacts.read_checkpoint_metadata):
         point_to(metrics_path, path)
@@ -121,27 +128,24 @@ def train(tokens, prefixes, settings, state_path, fingerprint):
     from fastsae.training_run import TrainingRun, learning_rate_factor
 
     device = choose_device(settings.DEVICE)
-    config_of_sae = {
-        "input_dim": tokens.activations.shape[1], "m_total_neurons": settings.M, "k_active_neurons": settings.K, "prefix_lengths": prefixes,
-        "aux_k": 2 * settings.K if settings.AUX_K is None else settings.AUX_K, "use_batch_topk": settings.USE_BATCH_TOPK,
-        "dead_neuron_threshold_steps": settings.DEAD_AFTER_STEPS}
     sample = np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE])
-    run = TrainingRun(config_of_sae, tokens.activations[sample].float(), seed=settings.SEED, device=device, learning_rate=settings.LEARNING_RATE,
+    run = TrainingRun(sae_config(tokens.activations.shape[1], prefixes, settings), tokens.activations[sample].float(), seed=settings.SEED,
+                      device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
                       directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
     if run.restore(state_path, fingerprint):
         print(f"going on in epoch {run.epoch}, after {run.trained_tokens:,} tokens")
-    step = step_function(settings, device)
     n_batches = len(epoch_batches(tokens.train, settings.BATCH_SIZE, settings.SEED, 1))
     last_save = time.monotonic()
     with deferred_stop(), tqdm(total=settings.N_EPOCHS, initial=run.epoch - 1, unit="epoch", desc="training", mininterval=1, disable=None) as bar:
         while run.epoch <= settings.N_EPOCHS and run.epoch - (run.best_epoch or run.epoch) <= settings.PATIENCE:
             for rows in epoch_batches(tokens.train, settings.BATCH_SIZE, settings.SEED, run.epoch)[run.batch:]:
+                n_done = (run.epoch - 1) * n_batches + run.batch
                 factor = learning_rate_factor(
-                    (run.epoch - 1) * n_batches + run.batch, n_steps=settings.N_EPOCHS * n_batches, schedule=settings.LR_SCHEDULE,
+                    n_done, n_steps=settings.N_EPOCHS * n_batches, schedule=settings.LR_SCHEDULE,
                     warmup_steps=settings.LR_WARMUP_STEPS, decay_fraction=settings.LR_DECAY_FRACTION)
                 x = tokens.activations[rows].to(device).float()  # (batch, d)
-                run.step(step, x, learning_rate=settings.LEARNING_RATE * factor, dead_after=settings.DEAD_AFTER_STEPS,
-                         clip_grad=settings.CLIP_GRAD)
+                run.step(step_function(settings, device, n_done), x, learning_rate=settings.LEARNING_RATE * factor,
+                         dead_after=settings.DEAD_AFTER_STEPS, clip_grad=settings.CLIP_GRAD)
                 if stop_asked() or time.monotonic() - last_save > settings.SAVE_EVERY:
                     run.save(state_path, fingerprint)
                     last_save = time.monotonic()
@@ -152,28 +156,58 @@ def train(tokens, prefixes, settings, state_path, fingerprint):
             bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
     seconds = run.elapsed()
     run.sae.load_state_dict(run.best_state)
-    return run.sae, run.history, {"seconds": round(seconds, 2), "tokens_per_second": round(run.trained_tokens / seconds, 1), "device": device}
+    return run.result(), run.history, {"seconds": round(seconds, 2), "tokens_per_second": round(run.trained_tokens / seconds, 1), "device": device}
 
 
-def step_function(settings, device):
-    """The function that fills the gradients of one batch: `step(sae, x, dead) -> (loss, fired)`."""
+def sae_config(d, prefixes, settings):
+    """What `autoencoder.new_sae` builds from."""
+    architecture = "batchtopk" if settings.USE_BATCH_TOPK else settings.ARCHITECTURE
+    return {"input_dim": d, "m_total_neurons": settings.M, "k_active_neurons": settings.K, "prefix_lengths": prefixes,
+            "aux_k": 2 * settings.K if settings.AUX_K is None else settings.AUX_K, "architecture": architecture,
+            "dead_neuron_threshold_steps": settings.DEAD_AFTER_STEPS}
+
+
+def normalisation(settings):
+    """Coefficients need activations of a known length; the TopK family's loss is relative, and HypotheSAEs takes them as they are."""
+    automatic = "none" if settings.ARCHITECTURE in ("topk", "batchtopk") else "norm"
+    return automatic if settings.NORMALIZE_ACTIVATIONS == "auto" else settings.NORMALIZE_ACTIVATIONS
+
+
+def step_function(settings, device, n_done):
+    """The function that fills the gradients of the batch after `n_done` others: `step(sae, x, dead) -> (loss, fired)`."""
     import torch
 
+    from fastsae.architectures import DENSE, dense_step
     from fastsae.autoencoder import reference_step
     from fastsae.sparse_step import sparse_step
 
+    if settings.ARCHITECTURE in DENSE:
+        warmup = min(1.0, (n_done + 1) / settings.SPARSITY_WARMUP_STEPS) if settings.SPARSITY_WARMUP_STEPS else 1.0
+        return functools.partial(dense_step, **penalty(settings, warmup))
     if settings.ENGINE == "reference" or device == "mps":  # mps has no sparse products
         return functools.partial(reference_step, aux_coef=settings.AUX_COEF)
     return functools.partial(sparse_step, aux_coef=settings.AUX_COEF, select=getattr(torch, settings.SELECT_DTYPE))
 
 
+def penalty(settings, warmup=1.0):
+    """What the losses of the dense architectures take."""
+    coefficient = settings.L0_COEFFICIENT if settings.ARCHITECTURE == "jumprelu" else settings.L1_COEFFICIENT
+    return {"sparsity": coefficient * warmup, "bandwidth": settings.JUMPRELU_BANDWIDTH,
+            "target_l0": settings.K if settings.JUMPRELU_LOSS == "target" else None}
+
+
 def end_epoch(run, tokens, settings):
     """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run."""
+    from fastsae.architectures import DENSE, validation_loss
     from fastsae.metrics import evaluate
 
-    result = evaluate(run.sae, tokens.activations, tokens.validation, tokens.example, tokens.special)
+    result = evaluate(run.result(), tokens.activations, tokens.validation, tokens.example, tokens.special)
     line = {"epoch": run.epoch, "loss": float(run.loss_sum) / len(tokens.train), "normalized_mse": result["normalized_mse"],
             "l0": result["l0"], "dead_fraction": float((run.steps_since_fired > settings.DEAD_AFTER_STEPS).double().mean())}
+    if settings.ARCHITECTURE in DENSE:
+        blocks = (run.normalisation(tokens.activations[rows].to(run.loss_sum.device).float()) for rows in
+                  np.array_split(tokens.validation, -(-len(tokens.validation) // 4096)))
+        line["validation_loss"] = validation_loss(run.sae, blocks, **penalty(settings))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
         raise InputError(f"LEARNING_RATE: the loss is no number after epoch {run.epoch}. lower --learning-rate.")
     run.end_epoch(line)
@@ -192,13 +226,14 @@ def epoch_batches(rows, batch_size, seed, epoch):
 def final_metrics(sae, tokens, history):
     """What metrics.json says, less the timing: on the validation tokens used, and on all of them, prefix and sinks included."""
     from fastsae.metrics import evaluate
+    from fastsae.training_run import best_epoch
 
     metrics = evaluate(sae, tokens.activations, tokens.validation, tokens.example, tokens.special)
     n_validation = metrics.pop("n_tokens")
     everything = evaluate(sae, tokens.activations, tokens.all_validation, tokens.example, tokens.special)
-    best_epoch = min(history, key=lambda line: line["normalized_mse"])["epoch"]
-    return {**metrics, "dead_fraction_training": history[best_epoch - 1]["dead_fraction"],
-            "n_train_tokens": len(tokens.train), "n_validation_tokens": n_validation, "epochs": len(history), "best_epoch": best_epoch,
+    best = best_epoch(history)
+    return {**metrics, "dead_fraction_training": history[best - 1]["dead_fraction"],
+            "n_train_tokens": len(tokens.train), "n_validation_tokens": n_validation, "epochs": len(history), "best_epoch": best,
             "n_excluded_shared_prefix": tokens.n_prefix, "n_excluded_sinks": tokens.n_sinks, "max_norm": tokens.max_norm,
             "with_prefix_and_sinks": {name: everything[name] for name in
                                       ("mse", "normalized_mse", "explained_variance", "l0", "mse_special_tokens", "n_tokens")}}
@@ -212,8 +247,9 @@ def report(metrics, timing, settings):
           f"dead {100 * metrics['dead_fraction']:.1f} %, MSE {metrics['mse']:.4g}")
     if metrics["normalized_mse"] >= 1:
         print("warning: normalised MSE is not below 1: worse than the mean activation. train longer, or raise --k or --m.")
-    if abs(metrics["l0"] - settings.K) > 0.25 * settings.K:
-        print(f"warning: L0 {metrics['l0']:.2f} is not near K = {settings.K}. with BatchTopK train longer; else lower --k.")
+    has_k = settings.ARCHITECTURE in ("topk", "batchtopk") or (settings.ARCHITECTURE, settings.JUMPRELU_LOSS) == ("jumprelu", "target")
+    if has_k and abs(metrics["l0"] - settings.K) > 0.25 * settings.K:
+        print(f"warning: L0 {metrics['l0']:.2f} is not near K = {settings.K}. with BatchTopK or JumpReLU train longer; else lower --k.")
     if metrics["dead_fraction"] > 0.05:
         print("warning: over 5 % of the features are dead. lower --m, raise --aux-k, or give more data.")
 

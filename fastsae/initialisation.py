@@ -3,6 +3,8 @@ import math
 
 import torch
 
+from fastsae.architectures import DENSE, start_threshold
+
 GEOMETRIC_MEDIAN_STEPS = 300    # of Weiszfeld's iteration, at most
 GEOMETRIC_MEDIAN_CHANGE = 1e-8  # relative change of the summed distances at which it ends
 
@@ -25,9 +27,12 @@ def initialise(sae, sample, seed, *, directions="xavier", centre="median", encod
     sae.normalize_decoder_()
     sae.encoder.weight.copy_(sae.decoder.weight.t())
     sae.neuron_bias.zero_()
+    if sae.architecture == "jumprelu":
+        start_threshold(sae, sample[:4096])
     if encoder_scale is None:
         encoder_scale = best_scale(sae, sample[:4096])
     sae.encoder.weight.mul_(encoder_scale)
+    sae.threshold.mul_(encoder_scale)
 
 
 def draw_directions(kind, m, sample, seed):
@@ -53,7 +58,7 @@ def best_scale(sae, sample):
     from fastsae.sparse_step import active_entries
 
     x = sample - sae.input_bias
-    reconstruction = active_entries(sae, x, training=True).times(sae.decoder.weight.t().contiguous())
+    reconstruction = active_entries(sae, x, training=sae.architecture not in DENSE).times(sae.decoder.weight.t().contiguous())
     squared = float(reconstruction.square().sum())
     return max(float((reconstruction * x).sum()) / squared, 1e-3) if squared > 0 else 1.0
 
