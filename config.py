@@ -14,6 +14,7 @@ import sys
 import textwrap
 import tokenize
 from pathlib import Path
+from types import MappingProxyType
 
 PRESET: str = "demo"                # which of the PRESETS below gives the settings declared without a value
 OUTPUT_DIR: str | None = None       # folder for activations/, checkpoints/ and interpretations.*; none = the project's folder
@@ -59,7 +60,7 @@ class Settings:
     """The resolved settings of one run, frozen: `settings.M`, `settings.source["M"]`, `settings.values`."""
 
     def __init__(self, values, source, owner):
-        self.__dict__.update(values=values, source=source, owner=owner)
+        self.__dict__.update(values=MappingProxyType(values), source=MappingProxyType(source), owner=MappingProxyType(owner))
 
     def __getattr__(self, name):
         if name in self.__dict__["values"]:
@@ -113,6 +114,17 @@ class Settings:
                          for source in order)
 
 
+def quiet_if_unread(main):
+    """Call `main()`; a reader of our output that leaves early, as `head` does, is no error."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
 def resolve(*scripts, argv=None):
     """Settings of config.py and of `scripts`, with flags, preset and files applied in that order of precedence.
 
@@ -122,10 +134,12 @@ def resolve(*scripts, argv=None):
     for path in (Path(__file__), *map(Path, scripts)):
         declared.update(read_settings(path))
     given, problems = parse_flags(declared, sys.argv[1:] if argv is None else argv, [Path(s).name for s in scripts])
+    unread = {problem.split(":")[0] for problem in problems}  # flags whose value is wrong: no other value stands in for them
     preset_name = given.get("PRESET", declared["PRESET"]["value"])
-    if preset_name not in PRESETS:
+    if not isinstance(preset_name, str) or preset_name not in PRESETS:
         problems.append(f"PRESET: there is no preset {preset_name!r}. choose {' or '.join(PRESETS)}.")
-    preset = PRESETS.get(preset_name, PRESETS["demo"])
+        preset_name = "demo"
+    preset = PRESETS[preset_name]
     values, source = {}, {}
     for name, setting in declared.items():
         if name in given:
@@ -140,7 +154,7 @@ def resolve(*scripts, argv=None):
     wrong = {name: setting for name, setting in declared.items() if not _has_type(values[name], setting["type"])}
     problems += [f"{name}: {values[name]!r} is no {setting['type']}. " + ("give another value." if source[name] == "flag" else
                  f"mend it in {setting['file']}.") for name, setting in wrong.items()]
-    problems += check_values({name: value for name, value in values.items() if name not in wrong})
+    problems += check_values({name: value for name, value in values.items() if name not in wrong and name not in unread})
     if problems:
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -187,9 +201,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
 
+    def print_help(self, file=None):
+        quiet_if_unread(lambda: super(_Parser, self).print_help(file))
+
 
 def parse_flags(declared, argv, scripts):
-    """({NAME: value} of the flags in `argv`, problems). `--help` lists every setting and exits."""
+    """({NAME: value} of the flags in `argv`, problems). `--help` lists every setting and exits.
+
+    A flag whose value cannot be read is left out and its name is in `problems`.
+    """
     parser = _Parser(prog=scripts[0] if len(scripts) == 1 else "run_pipeline.py", allow_abbrev=False,
                      usage="%(prog)s [--setting value ...]",
                      description="Every setting is a constant at the top of the file named; a flag overrides it for one run.",
@@ -203,22 +223,36 @@ def parse_flags(declared, argv, scripts):
             group.add_argument(f"--{flag_name(name)}", dest=name, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS)
         else:
             kind = setting["type"].replace(" | None", " or none").replace("tuple[int, ...]", "int,int,...")
-            group.add_argument(f"--{flag_name(name)}", dest=name, metavar=kind.upper().replace("OR NONE", "or none"),
+            group.add_argument(f"--{flag_name(name)}", dest=name, metavar=kind.upper().replace("OR NONE", "or none"), nargs="?",
                                help=text, default=argparse.SUPPRESS)
     try:
-        raw, unknown = parser.parse_known_args(argv)
+        raw, unknown = parser.parse_known_args(_joined(argv))
     except ValueError as error:
         return {}, [f"command line: {error}. see --help."]
     problems = [f"{flag}: no such setting. see --help for all of them." for i, flag in enumerate(unknown)
                 if flag.startswith("-") or i == 0 or not unknown[i - 1].startswith("--")]  # not the value of an unknown flag
     given = {}
     for name, text in vars(raw).items():
+        if text is None:
+            problems.append(f"{name}: no value is given. for example --{flag_name(name)} {_example_of(declared[name])}.")
+            continue
         try:
             given[name] = parse_value(text, declared[name]["type"])
         except ValueError:
             problems.append(f"{name}: {text!r} is no {declared[name]['type']}. for example --{flag_name(name)} "
                             f"{_example_of(declared[name])}.")
     return given, problems
+
+
+def _joined(argv):
+    """`--flag -1` as `--flag=-1`: argparse takes a value that begins with '-' only so."""
+    joined = []
+    for word in argv:
+        if joined and re.match(r"-[\d.]", word) and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _example_of(setting):
@@ -298,11 +332,11 @@ def check_paths(values, require):
     if {"BATCH_TOKENS", "POOLING"} & set(values) and "DATASET_PATH" in values:  # the stages that read the dataset
         require(os.path.isfile(values["DATASET_PATH"]), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
                 "give your data with --dataset-path FILE.jsonl")
-    if values.get("OUTPUT_DIR"):
-        nearest = values["OUTPUT_DIR"]
+    for name in ("OUTPUT_DIR", "CACHE_DIR"):
+        nearest = values.get(name) or "/"
         while not os.path.lexists(nearest) and os.path.dirname(nearest) != nearest:
             nearest = os.path.dirname(nearest)
-        require(os.path.isdir(nearest), "OUTPUT_DIR", f"{nearest} is no folder", "choose another --output-dir")
+        require(os.path.isdir(nearest), name, f"{nearest} is no folder", f"choose another --{flag_name(name)}")
 
 
 def check_features(values, require):

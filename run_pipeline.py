@@ -46,4 +46,4 @@ def run(script, flags):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(config.quiet_if_unread(main))

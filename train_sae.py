@@ -26,7 +26,7 @@ MATRYOSHKA_PREFIXES: tuple[int, ...] = (64, 256)   # lengths of the prefixes, ri
 USE_BATCH_TOPK: bool = False                       # topk only: K active features per token on average over a batch (= batchtopk)
 L1_COEFFICIENT: float = 5.0                        # standard and gated: weight of the sum of a token's features
 JUMPRELU_LOSS: str = "target"                      # target: (L0 - K) squared * 2 / K; step: L0 itself
-L0_COEFFICIENT: float = 0.1                        # jumprelu: weight of that
+L0_COEFFICIENT: float = 4.0                        # jumprelu: weight of that
 JUMPRELU_BANDWIDTH: float = 0.5                    # width around its threshold in which a pre-activation moves the threshold
 SPARSITY_WARMUP_STEPS: int = 0                     # steps over which L1_COEFFICIENT and L0_COEFFICIENT rise from 0
 NORMALIZE_ACTIVATIONS: str = "auto"                # none, mean (to 0), norm (mean length to sqrt(d)), both; auto: norm, for topk none
@@ -63,7 +63,8 @@ def main():
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     metadata = artifacts.new_metadata("sae", settings.select([*own, "SEED"]), {"activations": source["fingerprint"]}, activations=source)
 
-    from fastsae.autoencoder import checkpoint_name  # after the settings: loading torch takes seconds
+    from fastsae.autoencoder import checkpoint_name, save_sae  # after the settings: loading torch takes seconds
+    from fastsae.language_model import choose_device
 
     path = settings.run_dir / checkpoint_name(settings.M, settings.K, prefixes, settings.ARCHITECTURE)
     metrics_path = settings.run_dir / "metrics.json"
@@ -73,15 +74,14 @@ def main():
 
     print(f"activations: {source['model_name']}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
+    device = choose_device(settings.DEVICE)
     tokens = Tokens(settings)
     print(f"training on {len(tokens.train):,} tokens, validating on {len(tokens.validation):,} of {int(tokens.is_validation.sum())} other "
           f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks")
     state_path = path.with_suffix(".resume.pt")
-    sae, history, timing = train(tokens, prefixes, settings, state_path, metadata["fingerprint"])
+    sae, history, timing = train(tokens, prefixes, settings, device, state_path, metadata["fingerprint"])
     metrics = final_metrics(sae, tokens, history)
     metadata.update(max_norm=tokens.max_norm, validation_examples=np.flatnonzero(tokens.is_validation).tolist(), metrics=metrics)
-
-    from fastsae.autoencoder import save_sae
 
     save_sae(path, sae, metadata)
     artifacts.write_json(metrics_path, {"checkpoint": path.name, **metrics, **timing})
@@ -120,14 +120,12 @@ class Tokens:
                              "validation. give more examples, or longer ones.")
 
 
-def train(tokens, prefixes, settings, state_path, fingerprint):
+def train(tokens, prefixes, settings, device, state_path, fingerprint):
     """(the best autoencoder on validation, one dict per epoch, timing)."""
     from tqdm import tqdm
 
-    from fastsae.language_model import choose_device
     from fastsae.training_run import TrainingRun, learning_rate_factor
 
-    device = choose_device(settings.DEVICE)
     sample = np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE])
     run = TrainingRun(sae_config(tokens.activations.shape[1], prefixes, settings), tokens.activations[sample].float(), seed=settings.SEED,
                       device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),

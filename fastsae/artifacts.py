@@ -4,6 +4,7 @@ Every artifact carries its own metadata, `{"format", "stage", "settings", "input
 sha256 of what decides the content (format, stage, settings, inputs), so equal fingerprints mean that the work is already done.
 """
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -100,8 +101,14 @@ def _keep_aside(path):
         n += 1
     try:
         os.link(path, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK):
+            raise
+        try:  # a file system without hard links
+            shutil.copyfile(path, target)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
     print(f"the old one is kept as {target}")
 
 
@@ -195,8 +202,11 @@ def read_npz(path, members=None, *, made_by):
         with zipfile.ZipFile(path) as archive:
             names = members or [name.removesuffix(".npy") for name in archive.namelist()]
             return {name: _array(archive, archive.getinfo(f"{name}.npy"), path.stat().st_size) for name in names}
+    except PermissionError:
+        raise
     except KeyError as error:
-        raise EnvironmentFailure(f"{path}: has no member {error}, so it is no file of this project. run {made_by}.") from None
+        name = str(error).split("'")[1] if "'" in str(error) else error
+        raise EnvironmentFailure(f"{path}: has no member {name}, so it is no file of this project. run {made_by}.") from None
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise EnvironmentFailure(f"{path}: damaged or foreign ({_brief(error)}). delete it and run {made_by}.") from None
 

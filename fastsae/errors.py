@@ -74,6 +74,12 @@ def run_stage(main):
     except (KeyboardInterrupt, Terminated) as stop:
         print("stopped: what was finished is kept; the same command continues.", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
+    except MemoryError as error:
+        return _out_of_memory(error)
+    except RuntimeError as error:  # torch's own errors, of a GPU or of the CPU's allocator
+        if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
+            raise
+        return _out_of_memory(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left, as in `| head`
         return 0
@@ -84,3 +90,10 @@ def run_stage(main):
         print(f"error: {error.filename or 'output'}: {error.strerror}. {remedy}, or choose another --output-dir; "
               "nothing that was complete is lost.", file=sys.stderr)
         return EXIT_ENVIRONMENT
+
+
+def _out_of_memory(error):
+    brief = (str(error) or "out of memory").splitlines()[0][:150]
+    print(f"error: memory: {brief}. lower --batch-tokens (stage 1) or --batch-size and --max-examples (stage 2), then run again: "
+          "what was finished is kept.", file=sys.stderr)
+    return EXIT_ENVIRONMENT

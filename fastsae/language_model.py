@@ -146,7 +146,7 @@ def _load(loader, located, name, **options):
     try:
         with contextlib.redirect_stderr(io.StringIO()) if path.suffix == ".gguf" else contextlib.nullcontext():
             return loader(located, **options)  # reading GGUF shows bars that cannot be turned off; downloads may show theirs
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         chain, link = [], error
         while link is not None and len(chain) < 10:
             chain.append(type(link).__name__)
@@ -154,6 +154,8 @@ def _load(loader, located, name, **options):
         brief = (str(error) or type(error).__name__).splitlines()[0][:200]
         if "GatedRepoError" in chain or "gated repo" in str(error):
             raise EnvironmentFailure(f"MODEL_NAME: {name} is gated. accept its licence on its hub page, then run: hf auth login.") from None
+        if isinstance(error, RuntimeError) and ("OutOfMemory" in chain[0] or "not enough memory" in brief):
+            raise
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise EnvironmentFailure(f"MODEL_NAME: {name} could not be stored ({brief}). free some space, or set --cache-dir.") from None
         if isinstance(error, ImportError):

@@ -7,7 +7,7 @@ autograd through HypotheSAEs' `forward` and `compute_loss` (tests/test_training_
 ranks dead features by their pre-activation and applies no ReLU, so that it reaches features whose pre-activation is negative; it
 is left out while nothing is dead; and a batch without variance gives 0 instead of NaN.
 
-Shapes: x (B, d), encoder weight (M, d), decoder rows (M, d), one entry per active feature, sorted by row.
+Shapes: x (B, d), encoder weight (M, d), decoder rows (M, d), one entry per active feature, sorted by row and column.
 """
 import functools
 import warnings
@@ -18,12 +18,13 @@ import torch
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 TINY = 1e-12       # floor of a batch's variance, so that constant batches divide by something
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 BLOCK_ROWS = 512   # rows of pre-activations at a time on a CPU: 512 x 4,608 floats are 9 MB
 
 
 @dataclass
 class Entries:
-    """The non-zero entries of a sparse (n_rows, M) matrix of features, sorted by row; columns are in any order within a row.
+    """The non-zero entries of a sparse (n_rows, M) matrix of features, sorted by row and within a row by column.
 
     Indices are int32, which the sparse products take as they are (int64 would be converted by each of them).
     """
@@ -101,13 +102,18 @@ def top_columns(pre, k):
 
 
 def _blocks(sae, x_centred, dtype):
-    """(first row, pre-activations) of consecutive blocks of rows; the memory is used again for the next block."""
-    n, size = len(x_centred), len(x_centred) if x_centred.is_cuda else BLOCK_ROWS
+    """(first row, pre-activations) of consecutive blocks of rows."""
+    size = len(x_centred) if x_centred.is_cuda else BLOCK_ROWS
     weight, bias, x = (tensor.detach().to(dtype) for tensor in (sae.encoder.weight, sae.neuron_bias, x_centred))
-    buffer = torch.empty(min(size, n), len(bias), dtype=dtype, device=x.device)
-    for first in range(0, n, size):
-        rows = x[first:first + size]
-        yield first, torch.addmm(bias, rows, weight.t(), out=buffer[:len(rows)])
+    for first in range(0, len(x), size):
+        yield first, linear(x[first:first + size], weight, bias)
+
+
+def linear(x, weight, bias):
+    """x @ weight.T + bias. On a CPU by oneDNN where PyTorch has it, twice as fast as MKL on processors that are not Intel's."""
+    if x.device.type != "cpu" or not HAS_ONEDNN:
+        return torch.addmm(bias, x, weight.t())
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def active_entries(sae, x_centred, *, training, select=torch.float32):
@@ -136,7 +142,7 @@ def _top_k(sae, x_centred, dtype):
     column = torch.empty(n, k, dtype=torch.long, device=device)
     value = torch.empty(n, k, device=device)
     for first, pre in _blocks(sae, x_centred, dtype):
-        column[first:first + len(pre)] = chosen = top_columns(pre, k)
+        column[first:first + len(pre)] = chosen = top_columns(pre, k).sort(dim=1).values
         value[first:first + len(pre)] = pre.gather(1, chosen)
     return column, value
 
@@ -228,14 +234,12 @@ def _by_level(active, prefixes):
     """The entries spread over B * L rows: entry (b, j) goes to row b * L + level(j), the first Matryoshka prefix that holds j.
 
     One product with the decoder then gives every level's part of the reconstruction, and a running sum over the levels the
-    reconstruction from each prefix. Reorders `active` so that the entries of a row stand level after level.
+    reconstruction from each prefix. Columns rise within a row, hence levels do, and the entries keep their order.
     """
     if len(prefixes) == 1:
         return active
     level = sum((active.column >= end).int() for end in prefixes[:-1])
-    row, order = (active.row * len(prefixes) + level).sort(stable=True)
-    active.column, active.value = active.column[order], active.value[order]  # `active.row` does not change: rows stay together
-    return Entries(row, active.column, active.value, active.n_rows * len(prefixes), active.n_columns)
+    return Entries(active.row * len(prefixes) + level, active.column, active.value, active.n_rows * len(prefixes), active.n_columns)
 
 
 def _aux_loss(sae, x_centred, decoder, residual, dead, aux_coef):
@@ -245,8 +249,8 @@ def _aux_loss(sae, x_centred, decoder, residual, dead, aux_coef):
     """
     columns = dead.nonzero().squeeze(1)
     pre = torch.addmm(sae.neuron_bias[columns], x_centred, sae.encoder.weight[columns].t())  # (B, dead)
-    value, choice = pre.topk(min(sae.aux_k, len(columns)), dim=1)
-    aux = _full(columns[choice], value, sae.m_total_neurons)
+    choice = pre.topk(min(sae.aux_k, len(columns)), dim=1).indices.sort(dim=1).values
+    aux = _full(columns[choice], pre.gather(1, choice), sae.m_total_neurons)
     error = aux.times(decoder) - residual  # (B, d)
     variance = _variance(residual)
     loss = aux_coef * error.square().mean() / variance

@@ -150,7 +150,7 @@ def test_flags_reach_the_stages_that_know_them(monkeypatch, tmp_path):
     (["--dataset-path", "~nobody-of-this-name/x.jsonl"], "DATASET_PATH"), (["--dataset-path", 300 * "a"], "DATASET_PATH"),
     (["--run-name", ".."], "RUN_NAME"), (["--run-name", "a/b"], "RUN_NAME"), (["--run-name="], "RUN_NAME"),
     (["--preset", "large"], "PRESET"), (["--layers", "12"], "--layers"), (["--layer", "12"], "--layer"), (["stray"], "stray"),
-    (["--use-matryoshka=true"], "command line"), (["--m"], "command line")])
+    (["--use-matryoshka=true"], "command line"), (["--m"], "M"), (["--learning-rate", "-1e-3"], "LEARNING_RATE")])
 def test_one_bad_flag_is_one_line(refused, flags, name):
     line, = refused(*flags)
     assert line.startswith(f"{name}: ")
@@ -323,3 +323,7 @@ def test_files_and_functions_stay_short(path):
     long = [node.name for node in ast.walk(ast.parse(text))
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno + 1 > 80]
     assert long == []
+
+
+def test_a_flag_without_a_value_hides_no_other_problem(refused):
+    assert names(refused("--m", "--k", "999", "--device", "tpu")) == ["DEVICE", "M"]  # K is not measured against a default M

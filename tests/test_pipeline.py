@@ -22,7 +22,7 @@ def test_demo_end_to_end(tmp_path, run_script):
     for name in ("mse", "normalized_mse", "explained_variance", "l0", "dead_fraction", "mse_special_tokens", "n_train_tokens",
                  "n_validation_tokens", "epochs", "best_epoch", "seconds", "tokens_per_second", "prefix_normalized_mse"):
         assert name in metrics
-    assert metrics["normalized_mse"] < 0.7 and metrics["l0"] <= 8 and metrics["checkpoint"].startswith("SAE_matryoshka_M=256_K=8")
+    assert metrics["normalized_mse"] < 0.8 and metrics["l0"] <= 8 and metrics["checkpoint"].startswith("SAE_matryoshka_M=256_K=8")
     table = (tmp_path / "interpretations.csv").read_text(encoding="utf-8")
     assert table.startswith("feature,label,label_source,status,density,max_activation,top_tokens,top_example_1")
     assert sum(line.split(",")[0].isdigit() for line in table.splitlines()) == 256

@@ -1,0 +1,76 @@
+"""HypotheSAEs 2.0.1's known traps, each with the test that fails if it comes back here; those without another home are below."""
+import importlib
+import inspect
+
+import pytest
+import torch
+from conftest import planted_tokens
+
+TRAPS = {
+    "fit gives NaN when one row is left over for the last batch": "test_training.test_sizes_that_leave_one_row_over",
+    "aux-k gives dead features with negative pre-activation no gradient":
+        "test_training_step.test_dead_features_with_negative_pre_activation_get_a_gradient",
+    "without dead features the aux loss adds a constant": "test_training_step.test_without_dead_features_the_aux_loss_adds_nothing",
+    "early stopping keeps the last weights": "test_training.test_the_best_weights_are_kept",
+    "a run cannot be continued": "test_training.test_an_interrupted_run_ends_in_the_same_bytes",
+    "dead counters change while features are computed": "test_traps.test_encoding_changes_nothing",
+    "load_model runs code of a crafted file": "test_errors.test_foreign_files_are_refused_and_run_nothing",
+    "a damaged checkpoint loads as other weights": "test_errors.test_no_flipped_bit_gives_other_numbers",
+    "a checkpoint is reused for its name": "test_training.test_only_a_checkpoint_of_the_same_settings_is_reused",
+    "the whole matrix goes to the device for a median": "test_traps.test_initialisation_takes_a_sample",
+    "the Responses API is used, which local servers lack":
+        "test_interpretation.test_labels_come_through_hypothesaes_prompts_and_chat_completions",
+    "failures and refusals become labels": "test_interpretation.test_a_failure_is_a_status_and_never_a_label",
+    "a torn cache loses every label": "test_interpretation.test_a_torn_journal_loses_one_line_only",
+    "only OPENAI_KEY_SAE is read": "test_traps.test_either_key_variable_will_do",
+    "negative, zero or falling prefixes and K = 0 train silently": "test_config.test_one_bad_flag_is_one_line",
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_every_trap_has_its_test(trap):
+    module, name = TRAPS[trap].split(".")
+    assert inspect.isfunction(getattr(importlib.import_module(module), name))
+
+
+def test_encoding_changes_nothing():
+    from fastsae.autoencoder import encode, new_sae
+    from fastsae.initialisation import initialise
+
+    sae = new_sae({"input_dim": 8, "m_total_neurons": 16, "k_active_neurons": 2, "use_batch_topk": True})
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    initialise(sae, x, 0)
+    before = {name: value.clone() for name, value in sae.state_dict().items()} | {"steps": sae.steps_since_activation.clone()}
+    encode(sae, x)
+    after = {**sae.state_dict(), "steps": sae.steps_since_activation}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_initialisation_takes_a_sample(write_activations, run_main, monkeypatch):
+    import fastsae.training_run as training_run
+    import train_sae
+
+    seen = []
+
+    def remember(sae, sample, seed, initialise=training_run.initialise, **start):
+        seen.append(len(sample))
+        initialise(sae, sample, seed, **start)
+
+    monkeypatch.setattr(training_run, "initialise", remember)
+    tokens, _ = planted_tokens(40_000, 2, 4, 1)
+    flags = write_activations(tokens, [100] * 400)
+    assert run_main("train_sae", *flags, "--m", 4, "--k", 1, "--no-use-matryoshka", "--n-epochs", 1, "--batch-size", 4096) == 0
+    assert seen == [train_sae.INIT_SAMPLE] and train_sae.INIT_SAMPLE < 36_000
+
+
+@pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "OPENAI_KEY_SAE"])
+def test_either_key_variable_will_do(monkeypatch, variable):
+    from fastsae.llm_labels import endpoint
+
+    assert endpoint() is None
+    monkeypatch.setenv(variable, "sk-x")
+    assert endpoint() == ("sk-x", None)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
+    assert endpoint() == ("sk-x", "http://localhost:1/v1")
+
+
