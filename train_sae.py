@@ -4,7 +4,8 @@
 
 Reads `activations/activations_layer{LAYER_IDX}.npz`. Writes `checkpoints/<run>/SAE_....pt` (which `hypothesaes.sae.load_model`
 reads), `metrics.json` with the final figures, and `metrics.jsonl` with one line per epoch; while it trains, `SAE_....resume.pt`,
-from which the same command goes on after an interruption and ends in the same bytes. The activations must fit in memory.
+from which the same command goes on after an interruption and ends in the same bytes. Activations beyond BUFFER_TOKENS
+stay on the disk.
 """
 import functools
 import json
@@ -16,6 +17,7 @@ import numpy as np
 
 import config
 from fastsae import artifacts
+from fastsae.activations_file import read_metadata
 from fastsae.errors import InputError, deferred_stop, run_stage, stop, stop_asked
 
 ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
@@ -26,8 +28,8 @@ MATRYOSHKA_PREFIXES: tuple[int, ...] = (64, 256)   # lengths of the prefixes, ri
 USE_BATCH_TOPK: bool = False                       # topk only: K active features per token on average over a batch (= batchtopk)
 L1_COEFFICIENT: float = 5.0                        # standard and gated: weight of the sum of a token's features
 JUMPRELU_LOSS: str = "target"                      # target: (L0 - K) squared * 2 / K; step: L0 itself
-L0_COEFFICIENT: float = 4.0                        # jumprelu: weight of that
-JUMPRELU_BANDWIDTH: float = 0.5                    # width around its threshold in which a pre-activation moves the threshold
+L0_COEFFICIENT: float = 6.0                        # jumprelu: weight of that
+JUMPRELU_BANDWIDTH: float = 1.0                    # width around its threshold in which a pre-activation moves the threshold
 SPARSITY_WARMUP_STEPS: int = 0                     # steps over which L1_COEFFICIENT and L0_COEFFICIENT rise from 0
 NORMALIZE_ACTIVATIONS: str = "auto"                # none, mean (to 0), norm (mean length to sqrt(d)), both; auto: norm, for topk none
 AUX_K: int | None = None                           # dead features that try to explain what is left over; none = 2 K, 0 = off
@@ -43,8 +45,10 @@ LR_WARMUP_STEPS: int = 0                           # steps over which it rises f
 INIT_DIRECTIONS: str = "xavier"                    # decoder rows at the start: xavier, kaiming, orthogonal, or data (tokens less b_dec)
 INIT_CENTRE: str = "median"                        # b_dec at the start: median, mean or geometric_median of a sample
 INIT_ENCODER_SCALE: float | None = None            # encoder rows at the start / decoder rows; none = by least squares; HypotheSAEs: 1
+BUFFER_TOKENS: int = 1_000_000                     # kept in memory; beyond, they are mixed in a buffer of that size as they are read
 CLIP_GRAD: float | None = 1.0                      # bound of the gradient's norm; none = no bound
 VALIDATION_FRACTION: float = 0.1                   # part of the examples (not of the tokens) kept for validation
+USE_TOKENS: str = "all"                            # all; content: not the chat template's; assistant: the assistant's own text
 EXCLUDE_SHARED_PREFIX: bool = True                 # leave out the tokens that the chat template puts before every example
 MAX_NORM_RATIO: float | None = 10.0                # leave out attention sinks: norms above this many times the median; none = keep
 ENGINE: str = "sparse"                             # sparse: from the active features only; reference: HypotheSAEs' dense code
@@ -58,13 +62,14 @@ INIT_SAMPLE = 32768  # tokens whose median initialises b_dec
 def main():
     settings = config.resolve(__file__)
     settings.show()
-    source = artifacts.read_npz_metadata(settings.activations_path)
+    source = read_metadata(settings.activations_path)
     prefixes = list(settings.MATRYOSHKA_PREFIXES) if settings.USE_MATRYOSHKA else None
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     metadata = artifacts.new_metadata("sae", settings.select([*own, "SEED"]), {"activations": source["fingerprint"]}, activations=source)
 
     from fastsae.autoencoder import checkpoint_name, save_sae  # after the settings: loading torch takes seconds
     from fastsae.language_model import choose_device
+    from fastsae.training_data import Tokens
 
     path = settings.run_dir / checkpoint_name(settings.M, settings.K, prefixes, settings.ARCHITECTURE)
     metrics_path = settings.run_dir / "metrics.json"
@@ -75,9 +80,11 @@ def main():
     print(f"activations: {source['model_name']}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
     device = choose_device(settings.DEVICE)
-    tokens = Tokens(settings)
+    tokens = Tokens(settings.activations_path, validation_fraction=settings.VALIDATION_FRACTION, seed=settings.SEED,
+                    use=settings.USE_TOKENS, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, max_norm_ratio=settings.MAX_NORM_RATIO)
     print(f"training on {len(tokens.train):,} tokens, validating on {len(tokens.validation):,} of {int(tokens.is_validation.sum())} other "
-          f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks")
+          f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks"
+          + (f", {tokens.n_filtered:,} tokens that are not {settings.USE_TOKENS}" if tokens.n_filtered else ""))
     state_path = path.with_suffix(".resume.pt")
     sae, history, timing = train(tokens, prefixes, settings, device, state_path, metadata["fingerprint"])
     metrics = final_metrics(sae, tokens, history)
@@ -90,59 +97,32 @@ def main():
     print(f"wrote {path}")
 
 
-class Tokens:
-    """The activations of stage 1 and which of their rows train and validate."""
-
-    def __init__(self, settings):
-        import torch
-
-        from fastsae.tokens import split_examples, token_norms, usable_tokens
-
-        data = artifacts.read_npz(settings.activations_path, made_by="extract_activations.py")
-        lengths, kind = data["seq_lengths"], data["token_kind"]
-        norms = token_norms(data["activations"])
-        if not np.isfinite(norms).all():
-            raise InputError(f"{settings.activations_path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity. "
-                             "delete the file and run extract_activations.py with --dtype float32.")
-        usable, self.max_norm = usable_tokens(norms, kind, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX,
-                                              max_norm_ratio=settings.MAX_NORM_RATIO)
-        in_prefix, _ = usable_tokens(norms, kind, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, max_norm_ratio=None)
-        self.n_prefix, self.n_sinks = int((~in_prefix).sum()), int((in_prefix & ~usable).sum())
-        self.activations = torch.from_numpy(data["activations"])              # (n_tokens, d)
-        self.example = np.repeat(np.arange(len(lengths)), lengths)            # (n_tokens,)
-        self.special = kind != 0                                              # (n_tokens,) written by the chat template
-        self.is_validation = split_examples(len(lengths), settings.VALIDATION_FRACTION, settings.SEED)
-        for_validation = self.is_validation[self.example]
-        self.train, self.validation = np.flatnonzero(usable & ~for_validation), np.flatnonzero(usable & for_validation)
-        self.all_validation = np.flatnonzero(for_validation)
-        if len(self.train) < 2 or len(self.validation) < 2:
-            raise InputError(f"VALIDATION_FRACTION: {len(self.train)} tokens are left for training and {len(self.validation)} for "
-                             "validation. give more examples, or longer ones.")
-
-
 def train(tokens, prefixes, settings, device, state_path, fingerprint):
     """(the best autoencoder on validation, one dict per epoch, timing)."""
     from tqdm import tqdm
 
+    from fastsae.training_data import TrainingRows
     from fastsae.training_run import TrainingRun, learning_rate_factor
 
     sample = np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE])
-    run = TrainingRun(sae_config(tokens.activations.shape[1], prefixes, settings), tokens.activations[sample].float(), seed=settings.SEED,
+    run = TrainingRun(sae_config(tokens.activations.shape[1], prefixes, settings), tokens.rows(sample), seed=settings.SEED,
                       device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
                       directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
     if run.restore(state_path, fingerprint):
         print(f"going on in epoch {run.epoch}, after {run.trained_tokens:,} tokens")
-    n_batches = len(epoch_batches(tokens.train, settings.BATCH_SIZE, settings.SEED, 1))
+    data = TrainingRows(tokens.activations, tokens.train, batch_size=settings.BATCH_SIZE, buffer_tokens=settings.BUFFER_TOKENS,
+                        seed=settings.SEED)
+    n_batches = data.n_batches()
     last_save = time.monotonic()
-    with deferred_stop(), tqdm(total=settings.N_EPOCHS, initial=run.epoch - 1, unit="epoch", desc="training", mininterval=1, disable=None) as bar:
+    bar = tqdm(total=settings.N_EPOCHS, initial=run.epoch - 1, unit="epoch", desc="training", mininterval=1, disable=None)
+    with deferred_stop(), bar:
         while run.epoch <= settings.N_EPOCHS and run.epoch - (run.best_epoch or run.epoch) <= settings.PATIENCE:
-            for rows in epoch_batches(tokens.train, settings.BATCH_SIZE, settings.SEED, run.epoch)[run.batch:]:
+            for x in data.batches(run.epoch, run.batch):  # (batch, d)
                 n_done = (run.epoch - 1) * n_batches + run.batch
                 factor = learning_rate_factor(
                     n_done, n_steps=settings.N_EPOCHS * n_batches, schedule=settings.LR_SCHEDULE,
                     warmup_steps=settings.LR_WARMUP_STEPS, decay_fraction=settings.LR_DECAY_FRACTION)
-                x = tokens.activations[rows].to(device).float()  # (batch, d)
-                run.step(step_function(settings, device, n_done), x, learning_rate=settings.LEARNING_RATE * factor,
+                run.step(step_function(settings, device, n_done), x.to(device), learning_rate=settings.LEARNING_RATE * factor,
                          dead_after=settings.DEAD_AFTER_STEPS, clip_grad=settings.CLIP_GRAD)
                 if stop_asked() or time.monotonic() - last_save > settings.SAVE_EVERY:
                     run.save(state_path, fingerprint)
@@ -154,7 +134,8 @@ def train(tokens, prefixes, settings, device, state_path, fingerprint):
             bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
     seconds = run.elapsed()
     run.sae.load_state_dict(run.best_state)
-    return run.result(), run.history, {"seconds": round(seconds, 2), "tokens_per_second": round(run.trained_tokens / seconds, 1), "device": device}
+    return run.result(), run.history, {"seconds": round(seconds, 2), "device": device,
+                                       "tokens_per_second": round(run.trained_tokens / seconds, 1)}
 
 
 def sae_config(d, prefixes, settings):
@@ -203,22 +184,13 @@ def end_epoch(run, tokens, settings):
     line = {"epoch": run.epoch, "loss": float(run.loss_sum) / len(tokens.train), "normalized_mse": result["normalized_mse"],
             "l0": result["l0"], "dead_fraction": float((run.steps_since_fired > settings.DEAD_AFTER_STEPS).double().mean())}
     if settings.ARCHITECTURE in DENSE:
-        blocks = (run.normalisation(tokens.activations[rows].to(run.loss_sum.device).float()) for rows in
+        blocks = (run.normalisation(tokens.rows(rows).to(run.loss_sum.device)) for rows in
                   np.array_split(tokens.validation, -(-len(tokens.validation) // 4096)))
         line["validation_loss"] = validation_loss(run.sae, blocks, **penalty(settings))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
         raise InputError(f"LEARNING_RATE: the loss is no number after epoch {run.epoch}. lower --learning-rate.")
     run.end_epoch(line)
     artifacts.write_text(settings.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in run.history))
-
-
-def epoch_batches(rows, batch_size, seed, epoch):
-    """The rows in an order that only (seed, epoch) decides, cut into batches; a last row left alone joins the batch before."""
-    order = np.random.default_rng((seed, epoch)).permutation(rows)
-    ends = list(range(batch_size, len(order), batch_size)) + [len(order)]
-    if len(ends) > 1 and ends[-1] - ends[-2] == 1:  # one row has no variance to normalise its loss by
-        del ends[-2]
-    return np.split(order, ends[:-1])
 
 
 def final_metrics(sae, tokens, history):
