@@ -287,7 +287,7 @@ AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATC
             "BLOCK_LENGTH": 2, "DEDUP_NGRAM": 0, "M": 1, "K": 1, "AUX_K": 0,
             "AUX_COEF": 0, "DEAD_AFTER_STEPS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
             "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0, "SPARSITY_WARMUP_STEPS": 0, "BUFFER_TOKENS": 6,
-            "L1_COEFFICIENT": 0, "L0_COEFFICIENT": 0}
+            "L1_COEFFICIENT": 0, "L0_COEFFICIENT": 0, "RESAMPLE_EVERY": 1}
 ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0, "SAVE_EVERY": 0,
          "LR_DECAY_FRACTION": 0, "INIT_ENCODER_SCALE": 0, "JUMPRELU_BANDWIDTH": 0}
 AT_MOST = {"SEED": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "LR_DECAY_FRACTION": 1}
@@ -295,7 +295,8 @@ CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE":
            "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference"),
            "SELECT_DTYPE": ("float32", "bfloat16"), "LR_SCHEDULE": ("constant", "linear", "cosine"),
            "ARCHITECTURE": ("topk", "batchtopk", "standard", "jumprelu", "gated"), "JUMPRELU_LOSS": ("target", "step"),
-           "USE_TOKENS": ("all", "content", "assistant"), "NORMALIZE_ACTIVATIONS": ("auto", "none", "mean", "norm", "both"),
+           "LOGGER": ("none", "tensorboard", "wandb"), "USE_TOKENS": ("all", "content", "assistant"),
+           "NORMALIZE_ACTIVATIONS": ("auto", "none", "mean", "norm", "both"),
            "INIT_DIRECTIONS": ("xavier", "kaiming", "orthogonal", "data"), "INIT_CENTRE": ("median", "mean", "geometric_median")}
 
 

@@ -3,9 +3,9 @@
     python train_sae.py --m 512 --k 8 --matryoshka-prefixes 64,512
 
 Reads `activations/activations_layer{LAYER_IDX}.npz`. Writes `checkpoints/<run>/SAE_....pt` (which `hypothesaes.sae.load_model`
-reads), `metrics.json` with the final figures, and `metrics.jsonl` with one line per epoch; while it trains, `SAE_....resume.pt`,
-from which the same command goes on after an interruption and ends in the same bytes. Activations beyond BUFFER_TOKENS
-stay on the disk.
+reads), `metrics.json` with the final figures, `metrics.jsonl` with one line per epoch, `training.png` with their curves; while it
+trains, `SAE_....resume.pt`, from which the same command goes on after an interruption and ends in the same bytes. Activations beyond
+BUFFER_TOKENS stay on the disk.
 """
 import functools
 import json
@@ -35,6 +35,7 @@ NORMALIZE_ACTIVATIONS: str = "auto"                # none, mean (to 0), norm (me
 AUX_K: int | None = None                           # dead features that try to explain what is left over; none = 2 K, 0 = off
 AUX_COEF: float = 0.03125                          # weight of that loss
 DEAD_AFTER_STEPS: int = 256                        # steps without firing after which a feature counts as dead
+RESAMPLE_EVERY: int | None = None                  # steps between fresh starts of dead features at badly reconstructed tokens; none = never
 N_EPOCHS: int = 100                                # at most; see PATIENCE
 PATIENCE: int = 5                                  # epochs without a better validation loss (topk: normalised MSE) before stopping
 BATCH_SIZE: int = 512                              # tokens per step
@@ -54,8 +55,9 @@ MAX_NORM_RATIO: float | None = 10.0                # leave out attention sinks: 
 ENGINE: str = "sparse"                             # sparse: from the active features only; reference: HypotheSAEs' dense code
 SELECT_DTYPE: str = "float32"                      # bfloat16 picks the top K from a coarser product: faster, their values stay float32
 SAVE_EVERY: float = 60.0                           # seconds between saves of an unfinished run, the most that a kill loses
+LOGGER: str = "none"                               # none, tensorboard or wandb: where the figures of each epoch go as well
 
-NOT_DECISIVE = ("ENGINE", "SAVE_EVERY")
+NOT_DECISIVE = ("ENGINE", "SAVE_EVERY", "LOGGER")
 INIT_SAMPLE = 32768  # tokens whose median initialises b_dec
 
 
@@ -69,6 +71,7 @@ def main():
 
     from fastsae.autoencoder import checkpoint_name, save_sae  # after the settings: loading torch takes seconds
     from fastsae.language_model import choose_device
+    from fastsae.monitoring import write_figure
     from fastsae.training_data import Tokens
 
     path = settings.run_dir / checkpoint_name(settings.M, settings.K, prefixes, settings.ARCHITECTURE)
@@ -92,6 +95,7 @@ def main():
 
     save_sae(path, sae, metadata)
     artifacts.write_json(metrics_path, {"checkpoint": path.name, **metrics, **timing})
+    write_figure(settings.run_dir / "training.png", history)
     state_path.unlink(missing_ok=True)
     report(metrics, timing, settings)
     print(f"wrote {path}")
@@ -101,10 +105,13 @@ def train(tokens, prefixes, settings, device, state_path, fingerprint):
     """(the best autoencoder on validation, one dict per epoch, timing)."""
     from tqdm import tqdm
 
+    from fastsae.monitoring import open_logger
+    from fastsae.resampling import resample
     from fastsae.training_data import TrainingRows
     from fastsae.training_run import TrainingRun, learning_rate_factor
 
     sample = np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE])
+    log = open_logger(settings.LOGGER, settings.run_dir, state_path.name.removesuffix(".resume.pt"), settings.values)
     run = TrainingRun(sae_config(tokens.activations.shape[1], prefixes, settings), tokens.rows(sample), seed=settings.SEED,
                       device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
                       directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
@@ -124,12 +131,14 @@ def train(tokens, prefixes, settings, device, state_path, fingerprint):
                     warmup_steps=settings.LR_WARMUP_STEPS, decay_fraction=settings.LR_DECAY_FRACTION)
                 run.step(step_function(settings, device, n_done), x.to(device), learning_rate=settings.LEARNING_RATE * factor,
                          dead_after=settings.DEAD_AFTER_STEPS, clip_grad=settings.CLIP_GRAD)
+                if settings.RESAMPLE_EVERY and (n_done + 1) % settings.RESAMPLE_EVERY == 0:
+                    resample(run, x.to(device), dead_after=settings.DEAD_AFTER_STEPS, seed=settings.SEED + n_done)
                 if stop_asked() or time.monotonic() - last_save > settings.SAVE_EVERY:
                     run.save(state_path, fingerprint)
                     last_save = time.monotonic()
                     if stop_asked():
                         stop()
-            end_epoch(run, tokens, settings)
+            log(end_epoch(run, tokens, settings))
             bar.update()
             bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
     seconds = run.elapsed()
@@ -176,13 +185,14 @@ def penalty(settings, warmup=1.0):
 
 
 def end_epoch(run, tokens, settings):
-    """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run."""
+    """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run. Returns its line."""
     from fastsae.architectures import DENSE, validation_loss
     from fastsae.metrics import evaluate
 
     result = evaluate(run.result(), tokens.activations, tokens.validation, tokens.example, tokens.special)
     line = {"epoch": run.epoch, "loss": float(run.loss_sum) / len(tokens.train), "normalized_mse": result["normalized_mse"],
-            "l0": result["l0"], "dead_fraction": float((run.steps_since_fired > settings.DEAD_AFTER_STEPS).double().mean())}
+            "prefix_normalized_mse": result["prefix_normalized_mse"], "l0": result["l0"],
+            "dead_fraction": float((run.steps_since_fired > settings.DEAD_AFTER_STEPS).double().mean())}
     if settings.ARCHITECTURE in DENSE:
         blocks = (run.normalisation(tokens.rows(rows).to(run.loss_sum.device)) for rows in
                   np.array_split(tokens.validation, -(-len(tokens.validation) // 4096)))
@@ -191,6 +201,7 @@ def end_epoch(run, tokens, settings):
         raise InputError(f"LEARNING_RATE: the loss is no number after epoch {run.epoch}. lower --learning-rate.")
     run.end_epoch(line)
     artifacts.write_text(settings.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in run.history))
+    return line
 
 
 def final_metrics(sae, tokens, history):

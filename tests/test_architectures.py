@@ -194,8 +194,9 @@ def test_hypothesaes_reads_a_standard_one(tmp_path, write_activations, run_main)
         torch.testing.assert_close(loaded(x)[0], decode(ours, encode(ours, x)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("flags", "name"), [(["--use-batch-topk", "--architecture", "gated", "--no-use-matryoshka"], "USE_BATCH_TOPK"),
-                                             (["--architecture", "standard"], "USE_MATRYOSHKA"), (["--architecture", "relu"], "ARCHITECTURE")])
+@pytest.mark.parametrize(("flags", "name"), [
+    (["--use-batch-topk", "--architecture", "gated", "--no-use-matryoshka"], "USE_BATCH_TOPK"),
+    (["--architecture", "standard"], "USE_MATRYOSHKA"), (["--architecture", "relu"], "ARCHITECTURE")])
 def test_contradictions_are_setting_errors(run_main, capsys, flags, name):
     with pytest.raises(SystemExit) as stopped:
         run_main("train_sae", *flags)
