@@ -287,7 +287,8 @@ AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATC
             "BLOCK_LENGTH": 2, "DEDUP_NGRAM": 0, "M": 1, "K": 1, "AUX_K": 0,
             "AUX_COEF": 0, "DEAD_AFTER_STEPS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
             "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0, "SPARSITY_WARMUP_STEPS": 0, "BUFFER_TOKENS": 6,
-            "L1_COEFFICIENT": 0, "L0_COEFFICIENT": 0, "RESAMPLE_EVERY": 1}
+            "L1_COEFFICIENT": 0, "L0_COEFFICIENT": 0, "RESAMPLE_EVERY": 1,
+            "N_REPORT_FEATURES": 1, "N_SCORED_FEATURES": 0, "N_FIDELITY_EXAMPLES": 0, "N_HYPOTHESES": 1}
 ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0, "SAVE_EVERY": 0,
          "LR_DECAY_FRACTION": 0, "INIT_ENCODER_SCALE": 0, "JUMPRELU_BANDWIDTH": 0}
 AT_MOST = {"SEED": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "LR_DECAY_FRACTION": 1}
@@ -297,7 +298,8 @@ CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE":
            "ARCHITECTURE": ("topk", "batchtopk", "standard", "jumprelu", "gated"), "JUMPRELU_LOSS": ("target", "step"),
            "LOGGER": ("none", "tensorboard", "wandb"), "USE_TOKENS": ("all", "content", "assistant"),
            "NORMALIZE_ACTIVATIONS": ("auto", "none", "mean", "norm", "both"),
-           "INIT_DIRECTIONS": ("xavier", "kaiming", "orthogonal", "data"), "INIT_CENTRE": ("median", "mean", "geometric_median")}
+           "INIT_DIRECTIONS": ("xavier", "kaiming", "orthogonal", "data"), "INIT_CENTRE": ("median", "mean", "geometric_median"),
+           "LLM_PROTOCOL": ("both", "contrastive", "fast"), "SELECTION_METHOD": ("separation_score", "correlation", "lasso")}
 
 
 def check_values(values):
@@ -329,6 +331,7 @@ def check_values(values):
     check_paths(values, require)
     check_extraction(values, require)
     check_features(values, require)
+    check_interpretation(values, require)
     return problems
 
 
@@ -372,3 +375,14 @@ def check_features(values, require):
         require(rising, "MATRYOSHKA_PREFIXES", f"{prefixes} do not rise from 1 or more", "give for example 64,256")
         require(not rising or prefixes[-1] == m, "MATRYOSHKA_PREFIXES", f"the last of {prefixes} is not M={m}",
                 f"give for example --matryoshka-prefixes {max(1, m // 4)},{m}, or --no-use-matryoshka")
+
+
+def check_interpretation(values, require):
+    """The rules of stage 3's own settings."""
+    if {"TARGET_VALUE", "TARGET_FIELD", "LABEL_FIELD"} <= set(values):
+        require(not values["TARGET_VALUE"] or values["TARGET_FIELD"] or values["LABEL_FIELD"], "TARGET_VALUE",
+                "no field is named that could have it", "name one with --target-field")
+    n, name = values.get("N_FIDELITY_EXAMPLES") or 0, values.get("NEURONPEDIA_SET")
+    require(n <= 0 or n >= 6, "N_FIDELITY_EXAMPLES", f"{n} are too few to test a label", "give 6 or more, or 0 for no test")
+    require(name is None or re.fullmatch(r"[\w.-]*\w", name), "NEURONPEDIA_SET", f"{name!r} is no name of a set",
+            "use letters, digits and . _ -")

@@ -2,14 +2,13 @@
 
     python interpret_sae.py
     OPENAI_API_KEY=... python interpret_sae.py --n-top-neurons 50 --interpreter-model gpt-5-mini
+    python interpret_sae.py --target-value remembering
 
-Reads the activations, the checkpoint that `checkpoints/<run>/metrics.json` names, and the dataset. Writes
-`interpretations.csv`, one row per feature, and its exact twin `interpretations.jsonl` (first line: settings and provenance).
-Without an endpoint every label is made of the feature's most characteristic tokens; nothing is sent anywhere.
+Reads the activations, the checkpoint that `checkpoints/<run>/metrics.json` names, and the dataset. Writes `interpretations.html`
+(a report for people), `interpretations.csv`, one row per feature, and its exact twin `interpretations.jsonl` (first line:
+settings and provenance); with a target, `hypotheses.csv`. Without an LLM every label is made of the feature's most
+characteristic tokens; nothing is sent anywhere.
 """
-import csv
-import hashlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -17,19 +16,38 @@ from pathlib import Path
 import numpy as np
 
 import config
-from fastsae import artifacts, llm_labels
+from fastsae import artifacts, llm_client, tables
 from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, run_stage
 
-POOLING: str = "max"                    # of a feature over an example's tokens: max or mean
-N_TOP_NEURONS: int = 20                 # features that the LLM labels: best category AUC first, else most activation
-INTERPRETER_MODEL: str = "gpt-5-mini"   # model name at the endpoint (OPENAI_API_KEY or OPENAI_KEY_SAE, OPENAI_BASE_URL)
+POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc and targets: max or mean
+N_REPORT_FEATURES: int = 1024           # features in interpretations.html at most; the tables hold all
+INTERPRETER_MODEL: str = "gpt-5-mini"   # at the endpoint (OPENAI_API_KEY or OPENAI_KEY_SAE, OPENAI_BASE_URL), or local:NAME here
+LLM_PROTOCOL: str = "both"              # contrastive (HypotheSAEs' label), fast (FAST's score and name) or both
+N_TOP_NEURONS: int = 20                 # features that the LLM labels: best category AUC first, else most activation; 0 = no LLM
+N_SCORED_FEATURES: int = 128            # features, by lot, that the LLM scores from 1 to 5 besides these
+N_FIDELITY_EXAMPLES: int = 20           # held-out examples per label on which the LLM tests it; 0 = no test
 LLM_TIMEOUT: float = 60.0               # seconds for one call
 N_LLM_WORKERS: int = 8                  # calls at a time
+RETRY_UNUSABLE: bool = False            # ask again (and pay again) where an earlier reply could not be used
+DRY_RUN: bool = False                   # print how many calls and prompt tokens the LLM would take, and stop
+TARGET_FIELD: str | None = None         # dataset field to predict, for hypotheses.csv; none = LABEL_FIELD
+TARGET_VALUE: str | None = None         # its value against all others; none = its numbers (no hypotheses.csv without a TARGET_...)
+SELECTION_METHOD: str = "separation_score"  # how HypotheSAEs selects features for the target: separation_score, correlation, lasso
+N_HYPOTHESES: int = 20                  # features to select for the target
+NEURONPEDIA_SET: str | None = None      # also write upload batches under neuronpedia/, for the source "<layer>-<this name>"
+NEURONPEDIA_MODEL: str | None = None    # Neuronpedia's id of the model; none = the model's own name in lower case
 
-N_TOP_TOKENS, N_TOP_EXAMPLES = 8, 5
+N_TOP_TOKENS, N_TOP_EXAMPLES, N_LENS_TOKENS, N_LENS_COLUMN = 8, 5, 20, 8
 AUC_BOUND = 0.8  # a feature above this separates its category well; the report counts them
 COLUMNS = ("feature", "label", "label_source", "status", "density", "max_activation", "top_tokens",
-           *(f"top_example_{i}" for i in range(1, N_TOP_EXAMPLES + 1)), "best_category", "category_auc")
+           *(f"top_example_{i}" for i in range(1, N_TOP_EXAMPLES + 1)), "best_category", "category_auc",
+           "score", "fidelity_f1", "matryoshka_level", "promoted_tokens", "suppressed_tokens", "special_token_share")
+HYPOTHESIS_COLUMNS = ("rank", "feature", "hypothesis", "source", "target", "method", "score", "held_out_correlation", "held_out_auc",
+                      "fidelity_f1", "top_tokens")
+DECISIVE = ("POOLING", "LABEL_FIELD", "TEXT_FIELD", "SEED", "N_REPORT_FEATURES", "NEURONPEDIA_SET", "NEURONPEDIA_MODEL")
+LLM_SETTINGS = ("INTERPRETER_MODEL", "LLM_PROTOCOL", "N_TOP_NEURONS", "N_SCORED_FEATURES", "N_FIDELITY_EXAMPLES")
+TARGET_SETTINGS = ("TARGET_FIELD", "TARGET_VALUE", "SELECTION_METHOD", "N_HYPOTHESES")
+OPTIONAL = ("score", "score_name", "fidelity_f1", "fidelity_precision", "fidelity_recall", "n_held_out", "label_protocol", "note")
 
 
 def main():
@@ -37,31 +55,26 @@ def main():
     settings.show()
     checkpoint_path = named_checkpoint(settings.run_dir)
     sae_meta = artifacts.read_checkpoint_metadata(checkpoint_path)
-    source = sae_meta["activations"]
-    endpoint = llm_labels.endpoint() if settings.N_TOP_NEURONS else None
-    metadata = artifacts.new_metadata(
-        "interpretations",
-        {**settings.select(["POOLING", "LABEL_FIELD", "TEXT_FIELD", "SEED"]),
-         "llm": endpoint and [settings.INTERPRETER_MODEL, endpoint[1], settings.N_TOP_NEURONS]},
-        {"checkpoint": sae_meta["fingerprint"], "dataset": source["inputs"]["dataset"]}, checkpoint=str(checkpoint_path))
-    csv_path, jsonl_path = (settings.output_dir / f"interpretations{suffix}" for suffix in (".csv", ".jsonl"))
-    if done(csv_path, jsonl_path, metadata):
+    backend = None
+    if settings.N_TOP_NEURONS:
+        backend = llm_client.choose_backend(settings.INTERPRETER_MODEL, timeout=settings.LLM_TIMEOUT, device=settings.DEVICE)
+    metadata = describe(settings, checkpoint_path, sae_meta, backend)
+    folder, jsonl_path = settings.output_dir, settings.output_dir / "interpretations.jsonl"
+    if not settings.DRY_RUN and done(folder, jsonl_path, metadata):
         return
 
     features = Features(settings, checkpoint_path, sae_meta)
-    rows = features.rows()
-    selected = []
-    if endpoint:
-        selected = features.choose(settings.N_TOP_NEURONS)
-        add_llm_labels(rows, selected, features, endpoint, settings)
-    failed = [j for j in selected if rows[j]["label_source"] != settings.INTERPRETER_MODEL]
-    write_tables(csv_path, jsonl_path, rows, {**metadata, "complete": not failed, "summary": features.summary()})
-    report(rows, features, csv_path)
-    if failed:
-        reasons = sorted({rows[j]["status"] for j in failed})
-        print(f"unlabelled: {len(failed)} of {len(selected)} features ({'; '.join(reasons[:3])}). mend it and run again: "
-              "what was answered is not asked twice.", file=sys.stderr)
-        return EXIT_INCOMPLETE
+    labelled = features.choose(settings.N_TOP_NEURONS)
+    hypotheses = features.hypotheses()
+    work = None
+    if backend or settings.DRY_RUN:
+        work = labelling(features, backend, list(dict.fromkeys([*labelled, *(h["feature"] for h in hypotheses)])), settings)
+        if settings.DRY_RUN:
+            return print_plan(work, features.evidence.tokenizer)
+    scored = add_llm_labels(features.rows, work.run(), work) if work else []
+    write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settings)
+    say(features, work, folder)
+    return incomplete(features.rows) if work else 0
 
 
 def named_checkpoint(run_dir):
@@ -75,14 +88,27 @@ def named_checkpoint(run_dir):
         raise EnvironmentFailure(f"{path}: damaged. run train_sae.py again.") from None
 
 
-def done(csv_path, jsonl_path, metadata):
-    """True if both tables are there, complete, and made from the same inputs."""
+def describe(settings, checkpoint_path, sae_meta, backend):
+    """The metadata of the outputs: what decides them, and where they come from."""
+    from fastsae.report import template_sha256
+
+    target = settings.select(TARGET_SETTINGS) if settings.TARGET_FIELD or settings.TARGET_VALUE else None
+    llm = {**settings.select(LLM_SETTINGS), "base_url": backend.scope[1]} if backend else None
+    return artifacts.new_metadata(
+        "interpretations", {**settings.select(DECISIVE), "llm": llm, "target": target},
+        {"checkpoint": sae_meta["fingerprint"], "dataset": sae_meta["activations"]["inputs"]["dataset"], "report": template_sha256()},
+        checkpoint=str(checkpoint_path))
+
+
+def done(folder, jsonl_path, metadata):
+    """True if all outputs are there, complete, and made from the same inputs."""
     def read(path):
         lines = artifacts.read_lines(path)
         if not lines or "fingerprint" not in lines[0]:
             raise EnvironmentFailure(f"{path}: damaged. it will be made anew.")
-        if not csv_path.exists() or artifacts.file_sha256(csv_path) != lines[0]["csv_sha256"]:
-            raise EnvironmentFailure(f"{csv_path}: was changed by hand or is missing. it will be made anew.")
+        for name, digest in lines[0].get("files", {"interpretations.csv": None}).items():
+            if not (folder / name).exists() or artifacts.file_sha256(folder / name) != digest:
+                raise EnvironmentFailure(f"{folder / name}: was changed by hand or is missing. it will be made anew.")
         if not lines[0]["complete"]:
             raise EnvironmentFailure(f"{path}: some features are unlabelled. only these are asked again.")
         return lines[0]
@@ -91,159 +117,184 @@ def done(csv_path, jsonl_path, metadata):
 
 
 class Features:
-    """Everything known about each feature without an LLM."""
+    """The evidence on every feature, `rows` of the tables made from it, and what else the outputs need."""
 
     def __init__(self, settings, checkpoint_path, sae_meta):
-        from fastsae import feature_statistics
-        from fastsae.autoencoder import load_sae
-        from fastsae.examples import read_dataset
-        from fastsae.language_model import choose_device, load_tokenizer
-        from fastsae.tokens import token_norms, usable_tokens
+        from tqdm import tqdm
 
-        self.statistics, self.settings = feature_statistics, settings
+        from fastsae.autoencoder import load_sae
+        from fastsae.categories import add_categories
+        from fastsae.examples import read_dataset
+        from fastsae.feature_evidence import Evidence
+        from fastsae.language_model import choose_device, load_tokenizer, locate
+        from fastsae.logit_lens import add_lens
+
+        self.settings, self.sae_meta, self.checkpoint_path = settings, sae_meta, checkpoint_path
         data = artifacts.read_npz(settings.activations_path, made_by="extract_activations.py")
-        source = artifacts.metadata_of(data, settings.activations_path)
-        if source["fingerprint"] != sae_meta["inputs"]["activations"]:
+        self.source = artifacts.metadata_of(data, settings.activations_path)
+        if self.source["fingerprint"] != sae_meta["inputs"]["activations"]:
             raise InputError(f"{checkpoint_path}: was trained on other activations than {settings.activations_path}. run train_sae.py.")
-        if artifacts.file_sha256(settings.DATASET_PATH) != source["inputs"]["dataset"]:
-            raise InputError(f"DATASET_PATH: {settings.DATASET_PATH} is not the file the activations were made from. run extract_activations.py.")
-        examples = read_dataset(settings.DATASET_PATH, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
-                                max_examples=len(data["seq_lengths"]))
-        self.texts = [self._plain(example) for example in examples]
-        self.labels = self._labels(examples)
+        if artifacts.file_sha256(settings.DATASET_PATH) != self.source["inputs"]["dataset"]:
+            raise InputError(f"DATASET_PATH: {settings.DATASET_PATH} is not the file the activations were made from. "
+                             "run extract_activations.py.")
+        self.examples = read_dataset(settings.DATASET_PATH, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
+                                     max_examples=len(data["seq_lengths"]))
         device = choose_device(settings.DEVICE)
         sae, _ = load_sae(checkpoint_path, "cpu" if device == "mps" else device)
-        chosen = sae_meta["settings"]
-        usable, _ = usable_tokens(token_norms(data["activations"]), data["token_kind"], max_norm=sae_meta["max_norm"],
-                                  exclude_shared_prefix=chosen["EXCLUDE_SHARED_PREFIX"], max_norm_ratio=None)
-        kept = np.flatnonzero(usable)
-        example_of_token = np.repeat(np.arange(len(examples)), data["seq_lengths"])[kept]  # (n_kept,)
-        self.token_ids = data["token_ids"][kept]
-        self.first_row = np.searchsorted(example_of_token, np.arange(len(examples) + 1))   # rows of example i
-        features = feature_statistics.encode_tokens(sae, data["activations"], kept)        # CSR (n_kept, M)
-        self.pooled = feature_statistics.pool(features, example_of_token, len(examples), settings.POOLING)
-        self.maxima = self.pooled if settings.POOLING == "max" else feature_statistics.pool(features, example_of_token, len(examples), "max")
-        self.by_feature = features.tocsc()
-        self.mass = np.asarray(features.sum(0)).ravel()
-        self.tokenizer = load_tokenizer(source["model_name"], revision=source["model_revision"], cache_dir=settings.CACHE_DIR)
-        name_of_token, names = feature_statistics.token_names(self.tokenizer, self.token_ids)
-        self.top_tokens = feature_statistics.characteristic_tokens(features, name_of_token, names, N_TOP_TOKENS)
-        self._category_evidence()
+        tokenizer = load_tokenizer(self.source["model_name"], revision=self.source["model_revision"], cache_dir=settings.CACHE_DIR)
+        with tqdm(total=len(data["token_ids"]), unit="token", unit_scale=True, desc="statistics", mininterval=1, disable=None) as bar:
+            self.evidence = Evidence(sae, data, self.examples, tokenizer, {
+                "max_norm": sae_meta["max_norm"], "exclude_shared_prefix": sae_meta["settings"]["EXCLUDE_SHARED_PREFIX"]},
+                n_top=N_TOP_EXAMPLES, seed=settings.SEED, progress=bar.update)
+        self.rows = self.evidence.rows(N_TOP_TOKENS)
+        for row in self.rows:
+            row.update(dict.fromkeys(OPTIONAL), best_category="", category_auc=None, promoted_tokens="", suppressed_tokens="")
+        self.auc, self.shuffled = add_categories(self.rows, self.evidence.statistics, self.labels(), settings.POOLING, settings.SEED)
+        self.lens = add_lens(self.rows, self.evidence, locate(self.source["model_name"], settings.CACHE_DIR),
+                             {"revision": self.source["model_revision"], "cache_dir": settings.CACHE_DIR}, N_LENS_TOKENS, N_LENS_COLUMN)
 
-    @staticmethod
-    def _plain(example):
-        return example.messages[0]["content"] if example.is_text else "\n\n".join(f"{m['role']}: {m['content']}" for m in example.messages)
+    def labels(self, field=None):
+        """Label of each example (or the value of another field), None where it has none; None if there are no labels at all."""
+        from fastsae.examples import read_dataset
 
-    def _labels(self, examples):
-        """Category names of the examples, or None when there are none."""
-        labels, name = [example.label for example in examples], self.settings.LABEL_FIELD
+        settings, name, examples = self.settings, field or self.settings.LABEL_FIELD, self.examples
+        if field and field != settings.LABEL_FIELD:
+            examples = read_dataset(settings.DATASET_PATH, text_field=settings.TEXT_FIELD, label_field=field, max_examples=len(examples))
+        labels, setting = [example.label for example in examples], "TARGET_FIELD" if field else "LABEL_FIELD"
         if name and not any(label is not None for label in labels):
-            if self.settings.source["LABEL_FIELD"].startswith("preset"):
+            if settings.source[setting].startswith("preset"):
                 return None
-            raise InputError(f"LABEL_FIELD: no row of {self.settings.DATASET_PATH} has {name}. name another field, or set --label-field none.")
+            raise InputError(f"{setting}: no row of {settings.DATASET_PATH} has {name}. name another field, or set "
+                             f"--{config.flag_name(setting)} none.")
         return labels if name else None
-
-    def _category_evidence(self):
-        from fastsae.categories import best_category, shuffled_count
-
-        self.category = self.auc = self.chance = None
-        if self.labels is None:
-            return
-        known = np.array([label is not None for label in self.labels])
-        names, numbers = np.unique([label for label in self.labels if label is not None], return_inverse=True)
-        if len(names) < 2:
-            return
-        pooled = self.pooled[known]
-        chosen, self.auc = best_category(pooled, numbers, len(names), self.settings.SEED)
-        self.category = names[chosen]
-        self.chance = shuffled_count(pooled, numbers, len(names), self.settings.SEED, AUC_BOUND)
-
-    def rows(self):
-        """One dict per feature with the columns of the tables, labelled from evidence."""
-        n_tokens, m = self.by_feature.shape
-        rows = []
-        for j in range(m):
-            entries = slice(self.by_feature.indptr[j], self.by_feature.indptr[j + 1])
-            values = self.by_feature.data[entries]
-            alive = len(values) > 0
-            row = {"feature": j, "label": self.statistics.evidence_label(self.top_tokens[j]), "label_source": "tokens" if alive else "",
-                   "status": "ok" if alive else "dead", "density": len(values) / n_tokens,
-                   "max_activation": float(values.max()) if alive else 0.0,
-                   "top_tokens": ", ".join(f"'{name}' {100 * share:.0f}%" for name, share in self.top_tokens[j])}
-            examples = self.statistics.top_examples(self.maxima[:, j], N_TOP_EXAMPLES)
-            for i in range(N_TOP_EXAMPLES):
-                row[f"top_example_{i + 1}"] = self.excerpt(j, examples[i]) if i < len(examples) else ""
-            has_category = alive and self.auc is not None and not np.isnan(self.auc[j])
-            row["best_category"] = str(self.category[j]) if has_category else ""
-            row["category_auc"] = float(self.auc[j]) if has_category else None
-            rows.append(row)
-        return rows
-
-    def excerpt(self, feature, example):
-        first, last = self.first_row[example], self.first_row[example + 1]
-        entries = slice(self.by_feature.indptr[feature], self.by_feature.indptr[feature + 1])
-        token, value = self.by_feature.indices[entries], self.by_feature.data[entries]
-        inside = (token >= first) & (token < last)
-        activations = np.zeros(last - first)
-        activations[token[inside] - first] = value[inside]
-        return self.statistics.excerpt(self.tokenizer, self.token_ids[first:last], activations)
-
-    def summary(self):
-        """Counts over all features, for the report and the tables' first line."""
-        counts = {"n_features": len(self.mass), "n_dead": int((self.mass == 0).sum())}
-        if self.auc is not None:
-            counts |= {"auc_bound": AUC_BOUND, "n_above_auc_bound": int((self.auc > AUC_BOUND).sum()),
-                       "n_above_auc_bound_shuffled": self.chance}
-        return counts
 
     def choose(self, n):
         """The features to label: alive ones by category AUC where there are labels, else by total activation."""
-        score = self.mass if self.auc is None else np.nan_to_num(self.auc, nan=-1)
+        s = self.evidence.statistics
+        score = s.total if self.auc is None else np.nan_to_num(self.auc, nan=-1)
         order = np.argsort(-score, kind="stable")
-        return [int(j) for j in order if self.mass[j] > 0][:n]
+        return [int(j) for j in order if s.count[j] > 0][:n]
+
+    def hypotheses(self):
+        """Features that predict the target, with their scores; [] without one."""
+        from fastsae.categories import select_features, target_numbers
+
+        settings = self.settings
+        if not (settings.TARGET_FIELD or settings.TARGET_VALUE):
+            return []
+        field = settings.TARGET_FIELD or settings.LABEL_FIELD
+        s, values = self.evidence.statistics, self.labels(field) or [None] * len(self.examples)
+        rows = np.array([values[i] is not None for i in s.pooled_examples])
+        target = target_numbers([values[i] for i in s.pooled_examples[rows]], field, settings.TARGET_VALUE)
+        pooled = (s.pooled_max if settings.POOLING == "max" else s.pooled_mean)[rows]
+        found = select_features(pooled, target, settings.N_HYPOTHESES, settings.SELECTION_METHOD, settings.SEED)
+        name = field if settings.TARGET_VALUE is None else f"{field} = {settings.TARGET_VALUE}"
+        return [{"rank": i, "target": name, "method": settings.SELECTION_METHOD, **entry} for i, entry in enumerate(found, 1)]
+
+    def summary(self):
+        """Counts over all features, for the report and the tables' first line."""
+        counts = {"n_features": len(self.rows), "n_dead": sum(row["status"] == "dead" for row in self.rows)}
+        if self.auc is not None:
+            counts |= {"auc_bound": AUC_BOUND, "n_above_auc_bound": int((self.auc > AUC_BOUND).sum()),
+                       "n_above_auc_bound_shuffled": float((self.shuffled > AUC_BOUND).mean() * len(self.rows))}
+        return counts
 
 
-def add_llm_labels(rows, selected, features, endpoint, settings):
-    """Replace the evidence labels of the selected features where the LLM gave one; else say in `status` why not."""
-    labeller = llm_labels.ChatLabeller(*endpoint, settings.INTERPRETER_MODEL, settings.run_dir / "llm_replies.jsonl",
-                                       timeout=settings.LLM_TIMEOUT, n_workers=settings.N_LLM_WORKERS)
-    for feature, (label, status) in labeller.label_features(features.texts, features.pooled, selected).items():
-        if label:
-            rows[feature].update(label=label, label_source=settings.INTERPRETER_MODEL, status="ok")
-        else:
-            rows[feature]["status"] = f"llm {status}"
+def labelling(features, backend, labelled, settings):
+    """The LLM's work on these features, and on a random sample of those that can be scored."""
+    from fastsae.llm_labels import Labelling, Shown
+
+    backend = backend or llm_client.ChatEndpoint("none", None, settings.INTERPRETER_MODEL, timeout=1)  # of a dry run without a key
+    asker = llm_client.Asker(backend, settings.run_dir / "llm_replies.jsonl", n_workers=settings.N_LLM_WORKERS,
+                             retry_unusable=settings.RETRY_UNUSABLE)
+    alive = [row["feature"] for row in features.rows if row["status"] != "dead"]
+    sample = [alive[i] for i in np.random.default_rng((settings.SEED, 4)).permutation(len(alive))]
+    return Labelling(Shown(features.evidence, [plain_text(example) for example in features.examples], settings.SEED), asker,
+                     protocol=settings.LLM_PROTOCOL, labelled=labelled, candidates=sample, n_scored=settings.N_SCORED_FEATURES,
+                     n_fidelity=settings.N_FIDELITY_EXAMPLES)
 
 
-def write_tables(csv_path, jsonl_path, rows, metadata):
-    """The CSV for spreadsheets, where no cell may act as a formula, and the JSONL with the exact text."""
-    def cell(value):
-        if isinstance(value, float):
-            return f"{value:.6g}"
-        return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
-
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: cell(row[name]) for name in COLUMNS} for row in rows)
-    text = table.getvalue()
-    artifacts.write_text(csv_path, text, keep_old=True)
-    lines = [{**metadata, "csv_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}, *rows]
-    artifacts.write_text(jsonl_path, "".join(artifacts.to_json(line) + "\n" for line in lines), keep_old=True)
+def plain_text(example):
+    return example.messages[0]["content"] if example.is_text else "\n\n".join(f"{m['role']}: {m['content']}" for m in example.messages)
 
 
-def report(rows, features, csv_path):
-    alive, counts = [row for row in rows if row["status"] != "dead"], features.summary()
+def print_plan(work, tokenizer):
+    """What the LLM would be asked, in calls and prompt tokens as the model's own tokenizer counts them."""
+    parts = work.plan(lambda prompt: len(tokenizer.encode(prompt, add_special_tokens=False)))
+    for what, calls, n_tokens in parts:
+        print(f"{what}: {calls:,} calls, {n_tokens:,} prompt tokens")
+    print(f"dry run: {sum(calls for _, calls, _ in parts):,} calls with about {sum(n for *_, n in parts):,} prompt tokens are still to be "
+          "paid for; nothing was asked or written.")
+
+
+def add_llm_labels(rows, outcome, work):
+    """Put labels, scores and validation into the rows of the features asked about; returns the scores of the random sample."""
+    for j, result in outcome.items():
+        row, problems = rows[j], result.pop("problems")
+        row.update(result)
+        if "label" in result:
+            row["label_source"] = work.asker.backend.model
+        if problems:
+            row["status"] = f"llm {'; '.join(problems)}"
+    return [rows[j]["score"] for j in work.scored if rows[j]["score"] is not None]
+
+
+def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settings):
+    """All outputs; the JSONL, which vouches for them, comes last."""
+    from fastsae.report import render
+    from fastsae.report_run import describe_run
+
+    rows, evidence = features.rows, features.evidence
+    shown = sorted(features.choose(len(rows)), key=lambda j: rows[j]["label_source"] in ("", "tokens"))[:settings.N_REPORT_FEATURES]
+    dead = [row["feature"] for row in rows if row["status"] == "dead"]
+    run = describe_run(features, metadata, scored, {name: settings.values[name] for name in settings.values}, len(shown))
+    texts = {"interpretations.csv": tables.csv_text(rows, COLUMNS),
+             "interpretations.html": render(evidence, rows, sorted([*shown, *dead[:settings.N_REPORT_FEATURES]]), features.lens, run)}
+    if hypotheses:
+        filled = [{**h, "hypothesis": row["label"], "source": row["label_source"],
+                   **{name: row[name] for name in ("fidelity_f1", "top_tokens")}} for h in hypotheses for row in (rows[h["feature"]],)]
+        texts["hypotheses.csv"] = tables.csv_text(filled, HYPOTHESIS_COLUMNS)
+    files = {}
+    if settings.NEURONPEDIA_SET:
+        from fastsae.neuronpedia import write_batches
+
+        model = settings.NEURONPEDIA_MODEL or features.source["model_name"].rsplit("/", 1)[-1].lower()
+        paths = write_batches(folder / "neuronpedia", evidence, rows, features.lens, model_id=model, name=settings.NEURONPEDIA_SET,
+                              layer=features.source["settings"]["LAYER_IDX"] - 1)  # Neuronpedia counts blocks from 0
+        files = {str(path.relative_to(folder)): artifacts.file_sha256(path) for path in paths}
+    tables.write_outputs(folder, texts, jsonl_path, rows, {**metadata, "complete": not incomplete_rows(rows), "summary": features.summary(),
+                                                           "files": files})
+
+
+def incomplete_rows(rows):
+    return [row for row in rows if row["status"].startswith("llm ")]
+
+
+def incomplete(rows):
+    """Exit code 4, and a line that says why, if the LLM left something open."""
+    if failed := incomplete_rows(rows):
+        unlabelled, reasons = sum(row["label_source"] == "tokens" for row in failed), sorted({row["status"] for row in failed})
+        print(f"incomplete: {len(failed)} features, {unlabelled} of them without an LLM's label ({'; '.join(reasons[:3])}). mend it and "
+              "run again: what was answered is not asked twice (--retry-unusable asks again what gave no usable reply).", file=sys.stderr)
+        return EXIT_INCOMPLETE
+    return 0
+
+
+def say(features, work, folder):
+    counts, rows = features.summary(), features.rows
+    alive = [row for row in rows if row["status"] != "dead"]
     print(f"features: {counts['n_features']}, {counts['n_dead']} dead on these tokens; "
           f"labelled by an LLM: {sum(row['label_source'] not in ('', 'tokens') for row in rows)}")
-    shown = sorted(alive, key=lambda row: -row["max_activation"])
+    if work:
+        spent = work.asker.spent
+        print(f"LLM: {spent['calls']:,} calls now, {spent['prompt_tokens']:,} tokens in, {spent['completion_tokens']:,} out")
     if features.auc is not None:
         print(f"category AUC above {AUC_BOUND}: {counts['n_above_auc_bound']} features; with shuffled labels "
               f"{counts['n_above_auc_bound_shuffled']:.1f} on average")
-        shown = sorted(alive, key=lambda row: -(row["category_auc"] or 0))
-    for row in shown[:5]:
+    for row in sorted(alive, key=lambda row: (-(row["category_auc"] or 0), -row["max_activation"]))[:5]:
         category = f" ({row['best_category']}, AUC {row['category_auc']:.2f})" if row["best_category"] else ""
         print(f"  {row['feature']}: {row['label'][:90]}{category}")
-    print(f"wrote {csv_path} and {Path(csv_path).with_suffix('.jsonl').name}")
+    print(f"wrote {folder / 'interpretations.html'}, interpretations.csv and interpretations.jsonl")
 
 
 if __name__ == "__main__":

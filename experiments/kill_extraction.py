@@ -16,8 +16,12 @@ from pathlib import Path
 
 from common import write_result
 
+import transformers.integrations.sdpa_attention  # noqa: F401  (like the next two: transformers imports late, a fork should not have to)
+import transformers.models.llama.modeling_llama  # noqa: F401
+import transformers.models.llama.tokenization_llama  # noqa: F401
+
 import extract_activations
-from fastsae import cpu_speed, language_model  # noqa: F401  (imported before the fork)
+from fastsae import cpu_speed, language_model  # noqa: F401
 from fastsae.errors import run_stage
 
 

@@ -1,6 +1,16 @@
 """Evidence from a dataset's own labels: how well one feature alone separates one category of examples from the rest."""
+import contextlib
+import io
+import warnings
+
 import numpy as np
 from scipy.stats import rankdata
+
+from fastsae.errors import InputError
+
+BLOCK = 1024           # features whose pooled values are dense at a time
+SHUFFLED_FEATURES = 2048  # at most so many features stand for all in the permutation baseline
+LASSO_FEATURES = 4096  # lasso sees at most so many, those of largest correlation
 
 
 def auc_matrix(pooled, labels, n_categories):
@@ -15,27 +25,134 @@ def auc_matrix(pooled, labels, n_categories):
         return (member @ ranks - inside * (inside + 1) / 2) / (inside * (len(labels) - inside))
 
 
-def best_category(pooled, labels, n_categories, seed):
-    """(category number (M,), AUC (M,)): the category is chosen on one half of the examples, its AUC computed on the other.
-
-    Each category is halved by the seed. Features and categories without evidence give AUC nan.
-    """
+def first_half(labels, n_categories, seed):
+    """(n_examples,) bool: half of each category, drawn by the seed; odd ones go to either side in turn."""
     generator = np.random.default_rng(seed)
     first = np.zeros(len(labels), bool)
     for category in range(n_categories):
         members = generator.permutation(np.flatnonzero(labels == category))
         first[members[:len(members) // 2 + (category % 2) * (len(members) % 2)]] = True
-    choosing = auc_matrix(pooled[first], labels[first], n_categories)
-    testing = auc_matrix(pooled[~first], labels[~first], n_categories)
-    choosing[np.isnan(choosing) | np.isnan(testing)] = -1
-    chosen = choosing.argmax(0)
-    auc = testing[chosen, np.arange(pooled.shape[1])]
-    auc[choosing.max(0) < 0] = np.nan
-    return chosen, auc
+    return first
+
+
+def best_category(pooled, labels, n_categories, seed):
+    """(category number (M,), AUC (M,)): the category is chosen on one half of the examples, its AUC computed on the other.
+
+    pooled: (n_examples, M), dense or CSR. Features and categories without evidence give AUC nan.
+    """
+    first = first_half(labels, n_categories, seed)
+    chosen, auc = [], []
+    for block in dense_blocks(pooled):
+        choosing = auc_matrix(block[first], labels[first], n_categories)
+        testing = auc_matrix(block[~first], labels[~first], n_categories)
+        choosing[np.isnan(choosing) | np.isnan(testing)] = -1
+        best = choosing.argmax(0)
+        value = testing[best, np.arange(block.shape[1])]
+        value[choosing.max(0) < 0] = np.nan
+        chosen.append(best)
+        auc.append(value)
+    return np.concatenate(chosen), np.concatenate(auc)
+
+
+def dense_blocks(pooled):
+    """Dense column blocks of a matrix (n, M), dense or CSR."""
+    columns = pooled if isinstance(pooled, np.ndarray) else pooled.tocsc()
+    for start in range(0, pooled.shape[1], BLOCK):
+        block = columns[:, start:start + BLOCK]
+        yield block if isinstance(block, np.ndarray) else block.toarray()
+
+
+def shuffled_aucs(pooled, labels, n_categories, seed, repeats=10):
+    """(repeats, n) AUCs that `best_category` finds under shuffled labels, for all features or SHUFFLED_FEATURES of them by lot."""
+    generator = np.random.default_rng((seed, 1))
+    if pooled.shape[1] > SHUFFLED_FEATURES:
+        pooled = pooled[:, np.sort(generator.permutation(pooled.shape[1])[:SHUFFLED_FEATURES])]
+    return np.stack([best_category(pooled, generator.permutation(labels), n_categories, seed + i)[1] for i in range(repeats)])
 
 
 def shuffled_count(pooled, labels, n_categories, seed, above, repeats=10):
     """How many features reach an AUC above the bound under shuffled labels, the mean over `repeats` shuffles."""
-    generator = np.random.default_rng((seed, 1))
-    counts = [(best_category(pooled, generator.permutation(labels), n_categories, seed + i)[1] > above).sum() for i in range(repeats)]
-    return float(np.mean(counts))
+    return float((shuffled_aucs(pooled, labels, n_categories, seed, repeats) > above).mean() * pooled.shape[1])
+
+
+def add_categories(rows, statistics, labels, pooling, seed):
+    """Give each row of a feature that fires its best category and AUC, by the `pooling` named; (AUCs (M,), shuffled AUCs) or Nones.
+
+    labels: one per example, None where it has none, or None instead of the list.
+    """
+    labels = [labels[i] for i in statistics.pooled_examples] if labels else []
+    known = np.array([label is not None for label in labels], bool)
+    names, numbers = np.unique([label for label in labels if label is not None], return_inverse=True)
+    if len(names) < 2:
+        return None, None
+    pooled = {"max": statistics.pooled_max[known], "mean": statistics.pooled_mean[known]}
+    found = {how: best_category(matrix, numbers, len(names), seed) for how, matrix in pooled.items()}
+    chosen, auc = found[pooling]
+    for j, (row, category) in enumerate(zip(rows, names[chosen])):
+        if row["status"] != "dead" and not np.isnan(auc[j]):
+            row.update(best_category=str(category), category_auc=float(auc[j]),
+                       **{f"category_auc_{how}": _number(aucs[j]) for how, (_, aucs) in found.items()})
+    return auc, shuffled_aucs(pooled[pooling], numbers, len(names), seed)
+
+
+def target_numbers(values, field, value):
+    """The target (n,): 1 where a field has the value named and 0 elsewhere, or without a value the field's numbers."""
+    if value is not None:
+        target = np.array([v == value for v in values], float)
+        if not 2 <= target.sum() <= len(target) - 2:
+            some = ", ".join(sorted(set(values))[:8])
+            raise InputError(f"TARGET_VALUE: {int(target.sum())} of {len(values)} examples have {field} = {value}. choose one of: {some}.")
+        return target
+    try:
+        target = np.array([float(v) for v in values])
+    except ValueError:
+        raise InputError(f"TARGET_FIELD: {field} holds texts, not numbers. name one of them with --target-value.") from None
+    if len(target) < 4 or not np.isfinite(target).all() or np.ptp(target) == 0:
+        raise InputError(f"TARGET_FIELD: {field} needs at least four finite numbers that differ. name another field.")
+    return target
+
+
+def select_features(pooled, target, n_select, method, seed):
+    """Features that predict a target, by HypotheSAEs' `select_neurons`: dicts of feature, score, held-out correlation and AUC.
+
+    pooled: CSR (n_examples, M); target (n_examples,) of 0 and 1, or of numbers. Features are selected on one half of the
+    examples; correlation and, for 0 and 1, AUC are computed on the other half. method: separation_score, correlation, lasso.
+    """
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it prints, and warns about constant features
+        warnings.simplefilter("ignore")
+        from hypothesaes.select_neurons import select_neurons
+
+        binary = set(np.unique(target)) <= {0, 1}
+        first = first_half(target.astype(int), 2, seed) if binary else np.random.default_rng(seed).permutation(len(target)) % 2 == 0
+        choosing = pooled[first].tocsc()
+        correlation = correlations(choosing, target[first])
+        candidates = np.flatnonzero(~np.isnan(correlation))
+        if method == "lasso":
+            candidates = np.sort(candidates[np.argsort(-np.abs(correlation[candidates]), kind="stable")[:LASSO_FEATURES]])
+        n_select = min(n_select, len(candidates))
+        options = {"n_top_activating": max(1, min(100, int(first.sum()) // 4))} if method == "separation_score" else {}
+        if not n_select:
+            return []
+        chosen, scores = select_neurons(choosing[:, candidates].toarray(), target[first], n_select, method=method,
+                                        classification=binary, **options)
+        testing = pooled[~first].tocsc()[:, candidates[chosen]].toarray()
+        held_out = correlations(testing, target[~first])
+        aucs = auc_matrix(testing, target[~first].astype(int), 2)[1] if binary else [None] * len(chosen)
+    return [{"feature": int(candidates[j]), "score": float(score), "held_out_correlation": _number(r), "held_out_auc": _number(auc)}
+            for j, score, r, auc in zip(chosen, scores, held_out, aucs) if np.isfinite(score) and score != 0]
+
+
+def correlations(pooled, target):
+    """Pearson correlation (M,) of each column of a matrix, dense or sparse, with the target; nan where either is constant."""
+    parts = []
+    centred = target - target.mean()
+    for block in dense_blocks(pooled if isinstance(pooled, np.ndarray) else pooled.tocsr()):
+        block = block - block.mean(0, dtype=np.float64)
+        norm = np.sqrt((block ** 2).sum(0) * (centred ** 2).sum())
+        with np.errstate(invalid="ignore", divide="ignore"):
+            parts.append(np.where(norm > 1e-12, centred @ block / norm, np.nan))
+    return np.concatenate(parts)
+
+
+def _number(value):
+    return None if value is None or not np.isfinite(value) else float(value)

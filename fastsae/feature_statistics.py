@@ -1,107 +1,278 @@
-"""What each feature does on the tokens of a dataset: how often and how strongly it fires, on which tokens, in which examples."""
+"""What every feature does on the tokens of a dataset, gathered in one pass over the activations, one block of examples at a time.
+
+Memory grows with features x examples kept, never with tokens x features: sums, maxima and histograms per feature, its strongest
+examples and a random sample of the others, and two tables of pairs (feature x token name, feature x feature) that are cut back
+to each feature's largest when they grow too long. `tests/test_interpretation_statistics.py` holds the dense twin.
+"""
 import numpy as np
 from scipy import sparse
 
-BATCH = 8192
+from fastsae.examples import ROLES, SHARED_PREFIX
+
+BLOCK_TOKENS = 8192          # about so many tokens of whole examples are worked on at a time
+PRE_ACTIVATIONS = 1 << 24    # at most so many encoder outputs at a time (64 MiB)
+N_BINS = 64                  # of a histogram while it grows; its upper half always holds the maximum
+PAIR_LIMIT = 1 << 22         # pairs (feature, token name) held, and as many (feature, feature)
+CO_PAIRS = 1 << 26           # pairs of features counted for co-activation; beyond, every n-th token is taken
+POOLED_ENTRIES = 1 << 24     # values of pooled features held; beyond, a random part of the examples is pooled
 
 
-def encode_tokens(sae, activations, rows):
-    """Features of the given rows of `activations` (numpy, (n_tokens, d)) as a scipy CSR matrix (len(rows), M) float32."""
+class Statistics:
+    """Per-feature results of `collect`: M features, kept tokens = those that the autoencoder is meant for.
+
+    count (M,) tokens on which it fires; total (M,) its summed activation; maximum (M,); `top` and `sample` (Kept: strongest
+    examples, random ones among those where it fires); kind_role_mass (M, 3, 5), its activation by token kind and role;
+    name_mass, the activation by token name, and together, co-firing counts with co_count (M,) (PairSums); pooled_max and
+    pooled_mean, CSR (n_pooled, M) of the examples `pooled_examples`; norms (n_tokens,) of all tokens, kept (n_tokens,) bool;
+    name_count (n_names,), kept tokens of each name.
+    """
+
+    def __init__(self, m, n_tokens, n_names, *, n_top, n_sampled):
+        self.m, self.n_kept = m, 0
+        self.count, self.total, self.maximum = np.zeros(m, np.int64), np.zeros(m), np.zeros(m, np.float32)
+        self.histogram = Histogram(m)
+        self.top, self.sample = Kept(m, n_top), Kept(m, n_sampled)
+        self.kind_role_mass = np.zeros((m, 3, len(ROLES)))
+        self.name_mass, self.together = PairSums(m, n_names), PairSums(m, m)
+        self.co_count = np.zeros(m, np.int64)
+        self.name_count = np.zeros(n_names, np.int64)
+        self.norms, self.kept = np.empty(n_tokens, np.float32), np.zeros(n_tokens, bool)
+
+    @property
+    def density(self):
+        return self.count / max(self.n_kept, 1)
+
+    def add_entries(self, column, value, kind_role):
+        """Sums over the entries of a block; kind_role (nnz,): kind * 5 + role of each entry's token."""
+        m, n_groups = self.m, self.kind_role_mass[0].size
+        self.count += np.bincount(column, minlength=m)
+        self.total += np.bincount(column, value, minlength=m)
+        np.maximum.at(self.maximum, column, value)
+        self.histogram.add(column, value, self.maximum)
+        groups = np.bincount(column * n_groups + kind_role, value, minlength=m * n_groups)
+        self.kind_role_mass += groups.reshape(self.kind_role_mass.shape)
+
+
+def collect(sae, activations, lengths, token_kind, token_role, name_of_token, n_names, *, max_norm=None, exclude_shared_prefix=True,
+            n_top=5, n_sampled=32, seed=0, progress=None):
+    """`Statistics` of the features of `sae` on activations (n_tokens, d), an array or memory map of examples one after the other.
+
+    Tokens of the shared prefix and those whose norm is above `max_norm` are left out, as in training. name_of_token (n_tokens,)
+    numbers the tokens' names. `progress(n)` is called with the tokens done.
+    """
+    import torch
+
+    m, offsets = sae.m_total_neurons, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    result = Statistics(m, int(offsets[-1]), n_names, n_top=n_top, n_sampled=n_sampled)
+    k = sae.k_active_neurons
+    stride = max(1, int(np.ceil(offsets[-1] * k * k / CO_PAIRS)))
+    pooled = choose_pooled(lengths, m, k, seed)
+    is_pooled = np.zeros(len(lengths), bool)
+    is_pooled[pooled] = True
+    pooled_parts = []
+    for first, last in example_blocks(offsets):
+        rows = slice(offsets[first], offsets[last])
+        x = torch.from_numpy(np.ascontiguousarray(activations[rows])).float()            # (n_rows, d)
+        result.norms[rows] = x.norm(dim=1).numpy()
+        result.kept[rows] = keep = usable(result.norms[rows], token_kind[rows], max_norm, exclude_shared_prefix)
+        chosen = np.flatnonzero(keep)
+        features = encode_rows(sae, x if keep.all() else x[chosen])                      # CSR (n_chosen, M)
+        token = rows.start + chosen                                                      # (n_chosen,) number of each row's token
+        row = np.repeat(np.arange(len(chosen)), np.diff(features.indptr))                # (nnz,)
+        column, value = features.indices.astype(np.int64), features.data
+        result.n_kept += len(chosen)
+        kind_role = token_kind[token].astype(np.int64) * len(ROLES) + token_role[token]
+        result.add_entries(column, value, kind_role[row])
+        names = name_of_token[token]
+        result.name_count += np.bincount(names, minlength=n_names)
+        result.name_mass.add_entries(column, names[row], value)
+        fired = features[np.arange((-rows.start) % stride, len(chosen), stride)] if stride > 1 else features
+        fired = sparse.csr_matrix((np.ones(fired.nnz, np.float32), fired.indices, fired.indptr), fired.shape)
+        result.co_count += np.bincount(fired.indices, minlength=m)
+        result.together.add_product(fired)
+        example = np.repeat(np.arange(last - first), lengths[first:last])[chosen]         # (n_chosen,) example within the block
+        pairs = example_pairs(example[row], column, value, token[row] - offsets[first + example[row]], last - first, m)
+        keep_examples(result, pairs, first, seed)
+        pooled_parts.append(pooled_rows(pairs, is_pooled[first:last], lengths[first:last], example, m))
+        if progress:
+            progress(rows.stop - rows.start)
+    result.pooled_examples = pooled
+    result.pooled_max, result.pooled_mean = (sparse.vstack(part, format="csr") for part in zip(*pooled_parts))
+    result.name_mass.fold(), result.together.fold()
+    return result
+
+
+def example_blocks(offsets):
+    """(first, last) ranges of whole examples of about BLOCK_TOKENS tokens."""
+    first = 0
+    while first < len(offsets) - 1:
+        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + BLOCK_TOKENS, "right")) - 1)
+        yield first, last
+        first = last
+
+
+def usable(norms, kind, max_norm, exclude_shared_prefix):
+    """(n,) bool: tokens that the autoencoder is meant for, given the bound that training settled on."""
+    keep = kind != SHARED_PREFIX if exclude_shared_prefix else np.ones(len(kind), bool)
+    return keep if max_norm is None else keep & (norms <= max_norm)
+
+
+def encode_rows(sae, x):
+    """Features of activations x (n, d), a float32 CPU tensor, as a scipy CSR matrix (n, M) float32."""
     import torch
 
     from fastsae.autoencoder import encode
 
-    blocks = []
-    for start in range(0, len(rows), BATCH):
-        x = torch.from_numpy(activations[rows[start:start + BATCH]]).to(sae.input_bias.device).float()
-        entries = encode(sae, x)
-        blocks.append(sparse.csr_matrix((entries.value.cpu().numpy(), entries.column.cpu().numpy().astype(np.int32),
-                                         entries.crow().cpu().numpy()), shape=(len(x), entries.n_columns)))
-    return sparse.vstack(blocks, format="csr")
+    indices, data, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)], [np.zeros(1, np.int64)]
+    for part in x.split(max(64, min(BLOCK_TOKENS, PRE_ACTIVATIONS // sae.m_total_neurons))):
+        entries = encode(sae, part.to(sae.input_bias.device))
+        indices.append(entries.column.to(torch.int32).cpu().numpy())
+        data.append(entries.value.cpu().numpy())
+        counts.append(torch.bincount(entries.row, minlength=len(part)).cpu().numpy())
+    join = np.concatenate
+    return sparse.csr_matrix((join(data), join(indices), np.cumsum(join(counts))), shape=(len(x), sae.m_total_neurons))
 
 
-def pool(features, example, n_examples, how):
-    """Example-level features (n_examples, M) float32: the maximum or the mean over each example's tokens.
+def example_pairs(example, column, value, position, n_examples, m):
+    """The (example, feature) pairs of a block with a positive value: (example, feature, maximum, sum, position of the maximum)."""
+    flat = example * m + column
+    largest = np.zeros(n_examples * m, np.float32)
+    np.maximum.at(largest, flat, value)
+    peak = np.flatnonzero(value == largest[flat])[::-1]   # backwards, so that the first of equal maxima is written last
+    where = np.zeros(n_examples * m, np.int32)
+    where[flat[peak]] = position[peak]
+    pair = np.flatnonzero(largest)
+    total = np.bincount(flat, value, minlength=n_examples * m)[pair]
+    return pair // m, pair % m, largest[pair], total, where[pair]
 
-    features: CSR (n, M); example: (n,) the example of each row. Examples without rows get 0.
+
+def keep_examples(result, pairs, first, seed):
+    example, feature, largest, _, position = pairs
+    result.top.offer(feature, largest, example + first, position, largest)
+    result.sample.offer(feature, lottery(example + first, feature, seed), example + first, position, largest)
+
+
+def lottery(example, feature, seed):
+    """A number in (0, 1] for each pair, the same in every run and block order (splitmix64's mixing of the two numbers)."""
+    x = (example.astype(np.uint64) << np.uint64(32)) ^ feature.astype(np.uint64) ^ np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / (1 << 53) + 2.0 ** -54
+
+
+def choose_pooled(lengths, m, k, seed):
+    """Numbers of the examples whose pooled features are held: all, or as many by lot as POOLED_ENTRIES allows."""
+    per_example = min(m, int(np.mean(lengths) * k) + 1)
+    n = max(2, min(len(lengths), POOLED_ENTRIES // per_example))
+    return np.sort(np.random.default_rng((seed, 2)).permutation(len(lengths))[:n])
+
+
+def pooled_rows(pairs, is_pooled, lengths, example_of_token, m):
+    """(maximum, mean) over the kept tokens of each pooled example of a block, two CSR matrices (n_pooled in the block, M)."""
+    example, feature, largest, total, _ = pairs
+    inside = is_pooled[example]
+    row = np.cumsum(is_pooled)[example[inside]] - 1
+    n_tokens = np.maximum(np.bincount(example_of_token, minlength=len(lengths)), 1)
+    shape = (int(is_pooled.sum()), m)
+    mean = (total[inside] / n_tokens[example[inside]]).astype(np.float32)
+    return tuple(sparse.csr_matrix((values, (row, feature[inside].astype(np.int32))), shape=shape) for values in (largest[inside], mean))
+
+
+class Histogram:
+    """Counts of positive values per feature in N_BINS equal bins from 0 to a power of two that doubles when a value exceeds it."""
+
+    def __init__(self, m):
+        self.counts = np.zeros((m, N_BINS), np.int64)
+        self.exponent = np.full(m, -127, np.int32)  # bins span 2 ** exponent
+
+    def add(self, column, value, maximum):
+        """Count values (nnz,) of features (nnz,); maximum (M,) the largest so far, these included."""
+        needed = np.frexp(maximum)[1]               # smallest e with maximum < 2 ** e
+        for feature in np.flatnonzero((needed > self.exponent) & (maximum > 0)):
+            shift = min(int(needed[feature] - self.exponent[feature]), 30)
+            width = 1 << shift
+            wide = np.add.reduceat(self.counts[feature], np.arange(0, N_BINS, width))
+            self.counts[feature] = 0
+            self.counts[feature, :len(wide)] = wide
+            self.exponent[feature] = needed[feature]
+        bins = (value * (N_BINS / np.exp2(self.exponent[column].astype(np.float64)))).astype(np.int64)
+        self.counts += np.bincount(column * N_BINS + bins, minlength=self.counts.size).reshape(self.counts.shape)
+
+    def bars(self, feature):
+        """(counts, upper end): the bins up to the one that holds the maximum, merged in pairs."""
+        counts = self.counts[feature].reshape(-1, 2).sum(1)
+        filled = np.flatnonzero(counts)
+        last = int(filled[-1]) + 1 if len(filled) else 0
+        return counts[:last], last * float(np.exp2(self.exponent[feature])) / (N_BINS // 2)
+
+
+class Kept:
+    """For each feature the n examples of largest key: key, value, example and position of the maximum, (M, n) each, best first.
+
+    Unused places have key 0 and example -1.
     """
-    if how == "mean":
-        membership = sparse.csr_matrix((np.ones(len(example), np.float32), (example, np.arange(len(example)))),
-                                       shape=(n_examples, len(example)))
-        counts = np.maximum(np.bincount(example, minlength=n_examples), 1)[:, None]
-        return np.asarray((membership @ features).todense(), np.float32) / counts.astype(np.float32)
-    entries = features.tocoo()
-    pooled = np.zeros((n_examples, features.shape[1]), np.float32)
-    np.maximum.at(pooled, (example[entries.row], entries.col), entries.data)
-    return pooled
+
+    def __init__(self, m, n):
+        self.key, self.value = np.zeros((m, n)), np.zeros((m, n), np.float32)
+        self.example, self.position = np.full((m, n), -1, np.int64), np.zeros((m, n), np.int64)
+
+    def offer(self, feature, key, example, position, value):
+        """Candidates (n,) with positive keys, in the order of their examples; of equal keys the earlier stays."""
+        n = self.key.shape[1]
+        better = np.flatnonzero(key > self.key[feature, -1])
+        order = better[np.lexsort((-key[better].astype(np.float64), feature[better]))]
+        if not len(order):
+            return
+        touched, start, group = np.unique(feature[order], return_index=True, return_inverse=True)
+        rank = np.arange(len(order)) - start[group]
+        group, place, order = group[rank < n], n + rank[rank < n], order[rank < n]
+        both = {}
+        for name, new in (("key", key), ("value", value), ("example", example), ("position", position)):
+            old = getattr(self, name)
+            both[name] = np.zeros((len(touched), 2 * n), old.dtype) if name != "example" else np.full((len(touched), 2 * n), -1)
+            both[name][:, :n] = old[touched]
+            both[name][group, place] = new[order]
+        best = np.argsort(-both["key"], axis=1, kind="stable")[:, :n]
+        for name, merged in both.items():
+            getattr(self, name)[touched] = np.take_along_axis(merged, best, axis=1)
 
 
-def token_names(tokenizer, token_ids):
-    """Readable names of token ids (n,): ((n,) number of each one's name, list of names).
+class PairSums:
+    """Sums over pairs (feature, other) as a CSR matrix `sums`; past PAIR_LIMIT pairs each feature keeps only its largest.
 
-    Names are decoded tokens without surrounding spaces and in lower case, so that ' We' and 'we' count as one; white space and
-    special tokens keep a visible form.
+    `exact` says whether anything was cut; the largest sums of a feature survive unless they grow late from small parts.
     """
-    unique, inverse = np.unique(token_ids, return_inverse=True)
-    numbers, names = {}, []
-    of_unique = np.empty(len(unique), np.int64)
-    for i, token in enumerate(unique.tolist()):
-        text = tokenizer.decode([token])
-        name = visible(text.strip().lower() or text)
-        of_unique[i] = numbers.setdefault(name, len(names))
-        if of_unique[i] == len(names):
-            names.append(name)
-    return of_unique[inverse], names
 
+    def __init__(self, m, n_others):
+        self.sums, self.exact = sparse.csr_matrix((m, n_others), dtype=np.float32), True
+        self.waiting, self.n_waiting = [], 0
 
-def visible(text):
-    """Text with newlines, tabs and a lone space in visible form."""
-    return "␠" if text == " " else text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    def add_entries(self, feature, other, value):
+        self._wait((feature.astype(np.int32), other.astype(np.int32), value))
 
+    def add_product(self, fired):
+        """Count the pairs of features that fire together; fired: CSR (n_tokens, M) of ones."""
+        product = (fired.T.tocsr() @ fired).tocoo()
+        self._wait((product.row, product.col, product.data))
 
-def characteristic_tokens(features, name_of_token, names, n_top):
-    """For each feature its most characteristic tokens, [(name, share of the feature's activation), ...], best first.
+    def _wait(self, entries):
+        self.waiting.append(entries)
+        self.n_waiting += len(entries[0])
+        if self.n_waiting > PAIR_LIMIT:
+            self.fold()
 
-    A token scores share * log(share / base rate), its term in the divergence of "where the feature's activation lies" from
-    "which tokens there are"; tokens that are not above their base rate are left out.
-    """
-    n, m = features.shape
-    one_hot = sparse.csr_matrix((np.ones(n, np.float32), (np.arange(n), name_of_token)), shape=(n, len(names)))
-    mass = (features.T.tocsr() @ one_hot).tocsr()  # (M, names), activation that falls on each token
-    base = np.bincount(name_of_token, minlength=len(names)) / n
-    result = []
-    for j in range(m):
-        row = slice(mass.indptr[j], mass.indptr[j + 1])
-        column, share = mass.indices[row], mass.data[row] / max(mass.data[row].sum(), 1e-30)
-        score = share * np.log(np.maximum(share, 1e-30) / base[column])
-        order = np.argsort(-score, kind="stable")[:n_top]
-        result.append([(names[column[i]], float(share[i])) for i in order if score[i] > 0])
-    return result
-
-
-def evidence_label(top_tokens, n_named=4, concentrated=0.3):
-    """A label made of the most characteristic tokens; says so when they carry little of the feature's activation."""
-    if not top_tokens:
-        return ""
-    named = top_tokens[:n_named]
-    text = ", ".join(f"'{name}'" for name, _ in named)
-    return text if sum(share for _, share in named) >= concentrated else f"mixed contexts, some of {text}"
-
-
-def top_examples(pooled_column, n_top):
-    """Numbers of the examples with the largest positive values, strongest first."""
-    order = np.argsort(-pooled_column, kind="stable")[:n_top]
-    return [int(i) for i in order if pooled_column[i] > 0]
-
-
-def excerpt(tokenizer, token_ids, activations, width=14):
-    """One example around its strongest token, that token between « and », as one line of text.
-
-    token_ids (length,), activations (length,) of the feature in it; `width` tokens are shown on each side.
-    """
-    peak = int(np.argmax(activations))
-    left, right = max(0, peak - width), min(len(token_ids), peak + width + 1)
-    parts = [tokenizer.decode(token_ids[a:b]) for a, b in ((left, peak), (peak, peak + 1), (peak + 1, right))]
-    space = parts[1][:len(parts[1]) - len(parts[1].lstrip(" "))] if parts[1].strip() else ""
-    text = f"{parts[0]}{space}«{visible(parts[1].strip() or parts[1])}»{parts[2]}"
-    return ("…" if left else "") + " ".join(text.split()) + ("…" if right < len(token_ids) else "")
+    def fold(self):
+        """Add what is waiting to `sums`, and cut these back if they are too many."""
+        if self.waiting:
+            feature, other, value = (np.concatenate(part) for part in zip(*self.waiting))
+            self.waiting, self.n_waiting = [], 0
+            self.sums = self.sums + sparse.csr_matrix((value, (feature, other)), shape=self.sums.shape)
+        if self.sums.nnz > PAIR_LIMIT:
+            self.exact = False
+            row = np.repeat(np.arange(self.sums.shape[0]), np.diff(self.sums.indptr))
+            order = np.lexsort((-self.sums.data, row))
+            rank = np.arange(len(order)) - self.sums.indptr[row]
+            order = np.sort(order[rank < max(16, PAIR_LIMIT // (2 * self.sums.shape[0]))])
+            counts = np.bincount(row[order], minlength=self.sums.shape[0])
+            self.sums = sparse.csr_matrix((self.sums.data[order], self.sums.indices[order], np.concatenate([[0], np.cumsum(counts)])),
+                                          shape=self.sums.shape)

@@ -1,125 +1,257 @@
-"""Labels by a language model behind an OpenAI-compatible chat endpoint, with HypotheSAEs' prompts and parsing.
+"""Labels and scores by a language model, by two protocols, and their validation on examples the labeller never saw.
 
-HypotheSAEs' own client speaks the Responses API, which many local servers lack, and turns failures into empty labels. Here the
-prompts go through chat completions, a failure is a status and never a label, and every reply is journalled on arrival, so that
-a second run asks only what is still open.
+contrastive: HypotheSAEs' prompt, the strongest examples against those where the feature is silent (arXiv 2502.04382).
+fast: the tokens of the five strongest examples with their activations, a score from 1 to 5 and a name (FAST, arXiv 2506.07691).
+fidelity: HypotheSAEs' annotator says of held-out examples whether the label fits; precision, recall and F1 against the feature.
+
+Half of the examples, drawn once by the seed, may be shown to the labeller; validation uses the other half only.
 """
 import contextlib
-import hashlib
 import io
-import json
-import os
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import re
 
-from fastsae import artifacts
+import numpy as np
 
 MAX_LABEL = 300
+MAX_WORDS = 256           # of an example in a prompt; longer ones are cut around the feature's strongest token
+N_CONTRASTED = 20         # examples in a contrastive prompt, half of them positive (HypotheSAEs' default)
+FAST_EXAMPLES = 5         # strongest examples in a FAST prompt; a feature must fire in all of them
+FAST_WIDTH = 24           # tokens shown on each side of the strongest one
+MIN_HELD_OUT = 3          # positive and negative held-out examples, at least
+ANSWERED = 0.9            # share of an annotator's replies that must be a clear yes or no
+
+FAST_PROMPT = """You judge how well one feature of a language model can be understood. On every token of a text the feature has an \
+activation: 0 where it is silent, larger where it is stronger. Below are the {n} text passages in which it is strongest, written as \
+token and activation in turn, one token per line.
+
+{passages}
+
+Look at the tokens with high activation and at what stands around them. What do they have in common, and how consistently?
+Scores:
+5 - one clear pattern, and nothing deviates from it
+4 - a clear pattern with one or two deviations
+3 - a pattern is clear overall, but quite a few activations do not fit it
+2 - a broad theme without structure
+1 - no pattern
+
+Explain in one or two sentences. Then end with exactly one line of this form, the score a whole number from 1 to 5 and the name a short \
+description of what the feature fires on:
+My final verdict score is: [[SCORE]], feature name is [[NAME]]"""
 
 
-def endpoint():
-    """(api_key, base_url) from the environment, or None when no endpoint is configured."""
-    key = os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_KEY_SAE")
-    base_url = os.environ.get("OPENAI_BASE_URL") or None
-    return (key or "none", base_url) if key or base_url else None
+class Shown:
+    """Which examples the labeller may see, and the texts and activations that prompts are made of."""
+
+    def __init__(self, evidence, texts, seed):
+        self.evidence, self.texts = evidence, texts
+        self.examples = evidence.statistics.pooled_examples                     # (n_pooled,) example numbers
+        self.pooled = evidence.statistics.pooled_max.tocsc()                    # (n_pooled, M)
+        order = np.random.default_rng((seed, 3)).permutation(len(self.examples))
+        self.may_show = np.zeros(len(self.examples), bool)
+        self.may_show[order[:(len(order) + 1) // 2]] = True
+
+    def ranked(self, feature, shown):
+        """(rows, values): pooled rows of the shown or of the held-out examples, strongest first, ties by number."""
+        column = self.pooled[:, feature].toarray().ravel()
+        rows = np.flatnonzero(self.may_show == shown)
+        rows = rows[np.argsort(-column[rows], kind="stable")]
+        return rows, column[rows]
+
+    def contrast(self, feature, n, shown, seed=0):
+        """(positive, negative) example numbers, n // 2 each: the strongest, and silent ones by lot (if too few, the weakest)."""
+        rows, values = self.ranked(feature, shown)
+        n_positive = min(n // 2, int((values > 0).sum()), len(rows) // 2)
+        silent = np.flatnonzero(values == 0)
+        n_negative = min(n // 2, len(rows) - n_positive)
+        if len(silent) >= n_negative:
+            negative = np.sort(np.random.default_rng((seed, feature)).permutation(silent)[:n_negative])
+        else:
+            negative = np.arange(len(rows) - n_negative, len(rows))
+        return self.examples[rows[:n_positive]], self.examples[rows[negative]]
+
+    def text(self, feature, example):
+        """An example's text; a long one is cut to about MAX_WORDS words around the feature's strongest token."""
+        text = self.texts[example]
+        if len(text.split()) <= MAX_WORDS:
+            return text
+        positions, values = self.evidence.token_values([(feature, int(example))])[feature, int(example)]
+        tokens = self.evidence.token_texts(int(example))
+        peak = int(positions[np.argmax(values)]) if len(values) else 0
+        left = max(0, min(peak - MAX_WORDS // 2, len(tokens) - MAX_WORDS))
+        return "… " * (left > 0) + "".join(tokens[left:left + MAX_WORDS]) + " …" * (left + MAX_WORDS < len(tokens))
 
 
-class Journal:
-    """Replies on disk, one JSON line each, found again by model, base URL and prompt."""
+def contrastive_prompts(shown, features):
+    """{feature: HypotheSAEs' contrastive prompt}."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a warning for every feature with few examples
+        from hypothesaes.interpret_neurons import InterpretConfig, NeuronInterpreter
 
-    def __init__(self, path, model, base_url):
-        self.path, self.scope, self.lock = path, [model, base_url], threading.Lock()
-        self.replies = {line["key"]: line["reply"] for line in artifacts.read_lines(path) if "key" in line}
+        def sample(neuron_idx, **_):
+            positive, negative = shown.contrast(neuron_idx, N_CONTRASTED, shown=True)
+            return {"positive_texts": [shown.text(neuron_idx, e) for e in positive],
+                    "negative_texts": [shown.text(neuron_idx, e) for e in negative]}
 
-    def key(self, prompt):
-        return hashlib.sha256(json.dumps([*self.scope, prompt]).encode()).hexdigest()
-
-    def get(self, prompt):
-        return self.replies.get(self.key(prompt))
-
-    def add(self, prompt, reply):
-        with self.lock:
-            self.replies[self.key(prompt)] = reply
-            artifacts.append_line(self.path, {"key": self.key(prompt), "model": self.scope[0], "reply": reply})
+        config = InterpretConfig()
+        config.sampling.function = sample
+        builder, everywhere = NeuronInterpreter(), _Firing()
+        return {j: builder._build_interpretation_prompt(None, everywhere, j, 0, config) for j in features}
 
 
-class ChatLabeller:
-    """Asks for one label per feature; `label_features` gives {feature: (label or None, status)}."""
+class _Firing:
+    """Stands for the (n, M) activations where HypotheSAEs only asks whether a feature fires at all."""
 
-    def __init__(self, key, base_url, model, journal_path, *, timeout, n_workers):
-        import openai
-
-        self.openai, self.key, self.model, self.n_workers = openai, key, model, n_workers
-        self.client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=3)
-        self.journal = Journal(journal_path, model, base_url)
-        self.stop_reason = None  # set by the first error that every further call would repeat
-
-    def label_features(self, texts, pooled, features):
-        from hypothesaes import NeuronInterpreter
-
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints a warning for every feature with few examples
-            labeller, interpreter = self, NeuronInterpreter(interpreter_model=self.model)
-            outcomes = []
-
-            def execute(prompts, llm_kwargs, timeout):  # in place of HypotheSAEs' own calls; None prompts are dead features
-                outcomes.extend(labeller._ask_all(interpreter, [p for p in prompts if p is not None]))
-                return [label for label, _ in outcomes]
-
-            interpreter._execute_prompts = execute
-            answers = interpreter.interpret_neurons(texts, pooled, features)
-        asked = iter(outcomes)
-        return {feature: next(asked) if pooled[:, feature].max() > 0 else (None, "dead") for feature in answers}
-
-    def _ask_all(self, interpreter, prompts):
-        from tqdm import tqdm
-
-        with ThreadPoolExecutor(self.n_workers) as pool:
-            jobs = [pool.submit(self._ask, interpreter, prompt) for prompt in prompts]
-            try:
-                return [job.result() for job in tqdm(jobs, desc="labelling", unit="feature", mininterval=1, disable=None, file=sys.stderr)]
-            except BaseException:
-                self.stop_reason = "interrupted"  # the calls still waiting return at once
-                raise
-
-    def _ask(self, interpreter, prompt):
-        """(label or None, status) for one prompt, from the journal if it was answered before."""
-        reply = self.journal.get(prompt)
-        if reply is None:
-            if self.stop_reason:
-                return None, f"not asked: {self.stop_reason}"
-            try:
-                answer = self.client.chat.completions.create(model=self.model, messages=[{"role": "user", "content": prompt}])
-            except self.openai.APIStatusError as error:
-                reason = f"HTTP {error.status_code} {self._without_key(error.message)[:80]}"
-                if error.status_code in (400, 401, 403, 404, 422):
-                    self.stop_reason = reason
-                return None, f"failed: {reason}"
-            except (self.openai.OpenAIError, ValueError) as error:  # no connection, time-out, a reply that is no JSON
-                return None, f"failed: {type(error).__name__}"
-            reply = self._content(answer)
-            if reply is None:
-                return None, "failed: the reply holds no finished text"
-            self.journal.add(prompt, reply)
-        label = parse_label(interpreter, reply)
-        return (label, "ok") if label else (None, "failed: the reply is no label")
-
-    @staticmethod
-    def _content(answer):
-        try:
-            choice = answer.choices[0]
-            unfinished = choice.finish_reason not in (None, "stop") or getattr(choice.message, "refusal", None)
-            return None if unfinished else choice.message.content
-        except (AttributeError, IndexError, TypeError):
-            return None
-
-    def _without_key(self, text):
-        return " ".join(str(text).replace(self.key, "***").split())
+    def __getitem__(self, key):
+        return np.ones(1)
 
 
-def parse_label(interpreter, reply):
-    """HypotheSAEs' parsing of a reply, or None if what is left cannot be a label (empty, markup, far too long)."""
-    label = interpreter._parse_interpretation(reply)
+def fast_prompts(shown, features):
+    """{feature: FAST prompt} for the features that fire in five examples that may be shown."""
+    chosen = {}
+    for j in features:
+        if can_score(shown, j):
+            chosen[j] = [int(e) for e in shown.examples[shown.ranked(j, True)[0][:FAST_EXAMPLES]]]
+    found = shown.evidence.token_values([(j, e) for j, examples in chosen.items() for e in examples])
+    return {j: FAST_PROMPT.format(n=FAST_EXAMPLES, passages="\n\n".join(
+        f"Passage {i}:\n{_token_lines(shown.evidence, e, *found[j, e])}" for i, e in enumerate(examples, 1)))
+        for j, examples in chosen.items()}
+
+
+def can_score(shown, feature):
+    """Whether a feature fires in as many examples that may be shown as FAST's prompt needs."""
+    return bool((shown.ranked(feature, True)[1][:FAST_EXAMPLES] > 0).sum() == FAST_EXAMPLES)
+
+
+def _token_lines(evidence, example, positions, values):
+    tokens = evidence.token_texts(example)
+    activations = np.zeros(len(tokens))
+    activations[positions] = values
+    peak = int(np.argmax(activations))
+    first = max(min(evidence.own_start(example), peak), peak - FAST_WIDTH)
+    last = min(len(tokens), peak + FAST_WIDTH + 1)
+    return "\n".join(f"{tokens[i]!r} {activations[i]:.1f}" if activations[i] else f"{tokens[i]!r} 0" for i in range(first, last))
+
+
+def fidelity_prompts(shown, labels, n_examples):
+    """{feature: [(prompt, should it be yes), ...]} over held-out examples; features with too few of them are left out."""
+    from hypothesaes.utils import load_prompt
+
+    template, result = load_prompt("annotate"), {}
+    for j, label in labels.items():
+        positive, negative = shown.contrast(j, n_examples, shown=False)
+        if min(len(positive), len(negative)) >= MIN_HELD_OUT:
+            result[j] = [(template.format(hypothesis=label, text=shown.text(j, e)), yes)
+                         for examples, yes in ((positive, True), (negative, False)) for e in examples]
+    return result
+
+
+def without_thinking(reply):
+    """The reply after its <think> part; None if that part is all there is."""
+    if "</think>" in reply:
+        return reply.rsplit("</think>", 1)[1].strip()
+    return None if "<think>" in reply else reply.strip()
+
+
+def parse_label(reply):
+    """The label of a contrastive reply, or None if there is none (empty, markup, far too long)."""
+    reply = without_thinking(reply)
+    line = reply.split("\n", 1)[0].strip() if reply else ""
+    label = re.sub(r'^(-\s*)?["“]?\s*-?\s*', "", line).strip().strip('"”').strip()
     if not label or len(label) > MAX_LABEL or label.startswith(("<", "{", "```")):
         return None
     return label
+
+
+def parse_fast(reply):
+    """(score, name) of a FAST reply, or None: the score must be one whole number from 1 to 5, the same wherever it is given."""
+    reply = without_thinking(reply)
+    found = [part.strip() for part in re.findall(r"\[\[(.*?)\]\]", reply, re.S)] if reply else []
+    verdicts = list(zip(found[::2], found[1::2]))
+    if not verdicts or len(found) % 2 or len(set(verdicts)) > 1:
+        return None
+    score, name = verdicts[0]
+    name = " ".join(name.split())
+    if not re.fullmatch("[1-5]", score) or not name or name in ("NAME", "...", "…") or len(name) > MAX_LABEL or name.startswith("<"):
+        return None
+    return int(score), name
+
+
+def parse_yes_no(reply):
+    """True, False, or None if the reply begins with neither yes nor no."""
+    reply = without_thinking(reply)
+    match = re.match(r"[\s\"'*_`-]*(?:output:)?[\s\"'*_`]*(yes|no)\b(?!\s*(?:/|or\b))", reply or "", re.I)
+    return match and match[1].lower() == "yes"
+
+
+def fidelity(answers):
+    """{fidelity_precision, fidelity_recall, fidelity_f1, n_held_out} of [(said yes or None, fires)], or None if too few are clear."""
+    clear = [(said, fires) for said, fires in answers if said is not None]
+    if len(clear) < ANSWERED * len(answers) or not any(f for _, f in clear) or all(f for _, f in clear):
+        return None
+    hits = sum(said and fires for said, fires in clear)
+    precision, recall = hits / max(sum(said for said, _ in clear), 1), hits / sum(fires for _, fires in clear)
+    return {"fidelity_precision": precision, "fidelity_recall": recall,
+            "fidelity_f1": 2 * precision * recall / (precision + recall) if hits else 0.0, "n_held_out": len(clear)}
+
+
+class Labelling:
+    """The calls that label `labelled` features and score `scored` ones: their plan, and their outcome."""
+
+    def __init__(self, shown, asker, *, protocol, labelled, candidates, n_scored, n_fidelity):
+        """candidates: features in random order, of which the first `n_scored` that fire in five examples are scored."""
+        self.shown, self.asker, self.n_fidelity = shown, asker, n_fidelity
+        scored = [j for j in candidates if can_score(shown, j)][:n_scored]
+        self.contrastive = contrastive_prompts(shown, labelled) if protocol != "fast" else {}
+        self.fast = fast_prompts(shown, list(dict.fromkeys([*labelled, *scored]))) if protocol != "contrastive" else {}
+        self.labelled, self.scored, self.protocol = labelled, [j for j in scored if j in self.fast], protocol
+
+    def plan(self, count_tokens):
+        """[(what, calls, prompt tokens)] still to be paid for; validation is counted with a label of ordinary length."""
+        stand_in = "describes a person who hesitates before an everyday decision"
+        validation = [p for pairs in fidelity_prompts(self.shown, dict.fromkeys(self.labelled, stand_in), self.n_fidelity).values()
+                      for p, _ in pairs] if self.n_fidelity else []
+        parts = (("contrastive labels", self.contrastive.values()), ("FAST scores", self.fast.values()))
+        parts = [(what, self.asker.open(prompts)) for what, prompts in parts]
+        parts.append(("validation, at most", validation))
+        return [(what, len(prompts), sum(map(count_tokens, prompts))) for what, prompts in parts if prompts]
+
+    def run(self):
+        """{feature: {label, label_protocol, score, score_name, fidelity_..., problems}} of every feature asked about."""
+        outcome = {j: {"problems": []} for j in dict.fromkeys([*self.contrastive, *self.fast, *self.labelled])}
+        replies = self.asker.ask(list(self.contrastive.values()), "labels", lambda r: parse_label(r) is not None)
+        for j, prompt in self.contrastive.items():
+            if (label := self._parsed(outcome[j], replies[prompt], parse_label, "label")) is not None:
+                outcome[j].update(label=label, label_protocol="contrastive")
+        replies = self.asker.ask(list(self.fast.values()), "FAST scores", lambda r: parse_fast(r) is not None)
+        for j, prompt in self.fast.items():
+            if (verdict := self._parsed(outcome[j], replies[prompt], parse_fast, "score")) is not None:
+                outcome[j].update(score=verdict[0], score_name=verdict[1])
+                if "label" not in outcome[j]:
+                    outcome[j].update(label=verdict[1], label_protocol="fast")
+        if self.n_fidelity:
+            self._validate(outcome)
+        return outcome
+
+    @staticmethod
+    def _parsed(outcome, answer, parse, what):
+        reply, reason = answer
+        value = parse(reply) if reply is not None else None
+        if value is None:
+            outcome["problems"].append(f"{what} {reason or 'unusable: the reply is none'}" if reply is None or reason else
+                                       f"{what} unusable: the reply does not follow the form")
+        return value
+
+    def _validate(self, outcome):
+        labels = {j: outcome[j]["label"] for j in self.labelled if "label" in outcome[j]}
+        tasks = fidelity_prompts(self.shown, labels, self.n_fidelity) if labels else {}
+        replies = self.asker.ask([prompt for pairs in tasks.values() for prompt, _ in pairs], "validation",
+                                 lambda r: parse_yes_no(r) is not None)
+        for j, pairs in tasks.items():
+            said = [parse_yes_no(reply) if (reply := replies[prompt][0]) is not None else None for prompt, _ in pairs]
+            result = fidelity([(s, fires) for s, (_, fires) in zip(said, pairs)])
+            if result:
+                outcome[j].update(result)
+            else:
+                reasons = [why for prompt, _ in pairs if (why := replies[prompt][1])]
+                outcome[j]["problems"].append(f"validation {reasons[0] if reasons else 'unusable: no clear yes or no'}")
+        for j in labels.keys() - tasks.keys():
+            outcome[j]["note"] = "too few held-out examples to validate the label"

@@ -1,4 +1,7 @@
+import csv
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,20 +34,24 @@ def run_script(tmp_path):
 @pytest.fixture
 def write_activations(tmp_path):
     """Write an activations file as stage 1 would, from made-up numbers; returns the flags that make stages 2 and 3 use it."""
+    def write(activations, lengths, **more):
+        return put_activations(tmp_path, activations, lengths, **more)
+    return write
+
+
+def put_activations(folder, activations, lengths, *, dataset=None, kind=None, token_ids=None):
     from fastsae import artifacts
 
-    def write(activations, lengths, *, dataset=None, kind=None, token_ids=None):
-        n = len(activations)
-        inputs = {"dataset": artifacts.file_sha256(dataset) if dataset else "made up", "model": "made up"}
-        metadata = artifacts.new_metadata("activations", {"LAYER_IDX": 12}, inputs, model_name="SmolLM2-135M-Instruct",
-                                          model_revision=None, n_examples=len(lengths), dataset_path=str(dataset or "made-up.jsonl"))
-        artifacts.write_npz(tmp_path / "activations" / "activations_layer12.npz", {
-            "activations": activations, "seq_lengths": np.array(lengths, np.int32),
-            "token_ids": np.arange(n, dtype=np.int32) % 1000 if token_ids is None else np.asarray(token_ids, np.int32),
-            "token_kind": np.zeros(n, np.uint8) if kind is None else np.asarray(kind, np.uint8), "token_role": np.zeros(n, np.uint8),
-            "example_ids": np.arange(1, len(lengths) + 1, dtype=np.int32), "metadata": np.array(artifacts.to_json(metadata))})
-        return ["--output-dir", str(tmp_path), *(["--dataset-path", str(dataset)] if dataset else [])]
-    return write
+    n = len(activations)
+    inputs = {"dataset": artifacts.file_sha256(dataset) if dataset else "made up", "model": "made up"}
+    metadata = artifacts.new_metadata("activations", {"LAYER_IDX": 12}, inputs, model_name="SmolLM2-135M-Instruct",
+                                      model_revision=None, n_examples=len(lengths), dataset_path=str(dataset or "made-up.jsonl"))
+    artifacts.write_npz(folder / "activations" / "activations_layer12.npz", {
+        "activations": activations, "seq_lengths": np.array(lengths, np.int32),
+        "token_ids": np.arange(n, dtype=np.int32) % 1000 if token_ids is None else np.asarray(token_ids, np.int32),
+        "token_kind": np.zeros(n, np.uint8) if kind is None else np.asarray(kind, np.uint8), "token_role": np.zeros(n, np.uint8),
+        "example_ids": np.arange(1, len(lengths) + 1, dtype=np.int32), "metadata": np.array(artifacts.to_json(metadata))})
+    return ["--output-dir", str(folder), *(["--dataset-path", str(dataset)] if dataset else [])]
 
 
 @pytest.fixture
@@ -70,3 +77,46 @@ def planted_tokens(n, d, n_directions, n_active, seed=0, noise=0.0):
         row[generator.choice(n_directions, n_active, replace=False)] = generator.uniform(1, 2, n_active)
     tokens = codes @ directions + noise * generator.standard_normal((n, d))
     return tokens.astype(np.float32), directions.astype(np.float32)
+
+
+WORDS = ("apple", "river", "engine", "music")
+
+
+PLANTED_FLAGS = ["--label-field", "category", "--run-name", "test", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def planted_once(tmp_path_factory, smol_tokenizer):
+    """Examples about four words; each word's token has its own direction; an autoencoder trained on them."""
+    folder, generator = tmp_path_factory.mktemp("planted"), np.random.default_rng(0)
+    directions = np.linalg.qr(generator.standard_normal((16, 16)))[0]
+    rows, ids, tokens, lengths = [], [], [], []
+    filler = smol_tokenizer(" the a of and to in it was", add_special_tokens=False)["input_ids"]
+    for i in range(120):
+        word = WORDS[i % 4]
+        rows.append({"text": f"=about {word} {i} <script>alert(1)</script>", "category": f"cat_{word}"})
+        word_id = smol_tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+        assert len(word_id) == 1
+        example = [*generator.choice(filler, 9), word_id[0]]
+        ids += example
+        lengths.append(len(example))
+        causes = [4 + filler.index(t) if t in filler else WORDS.index(word) for t in example]
+        tokens.append(directions[causes] * generator.uniform(5, 6, (len(example), 1)))
+    dataset = folder / "planted.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = put_activations(folder, np.concatenate(tokens).astype(np.float32), lengths, dataset=dataset, token_ids=ids)
+    training = ["--m", 20, "--k", 1, "--no-use-matryoshka", "--n-epochs", 60, "--learning-rate", 0.01, "--batch-size", 64]
+    subprocess.run([sys.executable, str(PROJECT / "train_sae.py"), *flags, *PLANTED_FLAGS, *map(str, training)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def planted(tmp_path, planted_once):
+    """The flags of stage 3 for a fresh copy of `planted_once` under tmp_path."""
+    shutil.copytree(planted_once, tmp_path, dirs_exist_ok=True)
+    return ["--output-dir", str(tmp_path), "--dataset-path", str(tmp_path / "planted.jsonl"), *PLANTED_FLAGS]
+
+
+def read_table(tmp_path, name="interpretations.csv"):
+    with open(tmp_path / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -175,7 +175,7 @@ def test_a_bad_dataset_stops_the_script_and_harms_nothing(run_script, write_acti
     before = snapshot(tmp_path)
     done = run_script("extract_activations.py", "--dataset-path", path, "--no-print-settings")
     assert one_line(done, 2) == f"{path}:1: is not UTF-8. convert it, for example: iconv -f UTF-16 -t UTF-8 d.jsonl."
-    assert done.stdout == "" and snapshot(tmp_path) == before
+    assert len(done.stdout.splitlines()) == 1 and done.stdout.startswith("changed: ") and snapshot(tmp_path) == before
 
 
 def test_dialogues_that_no_template_takes():
@@ -418,7 +418,7 @@ def test_no_flipped_bit_gives_other_numbers(rows, weights, kind):
 
 
 @pytest.mark.parametrize("old, new", [(b"(2000, 4)", b"(0000, 4)"), (b"(2000, 4)", b"(200 , 4)"), (b"(2000, 4)", b"(2000, 0)"),
-                                      (b"NUMPY\x01\x00\x76", b"NUMPY\x01\x00\x66")])
+                                      (b"NUMPY\x01\x00\xb5", b"NUMPY\x01\x00\xa5")])
 def test_a_damaged_header_never_gives_fewer_rows(rows, old, new):
     whole = rows.read_bytes()
     assert old in whole

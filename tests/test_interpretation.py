@@ -1,17 +1,14 @@
-"""Stage 3: feature evidence against answers worked out by hand, the tables, and labels from an endpoint on loopback."""
-import csv
+"""Stage 3: category evidence and targets against answers worked out by hand, the tables, the batches, what counts as up to date."""
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from conftest import WORDS, read_table as table
 from scipy import sparse
 
-from fastsae import feature_statistics, llm_labels
-from fastsae.categories import auc_matrix, best_category, shuffled_count
-
-WORDS = ("apple", "river", "engine", "music")
+from fastsae import neuronpedia
+from fastsae.categories import auc_matrix, best_category, correlations, select_features, shuffled_count, target_numbers
+from fastsae.errors import InputError
 
 
 def test_auc_by_hand():
@@ -33,74 +30,43 @@ def test_category_is_chosen_and_tested_on_different_halves():
     assert shuffled_count(pooled, labels, 10, 0, 0.8) < 1
 
 
+def test_sparse_and_dense_pooled_features_agree(monkeypatch):
+    monkeypatch.setattr("fastsae.categories.BLOCK", 7)
+    generator = np.random.default_rng(0)
+    pooled = generator.random((60, 30)) * (generator.random((60, 30)) < 0.5)
+    labels = np.repeat(np.arange(3), 20)
+    for a, b in zip(best_category(pooled, labels, 3, 0), best_category(sparse.csr_matrix(pooled), labels, 3, 0)):
+        np.testing.assert_array_equal(a, b)
+    target = generator.random(60)
+    expected = [np.corrcoef(pooled[:, j], target)[0, 1] for j in range(30)]
+    np.testing.assert_allclose(correlations(sparse.csr_matrix(pooled), target), expected)
+    np.testing.assert_allclose(correlations(pooled, target), expected)
+
+
+@pytest.mark.parametrize("method", ["separation_score", "correlation", "lasso"])
+def test_the_feature_that_predicts_the_target_is_selected(method):
+    """Feature 3 is the target with some noise, feature 7 its opposite, the others are noise; feature 0 is constant."""
+    generator = np.random.default_rng(0)
+    target = (np.arange(120) % 3 == 0).astype(float)
+    pooled = generator.random((120, 12)) * (generator.random((120, 12)) < 0.5)
+    pooled[:, 0], pooled[:, 3], pooled[:, 7] = 1, target * generator.uniform(1, 2, 120), (1 - target) * generator.uniform(1, 2, 120)
+    found = select_features(sparse.csr_matrix(pooled), target, 4, method, 0)
+    assert {entry["feature"] for entry in found[:2]} <= {3, 7} and 0 not in [entry["feature"] for entry in found]
+    three = next(entry for entry in found if entry["feature"] == 3)
+    assert three["held_out_auc"] == 1 and three["held_out_correlation"] > 0.9
+
+
+def test_targets_of_words_and_of_numbers():
+    assert target_numbers(["a", "b", "a", "b"], "f", "a").tolist() == [1, 0, 1, 0]
+    assert target_numbers(["1", "2.5", "3", "4"], "f", None).tolist() == [1, 2.5, 3, 4]
+    for values, value in ((["a", "b"], None), (["a", "b", "b"], "c"), (["1", "1", "1", "1"], None), (["1", "nan", "3", "4"], None)):
+        with pytest.raises(InputError, match="TARGET_"):
+            target_numbers(values, "f", value)
+
+
 def test_categories_with_one_example_give_no_auc():
     chosen, auc = best_category(np.eye(3), np.arange(3), 3, seed=0)
     assert np.isnan(auc).all()
-
-
-def test_pooling_by_hand():
-    features = sparse.csr_matrix(np.array([[1, 0], [3, 0], [0, 0], [0, 5]], np.float32))
-    example = np.array([0, 0, 2, 2])
-    assert feature_statistics.pool(features, example, 3, "max").tolist() == [[3, 0], [0, 0], [0, 5]]
-    assert feature_statistics.pool(features, example, 3, "mean").tolist() == [[2, 0], [0, 0], [0, 2.5]]
-
-
-def test_characteristic_tokens_by_hand():
-    """Token b carries 4 of 5 of the activation but is 1 of 4 of the tokens: 0.8 log(0.8 / 0.25) is the largest term."""
-    features = sparse.csr_matrix(np.array([[1], [0], [0], [4]], np.float32))
-    rows = feature_statistics.characteristic_tokens(features, np.array([0, 0, 2, 1]), ["a", "b", "c"], 5)
-    assert rows == [[("b", pytest.approx(0.8))]]  # a has share 0.2, below its base rate 0.5
-
-
-def test_evidence_labels():
-    assert feature_statistics.evidence_label([("cat", 0.5), ("dog", 0.2)]) == "'cat', 'dog'"
-    assert feature_statistics.evidence_label([("cat", 0.1)]) == "mixed contexts, some of 'cat'"
-    assert feature_statistics.evidence_label([]) == ""
-
-
-def test_token_names_merge_case_and_spaces(smol_tokenizer):
-    ids = smol_tokenizer(" We we\nWe <|im_end|>", add_special_tokens=False)["input_ids"]
-    numbers, names = feature_statistics.token_names(smol_tokenizer, np.array(ids))
-    shown = [names[i] for i in numbers]
-    assert shown.count("we") == 3 and "⏎" in shown and "<|im_end|>" in shown
-
-
-def test_excerpt_marks_the_strongest_token(smol_tokenizer):
-    ids = np.array(smol_tokenizer("The old clock in the hall struck nine and nobody moved", add_special_tokens=False)["input_ids"])
-    activations = np.zeros(len(ids))
-    activations[2] = 5
-    assert feature_statistics.excerpt(smol_tokenizer, ids, activations, width=3) == "The old «clock» in the hall…"
-
-
-@pytest.fixture
-def planted(tmp_path, write_activations, smol_tokenizer, run_main):
-    """Examples about four words; each word's token has its own direction; an autoencoder trained on them."""
-    generator = np.random.default_rng(0)
-    directions = np.linalg.qr(generator.standard_normal((16, 16)))[0]
-    rows, ids, tokens, lengths = [], [], [], []
-    filler = smol_tokenizer(" the a of and to in it was", add_special_tokens=False)["input_ids"]
-    for i in range(120):
-        word = WORDS[i % 4]
-        rows.append({"text": f"=about {word} <script>alert(1)</script>", "category": f"cat_{word}"})
-        word_id = smol_tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-        assert len(word_id) == 1
-        example = [*generator.choice(filler, 9), word_id[0]]
-        ids += example
-        lengths.append(len(example))
-        causes = [4 + filler.index(t) if t in filler else WORDS.index(word) for t in example]
-        tokens.append(directions[causes] * generator.uniform(5, 6, (len(example), 1)))
-    dataset = tmp_path / "planted.jsonl"
-    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = write_activations(np.concatenate(tokens).astype(np.float32), lengths, dataset=dataset, token_ids=ids)
-    flags += ["--label-field", "category", "--run-name", "test", "--device", "cpu"]
-    assert run_main("train_sae", *flags, "--m", 20, "--k", 1, "--no-use-matryoshka", "--n-epochs", 60, "--learning-rate", 0.01,
-                    "--batch-size", 64) == 0
-    return flags
-
-
-def table(tmp_path):
-    with open(tmp_path / "interpretations.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def test_planted_features_are_named(tmp_path, planted, run_main, capsys):
@@ -159,115 +125,58 @@ def test_unknown_label_field_is_named(planted, run_main, capsys):
     assert "LABEL_FIELD" in capsys.readouterr().err
 
 
-class Endpoint(ThreadingHTTPServer):
-    """A chat endpoint on loopback that answers from a list of (status, body), the last one again and again."""
-
-    def __init__(self, replies):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.replies, self.requests = list(replies), []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append((self.path, self.headers["Authorization"], body))
-        status, reply = self.server.replies.pop(0) if len(self.server.replies) > 1 else self.server.replies[0]
-        content = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json" if not isinstance(reply, str) else "text/html")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
-def completion(text, finish_reason="stop"):
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
-            "choices": [{"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}]}
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    """Start an endpoint with the given replies and point the environment at it."""
-    started = []
-
-    def start(*replies, key="sk-secret-0123456789"):
-        started.append(Endpoint(replies))
-        monkeypatch.setenv("OPENAI_BASE_URL", started[-1].url)
-        monkeypatch.setenv("OPENAI_API_KEY", key)
-        return started[-1]
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
-
-
-def test_labels_come_through_hypothesaes_prompts_and_chat_completions(tmp_path, planted, run_main, endpoint):
-    server = endpoint((200, completion('- "mentions fruit"')))
-    assert run_main("interpret_sae", *planted, "--n-top-neurons", 3, "--interpreter-model", "test-model") == 0
-    labelled = [row for row in table(tmp_path) if row["label_source"] == "test-model"]
-    assert [row["label"] for row in labelled] == ["mentions fruit"] * 3
-    assert len(server.requests) == 3
-    path, authorization, body = server.requests[0]
-    assert path == "/v1/chat/completions" and authorization == "Bearer sk-secret-0123456789" and body["model"] == "test-model"
-    assert "POSITIVE SAMPLES" in body["messages"][0]["content"] and "about" in body["messages"][0]["content"]
-    assert run_main("interpret_sae", *planted, "--n-top-neurons", 4, "--interpreter-model", "test-model") == 0
-    assert len(server.requests) == 4  # three came from the journal
-    for file in tmp_path.rglob("*"):
-        assert not file.is_file() or b"sk-secret" not in file.read_bytes(), file
-
-
-BAD_REPLIES = {
-    "null content": (200, completion(None)), "empty": (200, completion("")), "cut off": (200, completion("mentions", "length")),
-    "refusal": (200, {**completion(None), "choices": [{"index": 0, "finish_reason": "stop",
-                                                       "message": {"role": "assistant", "content": "no", "refusal": "no"}}]}),
-    "thinking only": (200, completion("<think>hmm")), "html": (200, completion("<html>502</html>")), "no choices": (200, {"choices": []}),
-    "essay": (200, completion("x" * 400)), "html page": (200, "<html>proxy login</html>"),
-    "401": (401, {"error": {"message": "bad key sk-secret-0123456789"}}), "404": (404, {"error": {"message": "no such model"}}),
-}
-
-
-@pytest.mark.parametrize("name", BAD_REPLIES)
-def test_a_failure_is_a_status_and_never_a_label(tmp_path, planted, run_main, endpoint, capsys, name):
-    server = endpoint(BAD_REPLIES[name])
-    assert run_main("interpret_sae", *planted, "--n-top-neurons", 3, "--n-llm-workers", 1) == 4
-    rows = table(tmp_path)
-    failed = [row for row in rows if row["status"].startswith("llm ")]
-    assert len(failed) == 3 and all(row["label_source"] == "tokens" and row["label"].startswith(("'", "mixed")) for row in failed)
-    captured = capsys.readouterr()
-    assert "unlabelled: 3 of 3" in captured.err and "sk-secret" not in captured.out + captured.err
-    assert len(server.requests) == (1 if name in ("401", "404") else 3)  # what every call would repeat is asked once
-    for file in tmp_path.rglob("*"):
-        assert not file.is_file() or b"sk-secret" not in file.read_bytes(), file
-    server.replies[:] = [(200, completion("mentions fruit"))]  # the endpoint recovers, and the same command finishes
-    before = len(server.requests)
-    code = run_main("interpret_sae", *planted, "--n-top-neurons", 3, "--n-llm-workers", 1)
-    if name in ("empty", "thinking only", "html", "essay"):  # answered and paid for: kept, and still no label
-        assert code == 4 and len(server.requests) == before
-    else:
-        assert code == 0 and sum(row["label"] == "mentions fruit" for row in table(tmp_path)) == 3
-
-
-def test_without_an_endpoint_nothing_is_asked(planted, run_main, monkeypatch):
-    monkeypatch.setattr(llm_labels, "ChatLabeller", None)
+def test_columns_of_the_issue(tmp_path, planted, run_main):
     assert run_main("interpret_sae", *planted) == 0
+    rows = table(tmp_path)
+    assert list(rows[0])[-6:] == ["score", "fidelity_f1", "matryoshka_level", "promoted_tokens", "suppressed_tokens", "special_token_share"]
+    row = next(row for row in rows if row["label"].startswith("'apple'"))
+    assert row["score"] == row["fidelity_f1"] == "" and float(row["special_token_share"]) == 0 and row["matryoshka_level"] == ""
 
 
-def test_a_torn_journal_loses_one_line_only(tmp_path):
-    path = tmp_path / "journal.jsonl"
-    journal = llm_labels.Journal(path, "m", None)
-    journal.add("p1", "r1")
-    journal.add("p2", "r2")
-    path.write_bytes(path.read_bytes()[:-5])
-    again = llm_labels.Journal(path, "m", None)
-    assert again.get("p1") == "r1" and again.get("p2") is None
-    again.add("p3", "r3")
-    assert llm_labels.Journal(path, "m", None).get("p3") == "r3"
-    assert llm_labels.Journal(path, "other", None).get("p1") is None
+def test_hypotheses_for_a_target(tmp_path, planted, run_main, capsys):
+    assert run_main("interpret_sae", *planted, "--target-value", "cat_river", "--n-hypotheses", 3) == 0
+    rows = table(tmp_path, "hypotheses.csv")
+    assert rows[0]["hypothesis"].startswith("'river'") and float(rows[0]["held_out_auc"]) == 1
+    assert rows[0]["target"] == "category = cat_river" and rows[0]["method"] == "separation_score"
+    (tmp_path / "hypotheses.csv").unlink()
+    assert run_main("interpret_sae", *planted, "--target-value", "cat_river", "--n-hypotheses", 3) == 0
+    assert "is missing" in capsys.readouterr().out and (tmp_path / "hypotheses.csv").exists()
+    assert run_main("interpret_sae", *planted, "--target-value", "cat_lake") == 2
+    assert "TARGET_VALUE" in capsys.readouterr().err
+
+
+def test_neuronpedia_batches_pass_the_schema(tmp_path, planted, run_main, monkeypatch):
+    monkeypatch.setattr(neuronpedia, "BATCH", 8)
+    assert run_main("interpret_sae", *planted, "--neuronpedia-set", "test-set") == 0
+    paths = sorted((tmp_path / "neuronpedia" / "11-test-set").glob("batch-*.json"))  # layer 12 is the state after block 11
+    batches = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    rows = {int(row["feature"]): row for row in table(tmp_path)}
+    features = [feature for batch in batches for feature in batch["features"]]
+    assert [f["index"] for f in features] == [j for j, row in rows.items() if row["status"] != "dead"] and len(paths) > 1
+    for batch in batches:
+        neuronpedia.check(batch)
+        assert batch["modelId"] == "smollm2-135m-instruct" and batch["source"] == "11-test-set"
+    river = next(f for f in features if f["explanations"][0]["text"].startswith("'river'"))
+    activation = river["activations"][0]
+    assert len(activation["tokens"]) == len(activation["values"]) == 10
+    assert activation["tokens"][int(np.argmax(activation["values"]))] == " river"
+    assert activation["quantileMin"] < max(activation["values"]) <= activation["quantileMax"] + 1e-3
+    try:
+        import jsonschema
+    except ImportError:
+        return
+    for batch in batches:
+        jsonschema.validate(batch, neuronpedia.SCHEMA)
+
+
+def test_the_schema_refuses():
+    good = {"modelId": "m", "source": "3-s", "features": [{"index": 1, "density": 0.5, "topLogits": [], "bottomLogits": [], "explanations": [
+        {"text": "x", "methodName": "", "modelName": ""}], "activations": []}]}
+    neuronpedia.check(good)
+    for change in ({"source": "s"}, {"modelId": ""}, {"features": [{}]}, {"features": [good["features"][0]] * 129},
+                   {"features": [{**good["features"][0], "density": 2}]}, {"features": [{**good["features"][0], "index": True}]},
+                   {"features": [{**good["features"][0], "density": float("nan")}]},
+                   {"features": [{**good["features"][0], "topLogits": [{"token": "a", "value": 1}] * 21}]},
+                   {"features": [{**good["features"][0], "explanations": [{"text": "x" * 513, "methodName": "", "modelName": ""}]}]}):
+        with pytest.raises(ValueError):
+            neuronpedia.check({**good, **change})

@@ -1,0 +1,100 @@
+"""Feature files for Neuronpedia's batch upload (`POST /api/feature/upload-batch`), checked against the limits it sets."""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fastsae import artifacts
+
+BATCH = 128          # features per file
+MAX_TOKENS = 1024    # per activation
+N_LOGITS = 20
+NUMBER, TEXT = {"type": "number"}, {"type": "string"}
+LOGITS = {"type": "array", "maxItems": N_LOGITS, "items": {"type": "object", "required": ["token", "value"], "properties": {
+    "token": TEXT, "value": NUMBER}}}
+SCHEMA = {  # JSON Schema; `check` knows the few words used here
+    "type": "object", "required": ["modelId", "source", "features"], "properties": {
+        "modelId": {"type": "string", "minLength": 1}, "source": {"type": "string", "pattern": r"^\d+-[\w.-]+$"},
+        "features": {"type": "array", "maxItems": BATCH, "items": {
+            "type": "object", "required": ["index", "density", "topLogits", "bottomLogits", "explanations", "activations"], "properties": {
+                "index": {"type": "integer", "minimum": 0}, "density": {"type": "number", "minimum": 0, "maximum": 1},
+                "topLogits": LOGITS, "bottomLogits": LOGITS,
+                "explanations": {"type": "array", "items": {
+                    "type": "object", "required": ["text", "methodName", "modelName"], "properties": {
+                    "text": {"type": "string", "minLength": 1, "maxLength": 512}, "methodName": TEXT, "modelName": TEXT}}},
+                "activations": {"type": "array", "items": {
+                    "type": "object", "required": ["tokens", "values", "quantileMin", "quantileMax", "quantileFraction"], "properties": {
+                        "tokens": {"type": "array", "maxItems": MAX_TOKENS, "items": TEXT},
+                        "values": {"type": "array", "maxItems": MAX_TOKENS, "items": NUMBER},
+                        "quantileMin": NUMBER, "quantileMax": NUMBER, "quantileFraction": NUMBER}}}}}}}}
+TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
+
+
+def check(value, schema=SCHEMA, where="batch"):
+    """Raise ValueError, saying where, if `value` breaks the schema."""
+    import re
+
+    def require(ok, what):
+        if not ok:
+            raise ValueError(f"{where}: {what}")
+
+    require(isinstance(value, TYPES[schema["type"]]) and not isinstance(value, bool), f"is no {schema['type']}")
+    if schema["type"] == "object":
+        require(set(schema["required"]) == set(value), f"has the fields {sorted(value)}, not {sorted(schema['required'])}")
+        for name, part in schema["properties"].items():
+            check(value[name], part, f"{where}.{name}")
+    elif schema["type"] == "array":
+        require(len(value) <= schema.get("maxItems", len(value)), f"has {len(value)} items")
+        for i, item in enumerate(value):
+            check(item, schema["items"], f"{where}[{i}]")
+    elif schema["type"] == "string":
+        require(schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)), f"has {len(value)} characters")
+        require(re.search(schema.get("pattern", ""), value), f"{value!r} does not match {schema.get('pattern')}")
+    else:
+        require(np.isfinite(value) and schema.get("minimum", value) <= value <= schema.get("maximum", value), f"{value} is out of range")
+
+
+def write_batches(folder, evidence, rows, lens, *, model_id, layer, name):
+    """Write `batch-000.json`, ... for all features that fire, and return their paths; `layer` counts blocks from 0."""
+    alive, source, paths = [row["feature"] for row in rows if row["status"] != "dead"], f"{layer}-{name}", []
+    for start in range(0, len(alive), BATCH):
+        chosen = alive[start:start + BATCH]
+        examples = evidence.shown_examples(chosen)
+        values = evidence.token_values([(j, example) for j in chosen for _, example, _ in examples[j]])
+        batch = {"modelId": model_id, "source": source,
+                 "features": [feature(evidence, rows[j], examples[j], values, lens.get(j, ([], []))) for j in chosen]}
+        check(batch)
+        paths.append(Path(folder) / source / f"batch-{start // BATCH:03}.json")
+        artifacts.write_text(paths[-1], json.dumps(batch, ensure_ascii=False, allow_nan=False) + "\n")
+    return paths
+
+
+def feature(evidence, row, examples, values, lens):
+    j = row["feature"]
+    method = {"tokens": "characteristic tokens"}.get(row["label_source"], f"fastsae {row.get('label_protocol') or ''}".strip())
+    model = "" if row["label_source"] == "tokens" else row["label_source"]
+    return {"index": j, "density": row["density"], "topLogits": logits(lens[0]), "bottomLogits": logits(lens[1]),
+            "explanations": [{"text": row["label"][:512], "methodName": method, "modelName": model}] if row["label"] else [],
+            "activations": [activation(evidence, j, *example, *values[j, example[1]]) for example in examples]}
+
+
+def logits(tokens):
+    return [{"token": token, "value": round(float(value), 5)} for token, value in tokens[:N_LOGITS]]
+
+
+def activation(evidence, j, quantile, example, peak, positions, strengths):
+    """One example, cut to MAX_TOKENS around its strongest token. The quantile interval is the tenth of the feature's range that
+    holds its maximum; its fraction, the share of the sampled firing examples in that tenth.
+    """
+    texts = evidence.token_texts(example)
+    left = max(0, min(peak - MAX_TOKENS // 2, len(texts) - MAX_TOKENS))
+    dense = np.zeros(len(texts))
+    dense[positions] = strengths
+    largest, width = float(strengths.max()), float(evidence.statistics.maximum[j]) / 10
+    tenth = min(int(largest / width), 9)
+    sampled = evidence.statistics.sample.value[j]
+    sampled = sampled[sampled > 0]
+    inside = (np.minimum((sampled / width).astype(int), 9) == tenth).mean()
+    return {"tokens": texts[left:left + MAX_TOKENS], "values": [round(float(v), 4) for v in dense[left:left + MAX_TOKENS]],
+            "quantileMin": round(tenth * width, 4), "quantileMax": round((tenth + 1) * width, 4),
+            "quantileFraction": round(float(inside), 4)}

@@ -1,0 +1,93 @@
+"""What the report says of the run as a whole: its story in a few sentences, charts, settings and provenance."""
+import json
+
+import numpy as np
+
+from fastsae import artifacts
+from fastsae import report_charts as charts
+
+METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("mse", "MSE (FAST, eq. 7)"),
+           ("mse_special_tokens", "MSE on special tokens"), ("cosine_similarity", "cosine similarity"), ("l0", "L0"),
+           ("dead_fraction", "dead on validation"), ("n_train_tokens", "training tokens"), ("n_validation_tokens", "validation tokens"),
+           ("epochs", "epochs"), ("best_epoch", "best epoch"))
+
+
+def describe_run(features, metadata, scored, settings, n_shown):
+    """What `report.render` needs besides the features: title, story, charts and tables."""
+    evidence, sae_meta, source, rows = features.evidence, features.sae_meta, features.source, features.rows
+    s, m = evidence.statistics, len(rows)
+    n_alive = sum(row["status"] != "dead" for row in rows)
+    model, layer = source["model_name"].rsplit("/", 1)[-1], source["settings"]["LAYER_IDX"]
+    dataset = source["dataset_path"].rsplit("/", 1)[-1]
+    n_examples, n_llm = len(evidence.examples), sum(row["label_source"] not in ("", "tokens") for row in rows)
+    history = artifacts.read_lines(features.checkpoint_path.parent / "metrics.jsonl")
+    left_out = len(s.kept) - s.n_kept
+    who = (f"{n_llm} labels were written by {features.settings.INTERPRETER_MODEL}, the others are the features' own tokens." if n_llm else
+           "No language model was asked: every label is made of the feature's own tokens.")
+    story = (f"Each of the {n_examples:,} examples of {dataset} went through {model} alone. A sparse autoencoder then learned to write "
+             f"the model's state after layer {layer} on every token as a sum of about {sae_meta['settings']['K']} of {m:,} features; "
+             f"{n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} tokens; {left_out:,} are left out, the prefix that all "
+             f"examples share and attention sinks. {who}")
+    notice = None
+    if n_shown < n_alive:
+        notice = (f"This report shows {n_shown:,} of {n_alive:,} features that fire: those with a language model's label and the highest "
+                  "category AUC or activation. interpretations.csv has all; N_REPORT_FEATURES sets how many are shown.")
+    return {"title": f"{m:,} features of {model}", "subtitle": f"after layer {layer} · {n_examples:,} examples of {dataset} · "
+            f"{s.n_kept:,} tokens · {m - n_alive:,} dead", "story": story, "notice": notice,
+            "chance": None if features.shuffled is None else round(float(np.nanquantile(features.shuffled, 0.95)), 3),
+            "charts": run_charts(evidence, history, sae_meta["max_norm"], features.auc, features.shuffled, scored),
+            "tables": run_tables(sae_meta, source, metadata, settings)}
+
+
+def run_tables(sae_meta, source, metadata, settings):
+    """[(name, note, [(key, value)], open)] of figures, provenance and settings."""
+    metrics = sae_meta.get("metrics", {})
+    figures = [(name, _shown(metrics[key])) for key, name in METRICS if metrics.get(key) is not None]
+    figures += [(f"normalised MSE from the first {end}", _shown(v)) for end, v in metrics.get("prefix_normalized_mse", {}).items()]
+    provenance = [("model", source["model_name"]),
+                  ("revision", source.get("resolved_revision") or source.get("model_revision") or "as named"),
+                  ("layer", f"residual stream after {source['settings']['LAYER_IDX']} blocks"), ("dataset", source["dataset_path"]),
+                  ("dataset sha256", source["inputs"]["dataset"]), ("checkpoint", metadata["checkpoint"]),
+                  ("fingerprints", f"activations {source['fingerprint'][:16]}, autoencoder {sae_meta['fingerprint'][:16]}, "
+                                   f"interpretation {metadata['fingerprint'][:16]}"),
+                  ("device, type", f"{source.get('device', '')}, {source.get('compute_dtype', '')}"),
+                  ("versions", ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()))]
+    every = [("Settings of stage 1, extraction", source["settings"]), ("Settings of stage 2, training", sae_meta["settings"]),
+             ("Settings of stage 3, interpretation", settings)]
+    return [("How well the autoencoder reconstructs", "On validation examples it was not trained on.", figures, True),
+            ("Where this comes from", "", provenance, True),
+            *((name, "", [(key, _shown(value)) for key, value in values.items()], False) for name, values in every)]
+
+
+def _shown(value):
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
+
+
+def run_charts(evidence, history, max_norm, aucs, shuffled, scored):
+    """The charts of the run page; what has no data is left out."""
+    s = evidence.statistics
+    result = []
+    if history:
+        result.append(charts.curves("Training", "loss on training tokens and normalised MSE on held-out examples, by epoch", [
+            (name, [line[key] for line in history]) for name, key in (("normalised MSE", "normalized_mse"), ("loss", "loss"))]))
+    result.append(charts.log_bars("Token norms", "tokens by the norm of their activation, heights as square roots; those beyond the line "
+                                  "are attention sinks, left out", s.norms, guide=max_norm, guide_name="bound"))
+    result.append(charts.log_bars("Density", "features by the share of tokens on which they fire, heights as square roots", s.density))
+    if aucs is not None:
+        edges = np.linspace(0.3, 1, 15)
+        found = np.histogram(aucs[~np.isnan(aucs)].clip(0.3, 1), edges)[0]
+        chance = np.histogram(shuffled[~np.isnan(shuffled)].clip(0.3, 1), edges)[0] * (len(aucs) / max(shuffled.size, 1))
+        result.append(charts.bars(
+            "Category AUC", "features by the AUC of their best category, on examples not used to choose it; dashed: with shuffled labels. "
+            f"Beyond 0.8: {int((aucs > .8).sum())}, shuffled {(shuffled > .8).mean() * len(aucs):.1f}", found.tolist(),
+            [f"{edges[i]:.1f}" if i % 2 == 0 else None for i in range(14)], cool=set(range(10, 14)), outline=chance.tolist()))
+    if scored:
+        shares = [sum(score == value for score in scored) / len(scored) for value in range(1, 6)]
+        result.append(charts.bars(
+            "Interpretability score", f"share of {len(scored)} features drawn by lot, by the language model's score from 1 to 5", shares,
+            list("12345"), shown=[f"{100 * share:.0f} %" for share in shares], cool={3, 4}))
+    return result

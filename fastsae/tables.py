@@ -1,0 +1,29 @@
+"""The tables of stage 3: a CSV for spreadsheets, where no cell may act as a formula, and a JSONL with the exact text."""
+import csv
+import io
+
+from fastsae import artifacts
+
+
+def csv_text(rows, columns):
+    """CSV of dicts; numbers with six digits, and text that a spreadsheet would take for a formula behind an apostrophe."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(row.get(name)) for name in columns} for row in rows)
+    return table.getvalue()
+
+
+def _cell(value):
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
+def write_outputs(folder, texts, jsonl_path, rows, metadata):
+    """Write the named texts, then the JSONL whose first line names their checksums: while that is missing, nothing counts as done."""
+    for name, text in texts.items():
+        artifacts.write_text(folder / name, text, keep_old=True)
+    sums = {name: artifacts.file_sha256(folder / name) for name in texts}
+    lines = [{**metadata, "csv_sha256": sums["interpretations.csv"], "files": {**metadata.get("files", {}), **sums}}, *rows]
+    artifacts.write_text(jsonl_path, "".join(artifacts.to_json(line) + "\n" for line in lines), keep_old=True)

@@ -1,0 +1,96 @@
+"""Tokens as people read them: names to count by, texts to show, excerpts, and labels made of a feature's own tokens."""
+import numpy as np
+
+
+def token_names(tokenizer, token_ids):
+    """Readable names of token ids (n,): ((n,) number of each one's name, list of names).
+
+    Names are decoded tokens without surrounding spaces and in lower case, so that ' We' and 'we' count as one; white space and
+    special tokens keep a visible form.
+    """
+    unique, inverse = np.unique(token_ids, return_inverse=True)
+    numbers, names = {}, []
+    of_unique = np.empty(len(unique), np.int64)
+    for i, token in enumerate(unique.tolist()):
+        text = tokenizer.decode([token])
+        name = visible(text.strip().lower() or text)
+        of_unique[i] = numbers.setdefault(name, len(names))
+        if of_unique[i] == len(names):
+            names.append(name)
+    return of_unique[inverse], names
+
+
+def visible(text):
+    """Text with newlines, tabs and a lone space in visible form."""
+    return "␠" if text == " " else text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+
+
+class TokenTexts:
+    """Texts of tokens in a row, one each, that join to the decoded whole.
+
+    A character cut into several tokens is given to the first of them, the others get "". SentencePiece's leading space, which
+    decoding a single token drops, is put back.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.single = tokenizer, {}
+
+    def __call__(self, token_ids):
+        texts, run = [], []
+        for token in map(int, token_ids):
+            text = self.single.get(token)
+            if text is None:
+                piece = self.tokenizer.convert_ids_to_tokens(token) or ""
+                text = self.tokenizer.decode([token])
+                if piece.startswith("▁") and not text.startswith(" "):
+                    text = " " + text
+                self.single[token] = text
+            if "\ufffd" in text:
+                run.append(token)
+                whole = self.tokenizer.decode(run)
+                if "\ufffd" not in whole:
+                    texts += [whole] + [""] * (len(run) - 1)
+                    run = []
+                continue
+            texts += ["\ufffd"] * len(run) + [text]
+            run = []
+        return texts + ["\ufffd"] * len(run)
+
+
+def characteristic_tokens(name_mass, name_count, names, n_top):
+    """For each feature its most characteristic tokens, [(name, share of the feature's activation), ...], best first.
+
+    name_mass: CSR (M, n_names), each feature's activation by token name; name_count (n_names,), how many tokens have it. A token
+    scores share * log(share / base rate), its term in the divergence of "where the feature's activation lies" from "which
+    tokens there are"; tokens that are not above their base rate are left out.
+    """
+    base = name_count / max(name_count.sum(), 1)
+    result = []
+    for j in range(name_mass.shape[0]):
+        row = slice(name_mass.indptr[j], name_mass.indptr[j + 1])
+        column, share = name_mass.indices[row], name_mass.data[row] / max(name_mass.data[row].sum(), 1e-30)
+        score = share * np.log(np.maximum(share, 1e-30) / base[column])
+        order = np.lexsort((column, -score))[:n_top]
+        result.append([(names[column[i]], float(share[i])) for i in order if score[i] > 0])
+    return result
+
+
+def evidence_label(top_tokens, n_named=4, concentrated=0.3):
+    """A label made of the most characteristic tokens; says so when they carry little of the feature's activation."""
+    if not top_tokens:
+        return ""
+    named = top_tokens[:n_named]
+    text = ", ".join(f"'{name}'" for name, _ in named)
+    return text if sum(share for _, share in named) >= concentrated else f"mixed contexts, some of {text}"
+
+
+def excerpt(texts, peak, start=0, width=14):
+    """One example around the token `peak`, that token between « and », as one line of text.
+
+    texts: its tokens' texts; `width` tokens are shown on each side, none before `start` unless the peak is there.
+    """
+    left, right = max(min(start, peak), peak - width), min(len(texts), peak + width + 1)
+    before, marked, after = "".join(texts[left:peak]), texts[peak], "".join(texts[peak + 1:right])
+    space = marked[:len(marked) - len(marked.lstrip(" "))] if marked.strip() else ""
+    text = f"{before}{space}«{visible(marked.strip() or marked)}»{after}"
+    return ("…" if left > start else "") + " ".join(text.split()) + ("…" if right < len(texts) else "")

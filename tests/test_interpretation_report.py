@@ -1,0 +1,208 @@
+"""The report: nothing in it acts or asks for anything, and in a real browser it opens from disk, sorts, filters and stays quiet."""
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from conftest import put_activations
+
+from fastsae import report, report_charts
+
+HOSTILE = ('<img src="http://evil.example/x.png" onerror="document.title=\'pwned\'">', "</script><script>document.title='pwned'</script>",
+           "{{ 7 * 7 }} ${7*7} `x`", "'\"><svg onload=alert(1)>", "\u2028\u2029 <!-- --> ]]> &lt;b&gt; javascript:alert(1)", "=HYPERLINK(\"http://evil\")")
+
+
+class Tags(HTMLParser):
+    """All start tags with their attributes, and the text of each script."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts, self.inside = [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts.append(data)
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+
+@pytest.fixture
+def hostile(tmp_path, planted, run_main, smol_tokenizer):
+    """A report of the planted autoencoder on texts, labels and file names that would like to be code."""
+    generator, ids, lengths, rows = np.random.default_rng(0), [], [], []
+    old = np.load(tmp_path / "activations" / "activations_layer12.npz")["activations"]
+    for i in range(120):
+        text = HOSTILE[i % len(HOSTILE)]
+        rows.append({"text": text, "category": HOSTILE[i % 3]})
+        tokens = smol_tokenizer(text, add_special_tokens=False)["input_ids"][:10]
+        ids += tokens
+        lengths.append(len(tokens))
+    dataset = tmp_path / "planted.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    put_activations(tmp_path, old[generator.permutation(len(old))[:len(ids)]], lengths, dataset=dataset, token_ids=ids)
+    assert run_main("train_sae", *planted, "--m", 20, "--k", 2, "--matryoshka-prefixes", "8,20", "--n-epochs", 2) == 0
+    assert run_main("interpret_sae", *planted) == 0
+    return tmp_path / "interpretations.html"
+
+
+def test_the_report_holds_no_code_but_its_own(hostile):
+    text = hostile.read_text(encoding="utf-8")
+    parsed = Tags(text)
+    scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
+    assert len(scripts) == 2 and scripts[0] == {"type": "application/json", "id": "data"} and scripts[1] == {}
+    allowed = {"html", "head", "meta", "title", "style", "body", "header", "div", "h1", "h2", "p", "nav", "a", "button", "main", "section", "mark",
+               "label", "input", "select", "option", "ol", "article", "figure", "figcaption", "b", "svg", "line", "text", "rect", "polyline", "details",
+               "summary", "table", "tr", "th", "td", "noscript", "script"}
+    assert {tag for tag, _ in parsed.tags} <= allowed
+    for tag, attributes in parsed.tags:
+        assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "style", "action", "formaction")], (tag, attributes)
+        assert not attributes.get("href", "#").lstrip("#features").strip("run"), attributes
+    data = json.loads(parsed.scripts[0])
+    assert len(data["features"]) == 20 and not set("<>&\u2028\u2029") & set(parsed.scripts[0])
+    shown = "".join(data["strings"][i] for i in data["dialogues"][0]["ids"])
+    assert any(text.startswith(shown[:8]) for text in HOSTILE)
+    policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and report.csp_hash(parsed.scripts[1]) in policy
+
+
+def test_embedded_json_survives_hostile_text():
+    value = {"text": "".join(HOSTILE), "n": [1, None]}
+    assert json.loads(report.embed(value)) == value and not set("<>&\u2028\u2029") & set(report.embed(value))
+    with pytest.raises(ValueError):
+        report.embed(float("nan"))
+
+
+def test_long_dialogues_are_cut_around_what_is_shown():
+    from types import SimpleNamespace
+
+    evidence = SimpleNamespace(data={"seq_lengths": [3000], "token_kind": np.zeros(3000, int)}, offsets=[0, 3000], token_texts=lambda e: ["x"] * 3000,
+                               examples=[SimpleNamespace(line=1, label=None)])
+    dialogues = report.Dialogues(evidence)
+    for peak in (0, 511, 1500, 2999):
+        _, start, stop = dialogues.place(0, peak)
+        assert start <= peak < stop and stop - start == 1024
+
+
+def test_charts_are_well_formed():
+    from xml.etree import ElementTree
+
+    made = [report_charts.bars("<t>", "n", [0, 3, 1], ["a", None, "<b>"], shown=["", "3", "1"], cool={1}, outline=[1, 2, 3]),
+            report_charts.log_bars("t", "n", [1.0, 10, 10, 500], guide=100, guide_name="bound"), report_charts.log_bars("t", "n", [5.0]),
+            report_charts.curves("t", "n", [("a", [3.0, 1.0]), ("b", [4.0, 2.0])])]
+    for chart in made:
+        ElementTree.fromstring(str(chart["svg"]))
+    assert report_charts.log_bars("t", "n", [0.0]) is None
+
+
+@pytest.fixture
+def browser(tmp_path_factory):
+    """Debian's chromium under selenium; the tests that need it say so where it is absent."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here (pip install selenium): the report is not tried in a browser")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no chromium and chromedriver here: the report is not tried in a browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update",
+                 "disable-sync", "disable-dev-shm-usage", "window-size=1300,900", f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def requested(driver):
+    """URLs of all requests since the last call, but for the browser's own pages."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [url for url in urls if not url.startswith(("chrome:", "about:"))]
+
+
+def ids(driver):
+    return driver.execute_script("return [...document.querySelectorAll('.row')].map(r => Number(r.dataset.id))")
+
+
+def choose(driver, name, value):
+    driver.execute_script("const s = document.getElementsByName(arguments[0])[0]; s.value = arguments[1]; s.dispatchEvent(new Event('change'))", name, value)
+
+
+def test_in_a_browser(planted, run_main, tmp_path, browser):
+    """Opens from file://, asks for nothing, reports no error; sorting, search, filters, deep links, keys and themes work."""
+    assert run_main("interpret_sae", *planted) == 0
+    url = (tmp_path / "interpretations.html").as_uri()
+    requested(browser)
+    browser.get(url)
+    assert browser.execute_script("return Number(document.body.dataset.ready)") < 1000
+    everything = ids(browser)
+    rows = {row["feature"]: row for row in map(json.loads, (tmp_path / "interpretations.jsonl").read_text().splitlines()[1:])}
+    assert sorted(everything) == [j for j, row in rows.items() if row["status"] != "dead"]
+    aucs = [rows[j]["category_auc"] for j in everything]
+    assert aucs == sorted(aucs, reverse=True)
+    browser.find_element("css selector", "[data-sort=density]").click()
+    densities = [rows[j]["density"] for j in ids(browser)]
+    assert densities == sorted(densities, reverse=True)
+    browser.find_element("css selector", "[data-sort=density]").click()
+    assert [rows[j]["density"] for j in ids(browser)] == sorted(densities)
+    search = browser.find_element("id", "search")
+    search.send_keys("river")
+    assert ids(browser) and all("river" in json.dumps(rows[j]) for j in ids(browser)) and len(ids(browser)) < len(everything)
+    search.send_keys("\ue00c")  # Escape
+    assert len(ids(browser)) == len(everything)
+    choose(browser, "category", "cat_apple")
+    assert ids(browser) == [j for j in ids(browser) if rows[j]["best_category"] == "cat_apple"]
+    choose(browser, "auc", "0.9")
+    assert len(ids(browser)) == 1 and rows[ids(browser)[0]]["category_auc"] >= 0.9
+    choose(browser, "category", ""), choose(browser, "auc", ""), choose(browser, "dead", "dead")
+    assert {rows[j]["status"] for j in ids(browser)} == {"dead"}
+    choose(browser, "dead", "")
+    river = next(j for j, row in rows.items() if row["label"].startswith("'river'"))
+    browser.get(f"{url}#feature={river}")
+    marks = browser.execute_script("return [...document.querySelectorAll('#panel .example mark.peak')].map(m => m.textContent)")
+    assert len(marks) >= 5 and set(marks) == {"river"}
+    browser.find_element("css selector", "#panel .example button").click()
+    assert browser.find_element("css selector", "#panel .tokens.whole mark").text == "river"
+    shown = browser.execute_script("return state.shown")
+    browser.find_element("tag name", "body").send_keys("\ue015")  # arrow down
+    assert browser.execute_script("return state.open") == shown[min(shown.index(river) + 1, len(shown) - 1)]
+    browser.find_element("tag name", "body").send_keys("\ue013")  # arrow up
+    assert browser.execute_script("return [state.open, location.hash]")[1].startswith("#feature=")
+    before = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    browser.find_element("id", "theme").click()
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") != before
+    browser.get(f"{url}#run")
+    assert browser.find_element("id", "run-page").is_displayed() and len(browser.find_elements("css selector", ".charts svg")) >= 3
+    browser.get(f"{url}#feature=99999")
+    assert "not in this report" in browser.find_element("id", "panel").text
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert [url for url in requested(browser) if not url.startswith("file://")] == []
+
+
+def test_hostile_texts_are_inert_in_a_browser(hostile, browser):
+    requested(browser)
+    browser.get(hostile.as_uri())
+    assert "pwned" not in browser.title
+    for j in ids(browser):
+        browser.get(f"{hostile.as_uri()}#feature={j}")
+    assert browser.execute_script("return document.querySelectorAll('#panel img, #panel script, #list img, #list script, #panel svg[onload]').length") == 0
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert [url for url in requested(browser) if not url.startswith("file://")] == []
+    assert re.search(r"onerror|script", browser.find_element("id", "features").text)  # they are there, as text
+
+
+def test_fits_a_phone_and_prints(planted, run_main, tmp_path, browser):
+    assert run_main("interpret_sae", *planted) == 0
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True})
+    url = (tmp_path / "interpretations.html").as_uri()
+    for place in ("", "#feature=1", "#run"):
+        browser.get("about:blank")
+        browser.get(url + place)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390, place
+    assert len(browser.execute_cdp_cmd("Page.printToPDF", {})["data"]) > 5000
