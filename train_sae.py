@@ -10,6 +10,7 @@ BUFFER_TOKENS stay on the disk.
 import functools
 import json
 import math
+import os
 import sys
 import time
 
@@ -69,6 +70,7 @@ def main():
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     metadata = artifacts.new_metadata("sae", settings.select([*own, "SEED"]), {"activations": source["fingerprint"]}, activations=source)
 
+    from fastsae import parallel
     from fastsae.autoencoder import checkpoint_name, save_sae  # after the settings: loading torch takes seconds
     from fastsae.language_model import choose_device
     from fastsae.monitoring import write_figure
@@ -82,7 +84,9 @@ def main():
 
     print(f"activations: {source['model_name']}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
-    device = choose_device(settings.DEVICE)
+    device = parallel.start(choose_device(settings.DEVICE))
+    if settings.RESAMPLE_EVERY and parallel.together():
+        raise InputError("RESAMPLE_EVERY: looks at one process's tokens only. leave it out under torchrun, or train without torchrun.")
     tokens = Tokens(settings.activations_path, validation_fraction=settings.VALIDATION_FRACTION, seed=settings.SEED,
                     use=settings.USE_TOKENS, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, max_norm_ratio=settings.MAX_NORM_RATIO)
     print(f"training on {len(tokens.train):,} tokens, validating on {len(tokens.validation):,} of {int(tokens.is_validation.sum())} other "
@@ -90,6 +94,8 @@ def main():
           + (f", {tokens.n_filtered:,} tokens that are not {settings.USE_TOKENS}" if tokens.n_filtered else ""))
     state_path = path.with_suffix(".resume.pt")
     sae, history, timing = train(tokens, prefixes, settings, device, state_path, metadata["fingerprint"])
+    if parallel.world()[0]:
+        return
     metrics = final_metrics(sae, tokens, history)
     metadata.update(max_norm=tokens.max_norm, validation_examples=np.flatnonzero(tokens.is_validation).tolist(), metrics=metrics)
 
@@ -105,6 +111,7 @@ def train(tokens, prefixes, settings, device, state_path, fingerprint):
     """(the best autoencoder on validation, one dict per epoch, timing)."""
     from tqdm import tqdm
 
+    from fastsae import parallel
     from fastsae.monitoring import open_logger
     from fastsae.resampling import resample
     from fastsae.training_data import TrainingRows
@@ -133,10 +140,11 @@ def train(tokens, prefixes, settings, device, state_path, fingerprint):
                          dead_after=settings.DEAD_AFTER_STEPS, clip_grad=settings.CLIP_GRAD)
                 if settings.RESAMPLE_EVERY and (n_done + 1) % settings.RESAMPLE_EVERY == 0:
                     resample(run, x.to(device), dead_after=settings.DEAD_AFTER_STEPS, seed=settings.SEED + n_done)
-                if stop_asked() or time.monotonic() - last_save > settings.SAVE_EVERY:
+                stopping = parallel.anywhere(stop_asked())
+                if stopping or time.monotonic() - last_save > settings.SAVE_EVERY:
                     run.save(state_path, fingerprint)
                     last_save = time.monotonic()
-                    if stop_asked():
+                    if stopping:
                         stop()
             log(end_epoch(run, tokens, settings))
             bar.update()
@@ -186,6 +194,19 @@ def penalty(settings, warmup=1.0):
 
 def end_epoch(run, tokens, settings):
     """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run. Returns its line."""
+    from fastsae import parallel
+
+    line = parallel.from_rank_0(lambda: epoch_line(run, tokens, settings))
+    if not math.isfinite(line["loss"] + line["normalized_mse"]):
+        raise InputError(f"LEARNING_RATE: the loss is no number after epoch {run.epoch}. lower --learning-rate.")
+    run.end_epoch(line)
+    if parallel.world()[0] == 0:
+        artifacts.write_text(settings.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in run.history))
+    return line
+
+
+def epoch_line(run, tokens, settings):
+    """What metrics.jsonl says of an epoch."""
     from fastsae.architectures import DENSE, validation_loss
     from fastsae.metrics import evaluate
 
@@ -197,10 +218,6 @@ def end_epoch(run, tokens, settings):
         blocks = (run.normalisation(tokens.rows(rows).to(run.loss_sum.device)) for rows in
                   np.array_split(tokens.validation, -(-len(tokens.validation) // 4096)))
         line["validation_loss"] = validation_loss(run.sae, blocks, **penalty(settings))
-    if not math.isfinite(line["loss"] + line["normalized_mse"]):
-        raise InputError(f"LEARNING_RATE: the loss is no number after epoch {run.epoch}. lower --learning-rate.")
-    run.end_epoch(line)
-    artifacts.write_text(settings.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in run.history))
     return line
 
 
@@ -247,4 +264,9 @@ def point_to(metrics_path, path):
 
 
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    exit_code = run_stage(main)
+    if "RANK" in os.environ:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13): do without that
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

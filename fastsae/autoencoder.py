@@ -92,7 +92,7 @@ def decode(sae, entries):
 
 
 def save_sae(path, sae, meta):
-    """Write `{"config", "state_dict", "meta"}`, which `hypothesaes.sae.load_model` reads (see `config_of`); not if weights are no numbers."""
+    """Write `{"config", "state_dict", "meta"}`, which `hypothesaes.sae.load_model` reads (see `config_of`); never NaN or infinity."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sae.state_dict().items()}
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         raise EnvironmentFailure(f"{path}: not written, the weights hold NaN or infinity. lower --learning-rate.")

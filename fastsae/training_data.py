@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import torch
 
+from fastsae import parallel
 from fastsae.activations_file import open_activations
 from fastsae.errors import InputError
 from fastsae.examples import ROLES
@@ -69,7 +70,7 @@ class TrainingRows:
 
     If all rows fit into `buffer_tokens` they are kept in memory and shuffled as a whole. If not, the scheme of FAST: chunks in
     random order fill a pool, half of the shuffled pool is served, and new chunks take its place; they are read ahead by a thread,
-    into a third part of the same buffer.
+    into a third part of the same buffer. Under torchrun each process has such a buffer and takes its slice of every batch.
     """
 
     def __init__(self, activations, rows, *, batch_size, buffer_tokens, seed):
@@ -91,7 +92,7 @@ class TrainingRows:
             pieces = (self.buffer[order[a:b]] for a, b in zip(ends[first:], ends[first + 1:]))
         else:
             pieces = _regrouped(self._served(epoch, ends[first]), np.diff(ends[first:]))
-        yield from (torch.from_numpy(piece).float() for piece in pieces)
+        yield from (torch.from_numpy(piece[parallel.share(len(piece))]).float() for piece in pieces)
 
     def order(self, epoch):
         """The rows of one epoch as they are served."""
@@ -131,7 +132,7 @@ class TrainingRows:
 def batch_ends(n, size):
     """Where batches of `size` of n rows end; a last row left alone joins the batch before: it has no variance to divide its loss by."""
     ends = [*range(size, n, size), n]
-    if len(ends) > 1 and ends[-1] - ends[-2] == 1:
+    if len(ends) > 1 and ends[-1] - ends[-2] < max(2, parallel.world()[1]):
         del ends[-2]
     return ends
 

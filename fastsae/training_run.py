@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from fastsae import artifacts
+from fastsae import artifacts, parallel
 from fastsae.architectures import choose_normalisation
 from fastsae.autoencoder import inference_form, new_sae
 from fastsae.errors import EnvironmentFailure
@@ -33,14 +33,20 @@ class TrainingRun:
         """One step on the batch x (B, d): `fill_gradients(sae, x, dead) -> (loss, fired)`, Adam, decoder rows kept at length 1."""
         self.optimizer.param_groups[0]["lr"] = learning_rate
         loss, fired = fill_gradients(self.sae, self.normalisation(x), self.steps_since_fired > dead_after)
+        n_tokens = len(x)
+        if parallel.together():
+            loss, fired = parallel.total(loss), parallel.anywhere(fired)
+            n_tokens = int(parallel.total(torch.tensor([n_tokens])))
+            for parameter in self.sae.parameters():
+                parallel.total(parameter.grad)
         self.steps_since_fired = torch.where(fired, 0, self.steps_since_fired + 1)
         self.sae.adjust_decoder_gradient_()  # keep only what turns the decoder's directions
         if clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip_grad)
         self.optimizer.step()
         self.sae.normalize_decoder_()
-        self.loss_sum += loss * len(x)
-        self.trained_tokens += len(x)
+        self.loss_sum += loss * n_tokens
+        self.trained_tokens += n_tokens
         self.batch += 1
 
     def result(self):
@@ -63,7 +69,9 @@ class TrainingRun:
         self.loss_sum.zero_()
 
     def save(self, path, fingerprint):
-        """Write the whole state; it takes the place of the one before when it is complete."""
+        """Write the whole state; it takes the place of the one before when it is complete. Rank 0 writes for all: theirs are equal."""
+        if parallel.world()[0]:
+            return
         plain = {name: getattr(self, name) for name in ("epoch", "batch", "trained_tokens", "history", "best_epoch")}
         artifacts.write_checkpoint(path, {
             "fingerprint": fingerprint, "plain": {**plain, "seconds": self.elapsed()}, "sae": _contiguous(self.sae.state_dict()),
