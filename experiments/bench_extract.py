@@ -51,6 +51,8 @@ def main():
             print(name, {k: round(v, 2) for k, v in {**result[name]["tokens_per_second"], **result[name]["ratios"]}.items()}, flush=True)
     speeds = {name: result[name]["tokens_per_second"] for name in ("float32", "bfloat16")}
     result["ours_bfloat16_over_seeds_float32"] = speeds["bfloat16"]["ours"] / speeds["float32"]["seeds_loop"]
+    if args.shape == "smollm2":
+        result["relative_error"] = errors(args, sample(table, args.examples))
     result["tokenise_tokens_per_second"] = tokenise_speed(args.dataset_path, tokenizer)
     if args.memory:
         result["peak_memory_mb"] = memory(args.dataset_path)
@@ -123,6 +125,22 @@ def compare(args, table, model_name, dtype):
     return {"tokens_per_second": speed, "ratios": ratios, "gemm_limit_tokens_per_second": limit, "share_of_tokens_computed": computed,
             "gemm_gflops": {name: median(r) / 1e9 for name, r in rates.items()}, "megaflops_per_token": flops / 1e6,
             "seconds": {name: [round(t, 4) for t in times] for name, times in seconds.items()}}
+
+
+def errors(args, table):
+    """Relative errors per token (norm of the difference over the norm) of the fast path against one at a time, in both dtypes."""
+    n_shared, found, alone = mark_shared_prefix(table), {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        cut, fast = (language_model.ResidualModel(MODEL, args.layer, device=args.device, dtype=dtype, exact_twin=exact) for exact in (True, False))
+        forward = extraction.Forward(fast, table, n_shared=n_shared, batch_tokens=1024, storage_dtype="float32", dataset_name="d")
+        found[dtype] = torch.from_numpy(forward.chunk(0, len(table.lengths), lambda n: None)[args.layer])
+        alone[dtype] = torch.cat([cut(ids[None])[args.layer][0].float().cpu() for ids in rows(table)])
+    pairs = {"ours_float32_against_alone_float32": (found[torch.float32], alone[torch.float32]),
+             "ours_bfloat16_against_alone_bfloat16": (found[torch.bfloat16], alone[torch.bfloat16]),
+             "ours_bfloat16_against_alone_float32": (found[torch.bfloat16], alone[torch.float32]),
+             "alone_bfloat16_against_alone_float32": (alone[torch.bfloat16], alone[torch.float32])}
+    relative = {name: ((a - b).norm(dim=1) / b.norm(dim=1)) for name, (a, b) in pairs.items()}
+    return {name: {"median": float(r.median()), "p99": float(r.quantile(0.99)), "max": float(r.max())} for name, r in relative.items()}
 
 
 def rows(table):

@@ -51,13 +51,14 @@ def tree():
 
     def size(name):
         n = next(value for path, value in sizes.items() if path.endswith(name))
-        return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
+        return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB" if n >= 1e3 else f"{n} B"
 
     checkpoint = next(path for path in sizes if path.endswith(".pt"))
     entries = [("activations/", ""), ("├── activations_layer12.npz", size(".npz") + "   residual stream of every token"),
                ("└── activations_layer12.json", size("layer12.json") + "   speed, norms"), ("checkpoints/cognitive_actions/", ""),
                (f"├── {checkpoint.split('/')[-1]}", size(".pt") + "   the autoencoder"),
                ("├── metrics.json", size("metrics.json") + "   how good it is"), ("└── metrics.jsonl", size("metrics.jsonl") + "   each epoch"),
+               ("interpretations.html", size(".html") + "   the report to look at"),
                ("interpretations.csv", size(".csv") + "   one row per feature"), ("interpretations.jsonl", size("interpretations.jsonl") + "   the same, exact")]
     if any(path.endswith(".html") for path in sizes):
         entries.append(("interpretations.html", size(".html") + "   the report: open it in a browser"))

@@ -1,6 +1,6 @@
 """The same mathematics, faster on x86 processors: oneDNN's matrix products with packed weights, and attention as plain products.
 
-PyTorch hands float32 products to MKL, which holds back on processors that are not Intel's: 200 against 450 GFLOP/s on an AMD EPYC
+PyTorch hands float32 products to MKL, which holds back on processors that are not Intel's: 209 against 487 GFLOP/s on an AMD EPYC
 (experiments/results/bench_extract.json). oneDNN is part of PyTorch's CPU builds; where it is not, nothing is replaced. The
 operators are those that torch.compile itself emits for a frozen model.
 """

@@ -131,7 +131,7 @@ class LocalModel:
             from fastsae import language_model as source
 
             transformers, name = source._transformers(), self.model.removeprefix(LOCAL)
-            located = source.locate(name)
+            located, self.device = source.locate(name), source.choose_device(self.device)
             options = source._gguf_options(transformers) if located.endswith(".gguf") else {}
             dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
             model = source._load(transformers.AutoModelForCausalLM.from_pretrained, located, name, dtype=dtype, **options)

@@ -1,4 +1,5 @@
 """Datasets: rows of a JSONL file, a JSON array, a hub dataset (hf:...) or a plain text, one at a time; and deduplication."""
+import itertools
 import json
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -33,7 +34,8 @@ def read_dataset(path, *, text_field="text", label_field=None, max_examples=None
     if only_lines is None:
         return list(examples)
     wanted = set(map(int, only_lines))
-    return [example for example in examples if example.line in wanted]
+    until_last = itertools.takewhile(lambda example: example.line <= max(wanted), examples)
+    return [example for example in until_last if example.line in wanted]
 
 
 def stream_examples(path, *, text_field="text", label_field=None, max_examples=None):

@@ -4,6 +4,8 @@ import io
 
 from fastsae import artifacts
 
+OCCASIONAL = ("hypotheses.csv",)  # written by some runs only
+
 
 def csv_text(rows, columns):
     """CSV of dicts; numbers with six digits, and text that a spreadsheet would take for a formula behind an apostrophe."""
@@ -24,6 +26,10 @@ def write_outputs(folder, texts, jsonl_path, rows, metadata):
     """Write the named texts, then the JSONL whose first line names their checksums: while that is missing, nothing counts as done."""
     for name, text in texts.items():
         artifacts.write_text(folder / name, text, keep_old=True)
+    for name in set(OCCASIONAL) - set(texts):  # what an earlier run wrote does not belong to this one
+        if (folder / name).exists():
+            artifacts._keep_aside(folder / name)
+            (folder / name).unlink()
     sums = {name: artifacts.file_sha256(folder / name) for name in texts}
     lines = [{**metadata, "csv_sha256": sums["interpretations.csv"], "files": {**metadata.get("files", {}), **sums}}, *rows]
     artifacts.write_text(jsonl_path, "".join(artifacts.to_json(line) + "\n" for line in lines), keep_old=True)

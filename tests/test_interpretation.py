@@ -141,6 +141,8 @@ def test_hypotheses_for_a_target(tmp_path, planted, run_main, capsys):
     (tmp_path / "hypotheses.csv").unlink()
     assert run_main("interpret_sae", *planted, "--target-value", "cat_river", "--n-hypotheses", 3) == 0
     assert "is missing" in capsys.readouterr().out and (tmp_path / "hypotheses.csv").exists()
+    assert run_main("interpret_sae", *planted) == 0  # without a target the old hypotheses are put aside
+    assert not (tmp_path / "hypotheses.csv").exists() and (tmp_path / "hypotheses.old-1.csv").exists()
     assert run_main("interpret_sae", *planted, "--target-value", "cat_lake") == 2
     assert "TARGET_VALUE" in capsys.readouterr().err
 

@@ -55,6 +55,7 @@ def hostile(tmp_path, planted, run_main, smol_tokenizer):
 
 def test_the_report_holds_no_code_but_its_own(hostile):
     text = hostile.read_text(encoding="utf-8")
+    assert "data:image" not in text
     parsed = Tags(text)
     scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
     assert len(scripts) == 2 and scripts[0] == {"type": "application/json", "id": "data"} and scripts[1] == {}
@@ -123,7 +124,7 @@ def requested(driver):
     """URLs of all requests since the last call, but for the browser's own pages."""
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return [url for url in urls if not url.startswith(("chrome:", "about:"))]
+    return [url for url in urls if not url.startswith(("chrome:", "about:", "data:"))]  # none of these leaves the browser
 
 
 def ids(driver):
