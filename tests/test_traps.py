@@ -34,7 +34,8 @@ def test_every_trap_has_its_test(trap):
 
 
 def test_encoding_changes_nothing():
-    from fastsae.autoencoder import encode, initialise, new_sae
+    from fastsae.autoencoder import encode, new_sae
+    from fastsae.initialisation import initialise
 
     sae = new_sae({"input_dim": 8, "m_total_neurons": 16, "k_active_neurons": 2, "use_batch_topk": True})
     x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
@@ -51,9 +52,9 @@ def test_initialisation_takes_a_sample(write_activations, run_main, monkeypatch)
 
     seen = []
 
-    def remember(sae, sample, seed, initialise=training_run.initialise):
+    def remember(sae, sample, seed, initialise=training_run.initialise, **start):
         seen.append(len(sample))
-        initialise(sae, sample, seed)
+        initialise(sae, sample, seed, **start)
 
     monkeypatch.setattr(training_run, "initialise", remember)
     tokens, _ = planted_tokens(40_000, 2, 4, 1)
