@@ -3,8 +3,8 @@
     pip install -r experiments/requirements-bench.txt      # the peers; one that is missing is skipped, and said so
     python experiments/bench_train.py --activations activations/activations_layer12.npz
 
-For each shape every trainer runs a few steps in turn, --rounds times over: tokens/s is the median (initialisation left out). Then each trains once on the
-same --quality-steps batches, and its normalised MSE on held-out examples is taken by one piece of code from its own
+For each shape every trainer runs a few steps in turn, --rounds times over: tokens/s is the median (initialisation left out). Then
+each trains once on the same batches, and its normalised MSE on held-out examples is taken by one piece of code from its own
 reconstructions. `reach` is the time ours takes to come to the normalised MSE at which HypotheSAEs' `fit` ends after three epochs.
 Writes experiments/results/bench_train.json, one part at a time with --part, so that no run needs the machine for long.
 """
@@ -90,7 +90,8 @@ def sae_lens(kind):
 
         cls, config = ((TopKTrainingSAE, TopKTrainingSAEConfig) if kind == "topk" else (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig))
         sae = cls(config(d_in=x.shape[1], d_sae=m, k=k, normalize_activations="expected_average_only_in", device="cpu"))
-        options = {"lr": LEARNING_RATE, "lr_end": LEARNING_RATE, "logger": LoggingConfig(log_to_wandb=False), "n_batches_for_norm_estimate": 1}
+        options = {"lr": LEARNING_RATE, "lr_end": LEARNING_RATE, "logger": LoggingConfig(log_to_wandb=False),
+                   "n_batches_for_norm_estimate": 1}
         trainer = SAETrainer(SAETrainerConfig(steps * batch, batch, **options), sae, batches(x, batch))
         started = time.perf_counter()
         trainer.fit()
