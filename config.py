@@ -31,7 +31,7 @@ SEED: int = 0                       # of the split, the initial weights and the 
 MODEL_NAME: str                     # the embedded SmolLM2-135M-Instruct, a hub id, a local folder or a .gguf file
 LAYER_IDX: int                      # residual stream after this many blocks, 1 to the model's number of blocks
 MAX_LENGTH: int                     # tokens kept of each example, its chat template included
-DATASET_PATH: str                   # JSONL file (or a JSON array): rows with text, messages or conversations
+DATASET_PATH: str                   # JSONL file (or JSON array) with text, messages or conversations; hf:owner/name; .txt for blocks
 LABEL_FIELD: str | None             # dataset field with a category, for category_auc; none = no labels
 
 PRESETS = {
@@ -148,7 +148,7 @@ def resolve(*scripts, argv=None):
             values[name], source[name] = setting["value"], setting["file"]
         else:
             values[name], source[name] = preset[name], f"preset {preset_name}"
-        if name in PATH_SETTINGS and isinstance(values[name], str) and values[name]:
+        if name in PATH_SETTINGS and isinstance(values[name], str) and values[name] and not values[name].startswith("hf:"):
             base = Path.cwd() if source[name] == "flag" else PROJECT  # flags are relative to where the user is, files to the project
             values[name] = os.path.join(base, os.path.expanduser(values[name]))
     wrong = {name: setting for name, setting in declared.items() if not _has_type(values[name], setting["type"])}
@@ -283,16 +283,22 @@ def _has_type(value, kind):
     return type(value).__name__ == kind
 
 
-AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATCH_TOKENS": 1, "CHUNK_TOKENS": 1, "M": 1, "K": 1, "AUX_K": 0,
+AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATCH_TOKENS": 1, "CHUNK_TOKENS": 1, "SHARD_BYTES": 1,
+            "BLOCK_LENGTH": 2, "DEDUP_NGRAM": 0, "M": 1, "K": 1, "AUX_K": 0,
             "AUX_COEF": 0, "DEAD_AFTER_STEPS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
-            "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0,
+            "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0, "SPARSITY_WARMUP_STEPS": 0, "BUFFER_TOKENS": 6,
+            "L1_COEFFICIENT": 0, "L0_COEFFICIENT": 0, "RESAMPLE_EVERY": 1,
             "N_REPORT_FEATURES": 1, "N_SCORED_FEATURES": 0, "N_FIDELITY_EXAMPLES": 0, "N_HYPOTHESES": 1}
 ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0, "SAVE_EVERY": 0,
-         "LR_DECAY_FRACTION": 0}
+         "LR_DECAY_FRACTION": 0, "INIT_ENCODER_SCALE": 0, "JUMPRELU_BANDWIDTH": 0}
 AT_MOST = {"SEED": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "LR_DECAY_FRACTION": 1}
-CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"),
+CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"), "PROCESSING": ("example", "block"),
            "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference"),
            "SELECT_DTYPE": ("float32", "bfloat16"), "LR_SCHEDULE": ("constant", "linear", "cosine"),
+           "ARCHITECTURE": ("topk", "batchtopk", "standard", "jumprelu", "gated"), "JUMPRELU_LOSS": ("target", "step"),
+           "LOGGER": ("none", "tensorboard", "wandb"), "USE_TOKENS": ("all", "content", "assistant"),
+           "NORMALIZE_ACTIVATIONS": ("auto", "none", "mean", "norm", "both"),
+           "INIT_DIRECTIONS": ("xavier", "kaiming", "orthogonal", "data"), "INIT_CENTRE": ("median", "mean", "geometric_median"),
            "LLM_PROTOCOL": ("both", "contrastive", "fast"), "SELECTION_METHOD": ("separation_score", "correlation", "lasso")}
 
 
@@ -323,6 +329,7 @@ def check_values(values):
         require(re.fullmatch(r"[\w.=+-]*[\w=+-]", values["RUN_NAME"]), "RUN_NAME", f"{values['RUN_NAME']!r} is no folder name",
                 "use letters, digits and . _ = + -")
     check_paths(values, require)
+    check_extraction(values, require)
     check_features(values, require)
     check_interpretation(values, require)
     return problems
@@ -330,13 +337,25 @@ def check_values(values):
 
 def check_paths(values, require):
     if {"BATCH_TOKENS", "POOLING"} & set(values) and "DATASET_PATH" in values:  # the stages that read the dataset
-        require(os.path.isfile(values["DATASET_PATH"]), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
+        from_hub = values["DATASET_PATH"].startswith("hf:")
+        require(from_hub or os.path.isfile(values["DATASET_PATH"]), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
                 "give your data with --dataset-path FILE.jsonl")
     for name in ("OUTPUT_DIR", "CACHE_DIR"):
         nearest = values.get(name) or "/"
         while not os.path.lexists(nearest) and os.path.dirname(nearest) != nearest:
             nearest = os.path.dirname(nearest)
         require(os.path.isdir(nearest), name, f"{nearest} is no folder", f"choose another --{flag_name(name)}")
+
+
+def check_extraction(values, require):
+    """LAYERS, and what a plain text can be used for."""
+    if values.get("LAYERS") is not None:
+        layers = values["LAYERS"]
+        require(len(layers) > 0 and min(layers) >= 1 and len(set(layers)) == len(layers), "LAYERS",
+                f"{layers} are not different layers from 1 on", "give for example --layers 12,18")
+    if {"PROCESSING", "DEDUP_NGRAM", "DATASET_PATH"} <= set(values) and values["DATASET_PATH"].endswith(".txt"):
+        require(values["PROCESSING"] == "block", "PROCESSING", "a .txt has no examples", "add --processing block")
+        require(values["DEDUP_NGRAM"] == 0, "DEDUP_NGRAM", "a .txt has no examples to drop", "set it to 0")
 
 
 def check_features(values, require):
@@ -346,7 +365,12 @@ def check_features(values, require):
     m, k, prefixes = values["M"], values["K"], values["MATRYOSHKA_PREFIXES"]
     require(k <= m, "K", f"{k} active features of only M={m}", f"lower --k or raise --m to at least {k}")
     require((values["AUX_K"] or 0) <= m, "AUX_K", f"{values['AUX_K']} is more than M={m}", "lower --aux-k")
-    if values["USE_MATRYOSHKA"]:
+    dense = values.get("ARCHITECTURE") in ("standard", "jumprelu", "gated")
+    require(not (dense and values["USE_MATRYOSHKA"]), "USE_MATRYOSHKA", f"{values.get('ARCHITECTURE')} has no prefixes",
+            "give --no-use-matryoshka, or --architecture topk")
+    require(not (dense and values.get("USE_BATCH_TOPK")), "USE_BATCH_TOPK", f"{values.get('ARCHITECTURE')} picks no largest K",
+            "give --no-use-batch-topk, or --architecture batchtopk")
+    if values["USE_MATRYOSHKA"] and not dense:
         rising = len(prefixes) > 0 and prefixes[0] >= 1 and all(a < b for a, b in zip(prefixes, prefixes[1:]))
         require(rising, "MATRYOSHKA_PREFIXES", f"{prefixes} do not rise from 1 or more", "give for example 64,256")
         require(not rising or prefixes[-1] == m, "MATRYOSHKA_PREFIXES", f"the last of {prefixes} is not M={m}",

@@ -1,150 +1,157 @@
-"""Stage 1: run each example alone through the model and keep one layer's residual stream (FAST, arXiv 2506.07691).
+"""Stage 1: run each example alone through the model and keep one layer's residual stream, or several layers' (FAST, arXiv 2506.07691).
 
     python extract_activations.py --dataset-path my.jsonl --layer-idx 18
+    torchrun --nproc-per-node 4 extract_activations.py --layers 12,18,25 --dataset-path hf:allenai/tulu-3-sft-mixture
 
-Reads a JSONL file (or JSON array) of rows with `text`, `messages` or ShareGPT `conversations`. Writes
-`activations/activations_layer{LAYER_IDX}.npz` (README, "Files") and, beside it, a .json with timings. Examples never see each
-other: a batch holds several, padded on the right, and attention is causal. Work is kept in parts of about CHUNK_TOKENS tokens,
-so an interrupted run continues. The result must fit on the disk, not in memory.
+Reads rows with `text`, `messages` or ShareGPT `conversations` (for PROCESSING = "block" also a plain .txt). Writes
+`activations/activations_layer{L}.npz` (README, "Files") and, beside it, a .json with timings. Examples never see each other: a
+batch holds several, padded on the right, and attention is causal. Work is kept in parts of about CHUNK_TOKENS tokens, so an
+interrupted run continues. The result must fit on the disk twice, and never into memory; of the dataset only token ids are kept.
 """
 import hashlib
 import shutil
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 
 import config
-from fastsae import artifacts
-from fastsae.errors import EnvironmentFailure, InputError, run_stage
-from fastsae.examples import CONTENT, SHARED_PREFIX, ChatTokenizer, mark_shared_prefix, read_dataset
+from fastsae import activations_file, artifacts, extraction
+from fastsae.errors import InputError, run_stage
+from fastsae.examples import CONTENT, SHARED_PREFIX, ChatTokenizer, cut_blocks, mark_shared_prefix, tokenise
+from fastsae.sources import Deduplicator, identity, require_two, stream_examples, stream_text
 
-USE_CHAT_TEMPLATE: bool = True      # render each example with the model's own template; off: plain text
-TEMPLATE_DATE: str = "26 Jul 2024"  # date for templates that print today's, pinned so that runs repeat
-BATCH_TOKENS: int = 1024            # padded tokens per forward pass; raise it on a GPU, lower it when memory runs out
-CHUNK_TOKENS: int = 65536           # tokens per part of an unfinished run, the most that an interruption loses
-DTYPE: str = "auto"                 # of the model: auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16
-STORAGE_DTYPE: str = "float16"      # of the file: float16 or float32
+LAYERS: tuple[int, ...] | None = None   # several layers in one pass, a file each, at the cost of the deepest; none = LAYER_IDX
+USE_CHAT_TEMPLATE: bool = True          # render each example with the model's own template; off: plain text
+TEMPLATE_DATE: str = "26 Jul 2024"      # date for templates that print today's, pinned so that runs repeat
+PROCESSING: str = "example"             # example: each alone (FAST); block: all joined and cut into equal blocks (the usual baseline)
+BLOCK_LENGTH: int = 2048                # tokens per block, when PROCESSING is block; MAX_LENGTH then plays no part
+DEDUP_NGRAM: int = 0                    # drop examples that share so many words in a row with an earlier one (FAST: 20); 0 = keep all
+BATCH_TOKENS: int | None = None         # padded tokens per forward pass, halved when memory runs out; none = 1024 on a CPU, 16384 on CUDA
+CHUNK_TOKENS: int = 65536               # tokens per part of an unfinished run, the most that an interruption loses
+SHARD_BYTES: int = 16_000_000_000       # larger results are written as numbered shards of about this size
+DTYPE: str = "auto"                     # of the model: auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16
+STORAGE_DTYPE: str = "float16"          # of the file: float16 or float32
 
-DECISIVE = ("LAYER_IDX", "MAX_LENGTH", "MAX_EXAMPLES", "TEXT_FIELD", "USE_CHAT_TEMPLATE", "TEMPLATE_DATE", "DTYPE", "STORAGE_DTYPE")
+DECISIVE = ("MAX_LENGTH", "MAX_EXAMPLES", "TEXT_FIELD", "USE_CHAT_TEMPLATE", "TEMPLATE_DATE", "DTYPE", "STORAGE_DTYPE", "PROCESSING",
+            "DEDUP_NGRAM")
 SINK_RATIO = 10  # a token whose norm is this many times the median counts as an attention sink in the summary
 
 
 def main():
     settings = config.resolve(__file__)
-    settings.show()
-    from fastsae import language_model  # after the settings: loading libraries takes seconds
+    with extraction.World() as world:
+        settings.show()
+        from fastsae import language_model  # after the settings: loading libraries takes seconds
 
-    examples = read_dataset(settings.DATASET_PATH, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
-                            max_examples=settings.MAX_EXAMPLES)
-    metadata = artifacts.new_metadata(
-        "activations", settings.select(DECISIVE),
-        {"dataset": artifacts.file_sha256(settings.DATASET_PATH),
-         "model": language_model.identity(settings.MODEL_NAME, settings.MODEL_REVISION)},
-        model_name=settings.MODEL_NAME, model_revision=settings.MODEL_REVISION, dataset_path=settings.DATASET_PATH)
-    path = settings.activations_path
-    if artifacts.matches(path, metadata, artifacts.read_npz_metadata):
-        return
+        world.use_own_cores()
+        dataset, dataset_path = identity(settings.DATASET_PATH)
+        inputs = {"dataset": dataset, "model": language_model.identity(settings.MODEL_NAME, settings.MODEL_REVISION)}
+        wanted = {layer: describe(settings, layer, inputs) for layer in settings.LAYERS or (settings.LAYER_IDX,)}
+        metadata = {layer: m for layer, m in wanted.items() if not up_to_date(path_of(settings, layer), m)}
+        if not metadata:
+            return
 
-    source = {"revision": settings.MODEL_REVISION, "cache_dir": settings.CACHE_DIR}
-    model_config = language_model.load_config(settings.MODEL_NAME, **source)
-    language_model.check_layer(model_config, settings.LAYER_IDX, settings.MODEL_NAME)
-    tokenize = ChatTokenizer(language_model.load_tokenizer(settings.MODEL_NAME, **source), max_length=settings.MAX_LENGTH,
-                             chat_template=settings.USE_CHAT_TEMPLATE, date=settings.TEMPLATE_DATE, dataset_name=settings.DATASET_PATH)
-    tokens = tokenize(examples)
-    n_shared = mark_shared_prefix(tokens)
-    lengths = np.array([len(t.ids) for t in tokens], np.int32)  # (n_examples,)
-    require_disk_space(path, lengths.sum() * model_config.hidden_size, settings.STORAGE_DTYPE)
+        source = {"revision": settings.MODEL_REVISION, "cache_dir": settings.CACHE_DIR}
+        model_config = language_model.load_config(settings.MODEL_NAME, **source)
+        language_model.check_layer(model_config, max(metadata), settings.MODEL_NAME)
+        table, counts = read_tokens(settings, dataset_path, language_model.load_tokenizer(settings.MODEL_NAME, **source))
+        n_shared = 0 if settings.PROCESSING == "block" else mark_shared_prefix(table)
+        n_values = len(table.ids) * model_config.hidden_size * len(metadata)
+        extraction.require_disk_space(settings.activations_path, n_values, settings.STORAGE_DTYPE)
 
-    device = language_model.choose_device(settings.DEVICE)
-    model = language_model.ResidualModel(settings.MODEL_NAME, settings.LAYER_IDX, device=device,
-                                         dtype=language_model.choose_dtype(settings.DTYPE, device), **source)
-    parts = extract_parts(model, tokens, examples, settings, path.parent / f".parts-{metadata['fingerprint'][:16]}")
-
-    statistics = NormStatistics(np.concatenate([t.kind for t in tokens]))
-    metadata.update(n_examples=len(tokens), n_tokens=int(lengths.sum()), d_model=model.d_model, n_shared_prefix=n_shared,
-                    n_truncated=sum(t.truncated for t in tokens), n_control_strings=sum(t.n_control_strings for t in tokens),
-                    compute_dtype=str(model.dtype).removeprefix("torch."), device=device, resolved_revision=model.revision)
-    write_activations(path, parts, tokens, examples, metadata, settings.STORAGE_DTYPE, statistics)
-    summarise(path, parts, lengths, metadata, statistics)
-    shutil.rmtree(parts[0].parent)
+        device = world.device(language_model.choose_device(settings.DEVICE))
+        model = language_model.ResidualModel(settings.MODEL_NAME, metadata, device=device,
+                                             dtype=language_model.choose_dtype(settings.DTYPE, device), **source)
+        for block in metadata.values():
+            block.update(n_examples=len(table.lengths), n_tokens=len(table.ids), d_model=model.d_model, n_shared_prefix=n_shared,
+                         **counts, compute_dtype=str(model.dtype).removeprefix("torch."), device=device.partition(":")[0],
+                         resolved_revision=model.revision)
+        parts = run_model(model, table, n_shared, settings, world, metadata)
+        if world.rank == 0:
+            for layer, block in metadata.items():
+                write_layer(path_of(settings, layer), parts, table, block, settings, world.size)
+            shutil.rmtree(parts[0].parent)
 
 
-def extract_parts(model, tokens, examples, settings, folder):
-    """Forward every example and keep its activations in numbered part files under `folder`; returns their paths in order.
+def path_of(settings, layer):
+    return settings.activations_path.with_name(f"activations_layer{layer}.npz")
 
-    A part that is there is complete (it was renamed into place), so a run that was stopped goes on after the last one.
-    """
-    import torch
-    from tqdm import tqdm
 
-    lengths = [len(t.ids) for t in tokens]
-    chunks = split_chunks(lengths, settings.CHUNK_TOKENS)
+def describe(settings, layer, inputs):
+    """The metadata of one layer's file before anything is computed: it does not depend on which other layers are asked for."""
+    decisive = {"LAYER_IDX": layer, **settings.select(DECISIVE)}
+    if settings.PROCESSING == "block":
+        decisive["BLOCK_LENGTH"] = settings.BLOCK_LENGTH
+        del decisive["MAX_LENGTH"]
+    return artifacts.new_metadata("activations", decisive, inputs, model_name=settings.MODEL_NAME, model_revision=settings.MODEL_REVISION,
+                                  dataset_path=settings.DATASET_PATH)
+
+
+def up_to_date(path, metadata):
+    shards = activations_file.find_shards(path)
+    return bool(shards) and artifacts.matches(shards[0], metadata, lambda _: activations_file.read_metadata(path))
+
+
+def read_tokens(settings, dataset_path, tokenizer):
+    """(TokenTable of the dataset, what was counted on the way). Texts pass through and are not kept."""
+    is_text, in_blocks = settings.DATASET_PATH.endswith(".txt"), settings.PROCESSING == "block"
+    tokenizer = ChatTokenizer(tokenizer, max_length=None if in_blocks else settings.MAX_LENGTH, date=settings.TEMPLATE_DATE,
+                              chat_template=settings.USE_CHAT_TEMPLATE and not is_text, dataset_name=settings.DATASET_PATH,
+                              special_tokens=not is_text)
+    if is_text:
+        examples = stream_text(dataset_path)
+    else:
+        examples = stream_examples(dataset_path, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
+                                   max_examples=settings.MAX_EXAMPLES)
+    duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
+    table = tokenise(filter(duplicates.is_new, examples) if duplicates else examples, tokenizer)
+    counts = {"n_truncated": table.n_truncated, "n_control_strings": table.n_control_strings,
+              "n_duplicates": duplicates.n_dropped if duplicates else 0}
+    if in_blocks:
+        n_tokens = len(table.ids)
+        table, counts["n_left_over"] = cut_blocks(table, settings.BLOCK_LENGTH)
+        if len(table.lengths) < 2:
+            raise InputError(f"BLOCK_LENGTH: {n_tokens} tokens make {len(table.lengths)} blocks of {settings.BLOCK_LENGTH}; at least 2 are "
+                             "needed. lower --block-length, or give more data.")
+    require_two(len(table.lengths), settings.DATASET_PATH)
+    return table, counts
+
+
+def run_model(model, table, n_shared, settings, world, metadata):
+    """The part files with the activations of all examples, in order."""
+    kind = model.device.partition(":")[0]
+    batch_tokens = settings.BATCH_TOKENS or extraction.BATCH_TOKENS[kind]
+    chunk_tokens = extraction.chunk_tokens_for(settings.CHUNK_TOKENS, model.d_model, len(metadata), settings.STORAGE_DTYPE)
+    chunks = extraction.split_chunks(table.lengths, chunk_tokens)
+    forward = extraction.Forward(model, table, n_shared=n_shared, batch_tokens=batch_tokens, storage_dtype=settings.STORAGE_DTYPE,
+                                 dataset_name=settings.DATASET_PATH, pin=kind == "cuda")
     # What an interrupted run was doing decides whether its parts may be used: batches change the last bits.
-    plan = hashlib.sha256(repr((settings.BATCH_TOKENS, chunks, str(model.dtype), model.device)).encode()).hexdigest()[:8]
-    paths = [folder / f"part-{plan}-{i:05}.npz" for i in range(len(chunks))]
-    with tqdm(total=sum(lengths), unit="token", unit_scale=True, desc="extracting", mininterval=1, disable=None) as bar:
-        for part, (first, last) in zip(paths, chunks):
-            if not part.exists():
-                started = time.perf_counter()
-                rows = np.empty((sum(lengths[first:last]), model.d_model), settings.STORAGE_DTYPE)  # (chunk tokens, d_model)
-                starts = np.cumsum([0, *lengths[first:last]])
-                for batch in split_batches(lengths[first:last], settings.BATCH_TOKENS):
-                    ids = torch.zeros((len(batch), max(lengths[first + i] for i in batch)), dtype=torch.long)
-                    for row, i in enumerate(batch):
-                        ids[row, :lengths[first + i]] = torch.from_numpy(tokens[first + i].ids)
-                    hidden = model(ids).float().cpu().numpy()  # (batch, longest, d_model)
-                    for row, i in enumerate(batch):
-                        real = hidden[row, :lengths[first + i]]
-                        rows[starts[i]:starts[i + 1]] = storable(real, settings, examples[first + i])
-                        bar.update(lengths[first + i])
-                artifacts.write_npz(part, {"activations": rows, "seconds": np.float64(time.perf_counter() - started)})
-            else:
-                bar.update(sum(lengths[first:last]))
-    return paths
+    plan = hashlib.sha256(repr((batch_tokens, chunks, str(model.dtype), kind, forward.n_prefix)).encode()).hexdigest()[:8]
+    content = hashlib.sha256("".join(block["fingerprint"] for block in metadata.values()).encode()).hexdigest()[:16]
+    return extraction.extract_parts(forward, chunks, settings.activations_path.parent / f".parts-{content}", plan, world)
 
 
-def split_chunks(lengths, chunk_tokens):
-    """[(first, last)] ranges of consecutive examples of about `chunk_tokens` tokens each."""
-    chunks, first, total = [], 0, 0
-    for i, length in enumerate(lengths):
-        total += length
-        if total >= chunk_tokens or i == len(lengths) - 1:
-            chunks.append((first, i + 1))
-            first, total = i + 1, 0
-    return chunks
-
-
-def split_batches(lengths, batch_tokens):
-    """Lists of example numbers, longest first, of at most `batch_tokens` padded tokens (a longer example goes alone)."""
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
-def storable(rows, settings, example):
-    """The rows in the storage type; refuses to lose a number to overflow, or to store NaN."""
-    largest = np.abs(rows).max()
-    where = f"{settings.DATASET_PATH}:{example.line}"
-    if not np.isfinite(largest):
-        raise InputError(f"{where}: the model gives NaN or infinity here. set --dtype float32 or bfloat16.")
-    if settings.STORAGE_DTYPE == "float16" and largest > 65504:
-        raise InputError(f"{where}: an activation of {largest:.0f} does not fit into float16. set --storage-dtype float32.")
-    return rows.astype(settings.STORAGE_DTYPE)
-
-
-def require_disk_space(path, n_values, storage_dtype):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    needed = int(n_values) * np.dtype(storage_dtype).itemsize * 2 + (16 << 20)  # the parts, and the file made from them
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise EnvironmentFailure(f"{path.parent}: {needed / 1e9:.2f} GB are needed while this runs and {free / 1e9:.2f} GB are free. "
-                                 "free some space, choose another --output-dir, or lower --max-examples.")
+def write_layer(path, parts, table, metadata, settings, n_processes):
+    """Stream one layer's parts into its file, or into shards, in the order of the dataset; then sum up."""
+    layer, starts = metadata["settings"]["LAYER_IDX"], table.starts
+    shard_tokens = max(1, settings.SHARD_BYTES // (metadata["d_model"] * np.dtype(settings.STORAGE_DTYPE).itemsize))
+    shards = extraction.split_shards(table.lengths, shard_tokens)
+    statistics = NormStatistics(table.kind)
+    rows = extraction.RowStream(parts, f"activations_{layer}", statistics.add)
+    before = activations_file.find_shards(path)
+    written = []
+    for number, (first, last) in enumerate(shards, 1):
+        a, b = int(starts[first]), int(starts[last])
+        target = activations_file.shard_path(path, number, len(shards))
+        artifacts.write_npz(target, {
+            "activations": ((b - a, metadata["d_model"]), settings.STORAGE_DTYPE, rows.take(b - a)),
+            "seq_lengths": table.lengths[first:last], "token_ids": table.ids[a:b], "token_kind": table.kind[a:b],
+            "token_role": table.role[a:b], "example_ids": table.lines[first:last],
+            "metadata": np.array(artifacts.to_json({**metadata, "shard": number, "n_shards": len(shards)})),
+        }, keep_old=True)
+        written.append(target)
+    artifacts.set_aside([old for old in before if old not in written])  # of an earlier run with another number of shards
+    summarise(path, written, parts, table, metadata, statistics, n_processes)
 
 
 class NormStatistics:
@@ -164,34 +171,16 @@ class NormStatistics:
                 "n_sinks_outside_prefix": int((sinks & (self.kind != SHARED_PREFIX)).sum())}
 
 
-def write_activations(path, parts, tokens, examples, metadata, storage_dtype, statistics):
-    """Stream the parts into the final file, in the order of the dataset."""
-    def rows():
-        for part in parts:
-            block = artifacts.read_npz(part, ["activations"], made_by="extract_activations.py")["activations"]
-            statistics.add(block)
-            yield block
-
-    kind = statistics.kind
-    artifacts.write_npz(path, {
-        "activations": ((metadata["n_tokens"], metadata["d_model"]), storage_dtype, rows()),
-        "seq_lengths": np.array([len(t.ids) for t in tokens], np.int32),
-        "token_ids": np.concatenate([t.ids for t in tokens]),
-        "token_kind": kind,
-        "token_role": np.concatenate([t.role for t in tokens]),
-        "example_ids": np.array([example.line for example in examples], np.int32),
-        "metadata": np.array(artifacts.to_json(metadata)),
-    }, keep_old=True)
-
-
-def summarise(path, parts, lengths, metadata, statistics):
-    seconds = sum(float(artifacts.read_npz(part, ["seconds"], made_by="extract_activations.py")["seconds"]) for part in parts)
-    norms, kind = statistics.result(), statistics.kind
+def summarise(path, written, parts, table, metadata, statistics, n_processes):
+    seconds = sum(float(artifacts.read_npz(part, ["seconds"], made_by=extraction.MAKER)["seconds"]) for part in parts) / n_processes
+    norms, kind, lengths = statistics.result(), table.kind, table.lengths
     timing = {"seconds": round(seconds, 3), "tokens_per_second": round(metadata["n_tokens"] / seconds, 1),
-              "device": metadata["device"], "compute_dtype": metadata["compute_dtype"], **norms}
-    artifacts.write_json(Path(path).with_suffix(".json"), timing)
-    print(f"examples: {len(lengths):,}, tokens each: min {lengths.min()}, max {lengths.max()}, mean {lengths.mean():.1f}; "
-          f"{metadata['n_truncated']} truncated")
+              "device": metadata["device"], "compute_dtype": metadata["compute_dtype"], "n_processes": n_processes, **norms}
+    artifacts.write_json(path.with_suffix(".json"), timing)
+    dropped = f", {metadata['n_duplicates']:,} duplicates dropped" if metadata["n_duplicates"] else ""
+    left = f"; {metadata['n_left_over']} tokens left over" if "n_left_over" in metadata else ""
+    print(f"{'blocks' if left else 'examples'}: {len(lengths):,}, tokens each: min {lengths.min()}, max {lengths.max()}, mean "
+          f"{lengths.mean():.1f}; {metadata['n_truncated']} truncated{dropped}{left}")
     print(f"tokens: {metadata['n_tokens']:,} x {metadata['d_model']}; {int((kind == CONTENT).sum()):,} content, "
           f"{int((kind != CONTENT).sum()):,} of the chat template, of these {int((kind == SHARED_PREFIX).sum()):,} in the prefix of "
           f"{metadata['n_shared_prefix']} that all examples share")
@@ -200,7 +189,8 @@ def summarise(path, parts, lengths, metadata, statistics):
     print(f"norms: median {norms['median_norm']:.1f}, max {norms['max_norm']:.1f}; attention sinks (over {SINK_RATIO}x the median): "
           f"{norms['n_sinks']:,}, {norms['n_sinks_outside_prefix']} outside the shared prefix")
     print(f"forward passes: {seconds:.1f} s, {timing['tokens_per_second']:,.0f} tokens/s ({metadata['device']}, {metadata['compute_dtype']})")
-    print(f"wrote {path} ({Path(path).stat().st_size / 1e6:.1f} MB)")
+    shards = f" and {len(written) - 1} more shards" if len(written) > 1 else ""
+    print(f"wrote {written[0]}{shards} ({sum(p.stat().st_size for p in written) / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

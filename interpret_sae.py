@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import config
-from fastsae import artifacts, llm_client, tables
+from fastsae import activations_file, artifacts, llm_client, tables
 from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, run_stage
 
 POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc and targets: max or mean
@@ -124,21 +124,23 @@ class Features:
 
         from fastsae.autoencoder import load_sae
         from fastsae.categories import add_categories
-        from fastsae.examples import read_dataset
         from fastsae.feature_evidence import Evidence
         from fastsae.language_model import choose_device, load_tokenizer, locate
         from fastsae.logit_lens import add_lens
+        from fastsae.sources import identity
 
         self.settings, self.sae_meta, self.checkpoint_path = settings, sae_meta, checkpoint_path
-        data = artifacts.read_npz(settings.activations_path, made_by="extract_activations.py")
-        self.source = artifacts.metadata_of(data, settings.activations_path)
+        data = activations_file.open_activations(settings.activations_path)
+        self.source, self.example_ids = artifacts.metadata_of(data, settings.activations_path), data["example_ids"]
         if self.source["fingerprint"] != sae_meta["inputs"]["activations"]:
             raise InputError(f"{checkpoint_path}: was trained on other activations than {settings.activations_path}. run train_sae.py.")
-        if artifacts.file_sha256(settings.DATASET_PATH) != self.source["inputs"]["dataset"]:
+        if self.source["settings"].get("PROCESSING") == "block":
+            raise InputError(f"{settings.activations_path}: holds blocks of joined examples, whose examples cannot be told apart. "
+                             "run extract_activations.py with --processing example.")
+        if identity(settings.DATASET_PATH)[0] != self.source["inputs"]["dataset"]:
             raise InputError(f"DATASET_PATH: {settings.DATASET_PATH} is not the file the activations were made from. "
                              "run extract_activations.py.")
-        self.examples = read_dataset(settings.DATASET_PATH, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
-                                     max_examples=len(data["seq_lengths"]))
+        self.examples = self.read_examples(settings.LABEL_FIELD)
         device = choose_device(settings.DEVICE)
         sae, _ = load_sae(checkpoint_path, "cpu" if device == "mps" else device)
         tokenizer = load_tokenizer(self.source["model_name"], revision=self.source["model_revision"], cache_dir=settings.CACHE_DIR)
@@ -153,13 +155,18 @@ class Features:
         self.lens = add_lens(self.rows, self.evidence, locate(self.source["model_name"], settings.CACHE_DIR),
                              {"revision": self.source["model_revision"], "cache_dir": settings.CACHE_DIR}, N_LENS_TOKENS, N_LENS_COLUMN)
 
+    def read_examples(self, label_field):
+        """The examples whose activations there are (deduplication may have left some out), with that field as their label."""
+        from fastsae.sources import read_dataset
+
+        return read_dataset(self.settings.DATASET_PATH, text_field=self.settings.TEXT_FIELD, label_field=label_field,
+                            only_lines=self.example_ids)
+
     def labels(self, field=None):
         """Label of each example (or the value of another field), None where it has none; None if there are no labels at all."""
-        from fastsae.examples import read_dataset
-
         settings, name, examples = self.settings, field or self.settings.LABEL_FIELD, self.examples
         if field and field != settings.LABEL_FIELD:
-            examples = read_dataset(settings.DATASET_PATH, text_field=settings.TEXT_FIELD, label_field=field, max_examples=len(examples))
+            examples = self.read_examples(field)
         labels, setting = [example.label for example in examples], "TARGET_FIELD" if field else "LABEL_FIELD"
         if name and not any(label is not None for label in labels):
             if settings.source[setting].startswith("preset"):

@@ -3,12 +3,14 @@
     python train_sae.py --m 512 --k 8 --matryoshka-prefixes 64,512
 
 Reads `activations/activations_layer{LAYER_IDX}.npz`. Writes `checkpoints/<run>/SAE_....pt` (which `hypothesaes.sae.load_model`
-reads), `metrics.json` with the final figures, and `metrics.jsonl` with one line per epoch; while it trains, `SAE_....resume.pt`,
-from which the same command goes on after an interruption and ends in the same bytes. The activations must fit in memory.
+reads), `metrics.json` with the final figures, `metrics.jsonl` with one line per epoch, `training.png` with their curves; while it
+trains, `SAE_....resume.pt`, from which the same command goes on after an interruption and ends in the same bytes. Activations beyond
+BUFFER_TOKENS stay on the disk.
 """
 import functools
 import json
 import math
+import os
 import sys
 import time
 
@@ -16,47 +18,65 @@ import numpy as np
 
 import config
 from fastsae import artifacts
+from fastsae.activations_file import read_metadata
 from fastsae.errors import InputError, deferred_stop, run_stage, stop, stop_asked
 
+ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
 M: int = 256                                       # features
 K: int = 8                                         # active features per token
 USE_MATRYOSHKA: bool = True                        # nested prefixes of features, coarse to fine (arXiv 2503.17547)
 MATRYOSHKA_PREFIXES: tuple[int, ...] = (64, 256)   # lengths of the prefixes, rising, the last = M
-USE_BATCH_TOPK: bool = False                       # K active features per token on average over a batch, not in each token
+USE_BATCH_TOPK: bool = False                       # topk only: K active features per token on average over a batch (= batchtopk)
+L1_COEFFICIENT: float = 5.0                        # standard and gated: weight of the sum of a token's features
+JUMPRELU_LOSS: str = "target"                      # target: (L0 - K) squared * 2 / K; step: L0 itself
+L0_COEFFICIENT: float = 6.0                        # jumprelu: weight of that
+JUMPRELU_BANDWIDTH: float = 1.0                    # width around its threshold in which a pre-activation moves the threshold
+SPARSITY_WARMUP_STEPS: int = 0                     # steps over which L1_COEFFICIENT and L0_COEFFICIENT rise from 0
+NORMALIZE_ACTIVATIONS: str = "auto"                # none, mean (to 0), norm (mean length to sqrt(d)), both; auto: norm, for topk none
 AUX_K: int | None = None                           # dead features that try to explain what is left over; none = 2 K, 0 = off
 AUX_COEF: float = 0.03125                          # weight of that loss
 DEAD_AFTER_STEPS: int = 256                        # steps without firing after which a feature counts as dead
+RESAMPLE_EVERY: int | None = None                  # steps between fresh starts of dead features at badly reconstructed tokens; none = never
 N_EPOCHS: int = 100                                # at most; see PATIENCE
-PATIENCE: int = 5                                  # epochs without a better validation normalised MSE before stopping
+PATIENCE: int = 5                                  # epochs without a better validation loss (topk: normalised MSE) before stopping
 BATCH_SIZE: int = 512                              # tokens per step
 LEARNING_RATE: float = 5e-4                        # of Adam
 LR_SCHEDULE: str = "constant"                      # constant, linear or cosine: how it falls over the last LR_DECAY_FRACTION of the steps
 LR_DECAY_FRACTION: float = 0.2                     # part of N_EPOCHS over which the learning rate falls
 LR_WARMUP_STEPS: int = 0                           # steps over which it rises first
+INIT_DIRECTIONS: str = "xavier"                    # decoder rows at the start: xavier, kaiming, orthogonal, or data (tokens less b_dec)
+INIT_CENTRE: str = "median"                        # b_dec at the start: median, mean or geometric_median of a sample
+INIT_ENCODER_SCALE: float | None = None            # encoder rows at the start / decoder rows; none = by least squares; HypotheSAEs: 1
+BUFFER_TOKENS: int = 1_000_000                     # kept in memory; beyond, they are mixed in a buffer of that size as they are read
 CLIP_GRAD: float | None = 1.0                      # bound of the gradient's norm; none = no bound
 VALIDATION_FRACTION: float = 0.1                   # part of the examples (not of the tokens) kept for validation
+USE_TOKENS: str = "all"                            # all; content: not the chat template's; assistant: the assistant's own text
 EXCLUDE_SHARED_PREFIX: bool = True                 # leave out the tokens that the chat template puts before every example
 MAX_NORM_RATIO: float | None = 10.0                # leave out attention sinks: norms above this many times the median; none = keep
 ENGINE: str = "sparse"                             # sparse: from the active features only; reference: HypotheSAEs' dense code
 SELECT_DTYPE: str = "float32"                      # bfloat16 picks the top K from a coarser product: faster, their values stay float32
 SAVE_EVERY: float = 60.0                           # seconds between saves of an unfinished run, the most that a kill loses
+LOGGER: str = "none"                               # none, tensorboard or wandb: where the figures of each epoch go as well
 
-NOT_DECISIVE = ("ENGINE", "SAVE_EVERY")
+NOT_DECISIVE = ("ENGINE", "SAVE_EVERY", "LOGGER")
 INIT_SAMPLE = 32768  # tokens whose median initialises b_dec
 
 
 def main():
     settings = config.resolve(__file__)
     settings.show()
-    source = artifacts.read_npz_metadata(settings.activations_path)
+    source = read_metadata(settings.activations_path)
     prefixes = list(settings.MATRYOSHKA_PREFIXES) if settings.USE_MATRYOSHKA else None
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     metadata = artifacts.new_metadata("sae", settings.select([*own, "SEED"]), {"activations": source["fingerprint"]}, activations=source)
 
+    from fastsae import parallel
     from fastsae.autoencoder import checkpoint_name, save_sae  # after the settings: loading torch takes seconds
     from fastsae.language_model import choose_device
+    from fastsae.monitoring import write_figure
+    from fastsae.training_data import Tokens
 
-    path = settings.run_dir / checkpoint_name(settings.M, settings.K, prefixes)
+    path = settings.run_dir / checkpoint_name(settings.M, settings.K, prefixes, settings.ARCHITECTURE)
     metrics_path = settings.run_dir / "metrics.json"
     if artifacts.matches(path, metadata, artifacts.read_checkpoint_metadata):
         point_to(metrics_path, path)
@@ -64,145 +84,154 @@ def main():
 
     print(f"activations: {source['model_name']}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
-    device = choose_device(settings.DEVICE)
-    tokens = Tokens(settings)
+    device = parallel.start(choose_device(settings.DEVICE))
+    if settings.RESAMPLE_EVERY and parallel.together():
+        raise InputError("RESAMPLE_EVERY: looks at one process's tokens only. leave it out under torchrun, or train without torchrun.")
+    tokens = Tokens(settings.activations_path, validation_fraction=settings.VALIDATION_FRACTION, seed=settings.SEED,
+                    use=settings.USE_TOKENS, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, max_norm_ratio=settings.MAX_NORM_RATIO)
     print(f"training on {len(tokens.train):,} tokens, validating on {len(tokens.validation):,} of {int(tokens.is_validation.sum())} other "
-          f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks")
+          f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks"
+          + (f", {tokens.n_filtered:,} tokens that are not {settings.USE_TOKENS}" if tokens.n_filtered else ""))
     state_path = path.with_suffix(".resume.pt")
     sae, history, timing = train(tokens, prefixes, settings, device, state_path, metadata["fingerprint"])
+    if parallel.world()[0]:
+        return
     metrics = final_metrics(sae, tokens, history)
     metadata.update(max_norm=tokens.max_norm, validation_examples=np.flatnonzero(tokens.is_validation).tolist(), metrics=metrics)
 
     save_sae(path, sae, metadata)
     artifacts.write_json(metrics_path, {"checkpoint": path.name, **metrics, **timing})
+    write_figure(settings.run_dir / "training.png", history)
     state_path.unlink(missing_ok=True)
     report(metrics, timing, settings)
     print(f"wrote {path}")
 
 
-class Tokens:
-    """The activations of stage 1 and which of their rows train and validate."""
-
-    def __init__(self, settings):
-        import torch
-
-        from fastsae.tokens import split_examples, token_norms, usable_tokens
-
-        data = artifacts.read_npz(settings.activations_path, made_by="extract_activations.py")
-        lengths, kind = data["seq_lengths"], data["token_kind"]
-        norms = token_norms(data["activations"])
-        if not np.isfinite(norms).all():
-            raise InputError(f"{settings.activations_path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity. "
-                             "delete the file and run extract_activations.py with --dtype float32.")
-        usable, self.max_norm = usable_tokens(norms, kind, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX,
-                                              max_norm_ratio=settings.MAX_NORM_RATIO)
-        in_prefix, _ = usable_tokens(norms, kind, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, max_norm_ratio=None)
-        self.n_prefix, self.n_sinks = int((~in_prefix).sum()), int((in_prefix & ~usable).sum())
-        self.activations = torch.from_numpy(data["activations"])              # (n_tokens, d)
-        self.example = np.repeat(np.arange(len(lengths)), lengths)            # (n_tokens,)
-        self.special = kind != 0                                              # (n_tokens,) written by the chat template
-        self.is_validation = split_examples(len(lengths), settings.VALIDATION_FRACTION, settings.SEED)
-        for_validation = self.is_validation[self.example]
-        self.train, self.validation = np.flatnonzero(usable & ~for_validation), np.flatnonzero(usable & for_validation)
-        self.all_validation = np.flatnonzero(for_validation)
-        if len(self.train) < 2 or len(self.validation) < 2:
-            raise InputError(f"VALIDATION_FRACTION: {len(self.train)} tokens are left for training and {len(self.validation)} for "
-                             "validation. give more examples, or longer ones.")
-
-
 def train(tokens, prefixes, settings, device, state_path, fingerprint):
     """(the best autoencoder on validation, one dict per epoch, timing)."""
-    import torch
     from tqdm import tqdm
 
+    from fastsae import parallel
+    from fastsae.monitoring import open_logger
+    from fastsae.resampling import resample
+    from fastsae.training_data import TrainingRows
     from fastsae.training_run import TrainingRun, learning_rate_factor
 
-    config_of_sae = {
-        "input_dim": tokens.activations.shape[1], "m_total_neurons": settings.M, "k_active_neurons": settings.K, "prefix_lengths": prefixes,
-        "aux_k": 2 * settings.K if settings.AUX_K is None else settings.AUX_K, "use_batch_topk": settings.USE_BATCH_TOPK,
-        "dead_neuron_threshold_steps": settings.DEAD_AFTER_STEPS}
     sample = np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE])
-    run = TrainingRun(config_of_sae, tokens.activations[sample].float(), seed=settings.SEED, device=device, learning_rate=settings.LEARNING_RATE)
+    log = open_logger(settings.LOGGER, settings.run_dir, state_path.name.removesuffix(".resume.pt"), settings.values)
+    run = TrainingRun(sae_config(tokens.activations.shape[1], prefixes, settings), tokens.rows(sample), seed=settings.SEED,
+                      device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
+                      directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
     if run.restore(state_path, fingerprint):
         print(f"going on in epoch {run.epoch}, after {run.trained_tokens:,} tokens")
-    step, sae = step_function(settings, device), run.sae
-    n_batches = len(epoch_batches(tokens.train, settings.BATCH_SIZE, settings.SEED, 1))
+    data = TrainingRows(tokens.activations, tokens.train, batch_size=settings.BATCH_SIZE, buffer_tokens=settings.BUFFER_TOKENS,
+                        seed=settings.SEED)
+    n_batches = data.n_batches()
     last_save = time.monotonic()
-    with deferred_stop(), tqdm(total=settings.N_EPOCHS, initial=run.epoch - 1, unit="epoch", desc="training", mininterval=1, disable=None) as bar:
+    bar = tqdm(total=settings.N_EPOCHS, initial=run.epoch - 1, unit="epoch", desc="training", mininterval=1, disable=None)
+    with deferred_stop(), bar:
         while run.epoch <= settings.N_EPOCHS and run.epoch - (run.best_epoch or run.epoch) <= settings.PATIENCE:
-            for rows in epoch_batches(tokens.train, settings.BATCH_SIZE, settings.SEED, run.epoch)[run.batch:]:
+            for x in data.batches(run.epoch, run.batch):  # (batch, d)
+                n_done = (run.epoch - 1) * n_batches + run.batch
                 factor = learning_rate_factor(
-                    (run.epoch - 1) * n_batches + run.batch, n_steps=settings.N_EPOCHS * n_batches, schedule=settings.LR_SCHEDULE,
+                    n_done, n_steps=settings.N_EPOCHS * n_batches, schedule=settings.LR_SCHEDULE,
                     warmup_steps=settings.LR_WARMUP_STEPS, decay_fraction=settings.LR_DECAY_FRACTION)
-                run.optimizer.param_groups[0]["lr"] = settings.LEARNING_RATE * factor
-                x = tokens.activations[rows].to(device).float()  # (batch, d)
-                loss, fired = step(sae, x, run.steps_since_fired > settings.DEAD_AFTER_STEPS)
-                run.steps_since_fired = torch.where(fired, 0, run.steps_since_fired + 1)
-                sae.adjust_decoder_gradient_()  # keep only what turns the decoder's directions: their length stays 1
-                if settings.CLIP_GRAD is not None:
-                    torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.CLIP_GRAD)
-                run.optimizer.step()
-                sae.normalize_decoder_()
-                run.loss_sum += loss * len(rows)
-                run.trained_tokens += len(rows)
-                run.batch += 1
-                if stop_asked() or time.monotonic() - last_save > settings.SAVE_EVERY:
+                run.step(step_function(settings, device, n_done), x.to(device), learning_rate=settings.LEARNING_RATE * factor,
+                         dead_after=settings.DEAD_AFTER_STEPS, clip_grad=settings.CLIP_GRAD)
+                if settings.RESAMPLE_EVERY and (n_done + 1) % settings.RESAMPLE_EVERY == 0:
+                    resample(run, x.to(device), dead_after=settings.DEAD_AFTER_STEPS, seed=settings.SEED + n_done)
+                stopping = parallel.anywhere(stop_asked())
+                if stopping or time.monotonic() - last_save > settings.SAVE_EVERY:
                     run.save(state_path, fingerprint)
                     last_save = time.monotonic()
-                    if stop_asked():
+                    if stopping:
                         stop()
-            end_epoch(run, tokens, settings)
+            log(end_epoch(run, tokens, settings))
             bar.update()
             bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
     seconds = run.elapsed()
-    sae.load_state_dict(run.best_state)
-    return sae, run.history, {"seconds": round(seconds, 2), "tokens_per_second": round(run.trained_tokens / seconds, 1), "device": device}
+    run.sae.load_state_dict(run.best_state)
+    return run.result(), run.history, {"seconds": round(seconds, 2), "device": device,
+                                       "tokens_per_second": round(run.trained_tokens / seconds, 1)}
 
 
-def step_function(settings, device):
-    """The function that fills the gradients of one batch: `step(sae, x, dead) -> (loss, fired)`."""
+def sae_config(d, prefixes, settings):
+    """What `autoencoder.new_sae` builds from."""
+    architecture = "batchtopk" if settings.USE_BATCH_TOPK else settings.ARCHITECTURE
+    return {"input_dim": d, "m_total_neurons": settings.M, "k_active_neurons": settings.K, "prefix_lengths": prefixes,
+            "aux_k": 2 * settings.K if settings.AUX_K is None else settings.AUX_K, "architecture": architecture,
+            "dead_neuron_threshold_steps": settings.DEAD_AFTER_STEPS}
+
+
+def normalisation(settings):
+    """Coefficients need activations of a known length; the TopK family's loss is relative, and HypotheSAEs takes them as they are."""
+    automatic = "none" if settings.ARCHITECTURE in ("topk", "batchtopk") else "norm"
+    return automatic if settings.NORMALIZE_ACTIVATIONS == "auto" else settings.NORMALIZE_ACTIVATIONS
+
+
+def step_function(settings, device, n_done):
+    """The function that fills the gradients of the batch after `n_done` others: `step(sae, x, dead) -> (loss, fired)`."""
     import torch
 
+    from fastsae.architectures import DENSE, dense_step
     from fastsae.autoencoder import reference_step
     from fastsae.sparse_step import sparse_step
 
+    if settings.ARCHITECTURE in DENSE:
+        warmup = min(1.0, (n_done + 1) / settings.SPARSITY_WARMUP_STEPS) if settings.SPARSITY_WARMUP_STEPS else 1.0
+        return functools.partial(dense_step, **penalty(settings, warmup))
     if settings.ENGINE == "reference" or device == "mps":  # mps has no sparse products
         return functools.partial(reference_step, aux_coef=settings.AUX_COEF)
     return functools.partial(sparse_step, aux_coef=settings.AUX_COEF, select=getattr(torch, settings.SELECT_DTYPE))
 
 
-def end_epoch(run, tokens, settings):
-    """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run."""
-    from fastsae.metrics import evaluate
+def penalty(settings, warmup=1.0):
+    """What the losses of the dense architectures take."""
+    coefficient = settings.L0_COEFFICIENT if settings.ARCHITECTURE == "jumprelu" else settings.L1_COEFFICIENT
+    return {"sparsity": coefficient * warmup, "bandwidth": settings.JUMPRELU_BANDWIDTH,
+            "target_l0": settings.K if settings.JUMPRELU_LOSS == "target" else None}
 
-    result = evaluate(run.sae, tokens.activations, tokens.validation, tokens.example, tokens.special)
-    line = {"epoch": run.epoch, "loss": float(run.loss_sum) / len(tokens.train), "normalized_mse": result["normalized_mse"],
-            "l0": result["l0"], "dead_fraction": float((run.steps_since_fired > settings.DEAD_AFTER_STEPS).double().mean())}
+
+def end_epoch(run, tokens, settings):
+    """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run. Returns its line."""
+    from fastsae import parallel
+
+    line = parallel.from_rank_0(lambda: epoch_line(run, tokens, settings))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
         raise InputError(f"LEARNING_RATE: the loss is no number after epoch {run.epoch}. lower --learning-rate.")
     run.end_epoch(line)
-    artifacts.write_text(settings.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in run.history))
+    if parallel.world()[0] == 0:
+        artifacts.write_text(settings.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in run.history))
+    return line
 
 
-def epoch_batches(rows, batch_size, seed, epoch):
-    """The rows in an order that only (seed, epoch) decides, cut into batches; a last row left alone joins the batch before."""
-    order = np.random.default_rng((seed, epoch)).permutation(rows)
-    ends = list(range(batch_size, len(order), batch_size)) + [len(order)]
-    if len(ends) > 1 and ends[-1] - ends[-2] == 1:  # one row has no variance to normalise its loss by
-        del ends[-2]
-    return np.split(order, ends[:-1])
+def epoch_line(run, tokens, settings):
+    """What metrics.jsonl says of an epoch."""
+    from fastsae.architectures import DENSE, validation_loss
+    from fastsae.metrics import evaluate
+
+    result = evaluate(run.result(), tokens.activations, tokens.validation, tokens.example, tokens.special)
+    line = {"epoch": run.epoch, "loss": float(run.loss_sum) / len(tokens.train), "normalized_mse": result["normalized_mse"],
+            "prefix_normalized_mse": result["prefix_normalized_mse"], "l0": result["l0"],
+            "dead_fraction": float((run.steps_since_fired > settings.DEAD_AFTER_STEPS).double().mean())}
+    if settings.ARCHITECTURE in DENSE:
+        blocks = (run.normalisation(tokens.rows(rows).to(run.loss_sum.device)) for rows in
+                  np.array_split(tokens.validation, -(-len(tokens.validation) // 4096)))
+        line["validation_loss"] = validation_loss(run.sae, blocks, **penalty(settings))
+    return line
 
 
 def final_metrics(sae, tokens, history):
     """What metrics.json says, less the timing: on the validation tokens used, and on all of them, prefix and sinks included."""
     from fastsae.metrics import evaluate
+    from fastsae.training_run import best_epoch
 
     metrics = evaluate(sae, tokens.activations, tokens.validation, tokens.example, tokens.special)
     n_validation = metrics.pop("n_tokens")
     everything = evaluate(sae, tokens.activations, tokens.all_validation, tokens.example, tokens.special)
-    best_epoch = min(history, key=lambda line: line["normalized_mse"])["epoch"]
-    return {**metrics, "dead_fraction_training": history[best_epoch - 1]["dead_fraction"],
-            "n_train_tokens": len(tokens.train), "n_validation_tokens": n_validation, "epochs": len(history), "best_epoch": best_epoch,
+    best = best_epoch(history)
+    return {**metrics, "dead_fraction_training": history[best - 1]["dead_fraction"],
+            "n_train_tokens": len(tokens.train), "n_validation_tokens": n_validation, "epochs": len(history), "best_epoch": best,
             "n_excluded_shared_prefix": tokens.n_prefix, "n_excluded_sinks": tokens.n_sinks, "max_norm": tokens.max_norm,
             "with_prefix_and_sinks": {name: everything[name] for name in
                                       ("mse", "normalized_mse", "explained_variance", "l0", "mse_special_tokens", "n_tokens")}}
@@ -216,8 +245,9 @@ def report(metrics, timing, settings):
           f"dead {100 * metrics['dead_fraction']:.1f} %, MSE {metrics['mse']:.4g}")
     if metrics["normalized_mse"] >= 1:
         print("warning: normalised MSE is not below 1: worse than the mean activation. train longer, or raise --k or --m.")
-    if abs(metrics["l0"] - settings.K) > 0.25 * settings.K:
-        print(f"warning: L0 {metrics['l0']:.2f} is not near K = {settings.K}. with BatchTopK train longer; else lower --k.")
+    has_k = settings.ARCHITECTURE in ("topk", "batchtopk") or (settings.ARCHITECTURE, settings.JUMPRELU_LOSS) == ("jumprelu", "target")
+    if has_k and abs(metrics["l0"] - settings.K) > 0.25 * settings.K:
+        print(f"warning: L0 {metrics['l0']:.2f} is not near K = {settings.K}. with BatchTopK or JumpReLU train longer; else lower --k.")
     if metrics["dead_fraction"] > 0.05:
         print("warning: over 5 % of the features are dead. lower --m, raise --aux-k, or give more data.")
 
@@ -234,4 +264,9 @@ def point_to(metrics_path, path):
 
 
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    exit_code = run_stage(main)
+    if "RANK" in os.environ:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13): do without that
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -51,7 +51,7 @@ def tree():
 
     def size(name):
         n = next(value for path, value in sizes.items() if path.endswith(name))
-        return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
+        return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB" if n >= 1e3 else f"{n} B"
 
     checkpoint = next(path for path in sizes if path.endswith(".pt"))
     entries = [("activations/", ""), ("├── activations_layer12.npz", size(".npz") + "   residual stream of every token"),
@@ -84,7 +84,24 @@ def measured():
             f"**Against HypotheSAEs' `fit`** on the same tokens, split and hyperparameters (`results/compare_cognitive_500.json`, "
             f"{len(r['runs'])} seeds): normalised MSE {ours['normalized_mse']:.4f} against {theirs['normalized_mse']:.4f}, in "
             f"{ours['seconds']:.0f} s against {theirs['seconds']:.0f} s (median ratio {r['hypothesaes_seconds_over_ours_median']:.1f}).")
+    if (r := result("bench_extract")) is not None:
+        parts.append(extraction_speed(r))
     return "\n\n".join(parts)
+
+
+def extraction_speed(r):
+    def line(dtype):
+        s, ratio = r[dtype]["tokens_per_second"], r[dtype]["ratios"]
+        return (f"{dtype} {s['ours']:,.0f} tokens/s: {ratio['ours_over_seeds_loop']:.1f} times a loop over single texts through the whole model, "
+                f"{ratio['ours_over_padded_batches_of_16']:.1f} times padded batches of 16, {ratio['ours_over_one_at_a_time_cut']:.1f} times one "
+                f"at a time up to the layer; {100 * ratio['ours_share_of_gemm_limit']:.0f} % of what the blocks' matrix products alone would allow "
+                f"for all tokens ({100 * r[dtype]['share_of_tokens_computed']:.0f} % of them are computed, the rest is the shared prefix)")
+
+    memory = r.get("peak_memory_mb")
+    text = (f"**Extraction** (`results/bench_extract.json`, layer {r['settings']['layer']}, {r['machine']['device']}, "
+            f"{r['machine']['threads']} threads): {line('float32')}; {line('bfloat16')}.")
+    return text + (f" Peak memory of stage 1: {memory['dataset_x1']:,.0f} MB, and {memory['dataset_x10']:,.0f} MB for ten times the data."
+                   if memory else "")
 
 
 if __name__ == "__main__":

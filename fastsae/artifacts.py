@@ -112,6 +112,13 @@ def _keep_aside(path):
     print(f"the old one is kept as {target}")
 
 
+def set_aside(paths):
+    """Rename files to their `.old-n` names."""
+    for path in paths:
+        _keep_aside(path)
+        path.unlink()
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -184,10 +191,17 @@ def write_npz(path, arrays, *, keep_old=False):
             header = io.BytesIO()
             np.lib.format.write_array_header_1_0(
                 header, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape})
+            header = _aligned(header.getvalue(), file.tell() + 30 + len(f"{name}.npy") + 20)  # after the zip's own header of the member
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                member.write(header.getvalue())
+                member.write(header)
                 for block in blocks:
-                    member.write(np.ascontiguousarray(block, dtype).tobytes())
+                    member.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8))  # no copy of the whole
+
+
+def _aligned(header, offset):
+    """The header of a .npy with blanks added, so that at `offset` in a file its data begin at a multiple of 64: readers map them."""
+    pad = -(offset + len(header)) % 64
+    return header[:8] + (len(header) - 10 + pad).to_bytes(2, "little") + header[10:-1] + b" " * pad + b"\n"
 
 
 def read_npz(path, members=None, *, made_by):

@@ -2,6 +2,7 @@
 import torch
 
 from fastsae import artifacts
+from fastsae.architectures import DENSE, Normalisation, inference_weights, prepare
 from fastsae.errors import EnvironmentFailure
 from fastsae.sparse_step import TINY, active_entries, update_threshold
 
@@ -9,34 +10,44 @@ CONFIG_NAMES = ("input_dim", "m_total_neurons", "k_active_neurons", "aux_k", "mu
                 "prefix_lengths", "use_batch_topk")
 
 
-def checkpoint_name(m, k, prefixes=None):
-    """The file name HypotheSAEs gives such a checkpoint (without importing it, which takes seconds)."""
+def checkpoint_name(m, k, prefixes=None, architecture="topk"):
+    """The file name HypotheSAEs gives such a checkpoint (without importing it, which takes seconds); the dense ones name themselves."""
+    if architecture in DENSE:
+        return f"SAE_{architecture}_M={m}_K={k}.pt"
     if not prefixes:
         return f"SAE_M={m}_K={k}.pt"
     return f"SAE_matryoshka_M={m}_K={k}_prefixes={'-'.join(map(str, prefixes))}.pt"
 
 
 def new_sae(config, device="cpu"):
-    """A `hypothesaes.sae.SparseAutoencoder` from its config dict, its decoder stored as the transpose of (M, d) rows."""
+    """A `hypothesaes.sae.SparseAutoencoder` from its config dict, its decoder stored as the transpose of (M, d) rows.
+
+    `architecture` in the config is ours: without it TopK, or BatchTopK if it says use_batch_topk.
+    """
     from hypothesaes.sae import SparseAutoencoder
 
-    sae = SparseAutoencoder(**config, device=device)
+    config = dict(config)
+    architecture = config.pop("architecture", "batchtopk" if config.get("use_batch_topk") else "topk")
+    sae = SparseAutoencoder(**{**config, "use_batch_topk": architecture != "topk"}, device=device)  # above a threshold at inference
     sae.decoder.weight.data = sae.decoder.weight.data.t().contiguous().t()
+    prepare(sae, architecture)
     return sae
 
 
-def initialise(sae, sample, seed):
-    """HypotheSAEs' initialisation from a sample of activations (n, d): b_dec = median, unit decoder rows, tied encoder."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        weight = torch.empty(sae.decoder.weight.shape)
-        torch.nn.init.xavier_uniform_(weight)  # drawn on the CPU, so every device starts from the same numbers
-    with torch.no_grad():
-        sae.decoder.weight.copy_(weight)
-        sae.normalize_decoder_()
-        sae.encoder.weight.copy_(sae.decoder.weight.t())
-        sae.neuron_bias.zero_()
-        sae.input_bias.copy_(sample.median(dim=0).values)
+def inference_form(sae, normalisation):
+    """`sae`, trained on normalised activations, as one that takes them as they are; `sae` itself if there is nothing to change."""
+    if normalisation == Normalisation() and sae.architecture != "gated":
+        return sae
+    architecture = "jumprelu" if sae.architecture == "gated" else sae.architecture
+    form = new_sae({**config_of(sae), "architecture": architecture}, sae.input_bias.device).eval()
+    form.load_state_dict(inference_weights(sae, normalisation))
+    return form
+
+
+def config_of(sae):
+    """The dict that rebuilds `sae`. HypotheSAEs reads all but JumpReLU's: a standard one is BatchTopK with a threshold of 0 to it."""
+    config = {name: getattr(sae, name) for name in CONFIG_NAMES}
+    return {**config, "architecture": sae.architecture} if sae.architecture in ("jumprelu", "gated") else config
 
 
 def reference_step(sae, x, dead, *, aux_coef):
@@ -81,12 +92,11 @@ def decode(sae, entries):
 
 
 def save_sae(path, sae, meta):
-    """Write `{"config", "state_dict", "meta"}`, readable by `hypothesaes.sae.load_model`; refuses weights that are not finite."""
+    """Write `{"config", "state_dict", "meta"}`, which `hypothesaes.sae.load_model` reads (see `config_of`); never NaN or infinity."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sae.state_dict().items()}
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         raise EnvironmentFailure(f"{path}: not written, the weights hold NaN or infinity. lower --learning-rate.")
-    config = {name: getattr(sae, name) for name in CONFIG_NAMES}
-    artifacts.write_checkpoint(path, {"config": config, "state_dict": state, "meta": meta})
+    artifacts.write_checkpoint(path, {"config": config_of(sae), "state_dict": state, "meta": meta})
 
 
 def load_sae(path, device="cpu"):

@@ -1,28 +1,13 @@
-"""Examples: reading a dataset, rendering the model's chat template, tokenising, and the kind and role of every token."""
-import json
+"""Examples as tokens: rendering the model's chat template, tokenising, and the kind and role of every token."""
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from fastsae.errors import InputError
+from fastsae.sources import Example, read_dataset  # noqa: F401  (offered here too: examples and their tokens go together)
 
 CONTENT, TEMPLATE, SHARED_PREFIX = 0, 1, 2          # values of token_kind
 ROLES = ("none", "system", "user", "assistant", "tool")  # values of token_role; none = the template itself, or plain text
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-                  "bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool", "function": "tool",
-                  "observation": "tool"}
-MAX_REPORTED = 10
-
-
-@dataclass
-class Example:
-    """One row of a dataset. `line` is its line number, or its place in a JSON array (both from 1)."""
-
-    line: int
-    messages: list          # [{"role", "content"}]
-    is_text: bool = False   # the row had a plain text, which became one user turn
-    label: str | None = None
 
 
 @dataclass
@@ -37,103 +22,6 @@ class Tokens:
     spans: list = field(default_factory=list)
 
 
-def read_dataset(path, *, text_field="text", label_field=None, max_examples=None):
-    """Examples of a JSONL file or a JSON array, in order. Raises InputError naming file and line for up to ten bad rows."""
-    path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: is not UTF-8. convert it, for example: iconv -f UTF-16 -t UTF-8 {path.name}.") from None
-    examples, problems = [], []
-    for number, row in _rows(text, path):
-        if max_examples is not None and len(examples) >= max_examples:
-            break
-        try:
-            if isinstance(row, ValueError):
-                raise row
-            examples.append(_example(number, row, text_field, label_field))
-        except ValueError as error:
-            problems.append(f"{path}:{number}: {error}")
-            if len(problems) > MAX_REPORTED:
-                break
-    if problems:
-        more = [f"{path}: more bad rows follow. mend these first."] if len(problems) > MAX_REPORTED else []
-        raise InputError("\n".join(problems[:MAX_REPORTED] + more))
-    if len(examples) < 2:
-        raise InputError(f"{path}: has {len(examples)} examples. at least 2 are needed, one to train on and one to validate.")
-    return examples
-
-
-def _rows(text, path):
-    """(number, parsed row or ValueError) for each row of JSONL text, or each item of a JSON array."""
-    if text.lstrip()[:1] == "[":
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: bad JSON ({error.msg}, column {error.colno}). mend the array.") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:1: bad JSON ({error}). mend the array.") from None
-        yield from enumerate(items, 1)
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            yield number, ValueError(f"bad JSON ({error.msg}, column {error.colno}). each line must be one JSON object.")
-        except (ValueError, RecursionError) as error:
-            yield number, ValueError(f"bad JSON ({str(error).split(';')[0]}). each line must be one JSON object.")
-
-
-def _example(number, row, text_field, label_field):
-    if not isinstance(row, dict):
-        raise ValueError("the row is no JSON object. write {\"text\": ...}.")
-    if row.get("messages") is not None:
-        messages = _messages(row["messages"], "messages", "role", "content")
-    elif row.get("conversations") is not None:
-        messages = _messages(row["conversations"], "conversations", "from", "value")
-    elif text_field in row:
-        messages = [{"role": "user", "content": _content(row[text_field], text_field)}]
-    else:
-        fields = ", ".join(name if name.isprintable() else repr(name) for name in list(row)[:8]) or "none"
-        raise ValueError(f"has no {text_field}, messages or conversations (its fields: {fields}). add one, or name yours with --text-field.")
-    label = row.get(label_field) if label_field else None
-    is_text = row.get("messages") is None and row.get("conversations") is None
-    return Example(number, messages, is_text, None if label is None else _encodable(str(label), label_field))
-
-
-def _messages(turns, name, role_key, content_key):
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{name} is no non-empty list. write [{{\"{role_key}\": ..., \"{content_key}\": ...}}].")
-    messages = []
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
-            raise ValueError(f"{name}[{i}] has no {role_key} and {content_key}. write both.")
-        role = SHAREGPT_ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
-        if role is None:
-            raise ValueError(f"{name}[{i}] has the unknown {role_key} {turn[role_key]!r:.40}. use system, user, assistant or tool.")
-        messages.append({"role": role, "content": _content(turn[content_key], f"{name}[{i}].{content_key}")})
-    return messages
-
-
-def _content(value, name):
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {type(value).__name__}, not text. write a JSON string.")
-    if not value.strip():
-        raise ValueError(f"{name} is empty. remove the row or give it text.")
-    return _encodable(value, name)
-
-
-def _encodable(value, name):
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} holds half of a surrogate pair, which no tokenizer and no file can hold. remove it.") from None
-    return value
-
-
 class ChatTokenizer:
     """Turns examples into tokens as the model's own chat template has them; text from the data stays text.
 
@@ -141,7 +29,8 @@ class ChatTokenizer:
     tokenizer's own BOS). `date` is handed to templates that print today's date, so that runs are repeatable.
     """
 
-    def __init__(self, tokenizer, *, chat_template=True, max_length, date="", dataset_name="dataset"):
+    def __init__(self, tokenizer, *, chat_template=True, max_length=None, date="", dataset_name="dataset", special_tokens=True):
+        self.special_tokens = special_tokens and not chat_template  # BOS and the like; a template writes its own
         self.tokenizer, self.max_length, self.date, self.dataset_name = tokenizer, max_length, date, dataset_name
         self.chat_template = chat_template
         if chat_template and not tokenizer.chat_template:
@@ -248,7 +137,7 @@ class ChatTokenizer:
         if not texts:
             return []
         options = {"split_special_tokens": True} if split_special else {}
-        out = self.tokenizer(texts, add_special_tokens=not self.chat_template and not split_special,
+        out = self.tokenizer(texts, add_special_tokens=self.special_tokens and not split_special,
                              return_offsets_mapping=True, return_attention_mask=False, **options)
         return [(np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
                 for ids, offsets in zip(out["input_ids"], out["offset_mapping"])]
@@ -262,25 +151,73 @@ class ChatTokenizer:
             inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
             kind[inside], role[inside] = CONTENT, role_number
         n = self.max_length
-        return Tokens(ids[:n], kind[:n], role[:n], len(ids) > n, sum(is_control for *_, is_control in parts))
+        return Tokens(ids[:n], kind[:n], role[:n], n is not None and len(ids) > n, sum(is_control for *_, is_control in parts))
 
 
-def mark_shared_prefix(tokens):
+@dataclass
+class TokenTable:
+    """All examples of a run: their tokens one after the other, 6 bytes each, and where each example came from."""
+
+    ids: np.ndarray      # (n_tokens,) int32
+    kind: np.ndarray     # (n_tokens,) uint8
+    role: np.ndarray     # (n_tokens,) uint8
+    lengths: np.ndarray  # (n_examples,) int32
+    lines: np.ndarray    # (n_examples,) int32, line number in the dataset (in blocks: number of the block)
+    n_truncated: int = 0
+    n_control_strings: int = 0
+
+    @property
+    def starts(self):
+        """(n_examples + 1,) first row of each example, and the number of tokens."""
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+
+def tokenise(examples, tokenizer, batch_size=512):
+    """A TokenTable of an iterable of examples, by `tokenizer` (a ChatTokenizer), a batch at a time so that no text is kept."""
+    columns, lengths, lines, counts = ([], [], []), [], [], [0, 0]
+
+    def take(batch):
+        tokens = tokenizer(batch)
+        for column, name in zip(columns, ("ids", "kind", "role")):
+            column.append(np.concatenate([getattr(t, name) for t in tokens]))
+        lengths.extend(len(t.ids) for t in tokens)
+        lines.extend(example.line for example in batch)
+        counts[0] += sum(t.truncated for t in tokens)
+        counts[1] += sum(t.n_control_strings for t in tokens)
+
+    batch = []
+    for example in examples:
+        batch.append(example)
+        if len(batch) == batch_size:
+            take(batch)
+            batch = []
+    if batch:
+        take(batch)
+    ids, kind, role = (np.concatenate(column) if column else np.zeros(0, np.int32) for column in columns)
+    return TokenTable(ids, kind, role, np.array(lengths, np.int32), np.array(lines, np.int32), *counts)
+
+
+def cut_blocks(table, block_length):
+    """The same tokens as blocks of `block_length` (block training): (TokenTable, tokens left over at the end)."""
+    n, rest = divmod(len(table.ids), block_length)
+    end = n * block_length
+    return TokenTable(table.ids[:end], table.kind[:end], table.role[:end], np.full(n, block_length, np.int32),
+                      np.arange(1, n + 1, dtype=np.int32), 0, table.n_control_strings), rest
+
+
+def mark_shared_prefix(table):
     """Set `kind` to SHARED_PREFIX on the leading tokens that all examples have in common; returns how many.
 
     Causal attention gives these the same activations in every example. If the common part is all of some example (equal
     texts, or one example only), just the template's own leading tokens count.
     """
-    first = tokens[0].ids
-    shared = min(len(t.ids) for t in tokens)
-    for t in tokens[1:]:
-        different = np.flatnonzero(first[:shared] != t.ids[:shared])
-        shared = int(different[0]) if len(different) else shared
-    if shared == min(len(t.ids) for t in tokens):
-        content = np.flatnonzero(tokens[0].kind[:shared] == CONTENT)
+    starts, shortest = table.starts[:-1], int(table.lengths.min())
+    shared = next((i for i in range(shortest) if (table.ids[starts + i] != table.ids[i]).any()), shortest)
+    if shared == shortest:
+        content = np.flatnonzero(table.kind[:shared] == CONTENT)
         shared = int(content[0]) if len(content) else 0
-    for t in tokens:
-        t.kind[:shared] = SHARED_PREFIX
+    for i in range(shared):
+        table.kind[starts + i] = SHARED_PREFIX
     return shared
 
 

@@ -90,7 +90,7 @@ class Evidence:
         for first, last in example_blocks(np.concatenate([[0], np.cumsum(lengths)])):
             rows = np.concatenate([np.arange(self.offsets[e], self.offsets[e + 1]) for e in order[first:last]])
             rows = rows[self.statistics.kept[rows]]
-            features = encode_rows(self.sae, torch.from_numpy(self.data["activations"][rows]).float()).tocsc()
+            features = encode_rows(self.sae, torch.from_numpy(np.array(self.data["activations"][rows], np.float32))).tocsc()
             features.sort_indices()
             for example in order[first:last]:
                 left, right = np.searchsorted(rows, self.offsets[example:example + 2])

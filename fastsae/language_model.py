@@ -222,28 +222,68 @@ def decoder_stack(model):
 
 
 class ResidualModel:
-    """The first `layer` blocks of a model; `model(ids)` gives the residual stream after them."""
+    """A model's blocks up to the highest of `layers`; `model(ids)` gives the residual stream after each of them.
 
-    def __init__(self, name, layer, *, revision=None, cache_dir=None, device="cpu", dtype):
+    `exact_twin` leaves transformers' own kernels in place: the slow twin that tests and the benchmark compare with.
+    """
+
+    def __init__(self, name, layers, *, revision=None, cache_dir=None, device="cpu", dtype, exact_twin=False):
         import torch
 
         transformers, located = _transformers(), locate(name, cache_dir)
         options = _gguf_options(transformers) if located.endswith(".gguf") else {}
         model = _load(transformers.AutoModelForCausalLM.from_pretrained, located, name, dtype=dtype, **options, **_hub(revision, cache_dir))
         self.revision = getattr(model.config, "_commit_hash", None)
+        self.layers = (layers,) if isinstance(layers, int) else tuple(layers)
         stack = decoder_stack(model)
-        stack.layers = stack.layers[:layer]   # later blocks, the final norm and the head never run
-        stack.norm = torch.nn.Identity()      # otherwise the last hidden state is normed
+        stack.layers = stack.layers[:max(self.layers)]   # later blocks, the final norm and the head never run
+        stack.norm = torch.nn.Identity()                 # otherwise the last hidden state is normed
         self.stack = stack.to(device).eval()
         self.device, self.dtype = device, dtype
         self.d_model = model.config.get_text_config().hidden_size
+        self._streams = {}
+        for layer in self.layers:
+            stack.layers[layer - 1].register_forward_hook(
+                lambda _, __, out, layer=layer: self._streams.update({layer: out[0] if isinstance(out, tuple) else out}))
+        if device == "cpu" and not exact_twin:
+            from fastsae.cpu_speed import quicken
 
-    def __call__(self, ids):
-        """(batch, length) int tensor, padded on the right with any id -> (batch, length, d_model) on the device.
+            quicken(stack)
 
-        No attention mask is needed: attention is causal, so no real token ever sees the padding that follows it.
+    def __call__(self, ids, prefix=None):
+        """(batch, length) int tensor, padded on the right with any id -> {layer: (batch, length, d_model)} on the device.
+
+        No attention mask is needed: attention is causal, so no real token ever sees the padding that follows it. `prefix`, from
+        `read_prefix`, stands before every row.
         """
         import torch
 
         with torch.inference_mode():
-            return self.stack(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+            cache = None if prefix is None else self._cache([(k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1))
+                                                             for k, v in prefix])
+            self.stack(input_ids=ids.to(self.device, non_blocking=True), past_key_values=cache, use_cache=cache is not None)
+            streams, self._streams = self._streams, {}
+            return streams
+
+    def read_prefix(self, ids):
+        """((length,) int tensor) -> (what `__call__` takes as `prefix`, {layer: (length, d_model)}).
+
+        The first is None if a layer's attention window is shorter than the prefix, which then cannot be reused.
+        """
+        import torch
+
+        with torch.inference_mode():
+            cache = self._cache([])
+            self.stack(input_ids=ids[None].to(self.device), past_key_values=cache, use_cache=True)
+            streams, self._streams = self._streams, {}
+            kept = [(layer.keys, layer.values) for layer in cache.layers[:len(self.stack.layers)]]
+            whole = all(keys.shape[-2] == len(ids) for keys, _ in kept)
+            return kept if whole else None, {layer: stream[0] for layer, stream in streams.items()}
+
+    def _cache(self, keys_and_values):
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.stack.config)
+        for i, (keys, values) in enumerate(keys_and_values):
+            cache.update(keys, values, i)
+        return cache

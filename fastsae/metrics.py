@@ -11,7 +11,7 @@ BATCH = 4096
 def evaluate(sae, activations, rows, example_of_row, special):
     """Metrics of `sae` on the given rows of `activations`.
 
-    Args: activations (n_tokens, d) CPU tensor; rows (n,) the tokens to use; example_of_row (n_tokens,) example numbers;
+    Args: activations (n_tokens, d) CPU tensor or (mapped) array; rows (n,) the tokens to use; example_of_row (n_tokens,) example numbers;
     special (n_tokens,) bool, the tokens that count for mse_special_tokens.
 
     `mse` is FAST's (arXiv 2506.07691, eq. 7): squared error per dimension, the mean over the tokens of an example, then over
@@ -25,7 +25,7 @@ def evaluate(sae, activations, rows, example_of_row, special):
     fired = torch.zeros(sae.m_total_neurons, dtype=torch.bool, device=device)
     total, total_squared = torch.zeros(activations.shape[1], dtype=torch.float64), 0.0
     for start in range(0, len(rows), BATCH):
-        x = activations[rows[start:start + BATCH]].to(device).float()
+        x = torch.as_tensor(activations[rows[start:start + BATCH]]).to(device).float()
         entries = encode(sae, x)
         reconstruction = decode(sae, entries)
         error = (reconstruction - x).square().sum(1)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastsae import parallel
+
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 TINY = 1e-12       # floor of a batch's variance, so that constant batches divide by something
@@ -160,11 +162,17 @@ def _above(sae, x_centred, bound):
 
 def _batch_top_k(sae, x_centred):
     """The K * B largest entries of the batch. A bound a little under the usual threshold leaves few candidates to sort."""
-    n_wanted = min(sae.k_active_neurons, sae.m_total_neurons) * len(x_centred)
+    n_rows = int(parallel.total(torch.tensor([len(x_centred)])))
+    n_wanted = min(sae.k_active_neurons, sae.m_total_neurons) * n_rows
     candidates = _above(sae, x_centred, 0.8 * sae.threshold if sae.threshold > 0 else -torch.inf)
-    if len(candidates.value) < n_wanted:
+    values = parallel.joined(candidates.value)
+    if len(values) < n_wanted:
         candidates = _above(sae, x_centred, -torch.inf)
-    chosen = candidates.value.topk(n_wanted, sorted=False).indices.sort().values
+        values = parallel.joined(candidates.value)
+    if parallel.together():  # each process keeps those of its own that are among the largest of all
+        chosen = candidates.value >= values.topk(n_wanted, sorted=False).values.min()
+    else:
+        chosen = values.topk(n_wanted, sorted=False).indices.sort().values
     entries = candidates.keep(chosen)
     entries.value.relu_()
     return entries
@@ -175,11 +183,12 @@ def sparse_step(sae, x, dead, *, aux_coef, select=torch.float32):
     """Fill `.grad` of all four parameters of a `hypothesaes.sae.SparseAutoencoder` for one batch.
 
     Args: x (B, d) float32; dead (M,) bool, the features that aux-k should revive; aux_coef, the weight of that loss; select, see
-    `active_entries`. Returns (loss, fired): the loss as a 0-d tensor, and fired (M,) bool. `sae.decoder.weight` must be the
+    `active_entries`. Returns (loss, fired): the loss as a 0-d tensor, and fired (M,) bool; of several processes, each one's
+    part. `sae.decoder.weight` must be the
     transpose of a contiguous (M, d) tensor (see `autoencoder.new_sae`).
     """
     decoder = sae.decoder.weight.detach().t()  # (M, d)
-    n, d = x.shape
+    (n, d), n_all = x.shape, _rows_of_all(x)
     prefixes = sae.prefix_lengths or [sae.m_total_neurons]
     n_levels = len(prefixes)
     x_centred = x - sae.input_bias
@@ -193,11 +202,11 @@ def sparse_step(sae, x, dead, *, aux_coef, select=torch.float32):
     for i in range(1, n_levels):
         error[:, i] += error[:, i - 1]                   # now (reconstruction from the prefix) - x
     variance = _variance(x_centred)
-    loss = torch.linalg.vector_norm(error).square() / (error.numel() * variance)  # mean over levels of their normalised MSE
+    loss = torch.linalg.vector_norm(error).square() / (n_all * n_levels * d * variance)  # mean over levels of their normalised MSE
     residual = -error[:, -1] if sae.aux_k and aux_coef and bool(dead.any()) else None
 
     # d loss / d (level's part) sums the gradients of all prefixes that contain the level.
-    grad_out = error.mul_(2 / (n * n_levels * d * variance))
+    grad_out = error.mul_(2 / (n_all * n_levels * d * variance))
     for i in range(n_levels - 1, 0, -1):
         grad_out[:, i - 1] += grad_out[:, i]
     grad_input_bias = grad_out[:, 0].sum(0)
@@ -222,11 +231,20 @@ def sparse_step(sae, x, dead, *, aux_coef, select=torch.float32):
     return loss, fired
 
 
+def _rows_of_all(x):
+    """How many rows the batch has in all processes together."""
+    return int(parallel.total(torch.tensor([len(x)]))) if parallel.together() else len(x)
+
+
 def _variance(x):
     """Mean squared distance of the rows of x (B, d) from their mean, per dimension; about 20 times faster than `x.var(0).mean()`.
 
     The rows must be roughly centred, or the difference of squares would lose digits: x - b_dec and residuals are.
     """
+    if parallel.together():
+        sums = parallel.total(torch.cat([x.sum(0), torch.linalg.vector_norm(x).square()[None], x.new_tensor([len(x)])]))
+        n, d = sums[-1], x.shape[1]
+        return (sums[-2] / (n * d) - (sums[:-2] / n).square().mean()).clamp_min(TINY)
     return (torch.linalg.vector_norm(x).square() / x.numel() - x.mean(0).square().mean()).clamp_min(TINY)
 
 
@@ -253,8 +271,9 @@ def _aux_loss(sae, x_centred, decoder, residual, dead, aux_coef):
     aux = _full(columns[choice], pre.gather(1, choice), sae.m_total_neurons)
     error = aux.times(decoder) - residual  # (B, d)
     variance = _variance(residual)
-    loss = aux_coef * error.square().mean() / variance
-    return aux, loss, error * (2 * aux_coef / (error.numel() * variance))
+    numel = _rows_of_all(error) * error.shape[1]
+    loss = aux_coef * error.square().sum() / (numel * variance)
+    return aux, loss, error * (2 * aux_coef / (numel * variance))
 
 
 def update_threshold(sae, values, rate=1e-2):
@@ -262,6 +281,7 @@ def update_threshold(sae, values, rate=1e-2):
 
     (HypotheSAEs starts it at 0, which leaves it too low after short runs.)
     """
-    positive = torch.where(values > 0, values, torch.inf).min()
+    positive = torch.where(values > 0, values, torch.inf)
+    positive = parallel.least(positive.min() if len(values) else values.new_tensor(torch.inf))
     positive = torch.where(positive.isinf(), sae.threshold, positive)
     sae.threshold.copy_(torch.where(sae.threshold == 0, positive, sae.threshold.lerp(positive, rate)))

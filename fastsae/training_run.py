@@ -4,27 +4,54 @@ import time
 
 import torch
 
-from fastsae import artifacts
-from fastsae.autoencoder import initialise, new_sae
+from fastsae import artifacts, parallel
+from fastsae.architectures import choose_normalisation
+from fastsae.autoencoder import inference_form, new_sae
 from fastsae.errors import EnvironmentFailure
+from fastsae.initialisation import initialise
 
 
 class TrainingRun:
     """An autoencoder with its optimizer, counters, history and best weights so far.
 
     `epoch` counts from 1 and `batch` is the number of batches done in it, `steps_since_fired` (M,) counts steps. The data order is a
-    function of seed and epoch alone, so these place a run exactly.
+    function of seed and epoch alone, so these place a run exactly. `start` goes to `initialise`.
     """
 
-    def __init__(self, config, sample, *, seed, device, learning_rate):
-        self.sae = new_sae(config, device).eval()
-        initialise(self.sae, sample.to(device), seed)
+    def __init__(self, config, sample, *, seed, device, learning_rate, normalise="none", **start):
+        self.sae, sample = new_sae(config, device).eval(), sample.to(device)
+        self.normalisation = choose_normalisation(normalise, sample)  # a function of the sample, so it needs no saving
+        initialise(self.sae, self.normalisation(sample), seed, **start)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=learning_rate, fused=not device.startswith("mps"))
         self.steps_since_fired = torch.zeros(config["m_total_neurons"], dtype=torch.long, device=device)
         self.loss_sum = torch.zeros((), device=device)  # over the tokens of this epoch
         self.epoch, self.batch, self.trained_tokens, self.seconds = 1, 0, 0, 0.0
         self.history, self.best_epoch, self.best_state = [], None, None
         self._since = time.perf_counter()
+
+    def step(self, fill_gradients, x, *, learning_rate, dead_after, clip_grad):
+        """One step on the batch x (B, d): `fill_gradients(sae, x, dead) -> (loss, fired)`, Adam, decoder rows kept at length 1."""
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        loss, fired = fill_gradients(self.sae, self.normalisation(x), self.steps_since_fired > dead_after)
+        n_tokens = len(x)
+        if parallel.together():
+            loss, fired = parallel.total(loss), parallel.anywhere(fired)
+            n_tokens = int(parallel.total(torch.tensor([n_tokens])))
+            for parameter in self.sae.parameters():
+                parallel.total(parameter.grad)
+        self.steps_since_fired = torch.where(fired, 0, self.steps_since_fired + 1)
+        self.sae.adjust_decoder_gradient_()  # keep only what turns the decoder's directions
+        if clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip_grad)
+        self.optimizer.step()
+        self.sae.normalize_decoder_()
+        self.loss_sum += loss * n_tokens
+        self.trained_tokens += n_tokens
+        self.batch += 1
+
+    def result(self):
+        """The autoencoder in the form in which it is measured and saved: it takes activations as they are."""
+        return inference_form(self.sae, self.normalisation)
 
     def elapsed(self):
         """Seconds of training, those before an interruption included."""
@@ -35,14 +62,16 @@ class TrainingRun:
     def end_epoch(self, line):
         """Append the epoch's line to the history and keep the weights if they are the best on validation."""
         self.history.append(line)
-        if self.best_epoch is None or line["normalized_mse"] < self.history[self.best_epoch - 1]["normalized_mse"]:
+        if best_epoch(self.history) == self.epoch:
             self.best_epoch = self.epoch
             self.best_state = {name: value.clone() for name, value in self.sae.state_dict().items()}
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sum.zero_()
 
     def save(self, path, fingerprint):
-        """Write the whole state; it takes the place of the one before when it is complete."""
+        """Write the whole state; it takes the place of the one before when it is complete. Rank 0 writes for all: theirs are equal."""
+        if parallel.world()[0]:
+            return
         plain = {name: getattr(self, name) for name in ("epoch", "batch", "trained_tokens", "history", "best_epoch")}
         artifacts.write_checkpoint(path, {
             "fingerprint": fingerprint, "plain": {**plain, "seconds": self.elapsed()}, "sae": _contiguous(self.sae.state_dict()),
@@ -69,6 +98,14 @@ class TrainingRun:
         self.best_state = state["best_state"] and {name: value.to(self.loss_sum.device) for name, value in state["best_state"].items()}
         self._since = time.perf_counter()
         return True
+
+
+def best_epoch(history):
+    """The first epoch with the least validation loss (normalised MSE for the TopK family, whose number of features is given).
+
+    Without the penalty in it, the best epoch of the others would be an early one that is hardly sparse.
+    """
+    return 1 + min(range(len(history)), key=lambda i: history[i].get("validation_loss", history[i]["normalized_mse"]))
 
 
 def _contiguous(state):

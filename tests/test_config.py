@@ -149,7 +149,8 @@ def test_flags_reach_the_stages_that_know_them(monkeypatch, tmp_path):
     (["--dataset-path", "nowhere.jsonl"], "DATASET_PATH"), (["--dataset-path", "/"], "DATASET_PATH"),
     (["--dataset-path", "~nobody-of-this-name/x.jsonl"], "DATASET_PATH"), (["--dataset-path", 300 * "a"], "DATASET_PATH"),
     (["--run-name", ".."], "RUN_NAME"), (["--run-name", "a/b"], "RUN_NAME"), (["--run-name="], "RUN_NAME"),
-    (["--preset", "large"], "PRESET"), (["--layers", "12"], "--layers"), (["--layer", "12"], "--layer"), (["stray"], "stray"),
+    (["--preset", "large"], "PRESET"), (["--layer-ids", "12"], "--layer-ids"), (["--layers", "0,3"], "LAYERS"), (["--layers", "3,3"], "LAYERS"),
+    (["--block-length", "1"], "BLOCK_LENGTH"), (["--dedup-ngram", "-1"], "DEDUP_NGRAM"), (["--processing", "blocks"], "PROCESSING"), (["--layer", "12"], "--layer"), (["stray"], "stray"),
     (["--use-matryoshka=true"], "command line"), (["--m"], "M"), (["--learning-rate", "-1e-3"], "LEARNING_RATE")])
 def test_one_bad_flag_is_one_line(refused, flags, name):
     line, = refused(*flags)

@@ -7,9 +7,9 @@ import torch
 from conftest import PROJECT
 
 import extract_activations
-from fastsae import artifacts
-from fastsae.examples import (CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example, flatten_activations, mark_shared_prefix,
-                              pad_activations, read_dataset)
+from fastsae import artifacts, extraction
+from fastsae.examples import (CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example, TokenTable, flatten_activations,
+                              mark_shared_prefix, pad_activations, read_dataset)
 
 TEXTS = ["The bread rose twice.", "I forgot the key, so I waited on the stairs until Ada came home.", "Seven times eight is fifty-six.",
          "Why does the tap drip only at night?", "We chose the longer road."]
@@ -149,17 +149,17 @@ def test_truncation_is_counted(tmp_path, dataset, run_main):
 
 
 def test_shared_prefix_by_hand():
-    def tokens(*ids):
-        from fastsae.examples import Tokens
-        return Tokens(np.array(ids, np.int32), np.array([1, 1] + [0] * (len(ids) - 2), np.uint8), np.zeros(len(ids), np.uint8))
+    def table(*examples):
+        ids = np.concatenate([np.array(e, np.int32) for e in examples])
+        kind = np.concatenate([np.array([1, 1] + [0] * (len(e) - 2), np.uint8) for e in examples])
+        lengths = np.array([len(e) for e in examples], np.int32)
+        return TokenTable(ids, kind, np.zeros(len(ids), np.uint8), lengths, np.arange(1, len(lengths) + 1, dtype=np.int32))
 
-    several = [tokens(1, 2, 3, 4), tokens(1, 2, 3, 5, 6), tokens(1, 2, 3, 4, 9)]
+    several = table([1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 3, 4, 9])
     assert mark_shared_prefix(several) == 3
-    assert several[1].kind.tolist() == [2, 2, 2, 0, 0]
-    equal = [tokens(1, 2, 3), tokens(1, 2, 3)]  # equal texts: only the template's own tokens count
-    assert mark_shared_prefix(equal) == 2
-    contained = [tokens(1, 2, 3), tokens(1, 2, 3, 4)]
-    assert mark_shared_prefix(contained) == 2
+    assert several.kind.tolist() == [2, 2, 2, 0] + [2, 2, 2, 0, 0] * 2
+    assert mark_shared_prefix(table([1, 2, 3], [1, 2, 3])) == 2  # equal texts: only the template's own tokens count
+    assert mark_shared_prefix(table([1, 2, 3], [1, 2, 3, 4])) == 2
 
 
 def test_an_interrupted_run_goes_on_and_ends_in_equal_bytes(tmp_path, dataset, run_main, tiny_model, monkeypatch):
@@ -204,9 +204,9 @@ def test_padding_and_flattening_are_inverses():
 
 
 def test_batches_and_chunks_by_hand():
-    assert extract_activations.split_batches([5, 3, 9, 1], 10) == [[2], [0, 1], [3]]
-    assert extract_activations.split_batches([50], 10) == [[0]]
-    assert extract_activations.split_chunks([5, 5, 5, 5, 1], 10) == [(0, 2), (2, 4), (4, 5)]
+    assert extraction.split_batches([5, 3, 9, 1], 10) == [[2], [0, 1], [3]]
+    assert extraction.split_batches([50], 10) == [[0]]
+    assert extraction.split_chunks([5, 5, 5, 5, 1], 10) == [(0, 2), (2, 4), (4, 5)]
 
 
 def test_float16_that_cannot_hold_the_numbers_is_refused(tmp_path, dataset, run_main, tiny_model, capsys):

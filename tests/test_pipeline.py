@@ -81,7 +81,7 @@ def test_readme_commands_parse():
     assert commands[0].endswith("run_pipeline.py") and "pytest" in commands[1]
     checked = 0
     for command in commands:
-        words = shlex.split(command.split("&&")[-1])
+        words = shlex.split(command.split("&&")[-1], comments=True)
         if not any(word in ("run_pipeline.py", *config.STAGES) for word in words):
             continue
         script = next(word for word in words if word.endswith(".py"))

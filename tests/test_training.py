@@ -7,10 +7,8 @@ import pytest
 import torch
 from conftest import planted_tokens
 
-import train_sae
 from fastsae import artifacts
 from fastsae.autoencoder import checkpoint_name, load_sae
-from fastsae.errors import InputError
 from fastsae.metrics import evaluate
 from fastsae.tokens import split_examples, usable_tokens
 
@@ -54,17 +52,6 @@ def test_sizes_that_leave_one_row_over(tmp_path, write_activations, run_main, si
     assert np.isfinite(metrics["normalized_mse"])
     sae, _ = load_sae(checkpoint_of(tmp_path))
     assert all(bool(value.isfinite().all()) for value in sae.state_dict().values())
-
-
-def test_epoch_batches_hold_every_row_once_and_depend_on_seed_and_epoch_alone():
-    rows = np.arange(100, 613)
-    batches = train_sae.epoch_batches(rows, 512, 0, 1)
-    assert [len(b) for b in batches] == [513]
-    assert sorted(np.concatenate(batches)) == rows.tolist()
-    assert [len(b) for b in train_sae.epoch_batches(np.arange(1026), 512, 0, 1)] == [512, 512, 2]
-    assert np.array_equal(batches[0], train_sae.epoch_batches(rows, 512, 0, 1)[0])
-    assert not np.array_equal(batches[0], train_sae.epoch_batches(rows, 512, 0, 2)[0])
-    assert not np.array_equal(batches[0], train_sae.epoch_batches(rows, 512, 1, 1)[0])
 
 
 def test_hypothesaes_reads_the_checkpoint(tmp_path, write_activations, run_main):
@@ -218,13 +205,9 @@ def test_usable_tokens_by_hand():
     assert bound is None and keep.all()
 
 
-def test_too_few_tokens_name_the_setting(tmp_path, write_activations):
-    import config
-
-    flags = write_activations(np.ones((2, 4), np.float32), [1, 1])
-    settings = config.resolve(train_sae.__file__, argv=[*flags])
-    with pytest.raises(InputError, match="VALIDATION_FRACTION"):
-        train_sae.Tokens(settings)
+def test_too_few_tokens_name_the_setting(write_activations, run_main, capsys):
+    assert run_main("train_sae", *write_activations(np.ones((2, 4), np.float32), [1, 1]), *SMALL) == 2
+    assert "VALIDATION_FRACTION" in capsys.readouterr().err
 
 
 def test_checkpoints_hold_no_time(tmp_path, write_activations, run_main):

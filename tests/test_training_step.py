@@ -3,7 +3,8 @@ import pytest
 import torch
 from hypothesaes.sae import SparseAutoencoder
 
-from fastsae.autoencoder import initialise, new_sae, reference_step
+from fastsae.autoencoder import new_sae, reference_step
+from fastsae.initialisation import initialise
 from fastsae.sparse_step import sparse_step
 
 VARIANTS = {"topk": {}, "matryoshka": {"prefix_lengths": [8, 24, 64]}, "batchtopk": {"use_batch_topk": True},

@@ -19,9 +19,9 @@ TRAPS = {
     "a checkpoint is reused for its name": "test_training.test_only_a_checkpoint_of_the_same_settings_is_reused",
     "the whole matrix goes to the device for a median": "test_traps.test_initialisation_takes_a_sample",
     "the Responses API is used, which local servers lack":
-        "test_interpretation.test_labels_come_through_hypothesaes_prompts_and_chat_completions",
-    "failures and refusals become labels": "test_interpretation.test_a_failure_is_a_status_and_never_a_label",
-    "a torn cache loses every label": "test_interpretation.test_a_torn_journal_loses_one_line_only",
+        "test_interpretation_llm.test_labels_scores_and_validation_end_to_end",
+    "failures and refusals become labels": "test_interpretation_llm.test_a_failure_is_a_status_and_never_a_label",
+    "a torn cache loses every label": "test_interpretation_llm.test_a_torn_journal_loses_one_line_only",
     "only OPENAI_KEY_SAE is read": "test_traps.test_either_key_variable_will_do",
     "negative, zero or falling prefixes and K = 0 train silently": "test_config.test_one_bad_flag_is_one_line",
 }
@@ -34,7 +34,8 @@ def test_every_trap_has_its_test(trap):
 
 
 def test_encoding_changes_nothing():
-    from fastsae.autoencoder import encode, initialise, new_sae
+    from fastsae.autoencoder import encode, new_sae
+    from fastsae.initialisation import initialise
 
     sae = new_sae({"input_dim": 8, "m_total_neurons": 16, "k_active_neurons": 2, "use_batch_topk": True})
     x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
@@ -51,9 +52,9 @@ def test_initialisation_takes_a_sample(write_activations, run_main, monkeypatch)
 
     seen = []
 
-    def remember(sae, sample, seed, initialise=training_run.initialise):
+    def remember(sae, sample, seed, initialise=training_run.initialise, **start):
         seen.append(len(sample))
-        initialise(sae, sample, seed)
+        initialise(sae, sample, seed, **start)
 
     monkeypatch.setattr(training_run, "initialise", remember)
     tokens, _ = planted_tokens(40_000, 2, 4, 1)
@@ -64,7 +65,7 @@ def test_initialisation_takes_a_sample(write_activations, run_main, monkeypatch)
 
 @pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "OPENAI_KEY_SAE"])
 def test_either_key_variable_will_do(monkeypatch, variable):
-    from fastsae.llm_labels import endpoint
+    from fastsae.llm_client import endpoint
 
     assert endpoint() is None
     monkeypatch.setenv(variable, "sk-x")

@@ -1,0 +1,102 @@
+"""Two claims about training that need no model: known directions are found again, and a file far beyond the buffer needs no memory.
+
+    python experiments/training_claims.py --part planted     # 1,024 directions in 256 dimensions, by TopK and BatchTopK
+    python experiments/training_claims.py --part memory      # peak memory on a 4 GB file with a buffer of 256 MB
+
+Writes experiments/results/training_planted.json or training_memory.json.
+"""
+import argparse
+import functools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import PROJECT, write_result
+
+PLANTED = {"directions": 1024, "d": 256, "active": 8, "tokens": 200_000, "noise": 0.01, "batch": 1024, "steps": 2500, "rate": 2e-3}
+MEMORY = {"tokens": 3_500_000, "d": 576, "buffer_tokens": 222_000, "m": 256, "k": 8}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["planted", "memory", "train"], required=True)
+    parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
+    args, flags = parser.parse_known_args()
+    if args.part == "train":
+        return measured_training(args.flags + flags)
+    settings, result = (PLANTED, planted()) if args.part == "planted" else (MEMORY, memory())
+    write_result(f"training_{args.part}", settings, result)
+    return 0
+
+
+def planted():
+    """Mean over the planted directions of the largest cosine with a decoder row, for each architecture."""
+    import torch
+
+    from fastsae.sparse_step import sparse_step
+    from fastsae.training_run import TrainingRun, learning_rate_factor
+
+    p, random = PLANTED, np.random.default_rng(0)
+    directions = random.standard_normal((p["directions"], p["d"])).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    chosen = np.argpartition(random.random((p["tokens"], p["directions"]), np.float32), p["active"], axis=1)[:, :p["active"]]
+    strength = random.uniform(1, 2, chosen.shape).astype(np.float32)
+    tokens = np.einsum("nk,nkd->nd", strength, directions[chosen]) + p["noise"] * random.standard_normal((p["tokens"], p["d"]), np.float32)
+    tokens, rows = torch.from_numpy(tokens), {}
+    for architecture in ("topk", "batchtopk"):
+        run = TrainingRun({"input_dim": p["d"], "m_total_neurons": p["directions"], "k_active_neurons": p["active"],
+                           "aux_k": 2 * p["active"], "architecture": architecture}, tokens[:32768], seed=0, device="cpu",
+                          learning_rate=p["rate"], encoder_scale=None)
+        started = time.perf_counter()
+        for step in range(p["steps"]):
+            factor = learning_rate_factor(step, n_steps=p["steps"], schedule="linear", warmup_steps=0, decay_fraction=0.5)
+            batch = tokens[np.random.default_rng((0, step)).integers(0, len(tokens), p["batch"])]
+            run.step(functools.partial(sparse_step, aux_coef=1 / 32), batch, learning_rate=p["rate"] * factor, dead_after=100,
+                     clip_grad=1.0)
+        best = (torch.from_numpy(directions) @ run.sae.decoder.weight.detach()).max(1).values
+        rows[architecture] = {"mean_max_cosine": round(float(best.mean()), 4), "above_0.9": round(float((best > 0.9).double().mean()), 4),
+                              "seconds": round(time.perf_counter() - started, 1)}
+        print(architecture, rows[architecture])
+    return rows
+
+
+def memory():
+    """Peak resident memory of train_sae.py on a file of MEMORY["tokens"] made-up tokens."""
+    from fastsae import artifacts
+
+    m = MEMORY
+    with tempfile.TemporaryDirectory() as folder:
+        path, n = Path(folder) / "activations" / "activations_layer12.npz", m["tokens"]
+        lengths = np.full(n // 100, 100, np.int32)
+        inputs = {"dataset": "made up", "model": "made up"}
+        metadata = artifacts.new_metadata("activations", {"LAYER_IDX": 12}, inputs, model_name="made up", model_revision=None,
+                                          n_examples=len(lengths), dataset_path="made up")
+        blocks = (np.random.default_rng(i).standard_normal((50_000, m["d"]), np.float32).astype(np.float16) for i in range(n // 50_000))
+        artifacts.write_npz(path, {
+            "activations": ((n, m["d"]), np.float16, blocks), "seq_lengths": lengths, "token_ids": np.zeros(n, np.int32),
+            "token_kind": np.zeros(n, np.uint8), "token_role": np.zeros(n, np.uint8),
+            "example_ids": np.arange(1, len(lengths) + 1, dtype=np.int32), "metadata": np.array(artifacts.to_json(metadata))})
+        flags = ["--output-dir", folder, "--buffer-tokens", m["buffer_tokens"], "--m", m["m"], "--k", m["k"], "--no-use-matryoshka",
+                 "--n-epochs", 1, "--batch-size", 4096, "--no-print-settings"]
+        done = subprocess.run([sys.executable, __file__, "--part", "train", *map(str, flags)], capture_output=True, text=True, check=True)
+        return {"file_gb": round(path.stat().st_size / 1e9, 2), **json.loads(done.stdout.splitlines()[-1])}
+
+
+def measured_training(flags):
+    from fastsae.errors import run_stage
+
+    sys.argv = ["train_sae.py", *flags]
+    import train_sae
+
+    code = run_stage(train_sae.main)
+    print(json.dumps({"exit_code": code, "peak_resident_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)}))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Activations of stage 1 as other stages read them: one .npz or numbered shards, their rows mapped rather than loaded."""
+import json
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from fastsae.artifacts import CHUNK_BYTES, read_npz
+from fastsae.errors import EnvironmentFailure, InputError
+
+MAKER = "extract_activations.py"
+PER_EXAMPLE = ("seq_lengths", "example_ids")
+PER_TOKEN = ("token_ids", "token_kind", "token_role")
+
+
+def shard_path(path, number, n_shards):
+    """Where shard `number` (from 1) of `n_shards` of the activations file `path` lies: `path` itself if there is only one."""
+    path = Path(path)
+    return path if n_shards == 1 else path.with_name(f"{path.stem}-{number:05}-of-{n_shards:05}{path.suffix}")
+
+
+def find_shards(path):
+    """The files that hold the activations of `path`, in order; [] if there are none, or not all."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    found = sorted(path.parent.glob(f"{path.stem}-[0-9]*-of-[0-9]*{path.suffix}"))
+    found = [p for p in found if p.stem.split("-")[-1].isdigit()]
+    if not found:
+        return []
+    n = int(found[-1].stem.split("-")[-1])
+    expected = [shard_path(path, i, n) for i in range(1, n + 1)]
+    return expected if all(p.is_file() for p in expected) else []
+
+
+def read_metadata(path):
+    """The metadata of the activations file `path`, whole or in shards; all shards must be of one run."""
+    from fastsae.artifacts import read_npz_metadata
+
+    shards = find_shards(path)
+    metadata = [read_npz_metadata(p) for p in shards or [path]]
+    if len({m["fingerprint"] for m in metadata}) > 1 or any(m.get("n_shards", 1) != len(shards) for m in metadata if shards):
+        raise EnvironmentFailure(f"{path}: its shards are of different runs. run {MAKER} again.")
+    return metadata[0]
+
+
+def open_activations(path):
+    """The members of an activations file as a dict, `activations` (n_tokens, d_model) mapped from the disk and never loaded whole.
+
+    Every byte is checked against its CRC once, here. Raises as `read_npz`.
+    """
+    shards = find_shards(path)
+    if not shards:
+        raise InputError(f"{path}: not found. run {MAKER} first, or check --output-dir.")
+    metadata = read_metadata(path)
+    small = [read_npz(p, [*PER_EXAMPLE, *PER_TOKEN], made_by=MAKER) for p in shards]
+    data = {name: np.concatenate([s[name] for s in small]) for name in (*PER_EXAMPLE, *PER_TOKEN)}
+    rows = [map_member(p, "activations") for p in shards]
+    data["activations"] = rows[0] if len(rows) == 1 else ShardedRows(rows)
+    data["metadata"] = np.array(json.dumps(metadata, ensure_ascii=False))
+    if len(data["activations"]) != data["seq_lengths"].sum() or len(data["token_ids"]) != len(data["activations"]):
+        raise EnvironmentFailure(f"{path}: its members do not fit each other. delete it and run {MAKER}.")
+    return data
+
+
+def map_member(path, name):
+    """An uncompressed member of an .npz as a read-only mapped array, after a CRC check of its bytes (numpy cannot: numpy#5976)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(f"{name}.npy")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed")
+            with archive.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+                shape, fortran, dtype = read_header(member)
+                in_member = member.tell()
+                while member.read(CHUNK_BYTES):  # zipfile compares the CRC at the end
+                    pass
+            if dtype.hasobject or fortran:
+                raise ValueError(f"{name} is no plain array")
+            if info.file_size != in_member + dtype.itemsize * int(np.prod(shape)):
+                raise ValueError(f"{name} has another size than its header says")
+        with open(path, "rb") as file:
+            file.seek(info.header_offset + 26)
+            lengths = file.read(4)
+        start = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+        return np.memmap(path, dtype, "r", start + in_member, shape)
+    except KeyError as error:
+        raise EnvironmentFailure(f"{path}: has no member {error}, so it is no file of this project. run {MAKER}.") from None
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        brief = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise EnvironmentFailure(f"{path}: damaged or foreign ({brief}). delete it and run {MAKER}.") from None
+
+
+class ShardedRows:
+    """Rows of several mapped arrays under one numbering; indexing gives plain arrays in memory."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.starts = np.concatenate([[0], np.cumsum([len(p) for p in parts])])  # (n_shards + 1,)
+        self.shape, self.dtype, self.ndim = (int(self.starts[-1]), *parts[0].shape[1:]), parts[0].dtype, parts[0].ndim
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        """A slice, a row number, an array of row numbers or a mask."""
+        if isinstance(index, (int, np.integer)):
+            return self[np.array([index])][0]
+        rows = np.arange(len(self))[index] if isinstance(index, slice) else np.asarray(index)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        rows = np.where(rows < 0, rows + len(self), rows)
+        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+            raise IndexError(f"rows 0 to {len(self) - 1} exist")
+        shard = np.searchsorted(self.starts, rows, side="right") - 1
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)  # (rows asked for, d_model)
+        for i in np.unique(shard):
+            here = shard == i
+            out[here] = self.parts[i][rows[here] - self.starts[i]]
+        return out

@@ -1,0 +1,295 @@
+"""The work of stage 1: the plan of chunks and batches, the forward passes, the parts of an unfinished run, and several processes."""
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from fastsae import artifacts
+from fastsae.errors import EnvironmentFailure, InputError, StageError
+
+MAKER = "extract_activations.py"
+PART_BYTES = 192 << 20                                      # of one part in memory, all layers together; two are alive at a time
+BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}    # on a CPU larger batches leave its caches; measured in bench_extract.json
+SHORTEST_CACHED_PREFIX = 4                                  # tokens below which reusing the prefix saves nothing
+
+
+def split_chunks(lengths, chunk_tokens):
+    """[(first, last)] ranges of consecutive examples of about `chunk_tokens` tokens each."""
+    chunks, first, total = [], 0, 0
+    for i, length in enumerate(lengths):
+        total += int(length)
+        if total >= chunk_tokens or i == len(lengths) - 1:
+            chunks.append((first, i + 1))
+            first, total = i + 1, 0
+    return chunks
+
+
+def split_batches(lengths, batch_tokens):
+    """Lists of example numbers, longest first, of at most `batch_tokens` padded tokens (a longer example goes alone)."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def chunk_tokens_for(chunk_tokens, d_model, n_layers, storage_dtype):
+    """CHUNK_TOKENS, or fewer where so many rows would not fit into PART_BYTES."""
+    return max(1, min(chunk_tokens, PART_BYTES // (d_model * n_layers * np.dtype(storage_dtype).itemsize)))
+
+
+def require_disk_space(path, n_values, storage_dtype):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed = int(n_values) * np.dtype(storage_dtype).itemsize * 2 + (16 << 20)  # the parts, and the file made from them
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise EnvironmentFailure(f"{path.parent}: {needed / 1e9:.2f} GB are needed while this runs and {free / 1e9:.2f} GB are free. "
+                                 "free some space, choose another --output-dir, or lower --max-examples.")
+
+
+class World:
+    """This process among those that torchrun started: `rank` of `size`, 0 of 1 without it.
+
+    Processes share nothing but the output folder: chunk i belongs to rank i % size, a part is there or not, and rank 0 waits for
+    the parts of the others. So it makes no difference to the result how many there are, or on how many machines.
+    """
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank, self.local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+
+    def device(self, device):
+        return f"cuda:{self.local_rank}" if device == "cuda" and self.size > 1 else device
+
+    def use_own_cores(self):
+        if self.size > 1:  # torchrun gives each process one thread
+            import torch
+
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // self.local_size))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """One message for all: what every rank finds wrong, rank 0 says, and torchrun then stops the others."""
+        if self.size == 1 or error is None:
+            return
+        try:
+            if self.rank and isinstance(error, StageError) and not getattr(error, "of_this_rank", False):
+                time.sleep(20)
+        except BaseException as stop:
+            error = stop
+            raise
+        finally:
+            if not isinstance(error, Exception):  # stopped because another one failed
+                sys.stderr = open(os.devnull, "w")
+
+
+class Forward:
+    """The model over batches of examples; holds the shared prefix, computed once, and the token budget of a batch."""
+
+    def __init__(self, model, table, *, n_shared, batch_tokens, storage_dtype, dataset_name, pin=False):
+        import torch
+
+        self.model, self.table, self.starts = model, table, table.starts
+        self.batch_tokens, self.storage_dtype, self.dataset_name = batch_tokens, storage_dtype, dataset_name
+        self.pin = pin
+        self.n_prefix = n_shared if SHORTEST_CACHED_PREFIX <= n_shared < table.lengths.min() else 0
+        self.prefix = None
+        if self.n_prefix:
+            self.prefix, streams = model.read_prefix(torch.from_numpy(table.ids[:self.n_prefix].astype(np.int64)))
+            self.prefix_rows = {layer: self._storable(stream, [(0, self.n_prefix)]).numpy() for layer, stream in streams.items()}
+            self.n_prefix = self.n_prefix if self.prefix else 0
+
+    def chunk(self, first, last, progress):
+        """{layer: (tokens of examples first to last, d_model)} in the storage type; calls `progress(n)` as tokens are done."""
+        lengths = self.table.lengths[first:last]
+        starts = self.starts[first:last] - self.starts[first]  # first row of each example in this chunk
+        rows = {layer: np.empty((int(lengths.sum()), self.model.d_model), self.storage_dtype) for layer in self.model.layers}
+        if self.n_prefix:
+            for layer, prefix_rows in self.prefix_rows.items():
+                rows[layer][starts[:, None] + np.arange(self.n_prefix)] = prefix_rows
+        waiting = None
+        for batch in split_batches(lengths - self.n_prefix, self.batch_tokens):
+            for done in self._launch([first + i for i in batch]):
+                if waiting:  # one batch behind, so that a GPU computes while its last results are copied
+                    self._store(rows, first, *waiting, progress)
+                waiting = done
+        if waiting:
+            self._store(rows, first, *waiting, progress)
+        return rows
+
+    def _launch(self, batch):
+        """[(examples, {layer: rows on the host}, event)], more than one if memory ran out and the batch was halved."""
+        import torch
+
+        longest = max(int(self.table.lengths[i]) for i in batch) - self.n_prefix
+        if len(batch) > 1 and len(batch) * longest > self.batch_tokens:  # planned before memory ran out
+            return self._halves(batch)
+        try:
+            streams = self.model(self._padded(batch), self.prefix)
+            real = [(i, int(self.table.lengths[i]) - self.n_prefix) for i in batch]
+            rows = {layer: self._storable(stream, real) for layer, stream in streams.items()}
+            event = None
+            if self.model.device.startswith("cuda"):
+                event = torch.cuda.Event()
+                event.record()
+            return [(batch, rows, event)]
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+                    or "not enough memory" in str(error)):
+                raise
+        if len(batch) == 1:  # outside the handler, so that the failed pass's memory is free
+            raise self._own(EnvironmentFailure(f"MAX_LENGTH: an example of {self.table.lengths[batch[0]]} tokens does not fit into "
+                                               f"memory on {self.model.device}. lower --max-length."))
+        print(f"out of memory: BATCH_TOKENS {self.batch_tokens} -> {self.batch_tokens // 2}", flush=True)
+        self.batch_tokens //= 2
+        if self.model.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        return self._halves(batch)
+
+    def _halves(self, batch):
+        middle = len(batch) // 2
+        return self._launch(batch[:middle]) + self._launch(batch[middle:])
+
+    def _padded(self, batch):
+        import torch
+
+        lengths = [int(self.table.lengths[i]) - self.n_prefix for i in batch]
+        ids = torch.zeros((len(batch), max(lengths)), dtype=torch.long, pin_memory=self.pin)
+        for row, (i, length) in enumerate(zip(batch, lengths)):
+            start = self.starts[i] + self.n_prefix
+            ids[row, :length] = torch.from_numpy(self.table.ids[start:start + length])
+        return ids
+
+    def _storable(self, stream, real):
+        try:
+            return storable(stream, real, self.storage_dtype, lambda i: f"{self.dataset_name}:{self.table.lines[i]}", pin=self.pin)
+        except InputError as error:
+            raise self._own(error)
+
+    def _store(self, buffers, first, batch, rows, event, progress):
+        if event is not None:
+            event.synchronize()
+        at, n_tokens = 0, 0
+        for i in batch:
+            length = int(self.table.lengths[i]) - self.n_prefix
+            start = self.starts[i] - self.starts[first] + self.n_prefix
+            for layer, buffer in buffers.items():
+                buffer[start:start + length] = rows[layer][at:at + length].numpy()
+            at += length
+            n_tokens += int(self.table.lengths[i])
+        progress(n_tokens)
+
+    @staticmethod
+    def _own(error):
+        error.of_this_rank = True
+        return error
+
+
+def storable(stream, real, storage_dtype, where, pin=False):
+    """(batch, length, d_model) or (length, d_model) -> the real rows, one after the other, on the host in the storage type.
+
+    `real`: (example, length) of each row of the batch; `where(example)` names one. Refuses to lose a number to overflow, or to
+    store NaN.
+    """
+    import torch
+
+    stream = stream[None] if stream.ndim == 2 else stream
+    rows = torch.cat([stream[row, :length] for row, (_, length) in enumerate(real)])  # (real tokens, d_model)
+    peaks = rows.abs().amax(1).float()                                                # (real tokens,)
+    fits = peaks <= float(np.finfo(storage_dtype).max)                                # NaN is not <= anything
+    if not bool(fits.all()):
+        at = int((~fits).nonzero()[0])
+        example = real[int(np.searchsorted(np.cumsum([length for _, length in real]), at, side="right"))][0]
+        if not np.isfinite(float(peaks[at])):
+            raise InputError(f"{where(example)}: the model gives NaN or infinity here. set --dtype float32 or bfloat16.")
+        raise InputError(f"{where(example)}: an activation of {float(peaks[at]):.0f} does not fit into {storage_dtype}. "
+                         "set --storage-dtype float32.")
+    rows = rows.to(getattr(torch, np.dtype(storage_dtype).name))
+    if not pin:
+        return rows.cpu()
+    return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+
+
+def extract_parts(forward, chunks, folder, plan, world):
+    """Keep the activations of each chunk in a part file under `folder`; returns the paths in order once all are there.
+
+    A part that is there is complete (it was renamed into place), so a run that was stopped goes on after it. A part is written
+    while the next one is computed.
+    """
+    from tqdm import tqdm
+
+    paths = [folder / f"part-{plan}-{i:05}.npz" for i in range(len(chunks))]
+    n_tokens = [int(forward.table.lengths[first:last].sum()) for first, last in chunks]
+    with tqdm(total=sum(n_tokens), unit="token", unit_scale=True, desc="extracting", mininterval=1,
+              disable=True if world.rank else None) as bar:
+        missing = []
+        for i, path in enumerate(paths):
+            if path.exists():
+                bar.update(n_tokens[i])
+            else:
+                missing.append(i)
+        own = [i for i in missing if i % world.size == world.rank]
+        with ThreadPoolExecutor(1) as writer:
+            writing = None
+            for i in own:
+                started = time.perf_counter()
+                rows = forward.chunk(*chunks[i], bar.update)
+                seconds = time.perf_counter() - started
+                if writing:
+                    writing.result()
+                writing = writer.submit(artifacts.write_npz, paths[i], {
+                    **{f"activations_{layer}": part for layer, part in rows.items()}, "seconds": np.float64(seconds)})
+                del rows
+            if writing:
+                try:
+                    writing.result()
+                except FileNotFoundError:  # rank 0 has seen the last part, used it and cleared up before this process had its fsync
+                    if not world.rank:
+                        raise
+        others = [i for i in missing if i % world.size != world.rank] if world.rank == 0 else []
+        while others:
+            there = [i for i in others if paths[i].exists()]
+            for i in there:
+                bar.update(n_tokens[i])
+            others = [i for i in others if i not in there]
+            if others:
+                time.sleep(0.2)
+    return paths
+
+
+def split_shards(lengths, shard_tokens):
+    """[(first, last)] ranges of consecutive examples of at most `shard_tokens` tokens (a longer example has its own)."""
+    shards, first, total = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and total + int(length) > shard_tokens:
+            shards.append((first, i))
+            first, total = i, 0
+        total += int(length)
+    return [*shards, (first, len(lengths))]
+
+
+class RowStream:
+    """The rows of one member of the parts, in order, handed out so many at a time; `see(block)` is called with each block."""
+
+    def __init__(self, parts, member, see):
+        self.blocks = (artifacts.read_npz(part, [member], made_by=MAKER)[member] for part in parts)
+        self.see, self.rest = see, None
+
+    def take(self, n_rows):
+        while n_rows:
+            if self.rest is None or not len(self.rest):
+                self.rest = next(self.blocks)
+                self.see(self.rest)
+            block, self.rest = self.rest[:n_rows], self.rest[n_rows:]
+            n_rows -= len(block)
+            yield block

@@ -1,0 +1,66 @@
+"""What a run shows of itself besides metrics.jsonl: a figure of its curves, and TensorBoard or Weights & Biases if asked for."""
+import importlib.util
+import io
+
+from fastsae import artifacts
+from fastsae.errors import InputError
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def write_figure(path, history):
+    """The curves of `history` (one dict per epoch) as a PNG: loss, normalised MSE of each prefix, L0, dead features."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no {path.name}: matplotlib is not installed. pip install matplotlib.")
+        return
+    from matplotlib.figure import Figure
+
+    epochs = [line["epoch"] for line in history]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True).flatten()
+    panels[0].plot(epochs, [line["loss"] for line in history], label="training")
+    if "validation_loss" in history[0]:
+        panels[0].plot(epochs, [line["validation_loss"] for line in history], label="validation")
+    for end in history[0]["prefix_normalized_mse"]:
+        panels[1].plot(epochs, [line["prefix_normalized_mse"][end] for line in history], label=f"{end} features")
+    panels[2].plot(epochs, [line["l0"] for line in history])
+    panels[3].plot(epochs, [100 * line["dead_fraction"] for line in history])
+    for panel, title in zip(panels, ("loss", "normalised MSE, validation", "L0, validation", "dead features, %")):
+        panel.set_title(title)
+        panel.grid(alpha=0.3)
+        panel.set_ylim(bottom=0) if title != "loss" else None
+    for panel in panels[:2]:
+        panel.legend(frameon=False)
+    for panel in panels[2:]:
+        panel.set_xlabel("epoch")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    with artifacts.committed(path) as file:
+        file.write(content.getvalue())
+
+
+def open_logger(name, folder, run_name, settings):
+    """A function that takes the line of an epoch; `name` is none, tensorboard or wandb. InputError if that is not installed."""
+    if name == "none":
+        return lambda line: None
+    if importlib.util.find_spec(PACKAGES[name]) is None:
+        raise InputError(f"LOGGER: {name} is not installed. pip install {PACKAGES[name]}, or give --logger none.")
+    if name == "wandb":
+        import wandb
+
+        run = wandb.init(project="fastsae", name=run_name, dir=folder, config=settings)
+        return lambda line: run.log(_flat(line), step=line["epoch"])
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder / "tensorboard" / run_name)
+
+    def log(line):
+        for key, value in _flat(line).items():
+            writer.add_scalar(key, value, line["epoch"])
+        writer.flush()
+    return log
+
+
+def _flat(line):
+    flat = {f"normalized_mse/{end}": value for end, value in line["prefix_normalized_mse"].items()}
+    return {**flat, **{name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "epoch"}}

@@ -1,0 +1,236 @@
+"""Datasets: rows of a JSONL file, a JSON array, a hub dataset (hf:...) or a plain text, one at a time; and deduplication."""
+import itertools
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from fastsae.artifacts import file_sha256
+from fastsae.errors import EnvironmentFailure, InputError
+
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+                  "bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool", "function": "tool",
+                  "observation": "tool"}
+MAX_REPORTED = 10
+PIECE_CHARACTERS = 1 << 16  # of a plain text, tokenised at a time
+HUB = "hf:"
+
+
+@dataclass
+class Example:
+    """One row of a dataset. `line` is its line number, or its place in a JSON array (both from 1)."""
+
+    line: int
+    messages: list          # [{"role", "content"}]
+    is_text: bool = False   # the row had a plain text, which became one user turn
+    label: str | None = None
+
+
+def read_dataset(path, *, text_field="text", label_field=None, max_examples=None, only_lines=None):
+    """A list of the examples that `stream_examples` yields, or of those with the given line numbers."""
+    examples = stream_examples(path, text_field=text_field, label_field=label_field, max_examples=max_examples)
+    if only_lines is None:
+        return list(examples)
+    wanted = set(map(int, only_lines))
+    until_last = itertools.takewhile(lambda example: example.line <= max(wanted), examples)
+    return [example for example in until_last if example.line in wanted]
+
+
+def stream_examples(path, *, text_field="text", label_field=None, max_examples=None):
+    """Yield the examples of a dataset in order. Raises InputError naming file and line for up to ten bad rows, at the end."""
+    n, problems = 0, []
+    for number, row in hub_rows(path) if str(path).startswith(HUB) else _file_rows(Path(path)):
+        if max_examples is not None and n >= max_examples:
+            break
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            example = _example(number, row, text_field, label_field)
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+            if len(problems) > MAX_REPORTED:
+                break
+            continue
+        n += 1
+        yield example
+    if problems:
+        more = [f"{path}: more bad rows follow. mend these first."] if len(problems) > MAX_REPORTED else []
+        raise InputError("\n".join(problems[:MAX_REPORTED] + more))
+    require_two(n, path)
+
+
+def require_two(n, path):
+    if n < 2:
+        raise InputError(f"{path}: has {n} examples. at least 2 are needed, one to train on and one to validate.")
+
+
+def _file_rows(path):
+    """(number, parsed row or ValueError) of a JSONL file, a line at a time; a JSON array is read whole."""
+    with open(path, "rb") as file:
+        number, is_array = 0, None
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise InputError(f"{path}:{number}: is not UTF-8. convert it, for example: iconv -f UTF-16 -t UTF-8 {path.name}.") from None
+            if is_array is None and text.strip():
+                is_array = text.lstrip()[0] == "["
+                if is_array:
+                    yield from _array_rows(text + _decoded(file.read(), path, number), path, number)
+                    return
+            if text.strip():
+                yield number, _parsed(text)
+
+
+def _decoded(data, path, lines_before):
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = lines_before + 1 + error.object[:error.start].count(b"\n")
+        raise InputError(f"{path}:{line}: is not UTF-8. convert it, for example: iconv -f UTF-16 -t UTF-8 {path.name}.") from None
+
+
+def _array_rows(text, path, first_line):
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno + first_line - 1}: bad JSON ({error.msg}, column {error.colno}). mend the array.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}:1: bad JSON ({error}). mend the array.") from None
+    yield from enumerate(items, 1)
+
+
+def _parsed(line):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return ValueError(f"bad JSON ({error.msg}, column {error.colno}). each line must be one JSON object.")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"bad JSON ({str(error).split(';')[0]}). each line must be one JSON object.")
+
+
+def stream_text(path):
+    """Yield pieces of a plain UTF-8 text as examples, cut at line ends; `line` counts the pieces."""
+    piece, size, n = [], 0, 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            while line := file.readline(PIECE_CHARACTERS):
+                piece.append(line)
+                size += len(line)
+                if size >= PIECE_CHARACTERS:
+                    n += 1
+                    yield Example(n, [{"role": "user", "content": "".join(piece)}], is_text=True)
+                    piece, size = [], 0
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8. convert it, for example: iconv -f UTF-16 -t UTF-8 {Path(path).name}.") from None
+    if size:
+        yield Example(n + 1, [{"role": "user", "content": "".join(piece)}], is_text=True)
+
+
+def identity(path):
+    """(what decides a dataset's content, as text; the path to read it by, a hub dataset's revision pinned)."""
+    if not str(path).startswith(HUB):
+        return file_sha256(path), path
+    name, _, revision = path.removeprefix(HUB).partition("@")
+    try:
+        import huggingface_hub
+
+        sha = huggingface_hub.HfApi().dataset_info(name, revision=revision or None, timeout=30).sha
+    except Exception as error:  # the hub's client raises types of several libraries
+        if type(error).__name__ in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "HFValidationError"):
+            raise InputError(f"DATASET_PATH: {path} is not on the hub, or not open to you. check its name, or run: hf auth login."
+                             ) from None
+        raise EnvironmentFailure(f"DATASET_PATH: {path}: the hub cannot be reached ({type(error).__name__}). connect, or give a local "
+                                 "file with --dataset-path FILE.jsonl.") from None
+    return f"{HUB}{name}@{sha}", f"{HUB}{name}@{sha}"
+
+
+def hub_rows(path):
+    """(number, row) of the `train` split of a hub dataset, streamed without being stored."""
+    try:
+        import datasets
+    except ImportError:
+        raise EnvironmentFailure(f"DATASET_PATH: {path} needs the datasets package. run: pip install datasets.") from None
+    name, _, revision = path.removeprefix(HUB).partition("@")
+    try:
+        yield from enumerate(datasets.load_dataset(name, revision=revision or None, split="train", streaming=True), 1)
+    except Exception as error:  # as above
+        brief = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise EnvironmentFailure(f"DATASET_PATH: {path} could not be read ({brief}). connect and check its name, or give a local file."
+                                 ) from None
+
+
+class Deduplicator:
+    """Says whether an example shares `n` words in a row with one that it let pass before (FAST drops such examples; n = 20).
+
+    Remembers 64-bit hashes, 8 bytes a word, in sorted runs that double in length; so two different n-grams are taken for one
+    with a chance of about 1e-11 a look-up among a hundred million.
+    """
+
+    def __init__(self, n):
+        self.n, self.runs, self.n_dropped = n, [], 0
+        self.powers = np.cumprod(np.full(n, 0x9E3779B97F4A7C15, np.uint64))  # (n,) wraps around, as is meant
+
+    def is_new(self, example):
+        words = " ".join(message["content"] for message in example.messages).lower().split()
+        if len(words) < self.n:
+            return True
+        word = np.array([int.from_bytes(blake2b(w.encode(), digest_size=8).digest(), "little") for w in words], np.uint64)
+        grams = np.unique((np.lib.stride_tricks.sliding_window_view(word, self.n) * self.powers).sum(1, dtype=np.uint64))
+        for run in self.runs:
+            if (run[np.minimum(np.searchsorted(run, grams), len(run) - 1)] == grams).any():
+                self.n_dropped += 1
+                return False
+        self.runs.append(grams)
+        while len(self.runs) > 1 and len(self.runs[-2]) <= 2 * len(self.runs[-1]):
+            self.runs[-2:] = [np.sort(np.concatenate(self.runs[-2:]), kind="stable")]
+        return True
+
+
+def _example(number, row, text_field, label_field):
+    if not isinstance(row, dict):
+        raise ValueError("the row is no JSON object. write {\"text\": ...}.")
+    if row.get("messages") is not None:
+        messages = _messages(row["messages"], "messages", "role", "content")
+    elif row.get("conversations") is not None:
+        messages = _messages(row["conversations"], "conversations", "from", "value")
+    elif text_field in row:
+        messages = [{"role": "user", "content": _content(row[text_field], text_field)}]
+    else:
+        fields = ", ".join(name if name.isprintable() else repr(name) for name in list(row)[:8]) or "none"
+        raise ValueError(f"has no {text_field}, messages or conversations (its fields: {fields}). add one, or name yours with --text-field.")
+    label = row.get(label_field) if label_field else None
+    is_text = row.get("messages") is None and row.get("conversations") is None
+    return Example(number, messages, is_text, None if label is None else _encodable(str(label), label_field))
+
+
+def _messages(turns, name, role_key, content_key):
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{name} is no non-empty list. write [{{\"{role_key}\": ..., \"{content_key}\": ...}}].")
+    messages = []
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
+            raise ValueError(f"{name}[{i}] has no {role_key} and {content_key}. write both.")
+        role = SHAREGPT_ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+        if role is None:
+            raise ValueError(f"{name}[{i}] has the unknown {role_key} {turn[role_key]!r:.40}. use system, user, assistant or tool.")
+        messages.append({"role": role, "content": _content(turn[content_key], f"{name}[{i}].{content_key}")})
+    return messages
+
+
+def _content(value, name):
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {type(value).__name__}, not text. write a JSON string.")
+    if not value.strip():
+        raise ValueError(f"{name} is empty. remove the row or give it text.")
+    return _encodable(value, name)
+
+
+def _encodable(value, name):
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds half of a surrogate pair, which no tokenizer and no file can hold. remove it.") from None
+    return value

@@ -1,0 +1,170 @@
+"""The tokens that train and validate, and the order in which they come: from memory, or through a mixing buffer from the disk."""
+import mmap
+import threading
+
+import numpy as np
+import torch
+
+from fastsae import parallel
+from fastsae.activations_file import open_activations
+from fastsae.errors import InputError
+from fastsae.examples import ROLES
+from fastsae.tokens import split_examples, token_norms, usable_tokens
+
+CHUNK_ROWS = 1024     # rows that are read together, at most: neighbours in the file, so their examples are the same few
+CHUNKS_PER_PART = 64  # and at least so many chunks come into the pool at a time, so that it holds many examples
+
+
+class Tokens:
+    """The activations of stage 1, mapped from the disk, and which of their rows train and validate."""
+
+    def __init__(self, path, *, validation_fraction, seed, exclude_shared_prefix, max_norm_ratio, use):
+        data = open_activations(path)
+        lengths, kind = data["seq_lengths"], data["token_kind"]
+        self.activations = data["activations"]                                # (n_tokens, d) on the disk
+        norms = np.concatenate([token_norms(block) for block in self._blocks()])
+        if not np.isfinite(norms).all():
+            raise InputError(f"{path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity. "
+                             "delete the file and run extract_activations.py with --dtype float32.")
+        usable, self.max_norm = usable_tokens(norms, kind, exclude_shared_prefix=exclude_shared_prefix, max_norm_ratio=max_norm_ratio)
+        in_prefix, _ = usable_tokens(norms, kind, exclude_shared_prefix=exclude_shared_prefix, max_norm_ratio=None)
+        self.n_prefix, self.n_sinks = int((~in_prefix).sum()), int((in_prefix & ~usable).sum())
+        chosen = usable & chosen_tokens(use, kind, data["token_role"])
+        self.n_filtered = int(usable.sum() - chosen.sum())
+        self.example = np.repeat(np.arange(len(lengths)), lengths)            # (n_tokens,)
+        self.special = kind != 0                                              # (n_tokens,) written by the chat template
+        self.is_validation = split_examples(len(lengths), validation_fraction, seed)
+        for_validation = self.is_validation[self.example]
+        self.train, self.validation = np.flatnonzero(chosen & ~for_validation), np.flatnonzero(chosen & for_validation)
+        self.all_validation = np.flatnonzero(for_validation)
+        if len(self.train) < 2 or len(self.validation) < 2:
+            raise InputError(f"VALIDATION_FRACTION: {len(self.train)} tokens are left for training and {len(self.validation)} for "
+                             f"validation (USE_TOKENS {use}). give more examples, or longer ones.")
+
+    def _blocks(self, size=65536):
+        for start in range(0, len(self.activations), size):
+            yield np.asarray(self.activations[start:start + size])
+            release(self.activations)
+
+    def rows(self, rows):
+        """(n, d) float32 tensor of the rows numbered."""
+        part = torch.from_numpy(np.ascontiguousarray(self.activations[rows])).float()
+        release(self.activations)
+        return part
+
+
+def chosen_tokens(use, kind, role):
+    """(n_tokens,) bool: all tokens, those not written by the chat template, or those of the assistant's own text."""
+    return {"all": np.ones(len(kind), bool), "content": kind == 0, "assistant": (kind == 0) & (role == ROLES.index("assistant"))}[use]
+
+
+def release(activations):
+    """Let the system take back the memory of mapped rows that were read: it would count as ours."""
+    for part in getattr(activations, "parts", [activations]):
+        if isinstance(part, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            part._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+class TrainingRows:
+    """Batches of the rows `rows` of mapped `activations` (n_tokens, d), each epoch in an order that only (seed, epoch) decides.
+
+    If all rows fit into `buffer_tokens` they are kept in memory and shuffled as a whole. If not, the scheme of FAST: chunks in
+    random order fill a pool, half of the shuffled pool is served, and new chunks take its place; they are read ahead by a thread,
+    into a third part of the same buffer. Under torchrun each process has such a buffer and takes its slice of every batch.
+    """
+
+    def __init__(self, activations, rows, *, batch_size, buffer_tokens, seed):
+        self.activations, self.rows, self.batch_size, self.seed = activations, rows, batch_size, seed
+        self.part = None if len(rows) <= buffer_tokens else max(1, buffer_tokens // 3)
+        size = len(rows) if self.part is None else 3 * self.part
+        self.buffer = np.empty((size, activations.shape[1]), activations.dtype)
+        if self.part is None:
+            self._read(rows, np.arange(size))
+
+    def n_batches(self):
+        return len(batch_ends(len(self.rows), self.batch_size))
+
+    def batches(self, epoch, first=0):
+        """(batch, d) float32 tensors of one epoch, from batch number `first` on."""
+        ends = [0, *batch_ends(len(self.rows), self.batch_size)]
+        if self.part is None:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+            pieces = (self.buffer[order[a:b]] for a, b in zip(ends[first:], ends[first + 1:]))
+        else:
+            pieces = _regrouped(self._served(epoch, ends[first]), np.diff(ends[first:]))
+        yield from (torch.from_numpy(piece[parallel.share(len(piece))]).float() for piece in pieces)
+
+    def order(self, epoch):
+        """The rows of one epoch as they are served."""
+        if self.part is None:
+            return self.rows[np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))]
+        return np.concatenate([pool[:n_served] for pool, n_served, _ in mixed(self.rows, self.part, self.seed, epoch)])
+
+    def _served(self, epoch, skip):
+        """Arrays of activations in the order of the epoch, less the first `skip` rows."""
+        slot_of = np.full(len(self.activations), -1, np.int32)  # where in the buffer a row lies
+        free = None
+        for pool, n_served, new in mixed(self.rows, self.part, self.seed, epoch):
+            if skip >= n_served:
+                skip -= n_served
+                continue
+            if free is None:  # here an epoch begins, or an interrupted one goes on
+                slot_of[pool] = np.arange(len(pool))
+                self._read(np.sort(pool), slot_of[np.sort(pool)])
+                free = np.arange(len(pool), len(self.buffer))
+            staged, served = free[:len(new)], slot_of[pool[:n_served]]
+            thread = threading.Thread(target=self._read, args=(new, staged), daemon=True)
+            thread.start()
+            for start in range(skip, n_served, self.batch_size):
+                yield self.buffer[served[start:min(start + self.batch_size, n_served)]]
+            skip = 0
+            thread.join()
+            slot_of[new] = staged
+            free = np.concatenate([free[len(new):], served])
+
+    def _read(self, rows, slots):
+        for start in range(0, len(rows), 16 * CHUNK_ROWS):
+            part = slice(start, start + 16 * CHUNK_ROWS)
+            self.buffer[slots[part]] = self.activations[rows[part]]
+            release(self.activations)
+
+
+def batch_ends(n, size):
+    """Where batches of `size` of n rows end; a last row left alone joins the batch before: it has no variance to divide its loss by."""
+    ends = [*range(size, n, size), n]
+    if len(ends) > 1 and ends[-1] - ends[-2] < max(2, parallel.world()[1]):
+        del ends[-2]
+    return ends
+
+
+def mixed(rows, part, seed, epoch):
+    """The mixing buffer in row numbers alone: (shuffled pool, how many of it are served, the rows that then come in), step by step.
+
+    The pool holds twice `part` rows, of which `part` are served; at the end of the rows all that is left is.
+    """
+    random = np.random.default_rng((seed, epoch))
+    size = min(CHUNK_ROWS, max(1, part // CHUNKS_PER_PART))
+    chunks = np.split(rows, range(size, len(rows), size))
+    stream = np.concatenate([chunks[i] for i in random.permutation(len(chunks))])
+    pool, at = stream[:2 * part], 2 * part
+    while at < len(stream):
+        pool = random.permutation(pool)
+        new = stream[at:at + part]
+        yield pool, part, new
+        pool, at = np.concatenate([pool[part:], new]), at + part
+    yield random.permutation(pool), len(pool), stream[:0]
+
+
+def _regrouped(arrays, sizes):
+    """The rows of consecutive `arrays` cut into arrays of the given sizes."""
+    waiting, n = [], 0
+    sizes = iter(sizes)
+    wanted = next(sizes, None)
+    for array in arrays:
+        while len(array):
+            taken, array = array[:wanted - n], array[wanted - n:]
+            waiting.append(taken)
+            n += len(taken)
+            if n == wanted:
+                yield np.concatenate(waiting)
+                waiting, n, wanted = [], 0, next(sizes, None)
