@@ -70,7 +70,7 @@ def main():
     if backend or settings.DRY_RUN:
         work = labelling(features, backend, list(dict.fromkeys([*labelled, *(h["feature"] for h in hypotheses)])), settings)
         if settings.DRY_RUN:
-            return print_plan(work, features.evidence.tokenizer)
+            return work.print_plan(features.evidence.tokenizer)
     scored = add_llm_labels(features.rows, work.run(), work) if work else []
     write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settings)
     say(features, work, folder)
@@ -209,7 +209,7 @@ class Features:
 
 def labelling(features, backend, labelled, settings):
     """The LLM's work on these features, and on a random sample of those that can be scored."""
-    from fastsae.llm_labels import Labelling, Shown
+    from fastsae.llm_labels import Labelling, Shown, plain_text
 
     backend = backend or llm_client.ChatEndpoint("none", None, settings.INTERPRETER_MODEL, timeout=1)  # of a dry run without a key
     asker = llm_client.Asker(backend, settings.run_dir / "llm_replies.jsonl", n_workers=settings.N_LLM_WORKERS,
@@ -219,19 +219,6 @@ def labelling(features, backend, labelled, settings):
     return Labelling(Shown(features.evidence, [plain_text(example) for example in features.examples], settings.SEED), asker,
                      protocol=settings.LLM_PROTOCOL, labelled=labelled, candidates=sample, n_scored=settings.N_SCORED_FEATURES,
                      n_fidelity=settings.N_FIDELITY_EXAMPLES)
-
-
-def plain_text(example):
-    return example.messages[0]["content"] if example.is_text else "\n\n".join(f"{m['role']}: {m['content']}" for m in example.messages)
-
-
-def print_plan(work, tokenizer):
-    """What the LLM would be asked, in calls and prompt tokens as the model's own tokenizer counts them."""
-    parts = work.plan(lambda prompt: len(tokenizer.encode(prompt, add_special_tokens=False)))
-    for what, calls, n_tokens in parts:
-        print(f"{what}: {calls:,} calls, {n_tokens:,} prompt tokens")
-    print(f"dry run: {sum(calls for _, calls, _ in parts):,} calls with about {sum(n for *_, n in parts):,} prompt tokens are still to be "
-          "paid for; nothing was asked or written.")
 
 
 def add_llm_labels(rows, outcome, work):

@@ -86,6 +86,7 @@ def measured():
             f"{ours['seconds']:.0f} s against {theirs['seconds']:.0f} s (median ratio {r['hypothesaes_seconds_over_ours_median']:.1f}).")
     if (r := result("bench_extract")) is not None:
         parts.append(extraction_speed(r))
+    parts += interpretation()
     return "\n\n".join(parts)
 
 
@@ -102,6 +103,24 @@ def extraction_speed(r):
             f"{r['machine']['threads']} threads): {line('float32')}; {line('bfloat16')}.")
     return text + (f" Peak memory of stage 1: {memory['dataset_x1']:,.0f} MB, and {memory['dataset_x10']:,.0f} MB for ten times the data."
                    if memory else "")
+
+
+def interpretation():
+    """What stage 3's benchmark and its run with a real model gave."""
+    parts = []
+    if (r := result("bench_interpret")) is not None:
+        small, large, memory = (r["parts"][name] for name in ("speed_256", "speed_4608", "memory_32768"))
+        parts.append(
+            f"**Feature statistics** in one pass (`results/bench_interpret.json`, {r['machine']['threads']} threads): {small['tokens_per_second']:,} "
+            f"tokens/s at M = 256 and {large['tokens_per_second']:,} at M = 4,608, {small['times_faster']:.1f} and {large['times_faster']:.1f} times "
+            "HypotheSAEs' `get_activations` with numpy; at M = 32,768 the peak is "
+            f"{memory['peak_memory_above_inputs_mib']} MiB above the activations.")
+    if (r := result("llm_end_to_end")) is not None:
+        parts.append(
+            f"**A real model as interpreter** (`results/llm_end_to_end.json`, {r['settings']['model']} behind HTTP): {r['labelled']} features "
+            f"labelled, {r['scored']} scored and {r['validated']} validated in {r['calls']} calls, killed after {r['calls_before_kill']} and "
+            f"continued; {r['repeated_calls']} calls were made twice, the {r['in_flight_at_kill']} in flight. So small a model is no judge.")
+    return parts
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def collect(sae, activations, lengths, token_kind, token_role, name_of_token, n_
     pooled_parts = []
     for first, last in example_blocks(offsets):
         rows = slice(offsets[first], offsets[last])
-        x = torch.from_numpy(np.array(activations[rows], np.float32))            # (n_rows, d)
+        x = torch.from_numpy(np.array(activations[rows])).float()                    # (n_rows, d)
         result.norms[rows] = x.norm(dim=1).numpy()
         result.kept[rows] = keep = usable(result.norms[rows], token_kind[rows], max_norm, exclude_shared_prefix)
         chosen = np.flatnonzero(keep)

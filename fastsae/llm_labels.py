@@ -193,6 +193,10 @@ def fidelity(answers):
             "fidelity_f1": 2 * precision * recall / (precision + recall) if hits else 0.0, "n_held_out": len(clear)}
 
 
+def plain_text(example):
+    return example.messages[0]["content"] if example.is_text else "\n\n".join(f"{m['role']}: {m['content']}" for m in example.messages)
+
+
 class Labelling:
     """The calls that label `labelled` features and score `scored` ones: their plan, and their outcome."""
 
@@ -213,6 +217,14 @@ class Labelling:
         parts = [(what, self.asker.open(prompts)) for what, prompts in parts]
         parts.append(("validation, at most", validation))
         return [(what, len(prompts), sum(map(count_tokens, prompts))) for what, prompts in parts if prompts]
+
+    def print_plan(self, tokenizer):
+        """Say what would be asked, in calls and prompt tokens as the examined model's own tokenizer counts them."""
+        parts = self.plan(lambda prompt: len(tokenizer.encode(prompt, add_special_tokens=False)))
+        for what, calls, n_tokens in parts:
+            print(f"{what}: {calls:,} calls, {n_tokens:,} prompt tokens")
+        print(f"dry run: {sum(calls for _, calls, _ in parts):,} calls with about {sum(n for *_, n in parts):,} prompt tokens are still to be "
+              "paid for; nothing was asked or written.")
 
     def run(self):
         """{feature: {label, label_protocol, score, score_name, fidelity_..., problems}} of every feature asked about."""

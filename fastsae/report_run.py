@@ -26,8 +26,8 @@ def describe_run(features, metadata, scored, settings, n_shown):
            "No language model was asked: every label is made of the feature's own tokens.")
     story = (f"Each of the {n_examples:,} examples of {dataset} went through {model} alone. A sparse autoencoder then learned to write "
              f"the model's state after layer {layer} on every token as a sum of about {sae_meta['settings']['K']} of {m:,} features; "
-             f"{n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} tokens; {left_out:,} are left out, the prefix that all "
-             f"examples share and attention sinks. {who}")
+             f"{n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} tokens; {left_out:,} are left out, the prefix that "
+             f"all examples share and attention sinks. {who}")
     notice = None
     if n_shown < n_alive:
         notice = (f"This report shows {n_shown:,} of {n_alive:,} features that fire: those with a language model's label and the highest "

@@ -85,6 +85,8 @@ class RealModel:
 
         self.tokenizer, self.model = LocalModel(name, "cpu")._load()
         self.model.to(getattr(torch, dtype))
+        n = self.model.get_output_embeddings().weight.shape[0]
+        self.letters = torch.tensor([bool(re.fullmatch(" ?[a-z]+", self.tokenizer.decode([token]))) for token in range(n)])
         self.new_tokens, self.ids, self.cache, self.lock = new_tokens, [], None, threading.Lock()
 
     def __call__(self, prompt):
@@ -97,7 +99,10 @@ class RealModel:
                 ids = ids + [max(choices, key=lambda token: float(logits[token]))] + self._encode("]], feature name is [[")
             out = []
             while len(out) < self.new_tokens:
-                token = int(self._logits(ids + out).argmax())
+                logits = self._logits(ids + out)
+                if ids[n_prompt:] and len(out) < 2:  # a name of two tokens at least, of small letters
+                    logits = logits.masked_fill(~self.letters, float("-inf"))
+                token = int(logits.argmax())
                 if token == self.tokenizer.eos_token_id or (ids[n_prompt:] and re.search(r"[\]\n]", self.tokenizer.decode([token]))):
                     break
                 out.append(token)

@@ -259,7 +259,7 @@ def test_a_real_model_behind_a_real_endpoint(tmp_path, planted, run_main, endpoi
     code = run_main("interpret_sae", *planted, "--n-top-neurons", 3, "--n-scored-features", 2, "--n-fidelity-examples", 6,
                     "--interpreter-model", "SmolLM2-135M-Instruct", "--n-llm-workers", 2)
     rows = [row for row in table(tmp_path) if row["label_source"] == "SmolLM2-135M-Instruct"]
-    assert code in (0, 4) and 3 <= len(rows) <= 5 and all(row["label"] and row["score"] in "12345" for row in rows)
+    assert code in (0, 4) and 3 <= len(rows) <= 5 and all(row["label"] and row["score"] in list("12345") for row in rows)
     n = len(server.requests)
     assert len(set(server.prompts())) == n
     run_main("interpret_sae", *planted, "--n-top-neurons", 3, "--n-scored-features", 2, "--n-fidelity-examples", 6,
