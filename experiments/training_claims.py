@@ -24,11 +24,10 @@ MEMORY = {"tokens": 3_500_000, "d": 576, "buffer_tokens": 222_000, "m": 256, "k"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["planted", "memory", "train"], required=True)
-    parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
-    args, flags = parser.parse_known_args()
-    if args.part == "train":
-        return measured_training(args.flags + flags)
+    parser.add_argument("--part", choices=["planted", "memory"], required=True)
+    if sys.argv[1:2] == ["train"]:  # how memory() calls itself: everything behind is train_sae.py's
+        return measured_training(sys.argv[2:])
+    args = parser.parse_args()
     settings, result = (PLANTED, planted()) if args.part == "planted" else (MEMORY, memory())
     write_result(f"training_{args.part}", settings, result)
     return 0
@@ -83,7 +82,7 @@ def memory():
             "example_ids": np.arange(1, len(lengths) + 1, dtype=np.int32), "metadata": np.array(artifacts.to_json(metadata))})
         flags = ["--output-dir", folder, "--buffer-tokens", m["buffer_tokens"], "--m", m["m"], "--k", m["k"], "--no-use-matryoshka",
                  "--n-epochs", 1, "--batch-size", 4096, "--no-print-settings"]
-        done = subprocess.run([sys.executable, __file__, "--part", "train", *map(str, flags)], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, __file__, "train", *map(str, flags)], capture_output=True, text=True, check=True)
         return {"file_gb": round(path.stat().st_size / 1e9, 2), **json.loads(done.stdout.splitlines()[-1])}
 
 
