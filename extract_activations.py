@@ -19,6 +19,7 @@ from fastsae import activations_file, artifacts, extraction
 from fastsae.errors import InputError, run_stage
 from fastsae.examples import CONTENT, SHARED_PREFIX, ChatTokenizer, cut_blocks, mark_shared_prefix, tokenise
 from fastsae.sources import Deduplicator, identity, require_two, stream_examples, stream_text
+from fastsae.tokens import token_norms
 
 LAYERS: tuple[int, ...] | None = None   # several layers in one pass, a file each, at the cost of the deepest; none = LAYER_IDX
 USE_CHAT_TEMPLATE: bool = True          # render each example with the model's own template; off: plain text
@@ -161,7 +162,7 @@ class NormStatistics:
         self.kind, self.norms = kind, []
 
     def add(self, rows):
-        self.norms.append(np.linalg.norm(rows.astype(np.float32), axis=1))
+        self.norms.append(token_norms(rows))
 
     def result(self):
         norms = np.concatenate(self.norms)

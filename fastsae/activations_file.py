@@ -1,12 +1,11 @@
 """Activations of stage 1 as other stages read them: one .npz or numbered shards, their rows mapped rather than loaded."""
 import json
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from fastsae.artifacts import CHUNK_BYTES, read_npz
+from fastsae.artifacts import CHUNK_BYTES, read_npz, refusing_damage
 from fastsae.errors import EnvironmentFailure, InputError
 
 MAKER = "extract_activations.py"
@@ -66,7 +65,7 @@ def open_activations(path):
 
 def map_member(path, name):
     """An uncompressed member of an .npz as a read-only mapped array, after a CRC check of its bytes (numpy cannot: numpy#5976)."""
-    try:
+    with refusing_damage(path, MAKER):
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(f"{name}.npy")
             if info.compress_type != zipfile.ZIP_STORED:
@@ -87,11 +86,6 @@ def map_member(path, name):
             lengths = file.read(4)
         start = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
         return np.memmap(path, dtype, "r", start + in_member, shape)
-    except KeyError as error:
-        raise EnvironmentFailure(f"{path}: has no member {error}, so it is no file of this project. run {MAKER}.") from None
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        brief = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise EnvironmentFailure(f"{path}: damaged or foreign ({brief}). delete it and run {MAKER}.") from None
 
 
 class ShardedRows:

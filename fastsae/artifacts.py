@@ -82,7 +82,7 @@ def committed(path, *, keep_old=False):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         if keep_old and path.exists():
-            _keep_aside(path)
+            keep_aside(path)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -95,7 +95,7 @@ def committed(path, *, keep_old=False):
         raise
 
 
-def _keep_aside(path):
+def keep_aside(path):
     n = 1
     while (target := path.with_name(f"{path.stem}.old-{n}{path.suffix}")).exists():
         n += 1
@@ -115,7 +115,7 @@ def _keep_aside(path):
 def set_aside(paths):
     """Rename files to their `.old-n` names."""
     for path in paths:
-        _keep_aside(path)
+        keep_aside(path)
         path.unlink()
 
 
@@ -212,10 +212,16 @@ def read_npz(path, members=None, *, made_by):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: not found. run {made_by} first, or check --output-dir.")
+    with refusing_damage(path, made_by), zipfile.ZipFile(path) as archive:
+        names = members or [name.removesuffix(".npy") for name in archive.namelist()]
+        return {name: _array(archive, archive.getinfo(f"{name}.npy"), path.stat().st_size) for name in names}
+
+
+@contextlib.contextmanager
+def refusing_damage(path, made_by):
+    """Whatever reading a damaged or foreign .npz raises becomes one line with the command that makes it anew."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = members or [name.removesuffix(".npy") for name in archive.namelist()]
-            return {name: _array(archive, archive.getinfo(f"{name}.npy"), path.stat().st_size) for name in names}
+        yield
     except PermissionError:
         raise
     except KeyError as error:

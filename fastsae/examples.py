@@ -1,5 +1,5 @@
 """Examples as tokens: rendering the model's chat template, tokenising, and the kind and role of every token."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +19,6 @@ class Tokens:
     role: np.ndarray   # (length,) uint8
     truncated: bool = False
     n_control_strings: int = 0  # template control strings found in the data, kept as plain text
-    spans: list = field(default_factory=list)
 
 
 class ChatTokenizer:

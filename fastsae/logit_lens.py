@@ -87,7 +87,7 @@ def _folder(located, revision, cache_dir):
 
         return Path(snapshot_download(located, revision=revision or "main", local_files_only=True,
                                       cache_dir=str(Path(cache_dir) / "hub") if cache_dir else None))
-    except Exception:  # not in the cache: the lens is an extra, the stage goes on without it
+    except (OSError, ValueError):  # not in the cache: the lens is an extra, the stage goes on without it
         return None
 
 

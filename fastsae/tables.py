@@ -28,7 +28,7 @@ def write_outputs(folder, texts, jsonl_path, rows, metadata):
         artifacts.write_text(folder / name, text, keep_old=True)
     for name in set(OCCASIONAL) - set(texts):  # what an earlier run wrote does not belong to this one
         if (folder / name).exists():
-            artifacts._keep_aside(folder / name)
+            artifacts.keep_aside(folder / name)
             (folder / name).unlink()
     sums = {name: artifacts.file_sha256(folder / name) for name in texts}
     lines = [{**metadata, "csv_sha256": sums["interpretations.csv"], "files": {**metadata.get("files", {}), **sums}}, *rows]
