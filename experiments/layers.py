@@ -103,7 +103,8 @@ def token_purity(checkpoint, folder, layer, settings):
 
 
 def show(rows):
-    print(f"{'layer':>5}{'norm':>9}{'sinks':>7}{'norm. MSE':>11}{'dead %':>8}{'AUC > bound':>13}{'shuffled':>10}{'median AUC':>12}{'purity':>8}")
+    print(f"{'layer':>5}{'norm':>9}{'sinks':>7}{'norm. MSE':>11}{'dead %':>8}{'AUC > bound':>13}{'shuffled':>10}{'median AUC':>12}"
+          f"{'purity':>8}")
     for r in rows:
         auc = (f"{r['n_above_auc_bound']:>13.1f}{r['n_above_auc_bound_shuffled']:>10.1f}{r['median_category_auc']:>12.3f}"
                if "n_above_auc_bound" in r else f"{'no labels':>35}")
@@ -130,8 +131,8 @@ def draw(path, rows):
         for r in rows:
             panel.plot([r["layer"]] * len(r["seeds"]), [s[name] for s in r["seeds"]], ".", color=colour)
         panel.set_ylim(bottom=0)
-    for panel, title in zip(panels, ("norm of the residual stream", "normalised MSE, held-out examples", "features with category AUC above 0.8",
-                                     "token purity, mean over features")):
+    for panel, title in zip(panels, ("norm of the residual stream", "normalised MSE, held-out examples",
+                                     "features with category AUC above 0.8", "token purity, mean over features")):
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
     for panel in (panels[0], panels[2]):

@@ -39,7 +39,7 @@ class Subject:
     def describe(self):
         """What a result says of it."""
         sae = self.sae
-        return {"path": self.path, "layer": self.layer, "model": self.model_name, "architecture": sae.architecture,
+        return {"checkpoint": self.name, "layer": self.layer, "model": self.model_name, "architecture": sae.architecture,
                 "m": sae.m_total_neurons, "k": sae.k_active_neurons,
                 "normalized_mse_on_validation": self.meta.get("metrics", {}).get("normalized_mse")}
 

@@ -54,9 +54,9 @@ def write(path, results, prompts, unsteered, result):
     how = (f"Greedy answers of {result['autoencoder']['model']} with alpha times a direction of length 1 added to its residual stream "
            f"after layer {result['autoencoder']['layer']}, whose mean norm is {result['mean_norm']:.1f}. Cut after "
            f"{result['n_new_tokens']} tokens; \u2026 marks a cut.")
-    tables = [(f"{r['name']} ({r['how']})",
-               [(question, rows_of(r["answers"][i], plain, result["alphas"])) for i, ((question, _), plain) in enumerate(zip(prompts[:N_SHOWN], unsteered))])
-              for r in results]
+    shown = list(enumerate(zip(prompts[:N_SHOWN], unsteered)))
+    tables = [(f"{r['name']} ({r['how']})", [(question, rows_of(r["answers"][i], plain, result["alphas"]))
+                                             for i, ((question, _), plain) in shown]) for r in results]
     artifacts.write_text(path.with_suffix(".md"), markdown(how, tables))
     artifacts.write_text(path.with_suffix(".html"), page(how, tables))
     print(f"wrote {path.with_suffix('.md')} and {path.with_suffix('.html')}")
