@@ -130,8 +130,8 @@ def meant_for(subject, stream, table):
     One that does not say its bounds gets those of train_sae.py: not the shared prefix, and no norm above ten times the median.
     """
     own = subject.meta.get("settings", {})
-    return usable_tokens(stream.norm(dim=1).numpy(), table.kind, max_norm_ratio=None if "max_norm" in subject.meta else 10.0,
-                         exclude_shared_prefix=own.get("EXCLUDE_SHARED_PREFIX", True), max_norm=subject.meta.get("max_norm"))[0]
+    return usable_tokens(stream.norm(dim=1).numpy(), table.kind, exclude_shared_prefix=own.get("EXCLUDE_SHARED_PREFIX", True),
+                         max_norm_ratio=own.get("MAX_NORM_RATIO", 10.0), max_norm=subject.meta.get("max_norm"))[0]
 
 
 def remembered(path, key, compute):
