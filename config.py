@@ -8,6 +8,7 @@ import argparse
 import ast
 import io
 import math
+import operator
 import os
 import re
 import sys
@@ -298,11 +299,10 @@ def _each(value):
 
 
 AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATCH_TOKENS": 1, "CHUNK_TOKENS": 1, "SHARD_BYTES": 1,
-            "BLOCK_LENGTH": 2, "DEDUP_NGRAM": 0, "M": 1, "K": 1, "AUX_K": 0,
-            "AUX_COEF": 0, "DEAD_AFTER_TOKENS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
-            "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0, "SPARSITY_WARMUP_STEPS": 0, "BUFFER_TOKENS": 6,
-            "L1_COEFFICIENT": 0, "L0_COEFFICIENT": 0, "RESAMPLE_EVERY": 1, "SEEDS": 0, "K_LIST": 1, "L1_COEFFICIENT_LIST": 0,
-            "N_REPORT_FEATURES": 1, "N_SCORED_FEATURES": 0, "N_FIDELITY_EXAMPLES": 0, "N_HYPOTHESES": 1}
+            "BLOCK_LENGTH": 2, "DEDUP_NGRAM": 0, "M": 1, "K": 1, "AUX_K": 0, "AUX_COEF": 0, "DEAD_AFTER_TOKENS": 1, "BATCH_SIZE": 2,
+            "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0, "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0, "SPARSITY_WARMUP_STEPS": 0,
+            "BUFFER_TOKENS": 6, "L1_COEFFICIENT": 0, "L0_COEFFICIENT": 0, "RESAMPLE_EVERY": 1, "SEEDS": 0, "K_LIST": 1,
+            "L1_COEFFICIENT_LIST": 0, "N_REPORT_FEATURES": 1, "N_SCORED_FEATURES": 0, "N_FIDELITY_EXAMPLES": 0, "N_HYPOTHESES": 1}
 ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0, "SAVE_EVERY": 0,
          "LR_DECAY_FRACTION": 0, "INIT_ENCODER_SCALE": 0, "JUMPRELU_BANDWIDTH": 0}
 AT_MOST = {"SEED": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "LR_DECAY_FRACTION": 1}
@@ -324,15 +324,11 @@ def check_values(values):
         if not ok:
             problems.append(f"{name}: {what}. {remedy}.")
 
-    for name, least in AT_LEAST.items():
-        for value in _each(values.get(name)):
-            require(value >= least, name, f"{value} is below {least}", f"give {least} or more")
-    for name, bound in ABOVE.items():
-        if values.get(name) is not None:
-            require(values[name] > bound, name, f"{values[name]} is not above {bound}", f"give more than {bound}")
-    for name, most in AT_MOST.items():
-        if values.get(name) is not None:
-            require(values[name] <= most, name, f"{values[name]} is above {most}", f"give {most} or less")
+    for table, ok, wrong, right in ((AT_LEAST, operator.ge, "below {}", "{} or more"), (AT_MOST, operator.le, "above {}", "{} or less"),
+                                   (ABOVE, operator.gt, "not above {}", "more than {}")):
+        for name, bound in table.items():
+            for value in _each(values.get(name)):
+                require(ok(value, bound), name, f"{value} is {wrong.format(bound)}", f"give {right.format(bound)}")
     for name, allowed in CHOICES.items():
         if name in values:
             require(values[name] in allowed, name, f"{values[name]!r} is unknown", f"choose {', '.join(allowed)}")
