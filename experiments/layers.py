@@ -17,7 +17,7 @@ import sys
 
 import numpy as np
 from common import PROJECT, RESULTS, run_stage, write_result
-from model_inputs import write_figure
+from model_inputs import require, write_figure
 
 import config
 from fastsae import activations_file, artifacts
@@ -35,6 +35,7 @@ QUICK_EXAMPLES, QUICK_EPOCHS = 160, 8
 def main():
     settings = config.resolve(*STAGES, __file__)
     settings.show()
+    require(settings, {"COMPARED_LAYERS": 1, "N_SEEDS": 1})
     root = settings.output_dir / "layers"
     quick = ["--max-examples", QUICK_EXAMPLES] if settings.QUICK and settings.MAX_EXAMPLES is None else []
     run_stage("extract_activations.py", *settings.flags_for("extract_activations.py"), *quick, "--output-dir", root, "--layers",

@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 from common import RESULTS, write_result
-from model_inputs import STAGES, example_ids, load_model, meant_for, remembered, some_dialogues, subjects, write_figure
+from model_inputs import STAGES, example_ids, load_model, meant_for, remembered, require, some_dialogues, subjects, write_figure
 
 import config
 from fastsae.errors import run_stage
@@ -35,6 +35,7 @@ DECISIVE = ("N_EXAMPLES", "N_BOOTSTRAP", "QUICK", "SEED", "DTYPE", "MAX_LENGTH",
 def main():
     settings = config.resolve(*STAGES, __file__)
     settings.show()
+    require(settings, {"N_EXAMPLES": 1, "N_BOOTSTRAP": 1})
     rows = {}
     for subject in subjects(settings):
         key = {**settings.select(DECISIVE), "path": subject.path, "sae": subject.meta.get("fingerprint"), "layer": subject.layer,

@@ -44,6 +44,13 @@ class Subject:
                 "normalized_mse_on_validation": self.meta.get("metrics", {}).get("normalized_mse")}
 
 
+def require(settings, least):
+    """InputError, one line each, for the numbers among the settings `least` {name: bound} that are below their bound."""
+    low = [name for name, bound in least.items() if np.min(settings.values[name]) < bound]
+    if low:
+        raise InputError("\n".join(f"{name}: {settings.values[name]} is below {least[name]}. give {least[name]} or more." for name in low))
+
+
 def subjects(settings):
     """The autoencoders that SAE names, or the one of the run, which is trained first if there is none."""
     if settings.SAE:

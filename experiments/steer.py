@@ -22,7 +22,7 @@ import numpy as np
 import side_by_side
 from ablate import ablation
 from common import RESULTS, write_result
-from model_inputs import STAGES, example_ids, load_model, meant_for, remembered, some_dialogues, subjects
+from model_inputs import STAGES, example_ids, load_model, meant_for, remembered, require, some_dialogues, subjects
 
 import config
 from fastsae import artifacts, language_model
@@ -57,6 +57,7 @@ RECORDED = ("FEATURES", "LABEL_SEARCH", "SPECIAL_TOKEN", "ALPHA_PERCENT", "ANSWE
 def main():
     settings = config.resolve(*STAGES, __file__)
     settings.show()
+    require(settings, {"N_FEATURES": 1, "N_DIALOGUES": 1, "N_RANDOM": 0, "N_NEW_TOKENS": 1, "N_ABLATED": 0, "N_ABLATION_EXAMPLES": 1})
     work = Work(settings)
     targets = [*work.chosen_features(), *work.random_directions()]
     prompts = side_by_side.read_prompts(settings.PROMPTS)[:N_QUICK_PROMPTS if settings.QUICK else None]

@@ -36,7 +36,7 @@ def some_sae():
 
 
 def by_hand(model, ids, layer, replace):
-    """Losses of one example: its first blocks, `replace`, then the later blocks, norm and head called one by one."""
+    """Log-probabilities of one example: its first blocks, `replace`, then the later blocks, norm and head called one by one."""
     ids, stack = torch.tensor(ids)[None], model.model
     with torch.inference_mode():
         position = torch.arange(ids.shape[1])[None]
@@ -48,17 +48,22 @@ def by_hand(model, ids, layer, replace):
             x = block(x, attention_mask=mask, position_embeddings=rotary, position_ids=position)
             x = x[0] if isinstance(x, tuple) else x
         x = replace(x) if layer == len(stack.layers) else x
-        return torch.nn.functional.cross_entropy(model.lm_head(stack.norm(x))[0, :-1], ids[0, 1:], reduction="none").numpy()
+        return model.lm_head(stack.norm(x))[0, :-1].log_softmax(-1)
 
 
 @pytest.mark.parametrize("layer", [1, 12, 30])
 def test_a_splice_equals_one_made_by_hand(whole_model, examples, some_sae, layer):
     functions = {"spliced": intervention.reconstruction(some_sae), "zero": intervention.constant(torch.zeros(576))}
     found = intervention.next_token_losses(whole_model, layer, examples, functions)
-    for name, function in functions.items():
-        expected = np.concatenate([np.concatenate([[np.nan], by_hand(whole_model, ids, layer, lambda x: function(x[0], None)[None])])
-                                   for ids in examples])
-        np.testing.assert_allclose(found[name].ce, expected, atol=1e-5, rtol=1e-5)
+    starts = np.cumsum([0, *map(len, examples)])
+    for i, ids in enumerate(examples):
+        place, target = slice(starts[i] + 1, starts[i + 1]), torch.tensor(ids)[1:, None]
+        clean = by_hand(whole_model, ids, layer, lambda x: x)
+        for name, function in functions.items():
+            patched = by_hand(whole_model, ids, layer, lambda x: function(x[0], None)[None])
+            np.testing.assert_allclose(found[name].ce[place], -patched.gather(1, target)[:, 0], atol=1e-5, rtol=1e-5)
+            kl = torch.nn.functional.kl_div(patched, clean, log_target=True, reduction="none").sum(1)
+            np.testing.assert_allclose(found[name].kl[place], kl, atol=1e-4, rtol=1e-4)
     assert (found["spliced"].ce[1:9] != found["clean"].ce[1:9]).all()
 
 
@@ -72,6 +77,24 @@ def test_identity_gives_exactly_the_models_own_loss(whole_model, examples):
             own = whole_model(torch.tensor(ids)[None], labels=torch.tensor(ids)[None]).loss
         assert np.isnan(found["clean"].ce[starts[i]])
         assert np.nanmean(found["clean"].ce[starts[i]:starts[i + 1]]) == pytest.approx(float(own), abs=1e-5)
+
+
+@pytest.mark.parametrize("config_name", ["Qwen2Config", "Qwen3Config", "MistralConfig", "Gemma3TextConfig"])
+def test_other_architectures_can_be_spliced(config_name):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, config_name)(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, head_dim=8,
+                                                num_attention_heads=4, num_key_value_heads=2, pad_token_id=2)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    examples = [np.arange(3, 40), np.arange(50, 61)]
+    stream = intervention.residual_stream(model, 2, examples)
+    zero = intervention.constant(torch.zeros(32))
+    found = intervention.next_token_losses(model, 2, examples, {"identity": lambda x, token: x, "own": lambda x, token: stream[token],
+                                                                "zero": zero})
+    np.testing.assert_array_equal(found["identity"].ce, found["clean"].ce)
+    np.testing.assert_allclose(found["own"].ce, found["clean"].ce, atol=1e-5)
+    assert np.nanmin(found["zero"].kl) > 0
 
 
 def test_batches_change_nothing_and_only_the_chosen_tokens_are_replaced(whole_model, examples):
@@ -259,7 +282,7 @@ def test_steering_a_tiny_model(tiny, study, tmp_path):
 
 
 @pytest.mark.parametrize("flags, where", [(["--features", 99], "FEATURES"), (["--special-token", "<nothing>"], "SPECIAL_TOKEN"),
-                                          (["--label-search", "x"], "interpretations.jsonl")])
+                                          (["--label-search", "x"], "interpretations.jsonl"), (["--n-features", 0], "N_FEATURES")])
 def test_a_feature_that_is_not_there_is_one_line(tiny, study, capsys, flags, where):
     assert study("steer", *tiny[1], *flags)[0] == 2
     error = capsys.readouterr().err.splitlines()
