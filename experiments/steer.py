@@ -11,8 +11,9 @@ random directions of the same length show what any push does. Measured on the an
 tokens), perplexity under the unsteered model, and the share that hold the expected word. An alpha is called harmless while perplexity
 stays below PERPLEXITY_LIMIT times, and repetition within REPETITION_LIMIT of, the unsteered answers'.
 
-Writes experiments/results/steer.json, .png, .md and .html, the answers side by side. Answers already written are read from
-OUTPUT_DIR/experiments/steer.jsonl, so a run that was stopped continues.
+Alpha 0 must give the unsteered answers token for token, which is checked; in bfloat16 a batch may round otherwise than one row
+does, so check that with --dtype float32. Writes experiments/results/steer.json, .png, .md and .html, the answers side by side.
+Answers already written are read from OUTPUT_DIR/experiments/steer.jsonl, so a run that was stopped continues.
 """
 import importlib.util
 import re

@@ -338,3 +338,15 @@ def test_layers_of_a_tiny_model(tiny, study, run_main, tmp_path, monkeypatch):
         assert 0 <= row["n_above_auc_bound_shuffled"] <= 16
     assert result["layers"][0]["median_norm"] < result["layers"][1]["median_norm"]
     assert study("layers", *study_flags)[1]["layers"] == result["layers"]  # up to date, the same again
+
+
+def test_the_readmes_paragraphs_come_from_the_results(study, tmp_path, monkeypatch):
+    module = importlib.import_module("readme_studies")
+    results = PROJECT / "experiments" / "results"
+    written = [name for name in ("loss_recovered", "steer", "layers") if (results / f"{name}.json").exists()]
+    found = module.sentences()
+    assert len(found) >= len(written) and all((results / f"{name}.png").exists() for name in written)
+    for text in found:
+        assert "nan" not in text and "None" not in text
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    assert module.sentences() == []
