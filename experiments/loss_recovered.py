@@ -69,7 +69,8 @@ def measure(subject, settings):
         losses = intervention.next_token_losses(model, subject.layer, examples, replacements, batch_tokens=batch_tokens,
                                                 progress=bar.update)
     example = np.repeat(np.arange(len(examples)), table.lengths)
-    result = {**subject.describe(), "n_examples": len(examples), "n_tokens": len(table.ids), "n_left_as_they_are": int((~usable).sum()),
+    result = {**subject.describe(), "n_examples": len(examples), "held_out": subject.knows_its_examples, "n_tokens": len(table.ids),
+              "n_left_as_they_are": int((~usable).sum()),
               **reconstruction_error(functions["spliced"](stream[usable], None), stream[usable])}
     for title, ending in (("kinds", ""), ("kinds_every_token_replaced", ", every token")):
         chosen = {name: losses[name + ending] for name in functions} | {"clean": losses["clean"]}
@@ -120,7 +121,8 @@ def recovered(ce, ablation):
 
 def show(name, row):
     """The table on the terminal."""
-    print(f"{name}: {row['model']}, layer {row['layer']}; {row['n_examples']} examples, {row['n_tokens']:,} tokens, "
+    examples = "held-out examples" if row["held_out"] else "examples (which ones it was trained on is not known)"
+    print(f"{name}: {row['model']}, layer {row['layer']}; {row['n_examples']} {examples}, {row['n_tokens']:,} tokens, "
           f"{row['n_left_as_they_are']:,} of them left as they are; normalised MSE {row['normalized_mse']:.3f} on the others")
     print(f"  {'tokens predicted':<28}{'number':>8}{'clean':>8}{'spliced':>9}{'zero':>8}{'mean':>8}{'KL':>8}   recovered (zero)   (mean)")
     for title, ending in (("kinds", ""), ("kinds_every_token_replaced", ", every token")):

@@ -32,6 +32,11 @@ class Subject:
     source: dict
 
     @property
+    def knows_its_examples(self):
+        """Whether it is on record which examples it was trained on: of other libraries' autoencoders it is not."""
+        return "inputs" in self.source
+
+    @property
     def name(self):
         path = Path(self.path)
         return path.parent.name + "/" + path.stem if path.suffix == ".pt" else path.name
@@ -71,6 +76,8 @@ def open_subject(path, settings):
     source = meta.get("activations") or {}
     model_name = source.get("model_name") if settings.source["MODEL_NAME"] != "flag" else None
     layer = source.get("settings", {}).get("LAYER_IDX") if settings.source["LAYER_IDX"] != "flag" else None
+    if model_name and "inputs" not in source and short(model_name) == short(settings.MODEL_NAME):
+        model_name = None  # another library's name for the model that is set here, perhaps at hand without the hub
     if layer is None and settings.source["LAYER_IDX"] != "flag":
         print(f"{path}: does not name its layer; LAYER_IDX {settings.LAYER_IDX} is taken")
     subject = Subject(sae, meta, str(path), layer or settings.LAYER_IDX, model_name or settings.MODEL_NAME,
@@ -84,6 +91,10 @@ def open_subject(path, settings):
     return subject
 
 
+def short(model_name):
+    return model_name.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
 def load_model(subject, settings):
     device = language_model.choose_device(settings.DEVICE)
     return language_model.load_model(subject.model_name, revision=subject.revision, cache_dir=settings.CACHE_DIR, device=device,
@@ -93,7 +104,8 @@ def load_model(subject, settings):
 def some_dialogues(subject, settings, n_examples, *, held_out):
     """A TokenTable of up to `n_examples` examples by lot of the autoencoder's own dataset, or of the one named with --dataset-path.
 
-    With `held_out`, none that it was trained on: of its own dataset the validation examples; any other is new to it as a whole.
+    With `held_out`, none that it was trained on, if that is known: of its own dataset the validation examples; any other is new to
+    it as a whole.
     """
     own = subject.source.get("settings", {})
     by_flag = settings.source["DATASET_PATH"] == "flag"
