@@ -220,7 +220,8 @@ def parse_flags(declared, argv, scripts):
         default = setting["value"] if setting["has_value"] else "from the preset"
         text = f"{setting['comment']} [{default}]".replace("%", "%%")
         if setting["type"] == "bool":
-            group.add_argument(f"--{flag_name(name)}", dest=name, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS)
+            group.add_argument(f"--{flag_name(name)}", dest=name, action=argparse.BooleanOptionalAction, help=text,
+                               default=argparse.SUPPRESS)
         else:
             kind = setting["type"].replace(" | None", " or none").replace("tuple[int, ...]", "int,int,...")
             group.add_argument(f"--{flag_name(name)}", dest=name, metavar=kind.upper().replace("OR NONE", "or none"), nargs="?",

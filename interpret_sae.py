@@ -11,7 +11,6 @@ characteristic tokens; nothing is sent anywhere.
 """
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 

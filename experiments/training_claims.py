@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import PROJECT, write_result
+from common import write_result
 
 PLANTED = {"directions": 1024, "d": 256, "active": 8, "tokens": 200_000, "noise": 0.01, "batch": 1024, "steps": 2500, "rate": 2e-3}
 MEMORY = {"tokens": 3_500_000, "d": 576, "buffer_tokens": 222_000, "m": 256, "k": 8}

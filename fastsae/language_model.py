@@ -207,7 +207,8 @@ def choose_dtype(setting, device):
 
 def check_layer(config, layer, name):
     if layer > config.num_hidden_layers:
-        raise InputError(f"LAYER_IDX: {layer} is beyond the {config.num_hidden_layers} layers of {name}. give 1 to {config.num_hidden_layers}.")
+        raise InputError(f"LAYER_IDX: {layer} is beyond the {config.num_hidden_layers} layers of {name}. "
+                         f"give 1 to {config.num_hidden_layers}.")
 
 
 def decoder_stack(model):
@@ -218,7 +219,8 @@ def decoder_stack(model):
             module = getattr(module, part, None)
         if hasattr(module, "layers") and hasattr(module, "norm"):
             return module
-    raise InputError(f"MODEL_NAME: {type(model).__name__} is not built like Llama (no `layers` and `norm` found). choose a Llama-type model.")
+    raise InputError(f"MODEL_NAME: {type(model).__name__} is not built like Llama (no `layers` and `norm` found). "
+                     "choose a Llama-type model.")
 
 
 class ResidualModel:
