@@ -337,7 +337,7 @@ def check_values(values):
 
 
 def check_paths(values, require):
-    if {"BATCH_TOKENS", "POOLING"} & set(values) and "DATASET_PATH" in values:  # the stages that read the dataset
+    if {"BATCH_TOKENS", "POOLING"} & set(values) and "DATASET_PATH" in values and values.get("TEXT") is None:  # stages that read it
         from_hub = values["DATASET_PATH"].startswith("hf:")
         require(from_hub or os.path.isfile(values["DATASET_PATH"]), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
                 "give your data with --dataset-path FILE.jsonl")
