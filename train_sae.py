@@ -10,16 +10,14 @@ BUFFER_TOKENS stay on the disk.
 import functools
 import json
 import math
-import os
-import sys
 import time
 
 import numpy as np
 
 import config
-from fastsae import artifacts
+from fastsae import artifacts, storage
 from fastsae.activations_file import read_metadata
-from fastsae.errors import InputError, deferred_stop, run_stage, stop, stop_asked
+from fastsae.errors import InputError, deferred_stop, end, run_stage, stop, stop_asked
 
 ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
 M: int = 256                                       # features
@@ -78,8 +76,11 @@ def main():
 
     path = settings.run_dir / checkpoint_name(settings.M, settings.K, prefixes, settings.ARCHITECTURE)
     metrics_path = settings.run_dir / "metrics.json"
+    state_path = path.with_suffix(".resume.pt")
+    storage.claim(settings.run_dir, "--run-name")
     if artifacts.matches(path, metadata, artifacts.read_checkpoint_metadata):
         point_to(metrics_path, path)
+        storage.remove(state_path)
         return
 
     print(f"activations: {source['model_name']}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
@@ -92,17 +93,16 @@ def main():
     print(f"training on {len(tokens.train):,} tokens, validating on {len(tokens.validation):,} of {int(tokens.is_validation.sum())} other "
           f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks"
           + (f", {tokens.n_filtered:,} tokens that are not {settings.USE_TOKENS}" if tokens.n_filtered else ""))
-    state_path = path.with_suffix(".resume.pt")
     sae, history, timing = train(tokens, prefixes, settings, device, state_path, metadata["fingerprint"])
     if parallel.world()[0]:
         return
     metrics = final_metrics(sae, tokens, history)
     metadata.update(max_norm=tokens.max_norm, validation_examples=np.flatnonzero(tokens.is_validation).tolist(), metrics=metrics)
 
+    write_figure(settings.run_dir / "training.png", history)
     save_sae(path, sae, metadata)
     artifacts.write_json(metrics_path, {"checkpoint": path.name, **metrics, **timing})
-    write_figure(settings.run_dir / "training.png", history)
-    state_path.unlink(missing_ok=True)
+    storage.remove(state_path)
     report(metrics, timing, settings)
     print(f"wrote {path}")
 
@@ -264,9 +264,4 @@ def point_to(metrics_path, path):
 
 
 if __name__ == "__main__":
-    exit_code = run_stage(main)
-    if "RANK" in os.environ:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13): do without that
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    sys.exit(exit_code)
+    end(run_stage(main))

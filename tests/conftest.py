@@ -15,6 +15,22 @@ for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"):  # a develo
     os.environ.pop(name, None)
 
 
+COUNTS = {}  # what the tests of the guarantees tried, for the last line of a run
+
+
+@pytest.fixture
+def tally():
+    """Call `tally(what, n)` for n trials that were survived; the sums are printed at the end."""
+    def add(what, n):
+        COUNTS[what] = COUNTS.get(what, 0) + n
+    return add
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COUNTS:
+        terminalreporter.write_line("guarantees: " + ", ".join(f"{n:,} {what}" for what, n in COUNTS.items()))
+
+
 @pytest.fixture(scope="session")
 def smol_tokenizer():
     from fastsae.language_model import load_tokenizer
