@@ -17,7 +17,7 @@ import numpy as np
 import config
 from fastsae import artifacts, storage
 from fastsae.activations_file import read_metadata
-from fastsae.errors import InputError, deferred_stop, end, run_stage, stop, stop_asked
+from fastsae.errors import InputError, Terminated, deferred_stop, end, run_stage, stop, stop_asked
 
 ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
 M: int = 256                                       # features
@@ -146,7 +146,7 @@ def train(tokens, prefixes, settings, device, state_path, fingerprint):
                     last_save = time.monotonic()
                     if stopping:
                         stop()
-            log(end_epoch(run, tokens, settings))
+            log(end_epoch(run, tokens, settings, functools.partial(run.save, state_path, fingerprint)))
             bar.update()
             bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
     seconds = run.elapsed()
@@ -192,11 +192,15 @@ def penalty(settings, warmup=1.0):
             "target_l0": settings.K if settings.JUMPRELU_LOSS == "target" else None}
 
 
-def end_epoch(run, tokens, settings):
+def end_epoch(run, tokens, settings, save):
     """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run. Returns its line."""
     from fastsae import parallel
 
-    line = parallel.from_rank_0(lambda: epoch_line(run, tokens, settings))
+    try:
+        line = parallel.from_rank_0(lambda: epoch_line(run, tokens, settings))
+    except (KeyboardInterrupt, Terminated):  # measuring changes nothing of the run
+        save()
+        raise
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
         raise InputError(f"LEARNING_RATE: the loss is no number after epoch {run.epoch}. lower --learning-rate.")
     run.end_epoch(line)

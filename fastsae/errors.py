@@ -59,6 +59,12 @@ def stop_asked():
     return _waiting["asked"] is not None
 
 
+def stop_if_asked():
+    """For work that can be cut short anywhere. Not under torchrun, whose other processes would wait for this one."""
+    if stop_asked() and "RANK" not in os.environ:
+        stop()
+
+
 def stop():
     """End the run as the signal that asked for it would have."""
     raise Terminated if _waiting["asked"] == signal.SIGTERM else KeyboardInterrupt
@@ -103,10 +109,10 @@ def run_stage(main):
 
 
 def end(code):
-    """End the process with the exit code. After a stop this is at once: threads may still wait for an answer that nobody needs."""
+    """End the process with the exit code; if it failed, at once: threads may still wait for an answer that nobody needs."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (130, 143) or "RANK" in os.environ:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13)
+    if code or "RANK" in os.environ:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13)
         os._exit(code)
     sys.exit(code)
 
