@@ -42,6 +42,7 @@ def _on_signal(signum, frame):
     if _waiting["deferred"] and _waiting["asked"] is None:  # asked twice: stop at once
         _waiting["asked"] = signum
     else:
+        _waiting["asked"] = None
         raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
@@ -52,7 +53,7 @@ def deferred_stop():
     try:
         yield
     finally:
-        _waiting["deferred"] = False
+        _waiting.update(deferred=False, asked=None)
 
 
 def stop_asked():
