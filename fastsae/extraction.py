@@ -9,6 +9,7 @@ import numpy as np
 
 from fastsae import artifacts, storage
 from fastsae.errors import EnvironmentFailure, InputError, StageError
+from fastsae.sources import place
 from fastsae.tokens import token_norms
 
 MAKER = "extract_activations.py"
@@ -173,7 +174,7 @@ class Forward:
 
     def _storable(self, stream, real):
         try:
-            return storable(stream, real, self.storage_dtype, lambda i: f"{self.dataset_name}:{self.table.lines[i]}", pin=self.pin)
+            return storable(stream, real, self.storage_dtype, lambda i: place(self.dataset_name, self.table.lines[i]), pin=self.pin)
         except InputError as error:
             raise self._own(error)
 

@@ -144,7 +144,7 @@ def _load(loader, located, name, **options):
         located, options["gguf_file"] = str(path.parent), path.name
     try:
         with contextlib.redirect_stderr(io.StringIO()) if path.suffix == ".gguf" else contextlib.nullcontext():
-            return loader(located, **options)  # reading GGUF shows bars that cannot be turned off; downloads may show theirs
+            return loader(located, trust_remote_code=False, **options)  # reading GGUF shows bars that cannot be turned off; downloads may show theirs
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         chain, link = [], error
         while link is not None and len(chain) < 10:
@@ -181,7 +181,7 @@ def load_config(name, *, revision=None, cache_dir=None):
 
 
 def _hub(revision, cache_dir):
-    return {"revision": revision or "main", "cache_dir": str(Path(cache_dir) / "hub") if cache_dir else None, "trust_remote_code": False}
+    return {"revision": revision or "main", "cache_dir": str(Path(cache_dir) / "hub") if cache_dir else None}
 
 
 def choose_device(setting):

@@ -55,6 +55,39 @@ def write_activations(tmp_path):
     return write
 
 
+@pytest.fixture
+def outcome(capsys):
+    """Run a function as a stage: (exit code, lines on stderr)."""
+    from fastsae.errors import run_stage
+
+    def run(main):
+        capsys.readouterr()
+        code = run_stage(main)
+        return code, capsys.readouterr().err.splitlines()
+    return run
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Write a dataset from text or bytes; returns its path."""
+    def write(content):
+        path = tmp_path / "d.jsonl"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+    return write
+
+
+def line_of(done, code):
+    """The single line on stderr of a finished script, less its "error: "."""
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    return done.stderr.removeprefix("error: ").rstrip("\n")
+
+
+def snapshot(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def put_activations(folder, activations, lengths, *, dataset=None, kind=None, token_ids=None):
     from fastsae import artifacts
 

@@ -14,8 +14,8 @@ TRAPS = {
     "early stopping keeps the last weights": "test_training.test_the_best_weights_are_kept",
     "a run cannot be continued": "test_training.test_an_interrupted_run_ends_in_the_same_bytes",
     "dead counters change while features are computed": "test_traps.test_encoding_changes_nothing",
-    "load_model runs code of a crafted file": "test_errors.test_foreign_files_are_refused_and_run_nothing",
-    "a damaged checkpoint loads as other weights": "test_errors.test_no_flipped_bit_gives_other_numbers",
+    "load_model runs code of a crafted file": "test_guarantees_damage.test_no_pickle_is_loaded",
+    "a damaged checkpoint loads as other weights": "test_guarantees_damage.test_no_flipped_bit_gives_other_numbers",
     "a checkpoint is reused for its name": "test_training.test_only_a_checkpoint_of_the_same_settings_is_reused",
     "the whole matrix goes to the device for a median": "test_traps.test_initialisation_takes_a_sample",
     "the Responses API is used, which local servers lack":
