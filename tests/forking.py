@@ -53,7 +53,7 @@ def preload():
     """All that stages import, and tokenizers that are read once for all forks."""
     with contextlib.suppress(ImportError):
         import matplotlib.figure  # noqa: F401
-    import openai  # noqa: F401
+    import openai._base_client
     import torch
     import transformers.integrations.sdpa_attention  # noqa: F401  (transformers imports late)
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -64,14 +64,15 @@ def preload():
                          metrics, monitoring, neuronpedia, report, report_run, resampling, sources, training_data, training_run)
 
     torch.set_num_threads(1)
+    openai._base_client.BaseClient._calculate_retry_timeout = lambda *args, **kwargs: 0.01  # no waiting between retries
     plain, loaded = language_model.load_tokenizer, {}
 
     def load_tokenizer(name, **source):
-        return loaded[name] if name in loaded else plain(name, **source)
+        return loaded.get(os.path.realpath(name)) or plain(name, **source)
 
     language_model.load_tokenizer = load_tokenizer
     for name in filter(None, os.environ.get("TEST_TOKENIZERS", "").split(os.pathsep)):
-        loaded[name] = plain(name)
+        loaded[os.path.realpath(name)] = plain(name)
 
 
 def once(job):

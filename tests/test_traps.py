@@ -20,7 +20,7 @@ TRAPS = {
     "the whole matrix goes to the device for a median": "test_traps.test_initialisation_takes_a_sample",
     "the Responses API is used, which local servers lack":
         "test_interpretation_llm.test_labels_scores_and_validation_end_to_end",
-    "failures and refusals become labels": "test_interpretation_llm.test_a_failure_is_a_status_and_never_a_label",
+    "failures and refusals become labels": "test_guarantees_llm.test_a_failure_is_a_status_and_never_a_label",
     "a torn cache loses every label": "test_interpretation_llm.test_a_torn_journal_loses_one_line_only",
     "only OPENAI_KEY_SAE is read": "test_traps.test_either_key_variable_will_do",
     "negative, zero or falling prefixes and K = 0 train silently": "test_config.test_one_bad_flag_is_one_line",
