@@ -71,6 +71,9 @@ def stop():
     raise Terminated if _waiting["asked"] == signal.SIGTERM else KeyboardInterrupt
 
 
+REMEDIES = {"free some space": (errno.ENOSPC, errno.EDQUOT), "check the folder's rights": (errno.EACCES, errno.EPERM, errno.EROFS),
+            "move away what is there": (errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check the disk": (errno.EIO, errno.ESTALE),
+            "give shorter names": (errno.ENAMETOOLONG,), "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE)}
 _stage = {"at_end": [], "log_folder": None}
 
 
@@ -111,8 +114,9 @@ def run_stage(main):
 
 def end(code):
     """End the process with the exit code; if it failed, at once: threads may still wait for an answer that nobody needs."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads
+        sys.stdout.flush()
+        sys.stderr.flush()
     if code or "RANK" in os.environ:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13)
         os._exit(code)
     sys.exit(code)
@@ -138,9 +142,9 @@ def _environment(error):
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
             isinstance(error, RuntimeError) and "not enough memory" in str(error)):  # torch's own, of a GPU or of the CPU's allocator
         return _out_of_memory(error)
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+    remedy = isinstance(error, OSError) and next((what for what, numbers in REMEDIES.items() if error.errno in numbers), None)
+    if not remedy:
         return None
-    remedy = ("free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder's rights")
     print(f"error: {error.filename or 'output'}: {error.strerror}. {remedy}, or choose another --output-dir; "
           "nothing that was complete is lost.", file=sys.stderr)
     return EXIT_ENVIRONMENT

@@ -201,12 +201,16 @@ def claim(path, instead):
 def _locked(lock, path, instead):
     while True:
         watch("create", lock)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            handle = os.open(lock, os.O_RDONLY)  # another user's: enough to see whether it is held
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(lock) and os.path.samestat(os.fstat(handle), os.stat(lock)):
-                os.truncate(handle, 0)
-                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%d %b %H:%M:%S')}".encode())
+                with contextlib.suppress(OSError):  # it serves a message only
+                    os.truncate(handle, 0)
+                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%d %b %H:%M:%S')}".encode())
                 return handle
             os.close(handle)  # its holder had just ended and removed it
         except BlockingIOError:

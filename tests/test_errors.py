@@ -136,6 +136,8 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_model_loads(monkeypatch,
     (EnvironmentFailure("a.npz: damaged. delete it."), 3, ["error: a.npz: damaged. delete it."]),
     (PermissionError(errno.EACCES, "Permission denied", "/o/a"), 3, ["error: /o/a: Permission denied. check the folder's rights, or choose "
                                                                      "another --output-dir; nothing that was complete is lost."]),
+    (FileExistsError(errno.EEXIST, "File exists", "/o/activations"), 3, [
+        "error: /o/activations: File exists. move away what is there, or choose another --output-dir; nothing that was complete is lost."]),
     (KeyboardInterrupt(), 130, ["stopped: what was finished is kept; the same command continues."])])
 def test_exit_codes(outcome, error, code, text):
     assert outcome(fail_with(error)) == (code, text)

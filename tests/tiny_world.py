@@ -63,7 +63,7 @@ def world(tmp_path_factory, smol_tokenizer):
 
     world.run = run
     for i in range(N_WORKERS):  # one output folder each: it is named in some of the files
-        worker = SimpleNamespace(stages=stages[i], out=folder / f"worker{i}" / "out", before={}, number=i)
+        worker = SimpleNamespace(stages=stages[i], out=folder / f"worker{i}" / "out", before={}, after={}, number=i)
         worker.out.parent.mkdir()
         for script in STAGES:
             assert run(worker, script, *older[script])["code"] == 0
@@ -73,6 +73,8 @@ def world(tmp_path_factory, smol_tokenizer):
             assert done["code"] == 0, done
             world.expected[i, script], world.old[i, script] = contents(worker.out), contents(worker.out, old=True)
             world.operations[script] = done["operations"]
+            worker.after[script] = folder / f"after{i}" / script
+            shutil.copytree(worker.out, worker.after[script])
         world.idle.put(worker)
     yield world
     for process in stages:
