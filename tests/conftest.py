@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_world import world  # noqa: F401  (a fixture)
+from tiny_world import worker, world  # noqa: F401  (fixtures)
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))

@@ -24,13 +24,6 @@ FAULTS = {  # reply, whether it is paid for, requests for three features
     "no name": ((200, completion("[[4]] [[]]")), True, 3)}
 
 
-@pytest.fixture
-def worker(world):
-    worker = world.idle.get()
-    yield worker
-    world.idle.put(worker)
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failure_is_a_status_and_never_a_label(world, worker, fault, tally):
     """The fault for all of three features; then the endpoint recovers, and the same command asks only for what was not paid for."""

@@ -67,9 +67,8 @@ def test_each_changed_setting_is_named_and_redone(world, script, tally):
     tally("settings changed alone", len(items))
 
 
-def test_each_changed_input_is_named_and_redone(world, tally):
+def test_each_changed_input_is_named_and_redone(world, worker, tally):
     """Another dataset, another model, other activations, another checkpoint."""
-    worker = world.idle.get()
 
     def restored(script):
         shutil.rmtree(worker.out, ignore_errors=True)
@@ -111,5 +110,4 @@ def test_each_changed_input_is_named_and_redone(world, tally):
         (worker.out / name).write_text("edited by hand")
         done = world.run(worker, "interpret_sae")
         assert done["code"] == 0 and f"{name}: was changed by hand or is missing" in done["out"]
-    world.idle.put(worker)
     tally("inputs changed alone", 7)

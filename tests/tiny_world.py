@@ -82,6 +82,14 @@ def world(tmp_path_factory, smol_tokenizer):
     server.close()
 
 
+@pytest.fixture
+def worker(world):
+    """One of the world's workers: a process that forks stages, and its output folder."""
+    worker = world.idle.get()
+    yield worker
+    world.idle.put(worker)
+
+
 def replay(world, worker, script, *more, **how):
     """Run a stage from its beginning, with its older results in place."""
     shutil.rmtree(worker.out, ignore_errors=True)
