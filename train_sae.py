@@ -129,7 +129,7 @@ def plan(settings, source):
                                          settings.L1_COEFFICIENT_LIST or [settings.L1_COEFFICIENT]):
         one = settings.replace(K=k, L1_COEFFICIENT=l1)
         name = checkpoint_name(one.M, k, list(one.MATRYOSHKA_PREFIXES) if one.USE_MATRYOSHKA else None, one.ARCHITECTURE)
-        name = name.removesuffix(".pt") + (f"_L1={l1:g}" if settings.L1_COEFFICIENT_LIST else "") + (f"_seed={seed}" if settings.SEEDS else "")
+        name = name.removesuffix(".pt") + f"_L1={l1:g}" * bool(settings.L1_COEFFICIENT_LIST) + f"_seed={seed}" * bool(settings.SEEDS)
         metadata = artifacts.new_metadata("sae", {**one.select([*own, "SEED"]), "INIT_SEED": seed},
                                           {"activations": source["fingerprint"]}, activations=source)
         plans.append((one, settings.run_dir / f"{name}.pt", metadata))
