@@ -145,7 +145,8 @@ def _load(loader, located, name, **options):
         located, options["gguf_file"] = str(path.parent), path.name
     try:
         with contextlib.redirect_stderr(io.StringIO()) if path.suffix == ".gguf" else contextlib.nullcontext():
-            return loader(located, trust_remote_code=False, **options)  # reading GGUF shows bars that cannot be turned off; downloads may show theirs
+            # reading GGUF shows bars that cannot be turned off; downloads may show theirs
+            return loader(located, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         chain, link = [], error
         while link is not None and len(chain) < 10:

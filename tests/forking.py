@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-WRITING = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.link": 2, "os.symlink": 2, "os.truncate": 1, "os.rmdir": 1, "shutil.rmtree": 1}
+WRITING = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.link": 2, "os.symlink": 2, "os.truncate": 1, "os.rmdir": 1,
+           "shutil.rmtree": 1}  # audit events, and how many of their arguments are paths
 NEEDS_SPACE = ("mkdir", "create", "write", "fsync", "link", "replace")
 
 
@@ -55,13 +56,30 @@ def preload():
         import matplotlib.figure  # noqa: F401
     import openai._base_client
     import torch
-    import transformers.integrations.sdpa_attention  # noqa: F401  (transformers imports late)
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.integrations.sdpa_attention
+    import transformers.models.llama.modeling_llama
     import transformers.models.llama.tokenization_llama  # noqa: F401
     from hypothesaes import interpret_neurons, sae  # noqa: F401
-    import extract_activations, interpret_sae, train_sae  # noqa: E401, F401
-    from fastsae import (architectures, categories, cpu_speed, feature_evidence, language_model, llm_labels, logit_lens,  # noqa: F401
-                         metrics, monitoring, neuronpedia, report, report_run, resampling, sources, training_data, training_run)
+
+    import extract_activations  # noqa: F401
+    from fastsae import (  # noqa: F401
+        architectures,
+        categories,
+        cpu_speed,
+        feature_evidence,
+        language_model,
+        llm_labels,
+        logit_lens,
+        metrics,
+        monitoring,
+        neuronpedia,
+        report,
+        report_run,
+        resampling,
+        sources,
+        training_data,
+        training_run,
+    )
 
     torch.set_num_threads(1)
     openai._base_client.BaseClient._calculate_retry_timeout = lambda *args, **kwargs: 0.01  # no waiting between retries

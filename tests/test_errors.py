@@ -17,7 +17,7 @@ from conftest import PROJECT, line_of, snapshot
 
 import interpret_sae
 from fastsae import artifacts, extraction
-from fastsae.errors import EnvironmentFailure, InputError, run_stage
+from fastsae.errors import EnvironmentFailure, InputError
 
 SMALL = ["--m", "8", "--k", "2", "--no-use-matryoshka", "--n-epochs", "1", "--device", "cpu", "--run-name", "r"]
 

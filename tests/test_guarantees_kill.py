@@ -115,7 +115,8 @@ def test_of_twenty_that_start_at_once_one_writes(world, worker, script, tally):
     codes = sorted(racer["code"] for racer in done["racers"])
     assert done["n_waiting"] == 1 and codes == [0] + 19 * [3], codes
     for racer in done["racers"]:
-        line = r"error: .*: (process \d+ on \S+, since [^,]+|another run), is writing here\. wait until it has ended, or give another --[\w-]+\.\n"
+        line = (r"error: .*: (process \d+ on \S+, since [^,]+|another run), is writing here\. "
+                r"wait until it has ended, or give another --[\w-]+\.\n")
         assert racer["code"] == 0 or re.fullmatch(line, racer["err"]), racer
     assert_outcome(world, worker, script)
     tally("racing starts with one winner", 20)

@@ -18,19 +18,21 @@ from loopback import Endpoint
 from fastsae import language_model, storage
 from fastsae.errors import EnvironmentFailure, run_stage
 
-SOURCES = [PROJECT / name for name in ("config.py", "run_pipeline.py", "extract_activations.py", "train_sae.py", "interpret_sae.py")] + sorted(
-    (PROJECT / "fastsae").glob("*.py"))
+SOURCES = [*PROJECT.glob("*.py"), *(PROJECT / "fastsae").glob("*.py")]
 WRITERS = {"write_text", "write_bytes", "unlink", "rmdir", "mkdir", "makedirs", "removedirs", "rmtree", "copyfile", "copy2", "copytree",
-           "move", "symlink_to", "hardlink_to", "mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory", "savez", "savez_compressed",
-           "save", "savetxt", "savefig", "to_csv", "tofile", "memmap", "touch", "truncate", "ftruncate", "save_pretrained", "save_file",
+           "move", "symlink_to", "hardlink_to", "mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory", "savez",
+           "savez_compressed", "save", "savetxt", "savefig", "to_csv", "tofile", "memmap", "touch", "truncate", "ftruncate",
+           "save_pretrained", "save_file",
            "extract", "extractall", "SummaryWriter", "pwrite", "writev", "mknod", "chmod"}
 OF_OS = {"replace", "rename", "renames", "remove", "link", "symlink", "write", "open"}
 ALLOWED = {  # (file, call): why
     ("artifacts.py", "torch.save"): "into memory", ("monitoring.py", "figure.savefig"): "into memory",
-    ("train_sae.py", "run.save"): "TrainingRun.save, which calls artifacts.write_checkpoint", ("train_sae.py", "save"): "that, for each run",
+    ("train_sae.py", "run.save"): "TrainingRun.save, which calls artifacts.write_checkpoint",
+    ("train_sae.py", "save"): "that, for each run",
     ("artifacts.py", "archive.open"): "a member of a zip archive in a file of storage",
     ("monitoring.py", "SummaryWriter"): "TensorBoard's own log, if asked for", ("activations_file.py", "np.memmap"): "mode r",
-    ("language_model.py", "model.save_pretrained"): "into a scratch folder of storage", ("language_model.py", "archive.extract"): "the same",
+    ("language_model.py", "model.save_pretrained"): "into a scratch folder of storage",
+    ("language_model.py", "archive.extract"): "the same",
     ("language_model.py", "_load(transformers.AutoTokenizer.from_pretrained, str(gguf), EMBEDDED['name']).save_pretrained"): "the same"}
 
 
@@ -79,12 +81,12 @@ def test_a_model_with_code_of_its_own_is_refused_and_not_run(tmp_path, run_main,
     canary = tmp_path / "canary"
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig",
-                                                                                    "AutoModelForCausalLM": "own.OwnModel"}}))
+    (model / "config.json").write_text(json.dumps({
+        "model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}))
     (model / "own.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
     data = tmp_path / "d.jsonl"
     data.write_text('{"text": "a"}\n{"text": "b"}\n')
-    code = run_main("extract_activations", "--dataset-path", data, "--output-dir", tmp_path / "out", "--model-name", model, "--device", "cpu")
+    code = run_main("extract_activations", "--dataset-path", data, "--output-dir", tmp_path / "out", "--model-name", model)
     assert code == 2 and len(capsys.readouterr().err.splitlines()) == 1 and not canary.exists()
 
 
@@ -182,8 +184,9 @@ def test_other_ranks_take_no_lock(tmp_path, monkeypatch):
 
 def test_under_torchrun_all_processes_end_where_one_may_not_write(tmp_path, world):
     path = tmp_path / "activations" / "activations_layer1.npz"
+    flags = [*map(str, world.flags["extract_activations"]), "--layers", "1", "--output-dir", str(tmp_path)]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0",
-               str(PROJECT / "extract_activations.py"), *map(str, world.flags["extract_activations"]), "--layers", "1", "--output-dir", str(tmp_path)]
+               str(PROJECT / "extract_activations.py"), *flags]
     done = []
 
     def held():
@@ -218,6 +221,12 @@ def children_of(folder):
     """Command lines of running processes that name the folder."""
     listing = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True).stdout.splitlines()
     return [line for line in listing if str(folder) in line and " Z" not in line[:14]]
+
+
+def wait_for_file(process, folder, pattern, since):
+    """Until the running process has written a file of that pattern."""
+    assert until(lambda: [p for p in folder.glob(pattern) if p.stat().st_mtime > since] or process.poll() is not None)
+    assert process.poll() is None, process.stderr.read()
 
 
 def until(condition, seconds=60):
@@ -256,9 +265,8 @@ def test_a_pipeline_that_ends_leaves_no_child(tmp_path, pipeline, number):
     """Ended in stage 1 after its first parts, and twice in stage 2 after a save; each time the same command goes on."""
     out, out_of_last = tmp_path / "out", ""
     for sign in ("activations/.parts-*/part-*", "checkpoints/r/*.resume.pt", "checkpoints/r/*.resume.pt"):
-        process, began = pipeline("--n-epochs", 5000, "--patience", 5000), time.time()
-        assert until(lambda: [p for p in out.glob(sign) if p.stat().st_mtime > began] or process.poll() is not None)
-        assert process.poll() is None, process.stderr.read()
+        process = pipeline("--n-epochs", 5000, "--patience", 5000)
+        wait_for_file(process, out, sign, time.time())
         process.send_signal(number)
         started = time.monotonic()
         assert process.wait(10) == (143 if number == signal.SIGTERM else -9)
