@@ -5,6 +5,7 @@ of fastsae.storage the fork looks whether it is to die or to fail there; any oth
 """
 import contextlib
 import functools
+import importlib
 import json
 import os
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 WRITING = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.link": 2, "os.symlink": 2, "os.truncate": 1, "os.rmdir": 1,
            "shutil.rmtree": 1}  # audit events, and how many of their arguments are paths
+LATE = ("matplotlib.figure", "transformers.integrations.sdpa_attention", "transformers.models.llama.modeling_llama",
+        "transformers.models.llama.tokenization_llama", "hypothesaes.interpret_neurons", "hypothesaes.sae")  # imported when they are used
 NEEDS_SPACE = ("mkdir", "create", "write", "fsync", "link", "replace")
 
 
@@ -52,34 +55,14 @@ def serve():
 
 def preload():
     """All that stages import, and tokenizers that are read once for all forks."""
-    with contextlib.suppress(ImportError):
-        import matplotlib.figure  # noqa: F401
     import openai._base_client
     import torch
-    import transformers.integrations.sdpa_attention
-    import transformers.models.llama.modeling_llama
-    import transformers.models.llama.tokenization_llama  # noqa: F401
-    from hypothesaes import interpret_neurons, sae  # noqa: F401
 
-    import extract_activations  # noqa: F401
-    from fastsae import (  # noqa: F401
-        architectures,
-        categories,
-        cpu_speed,
-        feature_evidence,
-        language_model,
-        llm_labels,
-        logit_lens,
-        metrics,
-        monitoring,
-        neuronpedia,
-        report,
-        report_run,
-        resampling,
-        sources,
-        training_data,
-        training_run,
-    )
+    modules = [f"fastsae.{path.stem}" for path in (PROJECT / "fastsae").glob("*.py") if path.stem != "__init__"]
+    for name in (*LATE, *modules, "extract_activations", "train_sae", "interpret_sae"):
+        with contextlib.suppress(ImportError):  # matplotlib is no requirement
+            importlib.import_module(name)
+    from fastsae import language_model
 
     torch.set_num_threads(1)
     openai._base_client.BaseClient._calculate_retry_timeout = lambda *args, **kwargs: 0.01  # no waiting between retries
@@ -153,8 +136,6 @@ def read(report, suffix):
 
 
 def in_fork(job, report):
-    import importlib
-
     from fastsae import storage
     from fastsae.errors import run_stage
 
