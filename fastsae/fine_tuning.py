@@ -1,9 +1,10 @@
 """Training that starts from an autoencoder that is there already, of this project or another library."""
 import torch
 
+from fastsae.autoencoder import load_sae
 from fastsae.errors import InputError
 from fastsae.foreign_files import Parts
-from fastsae.formats import architecture_of
+from fastsae.formats import architecture_of, check_fit
 
 STARTS = {"topk": ("topk",), "batchtopk": ("batchtopk", "topk", "jumprelu"), "standard": ("standard",),
           "jumprelu": ("jumprelu", "batchtopk", "standard"), "gated": ("jumprelu", "standard")}
@@ -29,6 +30,16 @@ def check_start(path, source, architecture, *, d, m, k):
         problems.append(f"INIT_FROM: {path} takes activations of {source.input_dim} dimensions, these have {d}. give one of this model.")
     if problems:
         raise InputError("\n".join(problems))
+
+
+def begin(run, path, activations_path, activations_meta):
+    """Let the TrainingRun `run`, before its first step, begin with the autoencoder at `path`; InputError if it does not belong here."""
+    source, meta = load_sae(path, run.sae.input_bias.device)
+    sae = run.sae
+    check_start(path, source, sae.architecture, d=sae.input_dim, m=sae.m_total_neurons, k=sae.k_active_neurons)
+    check_fit(path, source, meta, activations_path, activations_meta, sae.input_dim, "INIT_FROM")
+    start_from(sae, source, run.normalisation)
+    print(f"starting from {path} ({architecture_of(source)})")
 
 
 @torch.no_grad()

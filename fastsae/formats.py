@@ -57,6 +57,15 @@ def content_sha256(path):
     return digest.hexdigest()
 
 
+def start_inputs(init_from, output):
+    """What training from the autoencoder `init_from` adds to a checkpoint's inputs; {} without one. `output`: the file to be written."""
+    if not init_from:
+        return {}
+    if any(file.resolve() == Path(output).resolve() for file in locate(init_from)[1]):
+        raise InputError(f"INIT_FROM: {init_from} is what this run writes. copy it first, or give another --run-name.")
+    return {"init_from": content_sha256(init_from)}
+
+
 def load_foreign(path, device="cpu"):
     """(sae, meta) of an autoencoder of another project. meta has the keys of a checkpoint's, as far as they can be known.
 
@@ -118,27 +127,31 @@ def short_name(model):
     return str(model).rstrip("/").rsplit("/", 1)[-1]
 
 
-def fit(sae, meta, data, *, seed=0):
-    """Measure an imported autoencoder on activations (the members of a file) and complete `meta`: max_norm, metrics, K.
+def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
+    """Check an autoencoder against activations (`data`, the members of their file), measure it there, and complete `meta` by that.
 
-    The figures are over at most MEASURED_TOKENS tokens by lot, shared prefix and attention sinks left out as in training.
+    max_norm and K are found where the files do not say them, and metrics where there are none: over at most MEASURED_TOKENS tokens
+    by lot, shared prefix and attention sinks left out as in training. Returns the metrics. Raises InputError if it does not fit.
     """
     import numpy as np
 
     from fastsae.examples import CONTENT
     from fastsae.metrics import evaluate
 
-    keep, max_norm = usable_tokens(token_norms(data["activations"]), data["token_kind"], exclude_shared_prefix=True,
-                                   max_norm_ratio=MAX_NORM_RATIO, max_norm=meta["max_norm"])
+    check_fit(path, sae, meta, activations_path, activations_meta, data["activations"].shape[1], "SAE_PATH")
+    keep, meta["max_norm"] = usable_tokens(token_norms(data["activations"]), data["token_kind"], exclude_shared_prefix=True,
+                                           max_norm_ratio=MAX_NORM_RATIO, max_norm=meta["max_norm"])
     rows = np.flatnonzero(keep)
     if not len(rows):
-        raise InputError("SAE_PATH: no tokens are left to look at. give more data.")
+        raise InputError(f"SAE_PATH: {path} was trained on tokens of other norms than {activations_path} has. give one of this model and layer.")
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MEASURED_TOKENS])
     example = np.repeat(np.arange(len(data["seq_lengths"])), data["seq_lengths"])
-    metrics = evaluate(sae, data["activations"], rows, example, data["token_kind"] != CONTENT)
-    meta["max_norm"] = max_norm
-    if not meta["metrics"]:
-        meta["metrics"] = {**metrics, "n_validation_tokens": metrics["n_tokens"]}
+    metrics = evaluate(sae, data["activations"], rows, example, np.asarray(data["token_kind"]) != CONTENT)
+    print(f"{path} ({architecture_of(sae)}, {sae.m_total_neurons:,} features): normalised MSE {metrics['normalized_mse']:.4f}, "
+          f"L0 {metrics['l0']:.1f} on {len(rows):,} tokens")
+    if metrics["normalized_mse"] >= 1:
+        print("warning: normalised MSE is not below 1: worse than the mean activation. is it of this model, layer and scale?")
+    meta["metrics"] = meta["metrics"] or {**metrics, "n_validation_tokens": metrics["n_tokens"]}
     if meta["settings"]["K"] is None:
         sae.k_active_neurons = meta["settings"]["K"] = min(sae.m_total_neurons, max(1, round(metrics["l0"])))
     return metrics

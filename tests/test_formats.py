@@ -1,4 +1,5 @@
-"""Autoencoders that leave and enter: exports loaded by sae-lens and sparsify (if installed), imports against formulas and these libraries."""
+"""Autoencoders that leave and enter: exports loaded by sae-lens and sparsify (if installed), imports against formulas and theirs."""
+import csv
 import json
 import os
 import zipfile
@@ -6,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from conftest import planted_tokens
 from safetensors.torch import load_file, save_file
 
 from fastsae import artifacts, export
@@ -47,7 +49,8 @@ def trained(kind, seed=0, unit=True):
 def saved(folder, kind, name="SAE_test.pt"):
     """(path, sae) of a checkpoint as train_sae.py leaves it."""
     sae, path = trained(kind), folder / name
-    metadata = artifacts.new_metadata("sae", {"ARCHITECTURE": kind, "M": M, "K": K}, {"activations": SOURCE["fingerprint"]}, activations=SOURCE)
+    settings = {"ARCHITECTURE": kind, "M": M, "K": K}
+    metadata = artifacts.new_metadata("sae", settings, {"activations": SOURCE["fingerprint"]}, activations=SOURCE)
     save_sae(path, sae, metadata)
     return path, load_sae(path)[0]
 
@@ -159,8 +162,8 @@ def saelens_folder(folder, sae, *, keys=(), **config):
     folder.mkdir(exist_ok=True)
     state = {name: value.detach() for name, value in sae.state_dict().items()}
     save_file({name: value.contiguous() for name, value in {
-        "W_enc": state["encoder.weight"].t(), "W_dec": state["decoder.weight"].t(), "b_enc": state["neuron_bias"], "b_dec": state["input_bias"],
-        **dict(keys)}.items()}, folder / "sae_weights.safetensors")
+        "W_enc": state["encoder.weight"].t(), "W_dec": state["decoder.weight"].t(), "b_enc": state["neuron_bias"],
+        "b_dec": state["input_bias"], **dict(keys)}.items()}, folder / "sae_weights.safetensors")
     plain = {"architecture": "standard", "d_in": D, "d_sae": M, "dtype": "float32", "apply_b_dec_to_input": True,
              "normalize_activations": "none"}
     (folder / "cfg.json").write_text(json.dumps({name: value for name, value in {**plain, **config}.items() if value != "absent"}))
@@ -189,8 +192,8 @@ def test_rescaled_topk_by_hand(tmp_path):
 
 def test_configs_from_before_version_6(tmp_path):
     sae = trained("topk")
-    old = {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}, "hook_point": "blocks.7.hook_resid_pre",
-           "hook_layer": 7, "model_name": "gpt2-small", "normalize_activations": False, "metadata": "absent"}
+    old = {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}, "hook_layer": 7,
+           "hook_point": "blocks.7.hook_resid_pre", "model_name": "gpt2-small", "normalize_activations": False, "metadata": "absent"}
     loaded, meta = load_sae(saelens_folder(tmp_path / "s", sae, **old))
     assert architecture_of(loaded) == "topk" and loaded.k_active_neurons == meta["settings"]["K"] == 3
     assert meta["activations"] == {"model_name": "gpt2-small", "model_revision": None, "settings": {"LAYER_IDX": 7}}
@@ -202,7 +205,8 @@ def test_configs_from_before_version_6(tmp_path):
 def from_sae_lens(library, kind):
     """A module of sae-lens with random weights; the inference ones, and those that training keeps."""
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-    from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+    from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE as Matryoshka
+    from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig as MatryoshkaConfig
 
     metadata = library.saes.sae.SAEMetadata(model_name="gemma-2-2b", hook_name="blocks.20.hook_resid_post")
     shape = {"d_in": D, "d_sae": M, "metadata": metadata}
@@ -214,7 +218,7 @@ def from_sae_lens(library, kind):
             "gated": lambda: library.GatedSAE(library.GatedSAEConfig(**shape)),
             "gated uncentred": lambda: library.GatedSAE(library.GatedSAEConfig(**shape, apply_b_dec_to_input=False)),
             "batchtopk": lambda: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape, k=K)),
-            "matryoshka": lambda: MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(**shape, k=K, matryoshka_widths=[10, M]))}
+            "matryoshka": lambda: Matryoshka(MatryoshkaConfig(**shape, k=K, matryoshka_widths=[10, M]))}
     torch.manual_seed(3)
     module = made[kind]()
     for name, parameter in module.named_parameters():
@@ -349,7 +353,8 @@ def test_dictionary_learning_computes_the_same(tmp_path, kind):
     from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
 
     state, more = dictionary_state(kind), {"AutoEncoderTopK": (K,), "BatchTopKSAE": (K,), "MatryoshkaBatchTopKSAE": (K, [10, 30])}
-    module = next(getattr(m, kind) for m in (theirs, batch_top_k, matryoshka_batch_top_k, top_k) if hasattr(m, kind))(D, M, *more.get(kind, ()))
+    their_class = next(getattr(m, kind) for m in (theirs, batch_top_k, matryoshka_batch_top_k, top_k) if hasattr(m, kind))
+    module = their_class(D, M, *more.get(kind, ()))
     module.load_state_dict(state)
     torch.save(module.state_dict(), dictionary_folder(tmp_path / "ae", kind) / "ae.pt")
     x = tokens()
@@ -491,3 +496,77 @@ def test_a_start_that_does_not_follow_is_refused():
         assert part in text
     with pytest.raises(InputError, match="a threshold of its own for each feature"):
         check_start("path", trained("jumprelu"), "batchtopk", d=D, m=M, k=K)
+
+
+# The scripts
+
+SMALL = ["--m", 48, "--k", 3, "--no-use-matryoshka", "--device", "cpu", "--run-name", "test", "--max-norm-ratio", "none", "--n-epochs", 2,
+         "--batch-size", 256]
+
+
+def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main, capsys):
+    tokens, _ = planted_tokens(1000, 16, 48, 3)
+    flags, run = [*write_activations(tokens, [10] * 100), *SMALL], tmp_path / "checkpoints" / "test"
+    assert run_main("train_sae", *flags) == 0
+    before = (run / "SAE_M=48_K=3.pt").read_bytes()
+    assert not (run / "SAE_M=48_K=3.saelens").exists()
+    capsys.readouterr()
+    assert run_main("train_sae", *flags, "--export", "saelens,sparsify") == 0
+    assert "up to date" in capsys.readouterr().out and (run / "SAE_M=48_K=3.pt").read_bytes() == before
+    x = torch.from_numpy(tokens)
+    for folder in ("SAE_M=48_K=3.saelens", "SAE_M=48_K=3.sparsify/layers.11"):
+        assert_same(dense(load_sae(run / folder)[0], x), dense(load_sae(run)[0], x))
+    assert "## How to load" in (run / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--export", "sparsify", "--architecture", "jumprelu", "--no-use-matryoshka"], "EXPORT: sparsify holds topk only, not jumprelu."),
+    (["--export", "sparsify", "--use-batch-topk"], "EXPORT: sparsify holds topk only, not batchtopk."),
+    (["--export", "saelens,onnx"], "EXPORT: 'onnx' is unknown. choose saelens, sparsify.")])
+def test_an_impossible_export_stops_before_training(run_main, capsys, flags, line):
+    with pytest.raises(SystemExit) as stopped:
+        run_main("train_sae", *flags)
+    assert stopped.value.code == 2 and f"error: {line}" in capsys.readouterr().err
+
+
+def test_training_goes_on_from_an_export(tmp_path, write_activations, run_main, capsys):
+    tokens, _ = planted_tokens(1000, 16, 48, 3)
+    flags = [*write_activations(tokens, [10] * 100), *SMALL]
+    run, tuned = tmp_path / "checkpoints" / "test", tmp_path / "checkpoints" / "tuned"
+    assert run_main("train_sae", *flags, "--n-epochs", 20, "--learning-rate", 1e-2, "--export", "saelens") == 0
+    start, more = run / "SAE_M=48_K=3.saelens", ["--run-name", "tuned", "--n-epochs", 1, "--learning-rate", 1e-6]
+    assert run_main("train_sae", *flags, *more, "--init-from", start) == 0
+    before, after = (json.loads((folder / "metrics.json").read_text())["normalized_mse"] for folder in (run, tuned))
+    assert after == pytest.approx(before, rel=1e-3)
+    meta = load_sae(tuned)[1]
+    assert meta["inputs"]["init_from"] == content_sha256(start) and "INIT_FROM" not in meta["settings"]
+    capsys.readouterr()
+    assert run_main("train_sae", *flags, *more, "--init-from", start) == 0 and "up to date" in capsys.readouterr().out
+    assert run_main("train_sae", *flags, *more) == 0 and "changed: init_from changed" in capsys.readouterr().out
+    assert run_main("train_sae", *flags, *more, "--init-from", tuned / "SAE_M=48_K=3.pt") == 2
+    assert "is what this run writes" in capsys.readouterr().err
+    assert run_main("train_sae", *flags, *more, "--m", 40, "--init-from", start) == 2
+    assert "give --m 48" in capsys.readouterr().err
+
+
+def test_stage_3_reads_an_import(tmp_path, planted, run_main, capsys):
+    """The run's own autoencoder, exported and read again as a foreign one, gives the same table."""
+    checkpoint = next((tmp_path / "checkpoints" / "test").glob("SAE*.pt"))
+    export.export(checkpoint, ["sparsify"])
+
+    def table(*more):
+        assert run_main("interpret_sae", *planted, "--n-top-neurons", 0, *more) == 0
+        with open(tmp_path / "interpretations.csv", newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    own, folder = table(), checkpoint.with_suffix(".sparsify") / "layers.11"
+    capsys.readouterr()
+    assert table("--sae-path", folder) == own
+    out = capsys.readouterr().out
+    assert "(topk, 20 features): normalised MSE 0." in out and "changed: activations changed, checkpoint changed" in out
+    assert "from sparsify writes" in (tmp_path / "interpretations.html").read_text()
+    run_main("interpret_sae", *planted, "--n-top-neurons", 0, "--sae-path", folder)
+    assert "up to date" in capsys.readouterr().out
+    folder.rename(folder.with_name("layers.3"))
+    assert run_main("interpret_sae", *planted, "--n-top-neurons", 0, "--sae-path", folder.with_name("layers.3")) == 2
+    assert "was trained after 4 blocks" in capsys.readouterr().err
