@@ -57,6 +57,12 @@ def content_sha256(path):
     return digest.hexdigest()
 
 
+def fingerprint_of(path):
+    """What `load_sae` gives as the metadata's fingerprint, without loading the weights."""
+    kind, files = locate(path)
+    return artifacts.read_checkpoint_metadata(files[0])["fingerprint"] if kind == "fastsae" else content_sha256(path)
+
+
 def start_inputs(init_from, output):
     """What training from the autoencoder `init_from` adds to a checkpoint's inputs; {} without one. `output`: the file to be written."""
     if not init_from:

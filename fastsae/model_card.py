@@ -94,9 +94,9 @@ def loading(entries):
     path, meta = entries[0]
     kind, block = architecture(meta), meta["activations"]["settings"]["LAYER_IDX"] - 1
     saelens, sparsify = (folder_of(path, name).name for name in ("saelens", "sparsify"))
-    lines = ["With this project:", "", "```python", "from fastsae.autoencoder import decode, encode, load_sae", "",
-             f'sae, meta = load_sae("{path.name}")', "features = encode(sae, activations)  # of (n, d) float32; the positive ones",
-             "reconstruction = decode(sae, features)", "```", "", *with_export(path, "saelens", "SAELens", [
+    lines = ["With this project:", "", "```python", "from fastsae import load_sae", "",
+             f'sae = load_sae("{path.name}")', "features = sae.encode(activations)  # (n, M) of (n, d)", "reconstruction = sae.decode(features)",
+             'sae.features_of("Where did I leave the key?")', "```", "", *with_export(path, "saelens", "SAELens", [
                  "from sae_lens import SAE", "", f'sae = SAE.load_from_disk("{saelens}")', "features = sae.encode(activations)"])]
     if kind == "topk":
         lines += with_export(path, "sparsify", "sparsify", [
