@@ -16,7 +16,7 @@ import sys
 import numpy as np
 
 import config
-from fastsae import activations_file, artifacts, llm_client, tables
+from fastsae import activations_file, artifacts, llm_client, progress, tables
 from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, run_stage
 
 POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc and targets: max or mean
@@ -53,6 +53,7 @@ OPTIONAL = ("score", "score_name", "fidelity_f1", "fidelity_precision", "fidelit
 
 def main():
     settings = config.resolve(__file__)
+    started = progress.start(quiet=settings.QUIET)
     settings.show()
     checkpoint_path = named_checkpoint(settings.run_dir)
     if settings.TEXT is not None:
@@ -64,7 +65,7 @@ def main():
     metadata = describe(settings, checkpoint_path, sae_meta, backend)
     folder, jsonl_path = settings.output_dir, settings.output_dir / "interpretations.jsonl"
     if not settings.DRY_RUN and done(folder, jsonl_path, metadata):
-        return
+        return report(folder, artifacts.read_lines(jsonl_path)[1:], started, "unchanged")
 
     features = Features(settings, checkpoint_path, sae_meta)
     labelled = features.choose(settings.N_TOP_NEURONS)
@@ -77,7 +78,14 @@ def main():
     scored = add_llm_labels(features.rows, work.run(), work) if work else []
     write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settings)
     say(features, work, folder)
+    report(folder, features.rows, started, "incomplete" if incomplete_rows(features.rows) else "written")
     return incomplete(features.rows) if work else 0
+
+
+def report(folder, rows, started, status):
+    progress.summary("interpret_sae", folder / "interpretations.html", started, status=status, n_features=len(rows),
+                     n_dead=sum(row["status"] == "dead" for row in rows),
+                     n_labelled_by_llm=sum(row["label_source"] not in ("", "tokens") for row in rows))
 
 
 def named_checkpoint(run_dir):
@@ -135,8 +143,6 @@ class Features:
     """The evidence on every feature, `rows` of the tables made from it, and what else the outputs need."""
 
     def __init__(self, settings, checkpoint_path, sae_meta):
-        from tqdm import tqdm
-
         from fastsae.autoencoder import load_sae
         from fastsae.categories import add_categories
         from fastsae.feature_evidence import Evidence
@@ -159,10 +165,10 @@ class Features:
         device = choose_device(settings.DEVICE)
         sae, _ = load_sae(checkpoint_path, "cpu" if device == "mps" else device)
         tokenizer = load_tokenizer(self.source["model_name"], revision=self.source["model_revision"], cache_dir=settings.CACHE_DIR)
-        with tqdm(total=len(data["token_ids"]), unit="token", unit_scale=True, desc="statistics", mininterval=1, disable=None) as bar:
+        with progress.bar(len(data["token_ids"]), "statistics", "token", unit_scale=True) as tokens_done:
             self.evidence = Evidence(sae, data, self.examples, tokenizer, {
                 "max_norm": sae_meta["max_norm"], "exclude_shared_prefix": sae_meta["settings"]["EXCLUDE_SHARED_PREFIX"]},
-                n_top=N_TOP_EXAMPLES, seed=settings.SEED, progress=bar.update)
+                n_top=N_TOP_EXAMPLES, seed=settings.SEED, progress=tokens_done.update)
         self.rows = self.evidence.rows(N_TOP_TOKENS)
         for row in self.rows:
             row.update(dict.fromkeys(OPTIONAL), best_category="", category_auc=None, promoted_tokens="", suppressed_tokens="")

@@ -64,8 +64,9 @@ def run_stage(main):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
     try:
-        code = main() or 0
-        sys.stdout.flush()
+        with contextlib.redirect_stdout(sys.stdout):  # a stage may put something in its place
+            code = main() or 0
+            sys.stdout.flush()
         return code
     except StageError as error:
         for line in str(error).splitlines():
