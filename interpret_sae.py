@@ -57,7 +57,10 @@ def main():
     settings.show()
     checkpoint_path = named_checkpoint(settings.run_dir)
     if settings.TEXT is not None:
-        return show_text(settings, checkpoint_path)
+        from fastsae.trained_sae import describe_text
+
+        return print(describe_text(settings.TEXT, checkpoint_path, settings.output_dir / "interpretations.jsonl",
+                                   device=settings.DEVICE, cache_dir=settings.CACHE_DIR))
     sae_meta = artifacts.read_checkpoint_metadata(checkpoint_path)
     backend = None
     if settings.N_TOP_NEURONS:
@@ -97,18 +100,6 @@ def named_checkpoint(run_dir):
         raise InputError(f"{path}: not found. run train_sae.py first, or check --run-name and --output-dir.") from None
     except (ValueError, KeyError, TypeError):
         raise EnvironmentFailure(f"{path}: damaged. run train_sae.py again.") from None
-
-
-def show_text(settings, checkpoint_path):
-    """Print the strongest features of each token of TEXT, with their labels where there are any. Nothing is written."""
-    from fastsae import load_sae
-    from fastsae.language_model import choose_device
-    from fastsae.trained_sae import text_table
-
-    sae = load_sae(checkpoint_path, device=choose_device(settings.DEVICE), cache_dir=settings.CACHE_DIR)
-    found = sae.features_of(settings.TEXT)
-    labels = tables.read_labels(settings.output_dir / "interpretations.jsonl", sae.meta["fingerprint"])
-    print(f"{sae}\n{text_table(found, labels)}")
 
 
 def describe(settings, checkpoint_path, sae_meta, backend):

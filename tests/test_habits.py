@@ -39,7 +39,8 @@ def test_values_that_begin_with_a_dash_and_values_that_are_missing():
     declared = config.read_settings(PROJECT / "config.py") | config.read_settings(PROJECT / "interpret_sae.py")
     assert config.parse_flags(declared, ["--text", "-h is help", "--quiet", "--no-dry-run"], "interpret_sae.py") == (
         {"TEXT": "-h is help", "QUIET": True, "DRY_RUN": False}, [])
-    given, problems = config.parse_flags(declared, ["--text", "--seed", "-3", "--text=--seed", "--quiet=1", "--nothing", "5"], "interpret_sae.py")
+    words = ["--text", "--seed", "-3", "--text=--seed", "--quiet=1", "--nothing", "5"]
+    given, problems = config.parse_flags(declared, words, "interpret_sae.py")
     assert given == {"SEED": -3, "TEXT": "--seed"}
     assert [problem.split(":")[0] for problem in problems] == ["TEXT", "command line", "--nothing"]
 
