@@ -54,7 +54,7 @@ PRESETS = {
 
 PROJECT = Path(__file__).resolve().parent
 STAGES = ("extract_activations.py", "train_sae.py", "interpret_sae.py")
-PATH_SETTINGS = ("DATASET_PATH", "OUTPUT_DIR", "CACHE_DIR")
+PATH_SETTINGS = ("DATASET_PATH", "OUTPUT_DIR", "CACHE_DIR", "INIT_FROM", "SAE_PATH")
 HELP_WIDTH, HELP_COLUMN = 100, 32
 EXIT_CODES = """exit codes: 0 done; 1 a bug; 2 bad input or setting; 3 disk, network, rights or a damaged file;
             4 done, with features unlabelled; 130, 143 interrupted"""
@@ -133,7 +133,7 @@ def resolve(*scripts, argv=None):
     declared = {}
     for path in (Path(__file__), *map(Path, scripts)):
         declared.update(read_settings(path))
-    script = Path(scripts[0]).name if len(scripts) == 1 else "run_pipeline.py"
+    script = Path(scripts[-1]) if len(scripts) == 1 or Path(scripts[-1]).name not in STAGES else PROJECT / "run_pipeline.py"
     given, problems = parse_flags(declared, sys.argv[1:] if argv is None else argv, script)
     unread = {problem.split(":")[0] for problem in problems}  # flags whose value is wrong: no other value stands in for them
     preset_name = given.get("PRESET", declared["PRESET"]["value"])
@@ -236,8 +236,9 @@ def parse_flags(declared, argv, script):
 
 def help_text(declared, script):
     """What `--help` prints: the first sentence and the examples of the script's docstring, every setting, the exit codes."""
-    about = ast.get_docstring(ast.parse((PROJECT / script).read_text(encoding="utf-8")))
-    lines = [f"usage: python {script} [--setting value ...]", "", *textwrap.wrap(" ".join(about.split("\n\n")[0].split()), HELP_WIDTH)]
+    about = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
+    lines = [f"usage: python {os.path.relpath(script, PROJECT)} [--setting value ...]", "",
+             *textwrap.wrap(" ".join(about.split("\n\n")[0].split()), HELP_WIDTH)]
     for name, setting in declared.items():
         if (heading := f"settings of {setting['file']}:") not in lines:
             lines += ["", heading]
@@ -263,7 +264,7 @@ def _as_typed(value):
 
 def _example_of(setting):
     value = setting["value"]
-    examples = {"int": "8", "float": "0.5", "tuple[int, ...]": "8,16", "tuple[float, ...]": "0.5,2"}
+    examples = {"int": "8", "float": "0.5", "tuple[int, ...]": "8,16", "tuple[float, ...]": "0.5,2", "tuple[str, ...]": "saelens"}
     return ",".join(map(str, value)) if isinstance(value, tuple) else examples.get(setting["type"].removesuffix(" | None"), value)
 
 
@@ -312,6 +313,7 @@ CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE":
            "LOGGER": ("none", "tensorboard", "wandb"), "USE_TOKENS": ("all", "content", "assistant"),
            "NORMALIZE_ACTIVATIONS": ("auto", "none", "mean", "norm", "both"),
            "INIT_DIRECTIONS": ("xavier", "kaiming", "orthogonal", "data"), "INIT_CENTRE": ("median", "mean", "geometric_median"),
+           "EXPORT": ("saelens", "sparsify"),
            "LLM_PROTOCOL": ("both", "contrastive", "fast"), "SELECTION_METHOD": ("separation_score", "correlation", "lasso")}
 
 
@@ -329,8 +331,8 @@ def check_values(values):
             for value in _each(values.get(name)):
                 require(ok(value, bound), name, f"{value} is {wrong.format(bound)}", f"give {right.format(bound)}")
     for name, allowed in CHOICES.items():
-        if name in values:
-            require(values[name] in allowed, name, f"{values[name]!r} is unknown", f"choose {', '.join(allowed)}")
+        for value in _each(values.get(name)):
+            require(value in allowed, name, f"{value!r} is unknown", f"choose {', '.join(allowed)}")
     if "DEVICE" in values:
         require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", values["DEVICE"]), "DEVICE", f"{values['DEVICE']!r} is unknown",
                 "choose auto, cpu, mps, cuda or cuda:0")
@@ -385,6 +387,9 @@ def check_features(values, require):
             "give --no-use-matryoshka, or --architecture topk")
     require(not (dense and values.get("USE_BATCH_TOPK")), "USE_BATCH_TOPK", f"{values.get('ARCHITECTURE')} picks no largest K",
             "give --no-use-batch-topk, or --architecture batchtopk")
+    other = "batchtopk" if values.get("USE_BATCH_TOPK") else values.get("ARCHITECTURE")
+    require("sparsify" not in _each(values.get("EXPORT")) or other == "topk", "EXPORT", f"sparsify holds topk only, not {other}",
+            "leave sparsify out, or give --architecture topk")
     if values["USE_MATRYOSHKA"] and not dense:
         rising = len(prefixes) > 0 and prefixes[0] >= 1 and all(a < b for a, b in zip(prefixes, prefixes[1:]))
         require(rising, "MATRYOSHKA_PREFIXES", f"{prefixes} do not rise from 1 or more", "give for example 64,256")

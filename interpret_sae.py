@@ -4,6 +4,7 @@
     OPENAI_API_KEY=... python interpret_sae.py --n-top-neurons 50 --interpreter-model gpt-5-mini
     python interpret_sae.py --target-value remembering
     python interpret_sae.py --text "Where did I leave the key?"
+    python interpret_sae.py --sae-path gemma-scope-2b-pt-res/layer_20
 
 Reads the activations, the checkpoint that `checkpoints/<run>/metrics.json` names, and the dataset. Writes `interpretations.html`
 (a report for people), `interpretations.csv`, one row per feature, and its exact twin `interpretations.jsonl` (first line:
@@ -12,13 +13,15 @@ characteristic tokens; nothing is sent anywhere.
 """
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 
 import config
-from fastsae import activations_file, artifacts, llm_client, progress, tables
-from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, run_stage
+from fastsae import activations_file, artifacts, formats, llm_client, progress, storage, tables
+from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, end, run_stage
 
+SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens, sparsify, ...; none = the run's own
 POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc and targets: max or mean
 N_REPORT_FEATURES: int = 1024           # features in interpretations.html at most; the tables hold all
 INTERPRETER_MODEL: str = "gpt-5-mini"   # at the endpoint (OPENAI_API_KEY or OPENAI_KEY_SAE, OPENAI_BASE_URL), or local:NAME here
@@ -55,20 +58,21 @@ def main():
     settings = config.resolve(__file__)
     started = progress.start(quiet=settings.QUIET)
     settings.show()
-    checkpoint_path = named_checkpoint(settings.run_dir)
     if settings.TEXT is not None:
         from fastsae.trained_sae import describe_text
 
-        return print(describe_text(settings.TEXT, checkpoint_path, settings.output_dir / "interpretations.jsonl",
-                                   device=settings.DEVICE, cache_dir=settings.CACHE_DIR))
-    sae_meta = artifacts.read_checkpoint_metadata(checkpoint_path)
+        return print(describe_text(settings.TEXT, settings.SAE_PATH or named_checkpoint(settings.run_dir),
+                                   settings.output_dir / "interpretations.jsonl", device=settings.DEVICE, cache_dir=settings.CACHE_DIR))
+    checkpoint_path, sae_meta = chosen_sae(settings)
     backend = None
     if settings.N_TOP_NEURONS:
         backend = llm_client.choose_backend(settings.INTERPRETER_MODEL, timeout=settings.LLM_TIMEOUT, device=settings.DEVICE)
     metadata = describe(settings, checkpoint_path, sae_meta, backend)
     folder, jsonl_path = settings.output_dir, settings.output_dir / "interpretations.jsonl"
-    if not settings.DRY_RUN and done(folder, jsonl_path, metadata):
-        return report(folder, artifacts.read_lines(jsonl_path)[1:], started, "unchanged")
+    if not settings.DRY_RUN:
+        storage.claim(jsonl_path, "--output-dir")
+        if done(folder, jsonl_path, metadata):
+            return report(folder, artifacts.read_lines(jsonl_path)[1:], started, "unchanged")
 
     features = Features(settings, checkpoint_path, sae_meta)
     labelled = features.choose(settings.N_TOP_NEURONS)
@@ -91,6 +95,16 @@ def report(folder, rows, started, status):
                      n_labelled_by_llm=sum(row["label_source"] not in ("", "tokens") for row in rows))
 
 
+def chosen_sae(settings):
+    """(path, metadata) of the run's checkpoint, or of SAE_PATH: of the latter only what decides whether the work is done."""
+    if settings.SAE_PATH is None:
+        path = named_checkpoint(settings.run_dir)
+        return path, artifacts.read_checkpoint_metadata(path)
+    source = activations_file.read_metadata(settings.activations_path)
+    return Path(settings.SAE_PATH), {"fingerprint": formats.fingerprint_of(settings.SAE_PATH), "activations": source,
+                                     "inputs": {"activations": source["fingerprint"]}}
+
+
 def named_checkpoint(run_dir):
     """The checkpoint that the run's metrics.json names."""
     path = run_dir / "metrics.json"
@@ -110,7 +124,8 @@ def describe(settings, checkpoint_path, sae_meta, backend):
     llm = {**settings.select(LLM_SETTINGS), "base_url": backend.scope[1]} if backend else None
     return artifacts.new_metadata(
         "interpretations", {**settings.select(DECISIVE), "llm": llm, "target": target},
-        {"checkpoint": sae_meta["fingerprint"], "dataset": sae_meta["activations"]["inputs"]["dataset"], "report": template_sha256()},
+        {"checkpoint": sae_meta["fingerprint"], "dataset": sae_meta["activations"]["inputs"]["dataset"], "report": template_sha256(),
+         **({"activations": sae_meta["activations"]["fingerprint"]} if settings.SAE_PATH else {})},
         checkpoint=str(checkpoint_path))
 
 
@@ -152,9 +167,12 @@ class Features:
         if identity(settings.DATASET_PATH)[0] != self.source["inputs"]["dataset"]:
             raise InputError(f"DATASET_PATH: {settings.DATASET_PATH} is not the file the activations were made from. "
                              "run extract_activations.py.")
-        self.examples = self.read_examples(settings.LABEL_FIELD)
         device = choose_device(settings.DEVICE)
-        sae, _ = load_sae(checkpoint_path, "cpu" if device == "mps" else device)
+        sae, loaded_meta = load_sae(checkpoint_path, "cpu" if device == "mps" else device)
+        if settings.SAE_PATH:
+            formats.fit(checkpoint_path, sae, loaded_meta, settings.activations_path, self.source, data, seed=settings.SEED)
+            self.sae_meta = sae_meta = loaded_meta
+        self.examples = self.read_examples(settings.LABEL_FIELD)
         tokenizer = load_tokenizer(self.source["model_name"], revision=self.source["model_revision"], cache_dir=settings.CACHE_DIR)
         with progress.bar(len(data["token_ids"]), "statistics", "token", unit_scale=True) as tokens_done:
             self.evidence = Evidence(sae, data, self.examples, tokenizer, {
@@ -304,4 +322,4 @@ def say(features, work, folder):
 
 
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    end(run_stage(main))
