@@ -35,7 +35,7 @@ def trained(kind, seed=0, unit=True):
     sae = new_sae({"input_dim": D, "m_total_neurons": M, "k_active_neurons": K, "architecture": architecture,
                    "prefix_lengths": [10, M] if "matryoshka" in kind else None}).eval()
     with torch.no_grad():
-        for name, parameter in sae.named_parameters():
+        for parameter in sae.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim < 2 else 1))
         if architecture == "jumprelu":
             sae.threshold.abs_()
@@ -205,8 +205,10 @@ def test_configs_from_before_version_6(tmp_path):
 def from_sae_lens(library, kind):
     """A module of sae-lens with random weights; the inference ones, and those that training keeps."""
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-    from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE as Matryoshka
-    from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig as MatryoshkaConfig
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE as Matryoshka,
+        MatryoshkaBatchTopKTrainingSAEConfig as MatryoshkaConfig,
+    )
 
     metadata = library.saes.sae.SAEMetadata(model_name="gemma-2-2b", hook_name="blocks.20.hook_resid_post")
     shape = {"d_in": D, "d_sae": M, "metadata": metadata}
