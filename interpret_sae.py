@@ -13,6 +13,7 @@ characteristic tokens; nothing is sent anywhere.
 """
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 
