@@ -215,7 +215,7 @@ def parse_flags(declared, argv, scripts):
 
     A flag whose value cannot be read is left out and its name is in `problems`.
     """
-    parser = _Parser(prog=scripts[0] if len(scripts) == 1 else "run_pipeline.py", allow_abbrev=False,
+    parser = _Parser(prog=scripts[-1] if len(scripts) == 1 or scripts[-1] not in STAGES else "run_pipeline.py", allow_abbrev=False,
                      usage="%(prog)s [--setting value ...]",
                      description="Every setting is a constant at the top of the file named; a flag overrides it for one run.",
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=130))

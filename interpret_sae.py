@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 import config
-from fastsae import activations_file, artifacts, formats, llm_client, tables
-from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, run_stage
+from fastsae import activations_file, artifacts, formats, llm_client, storage, tables
+from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, end, run_stage
 
 SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens, sparsify, ...; none = the run's own
 POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc and targets: max or mean
@@ -65,8 +65,10 @@ def main():
         backend = llm_client.choose_backend(settings.INTERPRETER_MODEL, timeout=settings.LLM_TIMEOUT, device=settings.DEVICE)
     metadata = describe(settings, checkpoint_path, sae_meta, backend)
     folder, jsonl_path = settings.output_dir, settings.output_dir / "interpretations.jsonl"
-    if not settings.DRY_RUN and done(folder, jsonl_path, metadata):
-        return
+    if not settings.DRY_RUN:
+        storage.claim(jsonl_path, "--output-dir")
+        if done(folder, jsonl_path, metadata):
+            return
 
     features = Features(settings, checkpoint_path, sae_meta)
     labelled = features.choose(settings.N_TOP_NEURONS)
@@ -323,4 +325,4 @@ def say(features, work, folder):
 
 
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    end(run_stage(main))

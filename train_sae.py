@@ -12,8 +12,6 @@ import functools
 import itertools
 import json
 import math
-import os
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 import config
-from fastsae import artifacts
+from fastsae import artifacts, storage
 from fastsae.activations_file import read_metadata
-from fastsae.errors import InputError, deferred_stop, run_stage, stop, stop_asked
+from fastsae.errors import InputError, Terminated, deferred_stop, end, run_stage, stop, stop_asked
 
 ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
 M: int = 256                                       # features
@@ -78,12 +76,14 @@ def main():
     from fastsae import parallel  # after the settings: loading torch takes seconds
 
     plans = plan(settings, source)
+    storage.claim(settings.run_dir, "--run-name")
     todo = [each for each in plans if not artifacts.matches(each.path, each.metadata, artifacts.read_checkpoint_metadata)]
     if todo:
         train_all(todo, source, settings)
     if parallel.world()[0] == 0:
         for each in plans:
             point_to(each.beside("metrics.json"), each.path)
+            storage.remove(each.path.with_suffix(".resume.pt"))
         point_to(settings.run_dir / "metrics.json", plans[0].path)
         if len(plans) > 1:
             print(f"stage 3 reads {plans[0].path.name}, the first of {len(plans)}")
@@ -143,7 +143,7 @@ def plan(settings, source):
                                          settings.L1_COEFFICIENT_LIST or [settings.L1_COEFFICIENT]):
         one = settings.replace(K=k, L1_COEFFICIENT=l1)
         name = checkpoint_name(one.M, k, list(one.MATRYOSHKA_PREFIXES) if one.USE_MATRYOSHKA else None, one.ARCHITECTURE)
-        name = name.removesuffix(".pt") + (f"_L1={l1:g}" if settings.L1_COEFFICIENT_LIST else "") + (f"_seed={seed}" if settings.SEEDS else "")
+        name = name.removesuffix(".pt") + f"_L1={l1:g}" * bool(settings.L1_COEFFICIENT_LIST) + f"_seed={seed}" * bool(settings.SEEDS)
         path = settings.run_dir / f"{name}.pt"
         inputs = {"activations": source["fingerprint"], **start_inputs(settings.INIT_FROM, path)}
         metadata = artifacts.new_metadata("sae", {**one.select([*own, "SEED"]), "INIT_SEED": seed}, inputs, activations=source)
@@ -175,18 +175,27 @@ def train(plans, tokens, settings, device):
                         one_step(run, x, (epoch - 1) * n_batches + batch, n_batches, device)
                 stopping = parallel.anywhere(stop_asked())
                 if stopping or time.monotonic() - last_save > settings.SAVE_EVERY:
-                    for run in runs:
-                        run.save(run.state_path, run.plan.metadata["fingerprint"])
+                    save(runs)
                     last_save = time.monotonic()
                     if stopping:
                         stop()
-            for run in [run for run in runs if run.epoch == epoch]:
-                run.log(end_epoch(run, tokens))
-                if is_over(run):
-                    runs.remove(run)
-                    finish(run, tokens, device)
+            try:
+                for run in [run for run in runs if run.epoch == epoch]:
+                    run.log(end_epoch(run, tokens))
+                    if is_over(run):
+                        runs.remove(run)
+                        finish(run, tokens, device)
+            except (KeyboardInterrupt, Terminated):
+                if stop_asked():  # then it is measuring that was cut short, which changes nothing of the runs
+                    save(runs)
+                raise
             bar.update()
             bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
+
+
+def save(runs):
+    for run in runs:
+        run.save(run.state_path, run.plan.metadata["fingerprint"])
 
 
 def start_run(plan, tokens, device):
@@ -228,7 +237,7 @@ def is_over(run):
 
 
 def finish(run, tokens, device):
-    """Write the best weights on validation, their figures and curves; the state of the unfinished run goes."""
+    """Write the best weights on validation, their figures and curves."""
     from fastsae import parallel
     from fastsae.autoencoder import save_sae
     from fastsae.metrics import final_metrics
@@ -245,7 +254,6 @@ def finish(run, tokens, device):
     save_sae(plan.path, sae, {**plan.metadata, "max_norm": tokens.max_norm, "metrics": metrics,
                               "validation_examples": np.flatnonzero(tokens.is_validation).tolist()})
     artifacts.write_json(plan.beside("metrics.json"), {"checkpoint": plan.path.name, **metrics, **timing})
-    run.state_path.unlink(missing_ok=True)
     report(metrics, timing, plan.settings)
     print(f"wrote {plan.path}")
 
@@ -344,9 +352,4 @@ def point_to(metrics_path, path):
 
 
 if __name__ == "__main__":
-    exit_code = run_stage(main)
-    if "RANK" in os.environ:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13): do without that
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    sys.exit(exit_code)
+    end(run_stage(main))
