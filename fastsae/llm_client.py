@@ -6,16 +6,16 @@ open; a reply that was paid for and cannot be used counts as answered, unless th
 import hashlib
 import json
 import os
-import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from urllib.parse import urlsplit
 
-from fastsae import artifacts
+from fastsae import artifacts, progress
 from fastsae.errors import InputError
 
 LOCAL = "local:"
 FATAL = (401, 403, 404)   # every further call would meet the same
+STOP_SECONDS = 2          # for replies that are on their way when the run is stopped
 BREAKER = 8               # so many failures in a row, and the rest is not asked
 LOCAL_NEW_TOKENS = 160    # length of a local model's reply
 
@@ -183,10 +183,8 @@ class Asker:
 
     def ask(self, prompts, what, usable=lambda reply: True):
         """{prompt: (reply or None, reason if None)}; `usable(reply)` tells which replies need no second try."""
-        from tqdm import tqdm
-
         failed, waiting = {}, self.open(prompts, usable)
-        with tqdm(total=len(waiting), desc=what, unit="call", mininterval=1, disable=None, file=sys.stderr) as bar:
+        with progress.bar(len(waiting), what, "call") as bar:
             def work(prompt):
                 reason = self._call(prompt)
                 with self.lock:
@@ -196,14 +194,17 @@ class Asker:
                     bar.set_postfix_str(f"{spent['prompt_tokens']:,} tokens in, {spent['completion_tokens']:,} out", refresh=False)
                     bar.update()
 
-            with ThreadPoolExecutor(self.n_workers) as pool:
-                jobs = [pool.submit(work, prompt) for prompt in waiting]
-                try:
-                    for job in jobs:
-                        job.result()
-                except BaseException:
-                    self.stop_reason = "interrupted"  # the calls still waiting return at once
-                    raise
+            pool = ThreadPoolExecutor(self.n_workers)
+            jobs = [pool.submit(work, prompt) for prompt in waiting]
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                self.stop_reason = "interrupted"  # the calls still waiting return at once
+                wait(jobs, timeout=STOP_SECONDS)
+                raise
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
         result = {}
         for prompt in prompts:
             line = self.journal.get(prompt)

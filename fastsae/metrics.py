@@ -2,7 +2,9 @@
 import numpy as np
 import torch
 
+from fastsae.activations_file import release
 from fastsae.autoencoder import decode, encode
+from fastsae.errors import stop_if_asked
 
 BATCH = 4096
 
@@ -25,7 +27,9 @@ def evaluate(sae, activations, rows, example_of_row, special):
     fired = torch.zeros(sae.m_total_neurons, dtype=torch.bool, device=device)
     total, total_squared = torch.zeros(activations.shape[1], dtype=torch.float64), 0.0
     for start in range(0, len(rows), BATCH):
+        stop_if_asked()
         x = torch.as_tensor(activations[rows[start:start + BATCH]]).to(device).float()
+        release(activations)
         entries = encode(sae, x)
         reconstruction = decode(sae, entries)
         error = (reconstruction - x).square().sum(1)
