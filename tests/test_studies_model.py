@@ -250,6 +250,23 @@ def test_an_autoencoder_of_another_width_is_one_line(tiny, study, tmp_path, some
     assert len(error) == 1 and "576 dimensions" in error[0] and "has 32" in error[0]
 
 
+def test_a_saelens_folder_gives_what_its_checkpoint_gives(tiny, study):
+    from fastsae import export
+    from fastsae.autoencoder import load_sae
+
+    folder, flags = tiny
+    path = next(folder.glob("checkpoints/*/SAE*.pt"))
+    export.export(path, ["saelens"])
+    code, result = study("loss_recovered", *flags, "--sae", f"{path},{path.with_suffix('.saelens')}", "--n-bootstrap", 5)
+    own, foreign = result["autoencoders"].values()
+    assert code == 0 and own["held_out"] and not foreign["held_out"] and foreign["layer"] == 2
+    assert own["n_examples"] == 4 and foreign["n_examples"] == 40  # it does not say which ones it was trained on
+    assert foreign["kinds"]["all"]["kl"]["spliced"] == pytest.approx(own["kinds"]["all"]["kl"]["spliced"], rel=0.5)
+    one, other = (load_sae(where)[0] for where in (path, path.with_suffix(".saelens")))
+    x = torch.randn(30, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(intervention.reconstruction(one)(x, None), intervention.reconstruction(other)(x, None))
+
+
 class Tags(HTMLParser):
     def __init__(self):
         super().__init__()
