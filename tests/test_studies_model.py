@@ -95,6 +95,9 @@ def test_other_architectures_can_be_spliced(config_name):
     np.testing.assert_array_equal(found["identity"].ce, found["clean"].ce)
     np.testing.assert_allclose(found["own"].ce, found["clean"].ce, atol=1e-5)
     assert np.nanmin(found["zero"].kl) > 0
+    with torch.inference_mode(), intervention.replaced(model, 2, torch.zeros_like):  # the slow twin: every block runs
+        logits = model(torch.from_numpy(examples[0])[None]).logits[0, :-1].log_softmax(-1)
+    np.testing.assert_allclose(found["zero"].ce[1:37], -logits.gather(1, torch.from_numpy(examples[0])[1:, None])[:, 0], atol=1e-5)
 
 
 def test_batches_change_nothing_and_only_the_chosen_tokens_are_replaced(whole_model, examples):
