@@ -33,21 +33,25 @@ def loss_recovered(r):
 
 def steer(r):
     """What steering did, beside what FAST reports."""
-    alphas, over = r["alphas"], dict(zip(r["alphas"], r["alphas_over_mean_norm"]))
+    alphas, over = r["alphas"], r["alphas_over_mean_norm"]
     feature = next(t for t in r["targets"] if t["feature"] is not None)
     random = [t for t in r["targets"] if t["feature"] is None]
     lines = []
-    for alpha, p in zip(alphas, feature["curves"]):
-        i = alphas.index(alpha)
-        others = [t["curves"][i]["perplexity"] for t in random]
-        words = "" if p["expected_word"] is None else f"{100 * p['expected_word']:.0f} %"
-        lines.append(f"| {alpha:g} | {over[alpha]:.2f} | {100 * p['changed']:.0f} % | {p['perplexity']:.1f} | "
-                     f"{', '.join(f'{v:.1f}' for v in others)} | {100 * p['repetition']:.0f} % | {words} |")
+    for i, alpha in enumerate(alphas):
+        p, others = feature["curves"][i], [t["curves"][i] for t in random]
+        words, by_chance = (["" if c["expected_word"] is None else f"{100 * c['expected_word']:.0f} %" for c in cs] for cs in ([p], others))
+        perplexities = ", ".join(f"{c['perplexity']:.1f}" for c in others)
+        lines.append(f"| {alpha:g} | {over[i]:.2f} | {100 * p['changed']:.0f} % | {p['tokens']:.0f} | {100 * p['repetition']:.0f} % | "
+                     f"{p['perplexity']:.1f} ({perplexities}) | {words[0]} ({', '.join(by_chance)}) |")
     base = r["unsteered"]["expected_word"]
-    better = [alpha for alpha, p in zip(alphas, feature["curves"]) if alpha and base is not None and p["expected_word"] > base]
-    verdict = (f"More answers than without steering hold the expected word at alpha {', '.join(f'{a:g}' for a in better)}." if better else
-               "At no alpha do more answers hold the expected word than without steering: that moderate steering improves answers "
-               "did not replicate on this model and these questions.")
+    verdict = ""
+    if base is not None:
+        best, best_random = (max((p["expected_word"], -alpha) for t in ts for alpha, p in zip(alphas, t["curves"]) if alpha)
+                             for ts in ([feature], random or [feature]))
+        verdict = (f"Of the {r['n_with_expected_word']} questions with an expected word the unsteered model answers {100 * base:.0f} % with "
+                   f"it, the steered at best {100 * best[0]:.0f} % (alpha {-best[1]:g}), with a random direction {100 * best_random[0]:.0f} % "
+                   f"(alpha {-best_random[1]:g}): " + ("that moderate steering improves answers did not replicate on this model and these "
+                                                       "questions." if best[0] <= max(base, best_random[0]) else "more than by chance."))
     limits, harmless = r["settings"], feature["harmless_up_to_alpha"]
     same = "gives the unsteered answers token for token" if feature["alpha_0_equals_unsteered"] else "DIFFERS from the unsteered answers"
     bounds = ", ".join("none" if t["harmless_up_to_alpha"] is None else f"{t['harmless_up_to_alpha']:g}" for t in random)
@@ -57,7 +61,7 @@ def steer(r):
         f"[figure](experiments/results/steer.png); layer {r['autoencoder']['layer']}, {r['n_prompts']} questions, mean norm of the stream "
         f"{r['mean_norm']:.0f}). {feature['name'].capitalize()} is the strongest on `{limits['SPECIAL_TOKEN']}` in {r['n_dialogues']} "
         f"dialogues, found as in FAST ({feature['how'].split(' on ')[0]}). alpha = 0 {same}.",
-        "", "| alpha | over the norm | answers changed | perplexity | of random directions | repetition | expected word |",
+        "", "| alpha | over the norm | answers changed | tokens | repetition | perplexity (random) | expected word (random) |",
         "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
         (f"By the rule of `steer.py` (perplexity below {limits['PERPLEXITY_LIMIT']:g} times and repetition within "
          f"{limits['REPETITION_LIMIT']:g} of the unsteered answers') it is harmless up to alpha {harmless:g}" if harmless is not None else

@@ -7,7 +7,7 @@
 The feature is found as FAST finds it (arXiv 2506.07691): the highest average, over up to N_DIALOGUES dialogues, of its maximum on the
 special token. Answers are greedy, with the chat template and a key-value cache; d_k has length 1 and is added to every token, prompt
 included. What an alpha means depends on the length of the model's residual stream, so each is also given relative to its mean norm;
-random directions of the same length show what any push does. Measured on the answers: repetition (1 - distinct / all word triples of
+random directions of the same length show what any push does. Measured on the answers: repetition (1 - distinct / all triples of
 tokens), perplexity under the unsteered model, and the share that hold the expected word. An alpha is called harmless while perplexity
 stays below PERPLEXITY_LIMIT times, and repetition within REPETITION_LIMIT of, the unsteered answers'.
 
@@ -71,9 +71,11 @@ def main():
         show(results[-1], work)
     result = {"autoencoder": work.subject.describe(), "mean_norm": work.norm, "n_dialogues": work.n_dialogues, "alphas": work.alphas,
               "alphas_over_mean_norm": [a / work.norm for a in work.alphas], "n_prompts": len(prompts),
-              "n_new_tokens": work.n("N_NEW_TOKENS"), "unsteered": curves([[a] for a in unsteered], unsteered, prompts)[0],
-              "targets": [{name: value for name, value in r.items() if name != "answers"} for r in results],
-              **({"ablation": work.ablation([t["feature"] for t in targets if t["feature"] is not None])} if settings.ABLATE else {})}
+              "n_with_expected_word": sum(bool(word) for _, word in prompts), "n_new_tokens": work.n("N_NEW_TOKENS"),
+              "unsteered": curves([[a] for a in unsteered], unsteered, prompts)[0],
+              "targets": [{name: value for name, value in r.items() if name != "answers"} for r in results]}
+    if settings.ABLATE:
+        result["ablation"] = work.ablation([t["feature"] for t in targets if t["feature"] is not None])
     write_result(settings.RESULT_NAME, settings.select(RECORDED), result)
     side_by_side.write(RESULTS / settings.RESULT_NAME, results, prompts, unsteered, result)
     if importlib.util.find_spec("matplotlib"):
