@@ -48,13 +48,14 @@ def steer(r):
     if base is not None:
         best, best_random = (max((p["expected_word"], -alpha) for t in ts for alpha, p in zip(alphas, t["curves"]) if alpha)
                              for ts in ([feature], random or [feature]))
-        verdict = (f"Of the {r['n_with_expected_word']} questions with an expected word the unsteered model answers {100 * base:.0f} % with "
-                   f"it, the steered at best {100 * best[0]:.0f} % (alpha {-best[1]:g}), with a random direction {100 * best_random[0]:.0f} % "
-                   f"(alpha {-best_random[1]:g}): " + ("that moderate steering improves answers did not replicate on this model and these "
-                                                       "questions." if best[0] <= max(base, best_random[0]) else "more than by chance."))
-    limits, harmless = r["settings"], feature["harmless_up_to_alpha"]
+        failed = best[0] <= max(base, best_random[0])
+        verdict = (f"Of the {r['n_with_expected_word']} questions with an expected word the unsteered model answers {100 * base:.0f} % "
+                   f"with it, the steered at best {100 * best[0]:.0f} % (alpha {-best[1]:g}), with a random direction "
+                   f"{100 * best_random[0]:.0f} % (alpha {-best_random[1]:g}): " + ("that moderate steering improves answers did not "
+                   "replicate on this model and these questions." if failed else "more than by chance."))
+    limits, fluent = r["settings"], feature["fluent_up_to_alpha"]
     same = "gives the unsteered answers token for token" if feature["alpha_0_equals_unsteered"] else "DIFFERS from the unsteered answers"
-    bounds = ", ".join("none" if t["harmless_up_to_alpha"] is None else f"{t['harmless_up_to_alpha']:g}" for t in random)
+    bounds = ", ".join("none" if t["fluent_up_to_alpha"] is None else f"{t['fluent_up_to_alpha']:g}" for t in random)
     effect = f" {ablated(r['ablation'])}" if "ablation" in r else ""
     return "\n".join([
         f"**Steering** ([answers](experiments/results/steer.md), [table](experiments/results/steer.json), "
@@ -64,8 +65,8 @@ def steer(r):
         "", "| alpha | over the norm | answers changed | tokens | repetition | perplexity (random) | expected word (random) |",
         "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
         (f"By the rule of `steer.py` (perplexity below {limits['PERPLEXITY_LIMIT']:g} times and repetition within "
-         f"{limits['REPETITION_LIMIT']:g} of the unsteered answers') it is harmless up to alpha {harmless:g}" if harmless is not None else
-         "It is harmless at no alpha") + f"; random directions of the same length up to {bounds}. FAST reports 25 to 100 as useful for "
+         f"{limits['REPETITION_LIMIT']:g} of the unsteered answers') answers stay fluent up to alpha {fluent:g}" if fluent is not None else
+         "Answers are fluent at no alpha") + f"; random directions of the same length up to {bounds}. FAST reports 25 to 100 as useful for "
         f"Qwen2.5-7B. {verdict}{effect}"])
 
 

@@ -8,7 +8,7 @@ The feature is found as FAST finds it (arXiv 2506.07691): the highest average, o
 special token. Answers are greedy, with the chat template and a key-value cache; d_k has length 1 and is added to every token, prompt
 included. What an alpha means depends on the length of the model's residual stream, so each is also given relative to its mean norm;
 random directions of the same length show what any push does. Measured on the answers: repetition (1 - distinct / all triples of
-tokens), perplexity under the unsteered model, and the share that hold the expected word. An alpha is called harmless while perplexity
+tokens), perplexity under the unsteered model, and the share that hold the expected word. Answers count as fluent while perplexity
 stays below PERPLEXITY_LIMIT times, and repetition within REPETITION_LIMIT of, the unsteered answers'.
 
 Alpha 0 must give the unsteered answers token for token, which is checked; in bfloat16 a batch may round otherwise than one row
@@ -245,21 +245,21 @@ def curves(answers, unsteered, prompts):
 
 
 def summary(answers, unsteered, prompts, work, settings):
-    """The curves of one direction, up to which alpha it is harmless, and whether alpha = 0 gave the unsteered answers."""
+    """The curves of one direction, up to which alpha answers stay fluent, and whether alpha = 0 gave the unsteered answers."""
     found, base = curves(answers, unsteered, prompts), curves([[a] for a in unsteered], unsteered, prompts)[0]
-    harmless = None
+    fluent = None
     for alpha, point in sorted(zip(work.alphas, found), key=lambda pair: pair[0]):
         if (point["perplexity"] > settings.PERPLEXITY_LIMIT * base["perplexity"]
                 or point["repetition"] > base["repetition"] + settings.REPETITION_LIMIT):
             break
-        harmless = alpha
+        fluent = alpha
     zero = work.alphas.index(0) if 0 in work.alphas else None
-    return {"curves": found, "harmless_up_to_alpha": harmless, "alpha_0_equals_unsteered":
+    return {"curves": found, "fluent_up_to_alpha": fluent, "alpha_0_equals_unsteered":
             None if zero is None else all(row[zero]["ids"] == u["ids"] for row, u in zip(answers, unsteered))}
 
 
 def show(row, work):
-    print(f"{row['name']} ({row['how']}): harmless up to alpha {row['harmless_up_to_alpha']}; alpha 0 "
+    print(f"{row['name']} ({row['how']}): fluent up to alpha {row['fluent_up_to_alpha']}; alpha 0 "
           f"{'equals' if row['alpha_0_equals_unsteered'] else 'DIFFERS FROM'} the unsteered answers")
     for alpha, p in zip(work.alphas, row["curves"]):
         expected = "" if p["expected_word"] is None else f", expected word {100 * p['expected_word']:.0f} %"
