@@ -1,6 +1,6 @@
 """Which layer? Norms, reconstruction and LLM-free evidence on the features of several layers, from one extraction pass.
 
-    python experiments/layers.py                                  # the demo's model and data, about 20 minutes on two cores
+    python experiments/layers.py                                  # the demo's model and data
     python experiments/layers.py --quick
     python experiments/layers.py --preset llama-3.1-8b --dataset-path my.jsonl --compared-layers 4,12,18,20,25 --m 32768 --k 32
 
