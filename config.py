@@ -182,7 +182,7 @@ def read_settings(path):
             settings[node.target.id] = {
                 "type": ast.unparse(node.annotation), "has_value": node.value is not None,
                 "value": _constant(node.value, path) if node.value is not None else None,
-                "comment": comments.get(node.end_lineno, ""), "file": Path(path).name}
+                "comment": comments.get(node.end_lineno or 0, ""), "file": Path(path).name}
     return settings
 
 
@@ -236,7 +236,7 @@ def parse_flags(declared, argv, script):
 
 def help_text(declared, script):
     """What `--help` prints: the first sentence and the examples of the script's docstring, every setting, the exit codes."""
-    about = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
+    about = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8"))) or ""
     lines = [f"usage: python {os.path.relpath(script, PROJECT)} [--setting value ...]", "",
              *textwrap.wrap(" ".join(about.split("\n\n")[0].split()), HELP_WIDTH)]
     for name, setting in declared.items():

@@ -2,6 +2,7 @@
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def open_activations(path):
         raise InputError(f"{path}: not found. run {MAKER} first, or check --output-dir.")
     metadata = read_metadata(path)
     small = [read_npz(p, [*PER_EXAMPLE, *PER_TOKEN], made_by=MAKER) for p in shards]
-    data = {name: np.concatenate([s[name] for s in small]) for name in (*PER_EXAMPLE, *PER_TOKEN)}
+    data: dict[str, Any] = {name: np.concatenate([s[name] for s in small]) for name in (*PER_EXAMPLE, *PER_TOKEN)}
     rows = [map_member(p, "activations") for p in shards]
     data["activations"] = rows[0] if len(rows) == 1 else ShardedRows(rows)
     data["metadata"] = np.array(json.dumps(metadata, ensure_ascii=False))

@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 EXIT_BUG, EXIT_INPUT, EXIT_ENVIRONMENT, EXIT_INCOMPLETE = 1, 2, 3, 4
 
@@ -74,7 +75,7 @@ def stop():
 REMEDIES = {"free some space": (errno.ENOSPC, errno.EDQUOT), "check the folder's rights": (errno.EACCES, errno.EPERM, errno.EROFS),
             "move away what is there": (errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check the disk": (errno.EIO, errno.ESTALE),
             "give shorter names": (errno.ENAMETOOLONG,), "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE)}
-_stage = {"at_end": [], "log_folder": None}
+_stage: dict[str, Any] = {"at_end": [], "log_folder": None}
 
 
 def at_end(action):

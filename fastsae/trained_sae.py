@@ -42,7 +42,7 @@ class TrainedSae:
 
     def __init__(self, sae, meta: dict, *, device: str = "cpu", cache_dir: str | None = None):
         self.sae, self.meta, self.device, self.cache_dir = sae, meta, device, cache_dir
-        self._reader = None
+        self._reader: tuple[ChatTokenizer, ResidualModel, dict] | None = None
 
     @property
     def d(self) -> int:
@@ -79,7 +79,7 @@ class TrainedSae:
         features, kinds = self.encode(activations), {CONTENT: "content", TEMPLATE: "template", SHARED_PREFIX: "shared prefix"}
         norms, bound = activations.float().norm(dim=1), self.meta.get("max_norm")
         result = []
-        for i, token in enumerate(TokenTexts(self._reader[0].tokenizer)(tokens.ids)):
+        for i, token in enumerate(TokenTexts(self.reader()[0].tokenizer)(tokens.ids)):
             value, which = features[i].topk(min(n_top, self.n_features))
             kind = int(tokens.kind[i])
             left_out = kind == SHARED_PREFIX and self.meta["settings"].get("EXCLUDE_SHARED_PREFIX", True)
@@ -92,16 +92,19 @@ class TrainedSae:
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
         if not any(message["content"].strip() for message in messages):
             raise InputError("TEXT: is empty. give a sentence.")
-        if self._reader is None:
-            self._reader = self._load_model()
-        tokenizer, model, source = self._reader
+        tokenizer, model, source = self.reader()
         tokens, = tokenizer([Example(1, messages, is_text=isinstance(text, str))])
         tokens.kind[:source.get("n_shared_prefix", 0)] = SHARED_PREFIX
         stream, = model(torch.from_numpy(tokens.ids.astype(np.int64))[None]).values()
         return tokens, stream[0].to(getattr(torch, source["settings"].get("STORAGE_DTYPE", "float32")))
 
+    def reader(self):
+        """(tokenizer, model, metadata of the activations) that belong to this autoencoder; loaded once."""
+        if self._reader is None:
+            self._reader = self._load_model()
+        return self._reader
+
     def _load_model(self):
-        """(tokenizer, model, metadata of the activations) that belong to this autoencoder."""
         source = self.meta.get("activations") or {}
         settings = source.get("settings") or {}
         name, layer = source.get("model_name"), settings.get("LAYER_IDX")

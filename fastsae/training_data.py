@@ -62,7 +62,7 @@ def release(activations):
     """Let the system take back the memory of mapped rows that were read: it would count as ours."""
     for part in getattr(activations, "parts", [activations]):
         if isinstance(part, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-            part._mmap.madvise(mmap.MADV_DONTNEED)
+            part._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined] # numpy keeps it to itself
 
 
 class TrainingRows:
@@ -162,6 +162,7 @@ def _regrouped(arrays, sizes):
     wanted = next(sizes, None)
     for array in arrays:
         while len(array):
+            assert wanted is not None  # the sizes add up to the arrays' lengths
             taken, array = array[:wanted - n], array[wanted - n:]
             waiting.append(taken)
             n += len(taken)
