@@ -387,6 +387,8 @@ def check_features(values, require):
             "give --no-use-matryoshka, or --architecture topk")
     require(not (dense and values.get("USE_BATCH_TOPK")), "USE_BATCH_TOPK", f"{values.get('ARCHITECTURE')} picks no largest K",
             "give --no-use-batch-topk, or --architecture batchtopk")
+    require(not (values.get("INIT_FROM") and values.get("SEEDS")), "SEEDS", "all would start alike, from INIT_FROM",
+            "leave one of the two out")
     other = "batchtopk" if values.get("USE_BATCH_TOPK") else values.get("ARCHITECTURE")
     require("sparsify" not in _each(values.get("EXPORT")) or other == "topk", "EXPORT", f"sparsify holds topk only, not {other}",
             "leave sparsify out, or give --architecture topk")

@@ -524,8 +524,9 @@ def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main
 @pytest.mark.parametrize(("flags", "line"), [
     (["--export", "sparsify", "--architecture", "jumprelu", "--no-use-matryoshka"], "EXPORT: sparsify holds topk only, not jumprelu."),
     (["--export", "sparsify", "--use-batch-topk"], "EXPORT: sparsify holds topk only, not batchtopk."),
+    (["--init-from", "x", "--seeds", "0,1"], "SEEDS: all would start alike, from INIT_FROM."),
     (["--export", "saelens,onnx"], "EXPORT: 'onnx' is unknown. choose saelens, sparsify.")])
-def test_an_impossible_export_stops_before_training(run_main, capsys, flags, line):
+def test_impossible_settings_stop_before_training(run_main, capsys, flags, line):
     with pytest.raises(SystemExit) as stopped:
         run_main("train_sae", *flags)
     assert stopped.value.code == 2 and f"error: {line}" in capsys.readouterr().err
