@@ -111,6 +111,20 @@ def test_without_a_model_it_still_encodes(tmp_path, run_main):
         sae.features_of("a key")
 
 
+def test_an_autoencoder_of_another_library_is_told_its_model(sae, checkpoint, tmp_path):
+    from fastsae.export import export
+
+    copy = tmp_path / checkpoint.name
+    copy.write_bytes(checkpoint.read_bytes())
+    export(copy, ("sparsify",))
+    folder = next(tmp_path.glob("**/sae.safetensors")).parent
+    with pytest.raises(InputError, match="does not name its model and layer. give them to load_sae"):
+        fastsae.load_sae(folder).features_of(SENTENCE)
+    other = fastsae.load_sae(folder, model_name="SmolLM2-135M-Instruct", layer=2)
+    for found, expected in zip(other.features_of(SENTENCE), sae.features_of(SENTENCE)):
+        assert found.token == expected.token and dict(found.features) == pytest.approx(dict(expected.features), rel=1e-2)
+
+
 def test_the_readmes_example_runs(checkpoint, tmp_path, monkeypatch, capsys):
     code = next(block for block in re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.S)
                 if "from fastsae import load_sae" in block)
