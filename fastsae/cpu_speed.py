@@ -76,7 +76,7 @@ class GatedMlp(nn.Module):
 
     @staticmethod
     def fits(mlp):
-        linears = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        linears: list = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         return (all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
                 and {module for module in mlp.children()} == {*linears, mlp.act_fn}
                 and type(mlp.act_fn).__name__ in ACTIVATIONS
