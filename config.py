@@ -133,7 +133,8 @@ def resolve(*scripts, argv=None):
     declared = {}
     for path in (Path(__file__), *map(Path, scripts)):
         declared.update(read_settings(path))
-    script = Path(scripts[-1]) if len(scripts) == 1 or Path(scripts[-1]).name not in STAGES else PROJECT / "run_pipeline.py"
+    own = [Path(path) for path in scripts if len(scripts) == 1 or Path(path).name not in STAGES]
+    script = own[-1] if own else PROJECT / "run_pipeline.py"
     given, problems = parse_flags(declared, sys.argv[1:] if argv is None else argv, script)
     unread = {problem.split(":")[0] for problem in problems}  # flags whose value is wrong: no other value stands in for them
     preset_name = given.get("PRESET", declared["PRESET"]["value"])

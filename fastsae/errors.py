@@ -160,8 +160,8 @@ def _bug(error):
     for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"):
         text = text.replace(os.environ.get(name) or "\0", "***")
     print(text, file=sys.stderr, end="")
-    for folder in (_stage["log_folder"], Path(tempfile.gettempdir())):
-        with contextlib.suppress(OSError, AttributeError):  # no folder yet, or one that takes no file
+    for folder in filter(None, (_stage["log_folder"], Path(tempfile.gettempdir()))):  # none if the stage did not come so far
+        with contextlib.suppress(OSError):  # a folder that takes no file
             path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
             storage.write_text(path, f"{' '.join(sys.argv)}\n{text}")
             print(f"error: this is a bug. report it with {path}; the same command goes on from what is finished.", file=sys.stderr)
