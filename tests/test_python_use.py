@@ -96,6 +96,10 @@ def test_it_says_what_it_is(sae):
     assert lines[1] == "layer 2 of SmolLM2-135M-Instruct" and re.fullmatch(r"normalised MSE [\d.]+, L0 4, dead [\d.e-]+", lines[2])
 
 
+def test_a_runs_folder_stands_for_its_checkpoint(sae, checkpoint):
+    assert repr(fastsae.load_sae(checkpoint.parent)) == repr(sae)
+
+
 def test_without_a_model_it_still_encodes(tmp_path, run_main):
     tokens, _ = planted_tokens(300, 16, 20, 2)
     flags = put_activations(tmp_path, tokens, [10] * 30)
