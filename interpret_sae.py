@@ -125,9 +125,18 @@ def describe(settings, checkpoint_path, sae_meta, backend):
     llm = {**settings.select(LLM_SETTINGS), "base_url": backend.scope[1]} if backend else None
     return artifacts.new_metadata(
         "interpretations", {**settings.select(DECISIVE), "llm": llm, "target": target},
-        {"checkpoint": sae_meta["fingerprint"], "dataset": sae_meta["activations"]["inputs"]["dataset"], "report": template_sha256(),
-         **({"activations": sae_meta["activations"]["fingerprint"]} if settings.SAE_PATH else {})},
+        {"checkpoint": sae_meta["fingerprint"], **inputs_now(settings, sae_meta), "report": template_sha256()},
         checkpoint=str(checkpoint_path))
+
+
+def inputs_now(settings, sae_meta):
+    """Activations and dataset as they are; one that is gone, or on the hub, counts as the one that the autoencoder was trained on."""
+    activations, dataset = sae_meta["inputs"]["activations"], sae_meta["activations"]["inputs"]["dataset"]
+    if activations_file.find_shards(settings.activations_path):
+        activations = activations_file.read_metadata(settings.activations_path)["fingerprint"]
+    if Path(settings.DATASET_PATH).is_file():
+        dataset = artifacts.file_sha256(settings.DATASET_PATH)
+    return {"activations": activations, "dataset": dataset}
 
 
 def done(folder, jsonl_path, metadata):
