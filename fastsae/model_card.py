@@ -39,7 +39,8 @@ def card(entries):
         "## Settings of the training", "", "```json", json.dumps(settings_of(entries[0][1]), indent=1), "```", "",
         "## Before publishing", "", "Nothing is uploaded by itself. State a `license:` in the header above, and mind that the `.pt` files "
         "hold the paths of your data. In this folder:", "", "```bash",
-        'hf upload your-name/your-sae . . --exclude "*.resume.pt" --exclude "*.jsonl" --exclude "*.log" --exclude "*.old-*" --exclude ".*"', "```", ""])
+        'hf upload your-name/your-sae . . --exclude "*.resume.pt" --exclude "*.jsonl" --exclude "*.log" --exclude "*.old-*" --exclude ".*"',
+        "```", ""])
 
 
 def header(entries):
