@@ -62,7 +62,8 @@ def main():
         from fastsae.trained_sae import describe_text
 
         return print(describe_text(settings.TEXT, settings.SAE_PATH or named_checkpoint(settings.run_dir),
-                                   settings.output_dir / "interpretations.jsonl", device=settings.DEVICE, cache_dir=settings.CACHE_DIR))
+                                   settings.output_dir / "interpretations.jsonl", device=settings.DEVICE,
+                                   model_name=settings.MODEL_NAME, layer=settings.LAYER_IDX, cache_dir=settings.CACHE_DIR))
     checkpoint_path, sae_meta = chosen_sae(settings)
     backend = None
     if settings.N_TOP_NEURONS:

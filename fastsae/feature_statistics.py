@@ -37,6 +37,9 @@ class Statistics:
         self.co_count = np.zeros(m, np.int64)
         self.name_count = np.zeros(n_names, np.int64)
         self.norms, self.kept = np.empty(n_tokens, np.float32), np.zeros(n_tokens, bool)
+        self.pooled_examples: np.ndarray         # these three are added by `collect`
+        self.pooled_max: sparse.csr_matrix
+        self.pooled_mean: sparse.csr_matrix
 
     @property
     def density(self):

@@ -157,6 +157,7 @@ def _regrouped(arrays, sizes):
     wanted = next(sizes, None)
     for array in arrays:
         while len(array):
+            assert wanted is not None  # the sizes add up to the arrays' lengths
             taken, array = array[:wanted - n], array[wanted - n:]
             waiting.append(taken)
             n += len(taken)
