@@ -39,7 +39,8 @@ def place(world):
         try:
             for script, more in (("extract_activations", []), ("train_sae", []), ("interpret_sae", [
                     f"--label-field={text}", f"--target-value={text}0", f"--interpreter-model={text}", f"--neuronpedia-model={text}",
-                    "--neuronpedia-set", "s", "--selection-method", "correlation", "--n-top-neurons", 3, "--n-fidelity-examples", 0, "--n-scored-features", 4])):
+                    "--neuronpedia-set", "s", "--selection-method", "correlation", "--n-top-neurons", 3, "--n-fidelity-examples", 0,
+                    "--n-scored-features", 4])):
                 done = world.run(worker, script, *shared, *more, url=server.url)
                 assert done["code"] in (0, 4), done
         finally:
