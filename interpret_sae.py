@@ -186,7 +186,8 @@ class Features:
         tokenizer = load_tokenizer(self.source["model_name"], revision=self.source["model_revision"], cache_dir=settings.CACHE_DIR)
         with progress.bar(len(data["token_ids"]), "statistics", "token", unit_scale=True) as tokens_done:
             self.evidence = Evidence(sae, data, self.examples, tokenizer, {
-                "max_norm": sae_meta["max_norm"], "exclude_shared_prefix": sae_meta["settings"]["EXCLUDE_SHARED_PREFIX"]},
+                "max_norm": sae_meta["max_norm"], "exclude_shared_prefix": sae_meta["settings"]["EXCLUDE_SHARED_PREFIX"],
+                "use": sae_meta["settings"].get("USE_TOKENS", "all")},
                 n_top=N_TOP_EXAMPLES, seed=settings.SEED, progress=tokens_done.update)
         self.rows = self.evidence.rows(N_TOP_TOKENS)
         for row in self.rows:
