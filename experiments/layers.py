@@ -47,8 +47,8 @@ def main():
         rows.append({"layer": layer, **{name: norms[name] for name in ("median_norm", "max_norm", "n_sinks", "n_sinks_outside_prefix")},
                      **{name: float(np.mean([s[name] for s in seeds])) for name in seeds[0] if seeds[0][name] is not None}, "seeds": seeds})
     show(rows)
-    used = ["COMPARED_LAYERS", "QUICK", "MODEL_NAME", "DATASET_PATH", "MAX_EXAMPLES", "ARCHITECTURE", "M", "K", "USE_MATRYOSHKA", "N_EPOCHS",
-            "PATIENCE", "BATCH_SIZE", "LEARNING_RATE", "POOLING", "SEED"]
+    used = ["COMPARED_LAYERS", "QUICK", "MODEL_NAME", "DATASET_PATH", "MAX_EXAMPLES", "ARCHITECTURE", "M", "K", "USE_MATRYOSHKA",
+            "N_EPOCHS", "PATIENCE", "BATCH_SIZE", "LEARNING_RATE", "POOLING", "SEED"]
     chosen = settings.select(used) | {"DATASET_PATH": os.path.relpath(settings.DATASET_PATH, PROJECT), "N_SEEDS": len(rows[0]["seeds"])}
     if settings.QUICK:
         chosen |= {"N_EPOCHS": QUICK_EPOCHS, "MAX_EXAMPLES": settings.MAX_EXAMPLES or QUICK_EXAMPLES}

@@ -88,14 +88,17 @@ def layers(r):
     lines = [f"| {x['layer']} | {x['median_norm']:.0f} | {x['n_sinks']} | {x['normalized_mse']:.3f} | "
              f"{x['n_above_auc_bound']:.1f} ({x['n_above_auc_bound_shuffled']:.1f}) | {x['median_category_auc']:.3f} | "
              f"{x['mean_token_purity']:.3f} |" for x in rows]
-    most, purest = max(rows, key=lambda x: x["n_above_auc_bound"]), max(rows, key=lambda x: x["mean_token_purity"])
+    most = max(rows, key=lambda x: x["n_above_auc_bound"])
     best, worst = min(rows, key=lambda x: x["normalized_mse"]), max(rows, key=lambda x: x["normalized_mse"])
+    counts, purity = ([x[name] for x in rows] for name in ("n_above_auc_bound", "mean_token_purity"))
+    middle = rows[0]["layer"] < most["layer"] < rows[-1]["layer"]
+    chance = " With one seed a layer, differences of this size are not told from chance." if s["N_SEEDS"] == 1 else ""
+    examples = f"{s['MAX_EXAMPLES']} examples, " if s.get("MAX_EXAMPLES") else ""
     return "\n".join([
-        f"**Which layer** ([table](experiments/results/layers.json), [figure](experiments/results/layers.png); one extraction pass, "
-        f"M = {s['M']}, K = {s['K']}, {s['N_SEEDS']} seeds a layer):", "",
+        "**Which layer** ([table](experiments/results/layers.json), [figure](experiments/results/layers.png); one extraction pass, "
+        f"{examples}M = {s['M']}, K = {s['K']}, seeds per layer: {s['N_SEEDS']}):", "",
         "| layer | median norm | sinks | normalised MSE | features with AUC > 0.8 (shuffled labels) | median AUC | token purity |",
         "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
-        f"Most features that separate a category are at layer {most['layer']} ({most['n_above_auc_bound']:.1f} of {s['M']}); features are "
-        f"most tied to single tokens at layer {purest['layer']} (purity {purest['mean_token_purity']:.2f}). Normalised MSE is lowest at "
-        f"layer {best['layer']} and highest at {worst['layer']}"
-        + (": it does not say which layer is worth reading." if best["layer"] != most["layer"] else ".")])
+        f"Normalised MSE is lowest at layer {best['layer']} and highest at layer {worst['layer']}. Of {s['M']} features {min(counts):.0f} "
+        f"to {max(counts):.0f} separate a category, most at layer {most['layer']}, and token purity is {min(purity):.2f} to {max(purity):.2f}.{chance} That middle layers hold the most meaning "
+        + ("agrees with this." if middle else "does not show here.")])
