@@ -100,5 +100,5 @@ def layers(r):
         "| layer | median norm | sinks | normalised MSE | features with AUC > 0.8 (shuffled labels) | median AUC | token purity |",
         "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
         f"Normalised MSE is lowest at layer {best['layer']} and highest at layer {worst['layer']}. Of {s['M']} features {min(counts):.0f} "
-        f"to {max(counts):.0f} separate a category, most at layer {most['layer']}, and token purity is {min(purity):.2f} to {max(purity):.2f}.{chance} That middle layers hold the most meaning "
-        + ("agrees with this." if middle else "does not show here.")])
+        f"to {max(counts):.0f} separate a category, most at layer {most['layer']}, and token purity is {min(purity):.2f} to "
+        f"{max(purity):.2f}.{chance} That middle layers hold the most meaning " + ("agrees with this." if middle else "does not show here.")])
