@@ -313,7 +313,7 @@ CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE":
            "ARCHITECTURE": ("topk", "batchtopk", "standard", "jumprelu", "gated"), "JUMPRELU_LOSS": ("target", "step"),
            "LOGGER": ("none", "tensorboard", "wandb"), "USE_TOKENS": ("all", "content", "assistant"),
            "NORMALIZE_ACTIVATIONS": ("auto", "none", "mean", "norm", "both"),
-           "INIT_DIRECTIONS": ("xavier", "kaiming", "orthogonal", "data"), "INIT_CENTRE": ("median", "mean", "geometric_median"),
+           "INIT_DIRECTIONS": ("mixed", "xavier", "kaiming", "orthogonal", "data"), "INIT_CENTRE": ("median", "mean", "geometric_median"),
            "EXPORT": ("saelens", "sparsify"),
            "LLM_PROTOCOL": ("both", "contrastive", "fast"), "SELECTION_METHOD": ("separation_score", "correlation", "lasso")}
 
