@@ -4,9 +4,9 @@
     python train_sae.py --seeds 0,1,2 --k-list 4,8,16          # nine autoencoders from one reading of the data
 
 Reads `activations/activations_layer{LAYER_IDX}.npz`. Writes `checkpoints/<run>/SAE_....pt` (which `hypothesaes.sae.load_model`
-reads), `metrics.json` with the final figures, `metrics.jsonl` with one line per epoch, `training.png` with their curves; while it
-trains, `SAE_....resume.pt`, from which the same command goes on after an interruption and ends in the same bytes. Activations beyond
-BUFFER_TOKENS stay on the disk.
+reads), `metrics.json` with the final figures, `metrics.jsonl` with one line per epoch, `training.png` with their curves,
+`README.md`, a model card, and with EXPORT folders for other libraries; while it trains, `SAE_....resume.pt`, from which the same
+command goes on after an interruption and ends in the same bytes. Activations beyond BUFFER_TOKENS stay on the disk.
 """
 import functools
 import itertools
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 import config
-from fastsae import artifacts, storage
+from fastsae import artifacts, progress, storage
 from fastsae.activations_file import read_metadata
 from fastsae.errors import InputError, Terminated, deferred_stop, end, run_stage, stop, stop_asked
 
@@ -46,7 +46,7 @@ LEARNING_RATE: float = 5e-4                        # of Adam
 LR_SCHEDULE: str = "constant"                      # constant, linear or cosine: how it falls over the last LR_DECAY_FRACTION of the steps
 LR_DECAY_FRACTION: float = 0.2                     # part of N_EPOCHS over which the learning rate falls
 LR_WARMUP_STEPS: int = 0                           # steps over which it rises first
-INIT_DIRECTIONS: str = "xavier"                    # decoder rows at the start: xavier, kaiming, orthogonal, or data (tokens less b_dec)
+INIT_DIRECTIONS: str = "mixed"                     # decoder rows at the start: xavier, kaiming, orthogonal, data, mixed (leaning to tokens)
 INIT_CENTRE: str = "median"                        # b_dec at the start: median, mean or geometric_median of a sample
 INIT_ENCODER_SCALE: float | None = None            # encoder rows at the start / decoder rows; none = by least squares; HypotheSAEs: 1
 BUFFER_TOKENS: int = 1_000_000                     # kept in memory; beyond, they are mixed in a buffer of that size as they are read
@@ -60,15 +60,18 @@ SELECT_DTYPE: str = "float32"                      # bfloat16 picks the top K fr
 SEEDS: tuple[int, ...] | None = None               # several autoencoders from one reading of the data, by the seed of their first weights
 K_LIST: tuple[int, ...] | None = None              # the same for several K ...
 L1_COEFFICIENT_LIST: tuple[float, ...] | None = None  # ... and for several L1_COEFFICIENT; all combinations are trained
+INIT_FROM: str | None = None                       # autoencoder to go on from: a .pt, or a folder of SAELens, sparsify, ...; none = random
+EXPORT: tuple[str, ...] | None = None              # also write folders for saelens, sparsify; works for a trained one too; none = no
 SAVE_EVERY: float = 60.0                           # seconds between saves of an unfinished run, the most that a kill loses
 LOGGER: str = "none"                               # none, tensorboard or wandb: where the figures of each epoch go as well
 
-NOT_DECISIVE = ("ENGINE", "SAVE_EVERY", "LOGGER", "SEEDS", "K_LIST", "L1_COEFFICIENT_LIST")
+NOT_DECISIVE = ("ENGINE", "SAVE_EVERY", "LOGGER", "SEEDS", "K_LIST", "L1_COEFFICIENT_LIST", "EXPORT", "INIT_FROM")
 INIT_SAMPLE = 32768  # tokens whose median initialises b_dec
 
 
 def main():
     settings = config.resolve(__file__)
+    started = progress.start(quiet=settings.QUIET)
     settings.show()
     source = read_metadata(settings.activations_path)
     from fastsae import parallel  # after the settings: loading torch takes seconds
@@ -85,6 +88,20 @@ def main():
         point_to(settings.run_dir / "metrics.json", plans[0].path)
         if len(plans) > 1:
             print(f"stage 3 reads {plans[0].path.name}, the first of {len(plans)}")
+        hand_over(plans, settings)
+        metrics = artifacts.read_checkpoint_metadata(plans[0].path)["metrics"]
+        progress.summary("train_sae", plans[0].path, started, status="written" if todo else "unchanged", n_autoencoders=len(plans),
+                         **{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")})
+
+
+def hand_over(plans, settings):
+    """What others need of the autoencoders: folders for other libraries, and the model card."""
+    from fastsae.export import export
+    from fastsae.model_card import write_card
+
+    for each in plans if settings.EXPORT else ():
+        export(each.path, settings.EXPORT)
+    write_card(settings.run_dir, [each.path for each in plans])
 
 
 def train_all(plans, source, settings):
@@ -122,6 +139,7 @@ class Plan(NamedTuple):
 def plan(settings, source):
     """A Plan for each of SEEDS x K_LIST x L1_COEFFICIENT_LIST, or the one that the settings without lists describe."""
     from fastsae.autoencoder import checkpoint_name
+    from fastsae.formats import start_inputs
 
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     plans = []
@@ -130,16 +148,15 @@ def plan(settings, source):
         one = settings.replace(K=k, L1_COEFFICIENT=l1)
         name = checkpoint_name(one.M, k, list(one.MATRYOSHKA_PREFIXES) if one.USE_MATRYOSHKA else None, one.ARCHITECTURE)
         name = name.removesuffix(".pt") + f"_L1={l1:g}" * bool(settings.L1_COEFFICIENT_LIST) + f"_seed={seed}" * bool(settings.SEEDS)
-        metadata = artifacts.new_metadata("sae", {**one.select([*own, "SEED"]), "INIT_SEED": seed},
-                                          {"activations": source["fingerprint"]}, activations=source)
-        plans.append((one, settings.run_dir / f"{name}.pt", metadata))
+        path = settings.run_dir / f"{name}.pt"
+        inputs = {"activations": source["fingerprint"], **start_inputs(settings.INIT_FROM, path)}
+        metadata = artifacts.new_metadata("sae", {**one.select([*own, "SEED"]), "INIT_SEED": seed}, inputs, activations=source)
+        plans.append((one, path, metadata))
     return [Plan(*each, several=len(plans) > 1) for each in plans]
 
 
 def train(plans, tokens, settings, device):
     """Train all `plans` from one reading of the data; each is written as soon as it is finished."""
-    from tqdm import tqdm
-
     from fastsae import parallel
     from fastsae.training_data import TrainingRows
 
@@ -147,35 +164,38 @@ def train(plans, tokens, settings, device):
     data = TrainingRows(tokens.activations, tokens.train, batch_size=settings.BATCH_SIZE, buffer_tokens=settings.BUFFER_TOKENS,
                         seed=settings.SEED)
     n_batches = data.n_batches()
-    last_save = time.monotonic()
-    bar = tqdm(total=settings.N_EPOCHS, initial=min(run.epoch for run in runs) - 1, unit="epoch", desc="training", mininterval=1,
-               disable=None)
+    last_save, stopping = time.monotonic(), False
+    bar = progress.bar(settings.N_EPOCHS, "training", "epoch", initial=min(run.epoch for run in runs) - 1)
     with deferred_stop(), bar:
-        while runs:
-            epoch, first = min((run.epoch, run.batch) for run in runs)  # where the one that is furthest behind goes on
-            for batch, x in enumerate(data.batches(epoch, first), first):  # (batch, d)
-                x = x.to(device)
-                for run in runs:
-                    if (run.epoch, run.batch) == (epoch, batch):
-                        one_step(run, x, (epoch - 1) * n_batches + batch, n_batches, device)
-                stopping = parallel.anywhere(stop_asked())
-                if stopping or time.monotonic() - last_save > settings.SAVE_EVERY:
-                    save(runs)
-                    last_save = time.monotonic()
-                    if stopping:
+        try:
+            while unfinished(runs, tokens, device):
+                epoch, first = min((run.epoch, run.batch) for run in runs)  # where the one that is furthest behind goes on
+                for batch, x in enumerate(data.batches(epoch, first), first):  # (batch, d)
+                    x = x.to(device)
+                    for run in runs:
+                        if (run.epoch, run.batch) == (epoch, batch):
+                            one_step(run, x, (epoch - 1) * n_batches + batch, n_batches, device)
+                    if stopping := parallel.anywhere(stop_asked()):
                         stop()
-            try:
+                    if time.monotonic() - last_save > settings.SAVE_EVERY:
+                        save(runs)
+                        last_save = time.monotonic()
                 for run in [run for run in runs if run.epoch == epoch]:
                     run.log(end_epoch(run, tokens))
-                    if is_over(run):
-                        runs.remove(run)
-                        finish(run, tokens, device)
-            except (KeyboardInterrupt, Terminated):
-                if stop_asked():  # then it is measuring that was cut short, which changes nothing of the runs
-                    save(runs)
-                raise
-            bar.update()
-            bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
+                bar.update()
+                bar.set_postfix({name: f"{runs[0].history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
+        except (KeyboardInterrupt, Terminated):
+            if stopping or stop_asked():  # between steps, or while measuring, which changes nothing of the runs
+                save(runs)
+            raise
+
+
+def unfinished(runs, tokens, device):
+    """`runs` less those whose training is over, which are written and taken out."""
+    for run in [run for run in runs if is_over(run)]:
+        finish(run, tokens, device)
+        runs.remove(run)
+    return runs
 
 
 def save(runs):
@@ -185,6 +205,7 @@ def save(runs):
 
 def start_run(plan, tokens, device):
     """The TrainingRun of a plan at its start, or where an earlier process left it."""
+    from fastsae import fine_tuning
     from fastsae.monitoring import open_logger
     from fastsae.training_run import TrainingRun
 
@@ -193,6 +214,8 @@ def start_run(plan, tokens, device):
     run = TrainingRun(sae_config(tokens.activations.shape[1], settings), tokens.rows(sample), seed=plan.metadata["settings"]["INIT_SEED"],
                       device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
                       directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
+    if settings.INIT_FROM:
+        fine_tuning.begin(run, settings.INIT_FROM, settings.activations_path, plan.metadata["activations"])
     run.plan, run.state_path = plan, plan.path.with_suffix(".resume.pt")
     run.log = open_logger(settings.LOGGER, settings.run_dir, plan.path.stem, settings.values)
     if run.restore(run.state_path, plan.metadata["fingerprint"]):
@@ -215,7 +238,7 @@ def one_step(run, x, n_done, n_batches, device):
 
 
 def is_over(run):
-    return run.epoch > run.plan.settings.N_EPOCHS or run.epoch - run.best_epoch > run.plan.settings.PATIENCE
+    return run.epoch > run.plan.settings.N_EPOCHS or run.epoch - (run.best_epoch or run.epoch) > run.plan.settings.PATIENCE
 
 
 def finish(run, tokens, device):
@@ -227,10 +250,9 @@ def finish(run, tokens, device):
 
     seconds = run.elapsed()
     timing = {"seconds": round(seconds, 2), "device": device, "tokens_per_second": round(run.trained_tokens / seconds, 1)}
-    run.sae.load_state_dict(run.best_state)
     if parallel.world()[0]:
         return
-    plan, sae = run.plan, run.result()
+    plan, sae = run.plan, run.best()
     metrics = final_metrics(sae, tokens, run.history)
     write_figure(plan.beside("training.png"), run.history)
     save_sae(plan.path, sae, {**plan.metadata, "max_norm": tokens.max_norm, "metrics": metrics,

@@ -98,7 +98,7 @@ def write_npz(path, arrays, *, keep_old=False):
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 member.write(header)
                 for block in blocks:
-                    member.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8))  # no copy of the whole
+                    member.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)  # no copy of the whole
 
 
 def _aligned(header, offset):
@@ -132,6 +132,18 @@ def refusing_damage(path, made_by):
         raise EnvironmentFailure(f"{path}: has no member {name}, so it is no file of this project. run {made_by}.") from None
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise EnvironmentFailure(f"{path}: damaged or foreign ({_brief(error)}). delete it and run {made_by}.") from None
+
+
+def read_foreign_npz(path):
+    """The arrays of an .npz of another project, its checksums looked at, without pickles. Raises EnvironmentFailure if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (bad := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise EnvironmentFailure(f"{path}: damaged, or no plain .npz ({_brief(error)}). get another copy.") from None
 
 
 def _array(archive, info, file_size):
@@ -210,6 +222,19 @@ def read_checkpoint(path, *, made_by="train_sae.py"):
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whole, yet no plain checkpoint: whatever PyTorch raises, the file cannot be used
         raise EnvironmentFailure(f"{path}: is no plain checkpoint ({_brief(error)}). delete it and run {made_by}.") from None
+
+
+def read_foreign_checkpoint(path):
+    """What another project saved with `torch.save`, without running pickled code; its checksums, which PyTorch ignores, are looked at."""
+    import torch
+
+    content = Path(path).read_bytes()
+    try:
+        if zipfile.is_zipfile(io.BytesIO(content)) and (bad := zipfile.ZipFile(io.BytesIO(content)).testzip()) is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # as in read_checkpoint: whatever PyTorch raises, the file cannot be used
+        raise EnvironmentFailure(f"{path}: damaged, or it holds more than tensors ({_brief(error)}). get another copy.") from None
 
 
 def read_checkpoint_metadata(path):

@@ -1,16 +1,18 @@
 """Autoencoders: HypotheSAEs' `SparseAutoencoder`, laid out for fast steps; its checkpoints; its features of given activations."""
+from pathlib import Path
+
 import torch
 
 from fastsae import artifacts
 from fastsae.architectures import DENSE, Normalisation, inference_weights, prepare
 from fastsae.errors import EnvironmentFailure
-from fastsae.sparse_step import TINY, active_entries, update_threshold
+from fastsae.sparse_step import TINY, Entries, active_entries, update_threshold
 
 CONFIG_NAMES = ("input_dim", "m_total_neurons", "k_active_neurons", "aux_k", "multi_k", "dead_neuron_threshold_steps",
                 "prefix_lengths", "use_batch_topk")
 
 
-def checkpoint_name(m, k, prefixes=None, architecture="topk"):
+def checkpoint_name(m: int, k: int, prefixes: list[int] | None = None, architecture: str = "topk") -> str:
     """The file name HypotheSAEs gives such a checkpoint (without importing it, which takes seconds); the dense ones name themselves."""
     if architecture in DENSE:
         return f"SAE_{architecture}_M={m}_K={k}.pt"
@@ -19,7 +21,7 @@ def checkpoint_name(m, k, prefixes=None, architecture="topk"):
     return f"SAE_matryoshka_M={m}_K={k}_prefixes={'-'.join(map(str, prefixes))}.pt"
 
 
-def new_sae(config, device="cpu"):
+def new_sae(config: dict, device: str | torch.device = "cpu"):
     """A `hypothesaes.sae.SparseAutoencoder` from its config dict, its decoder stored as the transpose of (M, d) rows.
 
     `architecture` in the config is ours: without it TopK, or BatchTopK if it says use_batch_topk.
@@ -79,19 +81,19 @@ def reference_step(sae, x, dead, *, aux_coef):
 
 
 @torch.no_grad()
-def encode(sae, x):
+def encode(sae, x: torch.Tensor) -> Entries:
     """Features of activations x (n, d) as inference has them: an `Entries` of the positive ones."""
     entries = active_entries(sae, x - sae.input_bias, training=False)
     return entries.keep(entries.value > 0)
 
 
 @torch.no_grad()
-def decode(sae, entries):
+def decode(sae, entries: Entries) -> torch.Tensor:
     """Reconstructions (n, d) of features."""
     return entries.times(sae.decoder.weight.t()) + sae.input_bias
 
 
-def save_sae(path, sae, meta):
+def save_sae(path, sae, meta: dict) -> None:
     """Write `{"config", "state_dict", "meta"}`, which `hypothesaes.sae.load_model` reads (see `config_of`); never NaN or infinity."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sae.state_dict().items()}
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
@@ -100,7 +102,18 @@ def save_sae(path, sae, meta):
 
 
 def load_sae(path, device="cpu"):
-    """(sae, meta) of a checkpoint of this project, verified; raises EnvironmentFailure if it is damaged or foreign."""
+    """(sae, meta) of a checkpoint of this project, verified, or of an autoencoder of another library (see `formats`).
+
+    `path` is a .pt, a run's folder under checkpoints/, or what `formats.locate` knows. Raises EnvironmentFailure if a file is
+    damaged, InputError if it is missing or holds what this module cannot compute exactly.
+    """
+    if Path(path).suffix != ".pt" or Path(path).name == "ae.pt":
+        from fastsae import formats
+
+        kind, files = formats.locate(path)
+        if kind != "fastsae":
+            return formats.load_foreign(path, device)
+        path = files[0]
     checkpoint = artifacts.read_checkpoint(path)
     try:
         sae = new_sae(checkpoint["config"], device)

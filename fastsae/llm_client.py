@@ -6,12 +6,12 @@ open; a reply that was paid for and cannot be used counts as answered, unless th
 import hashlib
 import json
 import os
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
 from urllib.parse import urlsplit
 
-from fastsae import artifacts
+from fastsae import artifacts, progress
 from fastsae.errors import InputError
 
 LOCAL = "local:"
@@ -21,7 +21,7 @@ BREAKER = 8               # so many failures in a row, and the rest is not asked
 LOCAL_NEW_TOKENS = 160    # length of a local model's reply
 
 
-def endpoint():
+def endpoint() -> tuple[str, str | None] | None:
     """(api_key, base_url) from the environment, or None when no endpoint is configured."""
     key = os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_KEY_SAE")
     base_url = os.environ.get("OPENAI_BASE_URL") or None
@@ -58,7 +58,8 @@ class ChatEndpoint:
     parallel = True
 
     def __init__(self, key, base_url, model, *, timeout):
-        self.key, self.base_url, self.model, self.timeout, self.client = key, base_url, model, timeout, None
+        self.key, self.base_url, self.model, self.timeout = key, base_url, model, timeout
+        self.client: Any = None
         self.scope = [model, public_url(base_url), {}]  # model, base URL and parameters: what a reply depends on besides the prompt
         self.lock = threading.Lock()
 
@@ -184,10 +185,8 @@ class Asker:
 
     def ask(self, prompts, what, usable=lambda reply: True):
         """{prompt: (reply or None, reason if None)}; `usable(reply)` tells which replies need no second try."""
-        from tqdm import tqdm
-
         failed, waiting = {}, self.open(prompts, usable)
-        with tqdm(total=len(waiting), desc=what, unit="call", mininterval=1, disable=None, file=sys.stderr) as bar:
+        with progress.bar(len(waiting), what, "call") as bar:
             def work(prompt):
                 reason = self._call(prompt)
                 with self.lock:
