@@ -2,9 +2,11 @@
 import csv
 import json
 import os
+import re
 import shutil
 
 import pytest
+import yaml
 from loopback import Endpoint, completion
 from test_interpretation_report import assert_inert
 from tiny_world import in_parallel
@@ -67,7 +69,10 @@ def test_hostile_strings_are_text_everywhere(world, place, tally):
         assert data["features"] and not set("<>&\u2028\u2029") & set(html.split('id="data">')[1].split("</script>")[0])
         for path in out.glob("neuronpedia/*/*.json"):
             assert json.loads(path.read_text(encoding="utf-8"))["modelId"] == text
-        found |= {"report", "neuronpedia"}
+        _, header, page = (out / "checkpoints" / "r" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        assert set(yaml.safe_load(header)) <= {"tags", "base_model", "datasets", "model-index", "library_name"}, text
+        assert "<" not in re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", page, flags=re.S), (text, page)  # outside of code
+        found |= {"report", "neuronpedia", "model card"}
         assert {"label", "best_category", "status", "label_source", "top_example_1", "hypotheses.csv target"} <= found, (text, found)
         return len(found)
 
