@@ -364,6 +364,7 @@ def test_the_readmes_paragraphs_come_from_the_results(study, tmp_path, monkeypat
     module = importlib.import_module("readme_studies")
     results = PROJECT / "experiments" / "results"
     written = [name for name in ("loss_recovered", "steer", "layers") if (results / f"{name}.json").exists()]
+    monkeypatch.setattr(module, "RESULTS", results)
     found = module.sentences()
     assert len(found) >= len(written) and all((results / f"{name}.png").exists() for name in written)
     for text in found:
