@@ -58,7 +58,8 @@ def tree():
                ("└── activations_layer12.json", size("layer12.json") + "   speed, norms"), ("checkpoints/cognitive_actions/", ""),
                (f"├── {checkpoint.split('/')[-1]}", size(".pt") + "   the autoencoder"),
                ("├── metrics.json", size("metrics.json") + "   how good it is"),
-               ("├── metrics.jsonl", size("metrics.jsonl") + "   each epoch"), ("├── training.png", size("training.png") + "   their curves"),
+               ("├── metrics.jsonl", size("metrics.jsonl") + "   each epoch"),
+               ("├── training.png", size("training.png") + "   their curves"),
                ("└── README.md", size("README.md") + "   model card: figures, how to load it elsewhere"),
                ("interpretations.csv", size(".csv") + "   one row per feature"),
                ("interpretations.jsonl", size("interpretations.jsonl") + "   the same, exact")]

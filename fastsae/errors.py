@@ -112,6 +112,7 @@ def run_stage(main):
     finally:
         while _stage["at_end"]:
             _stage["at_end"].pop()()
+        _stage["log_folder"] = None
 
 
 def end(code):

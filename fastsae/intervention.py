@@ -65,9 +65,14 @@ def next_token_losses(model, layer, examples, replacements, *, batch_tokens=1024
     """
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
     kept, result = [], {name: Losses(*(np.full(starts[-1], np.nan, np.float32) for _ in range(2))) for name in ("clean", *replacements)}
+
+    def keep(stream):
+        kept.append(stream)
+        return stream
+
     for batch in split_batches([len(ids) for ids in examples], batch_tokens):
         ids, real, token = padded(examples, batch, starts, model.device)
-        with replaced(model, layer, lambda stream: kept.append(stream) or stream):
+        with replaced(model, layer, keep):
             clean = model(input_ids=ids, use_cache=False).logits
         stream, clean = kept.pop(), clean.float().log_softmax(-1)            # (batch, length, d_model), (batch, length, vocabulary)
         write_losses(result["clean"], clean, clean, ids, batch, examples, starts)

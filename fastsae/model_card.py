@@ -128,7 +128,7 @@ def architecture(meta):
 
 
 def settings_of(meta):
-    return {name: value for name, value in meta["settings"].items() if isinstance(value, (int, float, list)) or value in DOES}
+    return {name: clean(value) if isinstance(value, str) else value for name, value in meta["settings"].items()}
 
 
 def clean(text):

@@ -19,7 +19,10 @@ def csv_text(rows: list[dict], columns) -> str:
 def _cell(value):
     if isinstance(value, float):
         return f"{value:.6g}"
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r\n", "\n").replace("\r", "\n")  # csv does not quote a lone CR, which would end the row
+    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\n")) else value
 
 
 def write_outputs(folder, texts, jsonl_path, rows, metadata):

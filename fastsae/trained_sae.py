@@ -11,6 +11,7 @@ from fastsae.language_model import ResidualModel, choose_device, load_tokenizer
 from fastsae.sparse_step import Entries
 from fastsae.tables import read_labels
 from fastsae.token_text import TokenTexts, visible
+from fastsae.tokens import chosen_tokens, usable_tokens
 
 N_TOP = 3  # features per token in a printed text
 
@@ -32,7 +33,7 @@ def load_sae(path, *, model_name: str | None = None, layer: int | None = None, d
 
 @dataclass(frozen=True)
 class TokenFeatures:
-    """One token of a text. `used`: whether training would use it (not the template's shared prefix, not an attention sink)."""
+    """One token of a text. `used`: whether training would use it (USE_TOKENS, EXCLUDE_SHARED_PREFIX, MAX_NORM_RATIO)."""
 
     token: str
     kind: str                          # content, template or shared prefix
@@ -83,13 +84,13 @@ class TrainedSae:
         """
         tokens, activations = self.read(text)
         features, kinds = self.encode(activations), {CONTENT: "content", TEMPLATE: "template", SHARED_PREFIX: "shared prefix"}
-        norms, bound = activations.float().norm(dim=1), self.meta.get("max_norm")
-        result = []
+        own, result = self.meta["settings"], []
+        used, _ = usable_tokens(activations.float().norm(dim=1).numpy(force=True), tokens.kind, max_norm_ratio=None,
+                                exclude_shared_prefix=own.get("EXCLUDE_SHARED_PREFIX", True), max_norm=self.meta.get("max_norm"))
+        used &= chosen_tokens(own.get("USE_TOKENS", "all"), tokens.kind, tokens.role)  # (n_tokens,)
         for i, token in enumerate(TokenTexts(self.reader()[0].tokenizer)(tokens.ids)):
             value, which = features[i].topk(min(n_top, self.n_features))
-            kind = int(tokens.kind[i])
-            left_out = kind == SHARED_PREFIX and self.meta["settings"].get("EXCLUDE_SHARED_PREFIX", True)
-            result.append(TokenFeatures(token, kinds[kind], not left_out and (bound is None or float(norms[i]) <= bound),
+            result.append(TokenFeatures(token, kinds[int(tokens.kind[i])], bool(used[i]),
                                         [(int(j), float(v)) for j, v in zip(which, value) if v > 0]))
         return result
 
@@ -142,8 +143,8 @@ def describe_text(text, path, labels_path, *, device: str, **options) -> str:
 
 
 def text_table(found: list[TokenFeatures], labels: dict[int, str], n_top: int = N_TOP) -> str:
-    """Lines `token  feature  activation  label` of the tokens that training would use, `n_top` features each."""
-    used = [token for token in found if token.used]
+    """Lines `token  feature  activation  label` of the tokens that training would use (if it uses none, of the text's own)."""
+    used = [token for token in found if token.used] or [token for token in found if token.kind == "content"]
     width = max((len(visible(token.token)) for token in used), default=0) + 2
     lines = [f"{'token':{width}} feature  activation  label"]
     for token in used:

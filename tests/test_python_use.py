@@ -12,6 +12,7 @@ from conftest import PROJECT, planted_tokens, put_activations
 import fastsae
 from fastsae import artifacts, autoencoder
 from fastsae.errors import InputError, run_stage
+from fastsae.trained_sae import text_table
 
 TEXTS = ["The bread rose twice.", "Where did I leave the key?", "Seven times eight is fifty-six.", "We chose the longer road.",
          "Why does the tap drip only at night?", "Ada came home late, so I waited on the stairs."]
@@ -83,9 +84,13 @@ def test_features_of_a_text_are_those_of_the_activations_file(sae, run_folder):
             assert value == pytest.approx(float(row[j]), rel=0.02, abs=0.05)  # the file has float16
 
 
-def test_features_of_a_dialogue(sae):
-    found = sae.features_of([{"role": "user", "content": "Two plus two?"}, {"role": "assistant", "content": "Four."}])
+def test_features_of_a_dialogue(sae, monkeypatch):
+    dialogue = [{"role": "user", "content": "Two plus two?"}, {"role": "assistant", "content": "Four."}]
+    found = sae.features_of(dialogue)
     assert "".join(token.token for token in found if token.kind == "content") == "Two plus two?Four."
+    monkeypatch.setitem(sae.meta["settings"], "USE_TOKENS", "assistant")
+    assert "".join(token.token for token in sae.features_of(dialogue) if token.used) == "Four."
+    assert text_table(sae.features_of("Four."), {}).splitlines()[1].startswith("'Four'")  # a user's turn, shown nevertheless
     with pytest.raises(InputError, match="^TEXT: is empty"):
         sae.features_of("  ")
 
