@@ -8,9 +8,14 @@ def unit(rows):
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
+def cosines(a, b):
+    """(n, m) cosines of rows (n, d) and (m, d)."""
+    return unit(a) @ unit(b).T
+
+
 def absolute_cosines(a, b):
-    """(n, m) |cosine| of rows (n, d) and (m, d): a direction and its opposite count as the same, since PCA's signs mean nothing."""
-    return np.abs(unit(a) @ unit(b).T)
+    """(n, m) |cosine| of rows (n, d) and (m, d): for directions whose sign means nothing, as those of PCA or of a sine."""
+    return np.abs(cosines(a, b))
 
 
 def absolute_correlations(a, b):
@@ -20,7 +25,7 @@ def absolute_correlations(a, b):
 
 def mean_max(similarity):
     """Mean over the rows of (n, m) of their largest entry: each row may take a column that another one takes too."""
-    return float(similarity.max(1).mean())
+    return float(similarity.max(1, initial=0).mean())
 
 
 def matched_mean(similarity):
@@ -35,10 +40,10 @@ def matched_mean(similarity):
 
 
 def found_by_all(sets, threshold):
-    """Share of the directions of one set that have one with a |cosine| above `threshold` in every other set; mean over the sets."""
+    """Share of the directions of one set that have one with a cosine above `threshold` in every other set; mean over the sets."""
     shares = []
     for i, reference in enumerate(sets):
-        best = [absolute_cosines(reference, other).max(1) for j, other in enumerate(sets) if j != i]
+        best = [cosines(reference, other).max(1) for j, other in enumerate(sets) if j != i]
         shares.append((np.min(best, axis=0) > threshold).mean())
     return float(np.mean(shares))
 

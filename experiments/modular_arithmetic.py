@@ -34,16 +34,16 @@ MODEL_LEARNING_RATE: float = 1e-3         # of AdamW
 WEIGHT_DECAY: float = 1.0                 # of AdamW
 KEY_SHARE: float = 0.9                    # the key frequencies are the fewest that hold this share of the embedding's variance
 ARCHITECTURES: str = "standard,topk,batchtopk"
-M: int = 64                               # features
-K: int = 8                                # of topk and batchtopk
-L1_COEFFICIENT: float = 5.0               # of standard
+MS: tuple[int, ...] = (16, 64)            # features: 4 key frequencies x cosine and sine x both signs, and more
+KS: tuple[int, ...] = (8,)                # of topk and batchtopk: half of the 16, since a rectified feature holds one sign
+L1_COEFFICIENTS: str = "1,4"              # of standard, in place of K
 SEEDS: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the autoencoders
-N_EPOCHS: int = 100                       # of the autoencoders
+N_EPOCHS: int = 40                        # of the autoencoders
 N_RANDOM: int = 20                        # sets of random directions, whose figures are averaged
 NAME: str = "modular_arithmetic"          # of the result
-QUICK: bool = False                       # three seeds, fewer epochs
+QUICK: bool = False                       # three seeds, one L1 coefficient, fewer epochs
 
-QUICK_VALUES = {"MODEL_EPOCHS": 300, "SEEDS": (0, 1, 2), "N_EPOCHS": 40}
+QUICK_VALUES = {"MODEL_EPOCHS": 250, "SEEDS": (0, 1, 2), "L1_COEFFICIENTS": "2", "N_EPOCHS": 15}
 SITES = ("embedding", "answer")
 MEASURES = ("mcc", "plane_mcc", "mean_max_cosine", "correlation")
 
@@ -58,7 +58,7 @@ def main():
     keys, sites, examined = key_frequencies(table, settings.KEY_SHARE), places(model), {}
     for site, (x, n) in sites.items():
         write_activations(work_folder(settings) / site, x, 2 if site == "embedding" else 1)
-    run_many("train_sae.py", [train_flags(settings, site, name, seed) for site in SITES for name in architectures(settings)
+    run_many("train_sae.py", [train_flags(settings, site, variant, seed) for site in SITES for variant in variants(settings)
                               for seed in settings.SEEDS])
     for site, (x, n) in sites.items():
         examined[site] = examine(settings, site, x, n, keys)
@@ -74,8 +74,14 @@ def work_folder(settings):
     return settings.output_dir / "checkpoints" / settings.NAME
 
 
-def architectures(settings):
-    return settings.ARCHITECTURES.split(",")
+def variants(settings):
+    """(architecture, M, K or L1 coefficient) of every kind of autoencoder."""
+    return [(name, m, sparsity) for name in settings.ARCHITECTURES.split(",") for m in settings.MS
+            for sparsity in (map(float, settings.L1_COEFFICIENTS.split(",")) if name == "standard" else settings.KS)]
+
+
+def title(architecture, m, sparsity):
+    return f"{architecture}, M = {m}, {'L1' if architecture == 'standard' else 'K'} = {sparsity:g}"
 
 
 def transformer(settings):
@@ -111,15 +117,16 @@ def write_activations(folder, x, tokens_per_example):
         "token_role": zeros, "example_ids": np.arange(1, n + 1, dtype=np.int32), "metadata": np.array(artifacts.to_json(metadata))})
 
 
-def run_name(architecture, seed):
-    return f"{architecture}_seed{seed}"
+def run_name(variant, seed):
+    return "{}_M={}_{:g}_seed={}".format(*variant, seed)
 
 
-def train_flags(settings, site, architecture, seed):
-    return ["--output-dir", work_folder(settings) / site, "--run-name", run_name(architecture, seed), "--layer-idx", 1, "--architecture",
-            architecture, "--seed", seed, "--m", settings.M, "--k", settings.K, "--l1-coefficient", settings.L1_COEFFICIENT,
-            "--no-use-matryoshka", "--n-epochs", settings.N_EPOCHS, "--patience", settings.N_EPOCHS, "--learning-rate", 1e-3,
-            "--lr-schedule", "linear", "--max-norm-ratio", "none", "--normalize-activations", "norm", "--device", "cpu"]
+def train_flags(settings, site, variant, seed):
+    architecture, m, sparsity = variant
+    return ["--output-dir", work_folder(settings) / site, "--run-name", run_name(variant, seed), "--layer-idx", 1, "--architecture",
+            architecture, "--m", m, *(("--l1-coefficient", sparsity, "--k", 1) if architecture == "standard" else ("--k", sparsity)),
+            "--seed", seed, "--no-use-matryoshka", "--n-epochs", settings.N_EPOCHS, "--patience", settings.N_EPOCHS, "--learning-rate", 1e-3,
+            "--lr-schedule", "linear", "--max-norm-ratio", "none", "--normalize-activations", "both", "--device", "cpu"]
 
 
 def examine(settings, site, x, n, keys):
@@ -127,31 +134,33 @@ def examine(settings, site, x, n, keys):
     table = np.stack([x[n == number].mean(0) for number in range(settings.P)])  # (P, d)
     truth, centred = fourier_directions(table, keys), x - x.mean(0)
     basis = np.linalg.qr(truth.T)[0]
-    runs = {name: [autoencoder(settings, site, name, seed, x, n, keys, truth) for seed in settings.SEEDS] for name in architectures(settings)}
-    compared = {"principal components": [principal_directions(x, settings.M)],
-                "random": [random_directions(settings.M, x.shape[1], i) for i in range(settings.N_RANDOM)],
-                "random, covariance of the data": [random_like(x, settings.M, i) for i in range(settings.N_RANDOM)]}
+    runs = {title(*variant): [autoencoder(settings, site, variant, seed, x, n, keys, truth) for seed in settings.SEEDS]
+            for variant in variants(settings)}
+    m = max(settings.MS)
+    compared = {"principal components": [principal_directions(x, m)],
+                "random": [random_directions(m, x.shape[1], i) for i in range(settings.N_RANDOM)],
+                "random, covariance of the data": [random_like(x, m, i) for i in range(settings.N_RANDOM)]}
     baselines = {name: means([recovery(rows, centred @ rows.T, n, keys, truth, settings.P) for rows in sets]) for name, sets in compared.items()}
     return {"n_tokens": len(x), "n_distinct": len(np.unique(x, axis=0)),
             "variance_in_known_directions": round(float(np.square(centred @ basis).sum() / np.square(centred).sum()), 4),
             "baselines": baselines, "autoencoders": {name: {"mean": means(rows), "runs": rows} for name, rows in runs.items()}}
 
 
-def autoencoder(settings, site, architecture, seed, x, n, keys, truth):
+def autoencoder(settings, site, variant, seed, x, n, keys, truth):
     """The figures of one autoencoder: its own, and how well its features that fire at all recover the known directions."""
-    decoder, features, metrics = fired_features(settings, site, architecture, seed, x)
+    decoder, features, metrics = fired_features(settings, site, variant, seed, x)
     in_planes = lengths_in_planes(truth, decoder).max(0)
-    return {"seed": seed, **{name: metrics[name] for name in ("l0", "normalized_mse", "dead_fraction")},
-            **recovery(decoder, features, n, keys, truth, settings.P), "mean_length_in_best_plane": float(in_planes.mean())}
+    return {"seed": seed, "variant": variant, **{name: metrics[name] for name in ("l0", "normalized_mse", "dead_fraction")},
+            **recovery(decoder, features, n, keys, truth, settings.P), "mean_length_in_best_plane": float(in_planes.sum() / max(len(decoder), 1))}
 
 
-def fired_features(settings, site, architecture, seed, x):
+def fired_features(settings, site, variant, seed, x):
     """(decoder rows (m, d), activations (tokens, m), metrics) of the features of a trained autoencoder that fire on some token of x."""
     import torch
 
     from fastsae.autoencoder import encode, load_sae
 
-    folder = work_folder(settings) / site / "checkpoints" / run_name(architecture, seed)
+    folder = work_folder(settings) / site / "checkpoints" / run_name(variant, seed)
     metrics = json.loads((folder / "metrics.json").read_text())
     sae, _ = load_sae(folder / metrics["checkpoint"])
     entries = encode(sae, torch.from_numpy(x))
@@ -169,7 +178,7 @@ def recovery(found, activations, n, keys, truth, p):
 
 
 def means(rows):
-    return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in rows[0] if name != "seed"}
+    return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in rows[0] if name not in ("seed", "variant")}
 
 
 def show(site, result):
@@ -210,17 +219,21 @@ def draw_recovery(panel, examined):
     panel.legend(frameon=False, fontsize=7)
 
 
+def best_run(result):
+    return max((run for rows in result["autoencoders"].values() for run in rows["runs"]), key=lambda run: run["mcc"])
+
+
 def draw_features(panel, settings, site, x, n, keys, result):
     """Mean activation of the features that lie most in the plane of the strongest frequency, along that circle."""
-    name, best = max(((name, run) for name, r in result["autoencoders"].items() for run in r["runs"]), key=lambda item: item[1]["mcc"])
-    decoder, features, _ = fired_features(settings, site, name, best["seed"], x)
+    best = best_run(result)
+    decoder, features, _ = fired_features(settings, site, best["variant"], best["seed"], x)
     table = np.stack([x[n == number].mean(0) for number in range(settings.P)])
     lengths = lengths_in_planes(fourier_directions(table, keys[:1]), unit(decoder))[0]
     angle = (keys[0] * np.arange(settings.P)) % settings.P
     for j in np.argsort(-lengths)[:6]:
         mean = np.bincount(n, features[:, j], settings.P) / np.bincount(n, minlength=settings.P)  # (P,)
         panel.plot(np.sort(angle), mean[np.argsort(angle)], lw=1.2)
-    panel.set(title=f"{site}: six features of {name} in the plane of k = {keys[0]}", xlabel=f"{keys[0]} n mod {settings.P}", ylabel="mean activation")
+    panel.set(title=f"{site}: six features of {best['variant'][0]} in the plane of k = {keys[0]}", xlabel=f"{keys[0]} n mod {settings.P}", ylabel="mean activation")
 
 
 if __name__ == "__main__":
