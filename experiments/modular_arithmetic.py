@@ -14,7 +14,6 @@ interruption.
 """
 import hashlib
 import importlib.util
-import json
 import sys
 
 import numpy as np
@@ -36,14 +35,14 @@ KEY_SHARE: float = 0.9                    # the key frequencies are the fewest t
 ARCHITECTURES: str = "standard,topk,batchtopk"
 MS: tuple[int, ...] = (16, 64)            # features: 4 key frequencies x cosine and sine x both signs, and more
 KS: tuple[int, ...] = (8,)                # of topk and batchtopk: half of the 16, since a rectified feature holds one sign
-L1_COEFFICIENTS: str = "1,4"              # of standard, in place of K
+L1_COEFFICIENTS: tuple[float, ...] = (1, 4)  # of standard, in place of K
 SEEDS: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the autoencoders
 N_EPOCHS: int = 40                        # of the autoencoders
 N_RANDOM: int = 20                        # sets of random directions, whose figures are averaged
 NAME: str = "modular_arithmetic"          # of the result
 QUICK: bool = False                       # three seeds, one L1 coefficient, fewer epochs
 
-QUICK_VALUES = {"MODEL_EPOCHS": 250, "SEEDS": (0, 1, 2), "L1_COEFFICIENTS": "2", "N_EPOCHS": 15}
+QUICK_VALUES = {"MODEL_EPOCHS": 250, "SEEDS": (0, 1, 2), "L1_COEFFICIENTS": (2,), "N_EPOCHS": 15}
 SITES = ("embedding", "answer")
 MEASURES = ("mcc", "plane_mcc", "mean_max_cosine", "correlation")
 
@@ -58,8 +57,8 @@ def main():
     keys, sites, examined = key_frequencies(table, settings.KEY_SHARE), places(model), {}
     for site, (x, n) in sites.items():
         write_activations(work_folder(settings) / site, x, 2 if site == "embedding" else 1)
-    run_many("train_sae.py", [train_flags(settings, site, variant, seed) for site in SITES for variant in variants(settings)
-                              for seed in settings.SEEDS])
+    run_many("train_sae.py", [train_flags(settings, site, name, m) for site in SITES for name in settings.ARCHITECTURES.split(",")
+                              for m in settings.MS])
     for site, (x, n) in sites.items():
         examined[site] = examine(settings, site, x, n, keys)
         show(site, examined[site])
@@ -77,7 +76,7 @@ def work_folder(settings):
 def variants(settings):
     """(architecture, M, K or L1 coefficient) of every kind of autoencoder."""
     return [(name, m, sparsity) for name in settings.ARCHITECTURES.split(",") for m in settings.MS
-            for sparsity in (map(float, settings.L1_COEFFICIENTS.split(",")) if name == "standard" else settings.KS)]
+            for sparsity in (settings.L1_COEFFICIENTS if name == "standard" else settings.KS)]
 
 
 def title(architecture, m, sparsity):
@@ -117,16 +116,18 @@ def write_activations(folder, x, tokens_per_example):
         "token_role": zeros, "example_ids": np.arange(1, n + 1, dtype=np.int32), "metadata": np.array(artifacts.to_json(metadata))})
 
 
-def run_name(variant, seed):
-    return "{}_M={}_{:g}_seed={}".format(*variant, seed)
+def train_flags(settings, site, architecture, m):
+    """What train_sae.py is told for all autoencoders of one architecture and size."""
+    sparsities = ["--k", 1, "--l1-coefficient-list"] if architecture == "standard" else ["--k-list"]
+    values = settings.L1_COEFFICIENTS if architecture == "standard" else settings.KS
+    return ["--output-dir", work_folder(settings) / site, "--run-name", architecture, "--layer-idx", 1, "--architecture", architecture,
+            "--m", m, *sparsities, joined(values), "--seeds", joined(settings.SEEDS), "--no-use-matryoshka",
+            "--n-epochs", settings.N_EPOCHS, "--patience", settings.N_EPOCHS, "--learning-rate", 1e-3, "--lr-schedule", "linear",
+            "--max-norm-ratio", "none", "--normalize-activations", "both", "--device", "cpu"]
 
 
-def train_flags(settings, site, variant, seed):
-    architecture, m, sparsity = variant
-    return ["--output-dir", work_folder(settings) / site, "--run-name", run_name(variant, seed), "--layer-idx", 1, "--architecture",
-            architecture, "--m", m, *(("--l1-coefficient", sparsity, "--k", 1) if architecture == "standard" else ("--k", sparsity)),
-            "--seed", seed, "--no-use-matryoshka", "--n-epochs", settings.N_EPOCHS, "--patience", settings.N_EPOCHS, "--learning-rate", 1e-3,
-            "--lr-schedule", "linear", "--max-norm-ratio", "none", "--normalize-activations", "both", "--device", "cpu"]
+def joined(values):
+    return ",".join(map(str, values))
 
 
 def examine(settings, site, x, n, keys):
@@ -140,7 +141,8 @@ def examine(settings, site, x, n, keys):
     compared = {"principal components": [principal_directions(x, m)],
                 "random": [random_directions(m, x.shape[1], i) for i in range(settings.N_RANDOM)],
                 "random, covariance of the data": [random_like(x, m, i) for i in range(settings.N_RANDOM)]}
-    baselines = {name: means([recovery(rows, centred @ rows.T, n, keys, truth, settings.P) for rows in sets]) for name, sets in compared.items()}
+    baselines = {name: means([recovery(rows, centred @ rows.T, n, keys, truth, settings.P) for rows in sets])
+                 for name, sets in compared.items()}
     return {"n_tokens": len(x), "n_distinct": len(np.unique(x, axis=0)),
             "variance_in_known_directions": round(float(np.square(centred @ basis).sum() / np.square(centred).sum()), 4),
             "baselines": baselines, "autoencoders": {name: {"mean": means(rows), "runs": rows} for name, rows in runs.items()}}
@@ -151,23 +153,25 @@ def autoencoder(settings, site, variant, seed, x, n, keys, truth):
     decoder, features, metrics = fired_features(settings, site, variant, seed, x)
     in_planes = lengths_in_planes(truth, decoder).max(0)
     return {"seed": seed, "variant": variant, **{name: metrics[name] for name in ("l0", "normalized_mse", "dead_fraction")},
-            **recovery(decoder, features, n, keys, truth, settings.P), "mean_length_in_best_plane": float(in_planes.sum() / max(len(decoder), 1))}
+            **recovery(decoder, features, n, keys, truth, settings.P),
+            "mean_length_in_best_plane": float(in_planes.sum() / max(len(decoder), 1))}
 
 
 def fired_features(settings, site, variant, seed, x):
     """(decoder rows (m, d), activations (tokens, m), metrics) of the features of a trained autoencoder that fire on some token of x."""
     import torch
 
-    from fastsae.autoencoder import encode, load_sae
+    from fastsae.autoencoder import checkpoint_name, encode, load_sae
 
-    folder = work_folder(settings) / site / "checkpoints" / run_name(variant, seed)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    sae, _ = load_sae(folder / metrics["checkpoint"])
+    architecture, m, sparsity = variant
+    by_l1 = architecture == "standard"
+    name = checkpoint_name(m, 1 if by_l1 else sparsity, None, architecture).removesuffix(".pt") + (f"_L1={sparsity:g}" if by_l1 else "")
+    sae, meta = load_sae(work_folder(settings) / site / "checkpoints" / architecture / f"{name}_seed={seed}.pt")
     entries = encode(sae, torch.from_numpy(x))
     features = np.zeros((entries.n_rows, entries.n_columns), np.float32)
     features[entries.row.numpy(), entries.column.numpy()] = entries.value.numpy()
     fired = features.any(0)
-    return sae.decoder.weight.detach().numpy().T[fired], features[:, fired], metrics
+    return sae.decoder.weight.detach().numpy().T[fired], features[:, fired], meta["metrics"]
 
 
 def recovery(found, activations, n, keys, truth, p):
@@ -233,7 +237,8 @@ def draw_features(panel, settings, site, x, n, keys, result):
     for j in np.argsort(-lengths)[:6]:
         mean = np.bincount(n, features[:, j], settings.P) / np.bincount(n, minlength=settings.P)  # (P,)
         panel.plot(np.sort(angle), mean[np.argsort(angle)], lw=1.2)
-    panel.set(title=f"{site}: six features of {best['variant'][0]} in the plane of k = {keys[0]}", xlabel=f"{keys[0]} n mod {settings.P}", ylabel="mean activation")
+    panel.set(title=f"{site}: six features of {best['variant'][0]} in the plane of k = {keys[0]}", xlabel=f"{keys[0]} n mod {settings.P}",
+              ylabel="mean activation")
 
 
 if __name__ == "__main__":

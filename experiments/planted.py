@@ -30,8 +30,8 @@ LARGE: tuple[int, ...] = (1024, 256, 8)             # directions, dimensions and
 SMALL: tuple[int, ...] = (256, 64, 4)               # of the others
 ACTIVES: tuple[int, ...] = (2, 4, 8, 16)            # in place of the third of SMALL
 NOISE: float = 0.01                                 # standard deviation in each dimension
-NOISES: str = "0,0.1,0.2,0.4"                       # in place of NOISE
-L1_COEFFICIENTS: str = "0.25,0.5,1,2,4,8"           # that standard and gated choose from, with a quarter of the steps
+NOISES: tuple[float, ...] = (0, 0.1, 0.2, 0.4)      # in place of NOISE
+L1_COEFFICIENTS: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 8)  # that standard and gated choose from, with a quarter of the steps
 SEEDS: tuple[int, ...] = (0, 1, 2)                  # each draws directions, tokens, first weights and order
 N_TOKENS: int = 200000                              # tokens drawn
 STEPS: int = 2500                                   # of training
@@ -40,7 +40,7 @@ LEARNING_RATE: float = 2e-3                         # of Adam, falling to 0 in t
 NAME: str = "planted"                               # of the result
 QUICK: bool = False                                 # one seed, fewer steps and cases, the large part by topk and batchtopk only
 
-QUICK_VALUES = {"SEEDS": (0,), "ACTIVES": (4, 16), "NOISES": "0.2", "L1_COEFFICIENTS": "1,2,4", "LARGE_ARCHITECTURES": "topk,batchtopk"}
+QUICK_VALUES = {"SEEDS": (0,), "ACTIVES": (4, 16), "NOISES": (0.2,), "L1_COEFFICIENTS": (1, 2, 4), "LARGE_ARCHITECTURES": "topk,batchtopk"}
 BY_COEFFICIENT = ("standard", "gated")
 DECISIVE = ("N_TOKENS", "STEPS", "BATCH_SIZE", "LEARNING_RATE", "L1_COEFFICIENTS")
 
@@ -50,7 +50,7 @@ def main():
     settings.show()
     parts = {"large": [(*settings.LARGE, settings.NOISE)],
              "active": [(*settings.SMALL[:2], active, settings.NOISE) for active in settings.ACTIVES],
-             "noise": [(*settings.SMALL, noise) for noise in numbers(settings.NOISES)]}
+             "noise": [(*settings.SMALL, noise) for noise in settings.NOISES]}
     result = {}
     for part, cases in parts.items():
         names = (settings.LARGE_ARCHITECTURES if part == "large" else settings.ARCHITECTURES).split(",")
@@ -58,10 +58,6 @@ def main():
     write_result(settings.NAME, settings.select([name for name, file in settings.owner.items() if file == "planted.py"]), result)
     if importlib.util.find_spec("matplotlib"):
         draw(RESULTS / f"{settings.NAME}.png", result)
-
-
-def numbers(text):
-    return [float(part) for part in text.split(",")]
 
 
 def measured(settings, case, names):
@@ -111,7 +107,7 @@ def run(settings, case, name, seed, tokens, directions):
         return recovery(directions, random_directions(len(directions), tokens.shape[1], seed + 1000))
     coefficient = None
     if name in BY_COEFFICIENT:
-        tried = {c: train(settings, case, name, seed, tokens, settings.STEPS // 4, c)[1] for c in numbers(settings.L1_COEFFICIENTS)}
+        tried = {c: train(settings, case, name, seed, tokens, settings.STEPS // 4, c)[1] for c in settings.L1_COEFFICIENTS}
         coefficient = min(tried, key=lambda c: abs(math.log(max(tried[c], 1e-3) / case[2])))
     decoder, l0 = train(settings, case, name, seed, tokens, settings.STEPS, coefficient)
     return {**recovery(directions, decoder), "l0": l0, **({"l1_coefficient": coefficient} if coefficient else {})}
@@ -142,7 +138,8 @@ def train(settings, case, architecture, seed, tokens, steps, coefficient):
     for number in range(steps):
         factor = learning_rate_factor(number, n_steps=steps, schedule="linear", warmup_steps=0, decay_fraction=0.5)
         batch = tokens[np.random.default_rng((seed, number)).integers(0, len(tokens), settings.BATCH_SIZE)]
-        training.step(step, batch, learning_rate=settings.LEARNING_RATE * factor, dead_after=100, clip_grad=1.0)
+        training.step(step, batch, learning_rate=settings.LEARNING_RATE * factor, dead_after=100 * settings.BATCH_SIZE,
+                      clip_grad=1.0)
     sae = training.result()
     return unit(sae.decoder.weight.detach().numpy().T), len(encode(sae, tokens[:8192]).value) / len(tokens[:8192])
 

@@ -3,8 +3,8 @@
     python experiments/stability.py --quick                                              # minutes on one core
     python experiments/stability.py --dataset-path my_dialogues.jsonl --ms 1024,4096 --ks 16,32,64
 
-The seed decides the split of the examples, the first weights and the order of the tokens. Decoder directions of each pair of seeds
-are compared by cosine: mean over the features of the largest cosine (several may choose the same partner), the same under the best
+The seed decides the first weights; split and order of the tokens are the same for all. Decoder directions of each pair of seeds are
+compared by cosine: mean over the features of the largest cosine (several may choose the same partner), the same under the best
 one-to-one matching (Hungarian algorithm), and the share of features that every other seed has too, with a cosine above THRESHOLD.
 Baselines: as many random directions, and as many tokens drawn by lot, less their mean, which crowd as the activations do. Trained
 by train_sae.py on the activations in OUTPUT_DIR, which are extracted if they are not there.
@@ -14,7 +14,6 @@ interruption.
 """
 import importlib.util
 import itertools
-import json
 import sys
 
 import numpy as np
@@ -28,7 +27,7 @@ from fastsae import artifacts
 ARCHITECTURE: str = "topk"                # topk or batchtopk
 MS: tuple[int, ...] = (64, 256, 1024)     # features
 KS: tuple[int, ...] = (4, 8, 16)          # active features per token
-SEEDS: tuple[int, ...] = (0, 1, 2, 3, 4)  # five or more
+SEEDS: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the first weights, five or more
 N_EPOCHS: int = 15                        # of training
 BATCH_SIZE: int = 512                     # tokens per step
 LEARNING_RATE: float = 1e-3               # of Adam, falling to 0 over the last fifth of the steps
@@ -46,10 +45,9 @@ def main():
     settings = quick_settings(config.resolve(__file__), QUICK_VALUES)
     settings.show()
     run_stage("extract_activations.py", *passed_on(settings, DATA_FLAGS))
-    cells = [(m, k) for m in settings.MS for k in settings.KS]
-    run_many("train_sae.py", [train_flags(settings, m, k, seed) for m, k in cells for seed in settings.SEEDS])
+    run_many("train_sae.py", [train_flags(settings, m) for m in settings.MS])
     rows = []
-    for m, k in cells:
+    for m, k in itertools.product(settings.MS, settings.KS):
         rows.append({"m": m, "k": k, **compared(settings, m, k)})
         print({key: value for key, value in rows[-1].items() if key != "runs"}, flush=True)
     baselines = {str(m): baseline(settings, m) for m in settings.MS}
@@ -61,27 +59,23 @@ def main():
         draw(RESULTS / f"{settings.NAME}.png", rows, baselines)
 
 
-def run_name(settings, m, k, seed):
-    return f"{settings.NAME}_M={m}_K={k}_seed={seed}"
-
-
-def train_flags(settings, m, k, seed):
-    return [*passed_on(settings, DATA_FLAGS), "--run-name", run_name(settings, m, k, seed), "--architecture", settings.ARCHITECTURE, "--m", m,
-            "--k", k, "--seed", seed, "--no-use-matryoshka", "--n-epochs", settings.N_EPOCHS, "--patience", settings.N_EPOCHS,
-            "--batch-size", settings.BATCH_SIZE, "--learning-rate", settings.LEARNING_RATE, "--lr-schedule", "linear"]
+def train_flags(settings, m):
+    """What train_sae.py is told for all autoencoders of one size."""
+    return [*passed_on(settings, DATA_FLAGS), "--run-name", settings.NAME, "--architecture", settings.ARCHITECTURE, "--m", m,
+            "--k-list", ",".join(map(str, settings.KS)), "--seeds", ",".join(map(str, settings.SEEDS)), "--no-use-matryoshka",
+            "--n-epochs", settings.N_EPOCHS, "--patience", settings.N_EPOCHS, "--batch-size", settings.BATCH_SIZE,
+            "--learning-rate", settings.LEARNING_RATE, "--lr-schedule", "linear"]
 
 
 def compared(settings, m, k):
     """The agreement of the autoencoders of one size, and their own figures."""
-    from fastsae.autoencoder import load_sae
+    from fastsae.autoencoder import checkpoint_name, load_sae
 
-    decoders, figures = [], []
+    decoders, figures, name = [], [], checkpoint_name(m, k, None, settings.ARCHITECTURE).removesuffix(".pt")
     for seed in settings.SEEDS:
-        folder = settings.output_dir / "checkpoints" / run_name(settings, m, k, seed)
-        metrics = json.loads((folder / "metrics.json").read_text())
-        sae, _ = load_sae(folder / metrics["checkpoint"])
+        sae, meta = load_sae(settings.output_dir / "checkpoints" / settings.NAME / f"{name}_seed={seed}.pt")
         decoders.append(sae.decoder.weight.detach().numpy().T)  # (M, d)
-        figures.append({"seed": seed, **{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction")}})
+        figures.append({"seed": seed, **{key: meta["metrics"][key] for key in ("normalized_mse", "l0", "dead_fraction")}})
     means = {name: float(np.mean([figure[name] for figure in figures])) for name in ("normalized_mse", "dead_fraction")}
     return {**agreement(decoders, settings.THRESHOLD), **means, "runs": figures}
 
@@ -119,8 +113,8 @@ def draw(path, rows, baselines):
     for panel, (name, title) in zip(figure.subplots(1, 3), MEASURES.items()):
         for k in dict.fromkeys(row["k"] for row in rows):
             panel.plot(sizes, [row[name] for row in rows if row["k"] == k], "o-", ms=4, label=f"K = {k}")
-        for kind, style in (("tokens", "--"), ("random", ":")):
-            panel.plot(sizes, [baselines[str(m)][kind][name] for m in sizes], f"k{style}", lw=1, label=f"{kind} by lot" if kind == "tokens" else kind)
+        for kind, style, label in (("tokens", "--", "tokens by lot"), ("random", ":", "random directions")):
+            panel.plot(sizes, [baselines[str(m)][kind][name] for m in sizes], f"k{style}", lw=1, label=label)
         panel.set(title=title, xlabel="M", xscale="log", ylim=(0, 1))
         panel.set_xticks(sizes, [str(m) for m in sizes])
         panel.minorticks_off()
