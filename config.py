@@ -225,7 +225,8 @@ def parse_flags(declared, argv, scripts):
         default = setting["value"] if setting["has_value"] else "from the preset"
         text = f"{setting['comment']} [{default}]".replace("%", "%%")
         if setting["type"] == "bool":
-            group.add_argument(f"--{flag_name(name)}", dest=name, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS)
+            group.add_argument(f"--{flag_name(name)}", dest=name, action=argparse.BooleanOptionalAction, help=text,
+                               default=argparse.SUPPRESS)
         else:
             kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1,\1,...", setting["type"]).replace(" | None", " or none")
             group.add_argument(f"--{flag_name(name)}", dest=name, metavar=kind.upper().replace("OR NONE", "or none"), nargs="?",
@@ -346,7 +347,7 @@ def check_values(values):
 
 
 def check_paths(values, require):
-    if {"BATCH_TOKENS", "POOLING"} & set(values) and "DATASET_PATH" in values:  # the stages that read the dataset
+    if {"BATCH_TOKENS", "POOLING"} & set(values) and "DATASET_PATH" in values and values.get("TEXT") is None:  # stages that read it
         from_hub = values["DATASET_PATH"].startswith("hf:")
         require(from_hub or os.path.isfile(values["DATASET_PATH"]), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
                 "give your data with --dataset-path FILE.jsonl")

@@ -189,7 +189,8 @@ def summarise(path, written, parts, table, metadata, statistics, n_processes):
         print(f"control strings inside the texts, kept as plain text: {metadata['n_control_strings']}")
     print(f"norms: median {norms['median_norm']:.1f}, max {norms['max_norm']:.1f}; attention sinks (over {SINK_RATIO}x the median): "
           f"{norms['n_sinks']:,}, {norms['n_sinks_outside_prefix']} outside the shared prefix")
-    print(f"forward passes: {seconds:.1f} s, {timing['tokens_per_second']:,.0f} tokens/s ({metadata['device']}, {metadata['compute_dtype']})")
+    print(f"forward passes: {seconds:.1f} s, {timing['tokens_per_second']:,.0f} tokens/s ({metadata['device']}, "
+          f"{metadata['compute_dtype']})")
     shards = f" and {len(written) - 1} more shards" if len(written) > 1 else ""
     print(f"wrote {written[0]}{shards} ({sum(p.stat().st_size for p in written) / 1e6:.1f} MB)")
 

@@ -3,6 +3,7 @@
     python interpret_sae.py
     OPENAI_API_KEY=... python interpret_sae.py --n-top-neurons 50 --interpreter-model gpt-5-mini
     python interpret_sae.py --target-value remembering
+    python interpret_sae.py --text "Where did I leave the key?"
 
 Reads the activations, the checkpoint that `checkpoints/<run>/metrics.json` names, and the dataset. Writes `interpretations.html`
 (a report for people), `interpretations.csv`, one row per feature, and its exact twin `interpretations.jsonl` (first line:
@@ -11,7 +12,6 @@ characteristic tokens; nothing is sent anywhere.
 """
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -34,6 +34,7 @@ TARGET_FIELD: str | None = None         # dataset field to predict, for hypothes
 TARGET_VALUE: str | None = None         # its value against all others; none = its numbers (no hypotheses.csv without a TARGET_...)
 SELECTION_METHOD: str = "separation_score"  # how HypotheSAEs selects features for the target: separation_score, correlation, lasso
 N_HYPOTHESES: int = 20                  # features to select for the target
+TEXT: str | None = None                 # print the strongest features of each token of this sentence, and stop
 NEURONPEDIA_SET: str | None = None      # also write upload batches under neuronpedia/, for the source "<layer>-<this name>"
 NEURONPEDIA_MODEL: str | None = None    # Neuronpedia's id of the model; none = the model's own name in lower case
 
@@ -54,6 +55,8 @@ def main():
     settings = config.resolve(__file__)
     settings.show()
     checkpoint_path = named_checkpoint(settings.run_dir)
+    if settings.TEXT is not None:
+        return show_text(settings, checkpoint_path)
     sae_meta = artifacts.read_checkpoint_metadata(checkpoint_path)
     backend = None
     if settings.N_TOP_NEURONS:
@@ -86,6 +89,18 @@ def named_checkpoint(run_dir):
         raise InputError(f"{path}: not found. run train_sae.py first, or check --run-name and --output-dir.") from None
     except (ValueError, KeyError, TypeError):
         raise EnvironmentFailure(f"{path}: damaged. run train_sae.py again.") from None
+
+
+def show_text(settings, checkpoint_path):
+    """Print the strongest features of each token of TEXT, with their labels where there are any. Nothing is written."""
+    from fastsae import load_sae
+    from fastsae.language_model import choose_device
+    from fastsae.trained_sae import text_table
+
+    sae = load_sae(checkpoint_path, device=choose_device(settings.DEVICE), cache_dir=settings.CACHE_DIR)
+    found = sae.features_of(settings.TEXT)
+    labels = tables.read_labels(settings.output_dir / "interpretations.jsonl", sae.meta["fingerprint"])
+    print(f"{sae}\n{text_table(found, labels)}")
 
 
 def describe(settings, checkpoint_path, sae_meta, backend):

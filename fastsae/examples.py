@@ -68,7 +68,8 @@ class ChatTokenizer:
         """(text, spans): the templated text and the (start, end, role number) of each message's content in it."""
         if not self.chat_template:
             if not example.is_text:
-                raise InputError(f"{self.dataset_name}:{example.line}: is a dialogue, which needs the chat template. set --use-chat-template.")
+                raise InputError(f"{self.dataset_name}:{example.line}: is a dialogue, which needs the chat template. "
+                                 "set --use-chat-template.")
             text = example.messages[0]["content"]
             return text, [(0, len(text), 0)]
         text = self._apply(example, example.messages)

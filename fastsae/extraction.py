@@ -174,7 +174,7 @@ class Forward:
         try:
             return storable(stream, real, self.storage_dtype, lambda i: f"{self.dataset_name}:{self.table.lines[i]}", pin=self.pin)
         except InputError as error:
-            raise self._own(error)
+            raise self._own(error) from error
 
     def _store(self, buffers, first, batch, rows, event, progress):
         if event is not None:

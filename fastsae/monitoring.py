@@ -48,7 +48,12 @@ def open_logger(name, folder, run_name, settings):
     if name == "wandb":
         import wandb
 
-        run = wandb.init(project="fastsae", name=run_name, dir=folder, config=settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            run = wandb.init(project="fastsae", name=run_name, dir=folder, config=dict(settings), reinit="create_new")
+        except wandb.Error as error:
+            what = str(error).splitlines()[0].rstrip(".")
+            raise InputError(f"LOGGER: wandb: {what}. run `wandb login`, or set WANDB_MODE=offline.") from None
         return lambda line: run.log(_flat(line), step=line["epoch"])
     from torch.utils.tensorboard import SummaryWriter
 

@@ -3,8 +3,7 @@ import json
 
 import numpy as np
 
-from fastsae import artifacts
-from fastsae import report_charts as charts
+from fastsae import artifacts, report_charts as charts
 
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("mse", "MSE (FAST, eq. 7)"),
            ("mse_special_tokens", "MSE on special tokens"), ("cosine_similarity", "cosine similarity"), ("l0", "L0"),

@@ -200,7 +200,8 @@ def _example(number, row, text_field, label_field):
         messages = [{"role": "user", "content": _content(row[text_field], text_field)}]
     else:
         fields = ", ".join(name if name.isprintable() else repr(name) for name in list(row)[:8]) or "none"
-        raise ValueError(f"has no {text_field}, messages or conversations (its fields: {fields}). add one, or name yours with --text-field.")
+        raise ValueError(f"has no {text_field}, messages or conversations (its fields: {fields}). "
+                         "add one, or name yours with --text-field.")
     label = row.get(label_field) if label_field else None
     is_text = row.get("messages") is None and row.get("conversations") is None
     return Example(number, messages, is_text, None if label is None else _encodable(str(label), label_field))

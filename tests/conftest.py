@@ -106,7 +106,8 @@ def planted_once(tmp_path_factory, smol_tokenizer):
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = put_activations(folder, np.concatenate(tokens).astype(np.float32), lengths, dataset=dataset, token_ids=ids)
     training = ["--m", 20, "--k", 1, "--no-use-matryoshka", "--n-epochs", 60, "--learning-rate", 0.01, "--batch-size", 64]
-    subprocess.run([sys.executable, str(PROJECT / "train_sae.py"), *flags, *PLANTED_FLAGS, *map(str, training)], check=True, capture_output=True)
+    subprocess.run([sys.executable, str(PROJECT / "train_sae.py"), *flags, *PLANTED_FLAGS, *map(str, training)],
+                   check=True, capture_output=True)
     return folder
 
 

@@ -17,7 +17,6 @@ import torch
 from conftest import PROJECT
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
-import extract_activations
 import interpret_sae
 from fastsae import artifacts, autoencoder, extraction, language_model
 from fastsae.errors import EnvironmentFailure, InputError, run_stage

@@ -217,13 +217,15 @@ def test_checkpoints_hold_no_time(tmp_path, write_activations, run_main):
     assert "seconds" not in json.dumps(meta) and {"seconds", "tokens_per_second"} <= set(metrics_of(tmp_path))
 
 
-@pytest.mark.parametrize("variant", [[], ["--use-batch-topk", "--lr-schedule", "linear", "--lr-warmup-steps", 7]], ids=["topk", "batchtopk, schedule"])
+@pytest.mark.parametrize("variant", [[], ["--use-batch-topk", "--lr-schedule", "linear", "--lr-warmup-steps", 7]],
+                         ids=["topk", "batchtopk, schedule"])
 def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, write_activations, run_main, monkeypatch, capsys, variant):
     """Stopped by a signal in the middle of epochs, with dead features present; the same command goes on."""
     import fastsae.training_run as training_run
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--n-epochs", 6, "--batch-size", 50, "--dead-after-tokens", 100, *variant]
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--n-epochs", 6, "--batch-size", 50,
+             "--dead-after-tokens", 100, *variant]
     assert run_main("train_sae", *flags) == 0
     whole = checkpoint_of(tmp_path).read_bytes()
     history = (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text()

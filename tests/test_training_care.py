@@ -122,3 +122,11 @@ def test_loggers_decide_nothing(tmp_path, write_activations, run_main, capsys):
     assert run_main("train_sae", *flags, *SMALL) == 0
     assert run_main("train_sae", *flags, *SMALL, "--logger", "wandb") == 0
     assert "up to date" in capsys.readouterr().out
+
+
+def test_wandb_takes_a_run_offline(tmp_path, write_activations, run_main, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    assert run_main("train_sae", *write_activations(tokens, [20] * 30), *SMALL, "--logger", "wandb", "--seeds", "0,1") == 0
+    assert len(list(tmp_path.rglob("*.wandb"))) == 2  # each autoencoder is a run of its own
