@@ -16,8 +16,8 @@ def modular_arithmetic():
     s, t = r["settings"], r["transformer"]
     lines = [
         f"**Ground truth: modular addition** (`results/modular_arithmetic.json`, [figure](experiments/results/modular_arithmetic.png)): a "
-        f"transformer of one block learns a + b modulo {s['P']} from {100 * s['TRAIN_FRACTION']:.0f} % of the pairs; {100 * t['test_accuracy']:.2f} % "
-        f"of its answers to the other {t['n_test_pairs']:,} are right. {len(r['key_frequencies'])} key frequencies "
+        f"transformer of one block learns a + b modulo {s['P']} from {100 * s['TRAIN_FRACTION']:.0f} % of the pairs; "
+        f"{100 * t['test_accuracy']:.2f} % of its answers to the other {t['n_test_pairs']:,} are right. {len(r['key_frequencies'])} key frequencies "
         f"({', '.join(map(str, r['key_frequencies']))}) hold {100 * s['KEY_SHARE']:.0f} % of the variance of its embedding. MCC of the "
         f"directions of their cosines and sines (Hungarian matching, |cosine|); in brackets how much of the matched directions lies in "
         f"the right planes, which does not depend on phases. Mean of {len(s['SEEDS'])} seeds.", "",
@@ -45,8 +45,8 @@ def why(r):
            for rows in site["autoencoders"].values() for run in rows["runs"]):
         return []
     share = min(100 * site["variance_in_known_directions"] for site in r["sites"].values())
-    return ["- Why: every number uses every frequency, so nothing here is sparse. The known directions are a few nearly orthogonal planes of unequal "
-            f"variance that hold {share:.0f} % of it or more, which is what principal components are made for. Features mix the planes "
+    return ["- Why: every number uses every frequency, so nothing here is sparse. The known directions are a few nearly orthogonal "
+            f"planes of unequal variance that hold {share:.0f} % of it or more, which is what principal components are made for. Features mix the planes "
             f"(only {min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in one) and fire for groups of numbers."]
 
 
@@ -57,18 +57,20 @@ def planted():
     large, small, s = r["large"][0], r["active"][0], r["settings"]
     lines = [
         f"**Ground truth: planted directions** (`results/planted.json`, [figure](experiments/results/planted.png)): tokens are sums of "
-        f"{large['active']} of {large['directions']:,} directions in {large['dimensions']} dimensions, noise {large['noise']:g}. Mean max cosine: "
-        + ", ".join(f"{name} {row['mean']['mean_max_cosine']:.3f}" for name, row in large["methods"].items())
+        f"{large['active']} of {large['directions']:,} directions in {large['dimensions']} dimensions, noise {large['noise']:g}. Mean max "
+        "cosine: " + ", ".join(f"{name} {row['mean']['mean_max_cosine']:.3f}" for name, row in large["methods"].items())
         + f" ({len(s['SEEDS'])} seed{'s' * (len(s['SEEDS']) > 1)}). {bar(large)} MCC with {small['directions']} directions in "
         f"{small['dimensions']} dimensions, against the number active and against the noise:", "",
-        "| | " + " | ".join([f"{case['active']} active" for case in r["active"]] + [f"noise {case['noise']:g}" for case in r["noise"]]) + " |",
+        "| | " + " | ".join([*(f"{case['active']} active" for case in r["active"]), *(f"noise {case['noise']:g}" for case in r["noise"])])
+        + " |",
         "|---|" + "---|" * len(r["active"] + r["noise"])]
     return lines + [f"| {name} | " + " | ".join(f"{case['methods'][name]['mean']['mcc']:.3f}" for case in r["active"] + r["noise"]) + " |"
                     for name in small["methods"]]
 
 
 def bar(large):
-    reached = {name: min(run["mean_max_cosine"] for run in row["runs"]) > 0.95 for name, row in large["methods"].items() if "l0" in row["mean"]}
+    reached = {name: min(run["mean_max_cosine"] for run in row["runs"]) > 0.95 for name, row in large["methods"].items()
+               if "l0" in row["mean"]}
     missed = [name for name, good in reached.items() if not good]
     return (f"Above 0.95 in every seed: {', '.join(name for name, good in reached.items() if good) or 'none'}"
             + (f"; not: {', '.join(missed)}" if missed else "") + ".")
@@ -80,8 +82,8 @@ def stability():
         return []
     s = r["settings"]
     lines = [
-        f"**Stability** (`results/stability.json`, [figure](experiments/results/stability.png)): {s['ARCHITECTURE']} autoencoders of the demo's "
-        f"activations that differ in their first weights only, {len(s['SEEDS'])} seeds. Cosines of decoder directions of two seeds: mean of the "
+        f"**Stability** (`results/stability.json`, [figure](experiments/results/stability.png)): {s['ARCHITECTURE']} autoencoders of "
+        f"the demo's activations that differ in their first weights only, {len(s['SEEDS'])} seeds. Cosines of decoder directions of two seeds: mean of the "
         "largest, and under the best one-to-one matching; share of features that all seeds have (cosine above "
         f"{s['THRESHOLD']:g}). Tokens by lot are as many activations less their mean.", "",
         "| M | K | mean max cosine | matched | found by all | random directions, matched | tokens by lot, matched | normalised MSE |",
@@ -91,6 +93,6 @@ def stability():
         lines.append(f"| {row['m']:,} | {row['k']} | {row['mean_max_cosine']:.3f} | {row['mcc']:.3f} | {100 * row['found_by_all']:.0f} % | "
                      f"{base['random']['mcc']:.3f} | {base['tokens']['mcc']:.3f} | {row['normalized_mse']:.3f} |")
     first, last = min(r["runs"], key=lambda row: row["found_by_all"]), max(r["runs"], key=lambda row: row["found_by_all"])
-    return [*lines, "", f"Between {100 * first['found_by_all']:.0f} % (M = {first['m']:,}, K = {first['k']}) and {100 * last['found_by_all']:.0f} % "
-            f"(M = {last['m']:,}, K = {last['k']}) of the features are found by every seed: the others are one choice of many, so check a "
+    return [*lines, "", f"Between {100 * first['found_by_all']:.0f} % (M = {first['m']:,}, K = {first['k']}) and "
+            f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the features are found by every seed: the others are one choice of many, so check a "
             "feature that matters under another seed (`train_sae.py --seeds 0,1,2`)."]
