@@ -17,8 +17,8 @@ def modular_arithmetic():
     lines = [
         f"**Ground truth: modular addition** (`results/modular_arithmetic.json`, [figure](experiments/results/modular_arithmetic.png)): a "
         f"transformer of one block learns a + b modulo {s['P']} from {100 * s['TRAIN_FRACTION']:.0f} % of the pairs; "
-        f"{100 * t['test_accuracy']:.2f} % of its answers to the other {t['n_test_pairs']:,} are right. {len(r['key_frequencies'])} key frequencies "
-        f"({', '.join(map(str, r['key_frequencies']))}) hold {100 * s['KEY_SHARE']:.0f} % of the variance of its embedding. MCC of the "
+        f"{100 * t['test_accuracy']:.2f} % of its answers to the other {t['n_test_pairs']:,} are right. {len(r['key_frequencies'])} key "
+        f"frequencies ({', '.join(map(str, r['key_frequencies']))}) hold {100 * s['KEY_SHARE']:.0f} % of the variance of its embedding. MCC of the "
         f"directions of their cosines and sines (Hungarian matching, |cosine|); in brackets how much of the matched directions lies in "
         f"the right planes, which does not depend on phases. Mean of {len(s['SEEDS'])} seeds.", "",
         "| | embedding | normalised MSE | answer | normalised MSE |", "|---|---|---|---|---|"]
@@ -46,8 +46,8 @@ def why(r):
         return []
     share = min(100 * site["variance_in_known_directions"] for site in r["sites"].values())
     return ["- Why: every number uses every frequency, so nothing here is sparse. The known directions are a few nearly orthogonal "
-            f"planes of unequal variance that hold {share:.0f} % of it or more, which is what principal components are made for. Features mix the planes "
-            f"(only {min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in one) and fire for groups of numbers."]
+            f"planes of unequal variance that hold {share:.0f} % of it or more, which is what principal components are made for. "
+            f"Features mix the planes (only {min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in one) and fire for groups of numbers."]
 
 
 def planted():
@@ -83,8 +83,8 @@ def stability():
     s = r["settings"]
     lines = [
         f"**Stability** (`results/stability.json`, [figure](experiments/results/stability.png)): {s['ARCHITECTURE']} autoencoders of "
-        f"the demo's activations that differ in their first weights only, {len(s['SEEDS'])} seeds. Cosines of decoder directions of two seeds: mean of the "
-        "largest, and under the best one-to-one matching; share of features that all seeds have (cosine above "
+        f"the demo's activations that differ in their first weights only, {len(s['SEEDS'])} seeds. Cosines of decoder directions of two "
+        "seeds: mean of the largest, and under the best one-to-one matching; share of features that all seeds have (cosine above "
         f"{s['THRESHOLD']:g}). Tokens by lot are as many activations less their mean.", "",
         "| M | K | mean max cosine | matched | found by all | random directions, matched | tokens by lot, matched | normalised MSE |",
         "|---|---|---|---|---|---|---|---|"]
@@ -94,5 +94,5 @@ def stability():
                      f"{base['random']['mcc']:.3f} | {base['tokens']['mcc']:.3f} | {row['normalized_mse']:.3f} |")
     first, last = min(r["runs"], key=lambda row: row["found_by_all"]), max(r["runs"], key=lambda row: row["found_by_all"])
     return [*lines, "", f"Between {100 * first['found_by_all']:.0f} % (M = {first['m']:,}, K = {first['k']}) and "
-            f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the features are found by every seed: the others are one choice of many, so check a "
-            "feature that matters under another seed (`train_sae.py --seeds 0,1,2`)."]
+            f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the features are found by every seed: the others are one "
+            "choice of many, so check a feature that matters under another seed (`train_sae.py --seeds 0,1,2`)."]

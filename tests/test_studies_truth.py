@@ -129,16 +129,18 @@ def run_study(monkeypatch, tmp_path, name, *flags):
     return json.loads((tmp_path / "results" / f"{name}.json").read_text())
 
 
-PLANTED = ["--large", "16,8,1", "--small", "16,8,1", "--actives", "1,2", "--noises", "0.3", "--l1-coefficients", "1,2", "--seeds", "0,1",
-           "--n-tokens", "4000", "--batch-size", "256", "--steps", "400", "--learning-rate", "0.01"]
+PLANTED = ["--large", "48,24,3", "--small", "16,8,1", "--actives", "1,2", "--noises", "0.3", "--l1-coefficients", "1,2", "--seeds", "0",
+           "--architectures", "topk,standard", "--large-architectures", "topk", "--n-tokens", "8000", "--batch-size", "256", "--steps", "600",
+           "--learning-rate", "0.005"]
 
 
 def test_planted_study_finds_directions_and_remembers(monkeypatch, tmp_path):
     result = run_study(monkeypatch, tmp_path, "planted", *PLANTED)
     methods = result["large"][0]["methods"]
-    assert methods["topk"]["mean"]["mean_max_cosine"] > 0.95 and methods["topk"]["mean"]["l0"] == 1
-    assert methods["principal components"]["mean"]["mcc"] <= 0.5  # 8 components for 16 directions
-    assert methods["standard"]["runs"][0]["l1_coefficient"] in (1, 2)
+    assert methods["topk"]["mean"]["mean_max_cosine"] > 0.9 and methods["topk"]["mean"]["l0"] == pytest.approx(3, abs=0.01)
+    assert methods["random"]["mean"]["mean_max_cosine"] < 0.6
+    assert methods["principal components"]["mean"]["mcc"] <= 0.5  # 24 components for 48 directions
+    assert result["noise"][0]["methods"]["standard"]["runs"][0]["l1_coefficient"] in (1, 2)
     assert [case["active"] for case in result["active"]] == [1, 2] and result["noise"][0]["noise"] == 0.3
 
     import planted
