@@ -152,9 +152,11 @@ def autoencoder(settings, site, variant, seed, x, n, keys, truth):
     """The figures of one autoencoder: its own, and how well its features that fire at all recover the known directions."""
     decoder, features, metrics = fired_features(settings, site, variant, seed, x)
     in_planes = lengths_in_planes(truth, decoder).max(0)
+    fires = np.stack([(features[n == number] > 0).mean(0) for number in range(settings.P)])  # (P, m) share of each number's tokens
     return {"seed": seed, "variant": variant, **{name: metrics[name] for name in ("l0", "normalized_mse", "dead_fraction")},
             **recovery(decoder, features, n, keys, truth, settings.P),
-            "mean_length_in_best_plane": float(in_planes.sum() / max(len(decoder), 1))}
+            "mean_length_in_best_plane": float(in_planes.sum() / max(len(decoder), 1)),
+            "share_of_numbers": float((fires > 0.5).sum() / max(fires.size, 1))}  # on which a feature fires for most tokens
 
 
 def fired_features(settings, site, variant, seed, x):

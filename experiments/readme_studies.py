@@ -18,8 +18,8 @@ def modular_arithmetic():
         f"**Ground truth: modular addition** (`results/modular_arithmetic.json`, [figure](experiments/results/modular_arithmetic.png)): a "
         f"transformer of one block learns a + b modulo {s['P']} from {100 * s['TRAIN_FRACTION']:.0f} % of the pairs; "
         f"{100 * t['test_accuracy']:.2f} % of its answers to the other {t['n_test_pairs']:,} are right. {len(r['key_frequencies'])} key "
-        f"frequencies ({', '.join(map(str, r['key_frequencies']))}) hold {100 * s['KEY_SHARE']:.0f} % of the variance of its embedding. MCC of the "
-        f"directions of their cosines and sines (Hungarian matching, |cosine|); in brackets how much of the matched directions lies in "
+        f"frequencies ({', '.join(map(str, r['key_frequencies']))}) hold {100 * s['KEY_SHARE']:.0f} % of the variance of its embedding. MCC "
+        f"of the directions of their cosines and sines (Hungarian matching, |cosine|); in brackets how much of the matched directions lies in "
         f"the right planes, which does not depend on phases. Mean of {len(s['SEEDS'])} seeds.", "",
         "| | embedding | normalised MSE | answer | normalised MSE |", "|---|---|---|---|---|"]
     for part in ("autoencoders", "baselines"):
@@ -40,14 +40,18 @@ def against_pca(name, site):
 
 
 def why(r):
-    lengths = [row["mean"]["mean_length_in_best_plane"] for site in r["sites"].values() for row in site["autoencoders"].values()]
-    if any(run["mcc"] > site["baselines"]["principal components"]["mcc"] for site in r["sites"].values()
-           for rows in site["autoencoders"].values() for run in rows["runs"]):
+    """Why principal components win, if they do."""
+    sites = r["sites"].values()
+    if any(run["mcc"] > site["baselines"]["principal components"]["mcc"] for site in sites for rows in site["autoencoders"].values()
+           for run in rows["runs"]):
         return []
-    share = min(100 * site["variance_in_known_directions"] for site in r["sites"].values())
-    return ["- Why: every number uses every frequency, so nothing here is sparse. The known directions are a few nearly orthogonal "
-            f"planes of unequal variance that hold {share:.0f} % of it or more, which is what principal components are made for. "
-            f"Features mix the planes (only {min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in one) and fire for groups of numbers."]
+    rows = [row["mean"] for site in sites for row in site["autoencoders"].values()]
+    lengths, shares = ([row[name] for row in rows] for name in ("mean_length_in_best_plane", "share_of_numbers"))
+    variance = 100 * min(site["variance_in_known_directions"] for site in sites)
+    return [f"- Why: every number uses every frequency, so nothing here is sparse. The known directions are a few nearly orthogonal planes of "
+            f"unequal variance with {variance:.0f} % of it or more, which is what principal components are made for. Features mix the planes "
+            f"({min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in its best one) and fire for groups of numbers "
+            f"({100 * min(shares):.0f} to {100 * max(shares):.0f} % of them) rather than along a wave."]
 
 
 def planted():
@@ -94,5 +98,5 @@ def stability():
                      f"{base['random']['mcc']:.3f} | {base['tokens']['mcc']:.3f} | {row['normalized_mse']:.3f} |")
     first, last = min(r["runs"], key=lambda row: row["found_by_all"]), max(r["runs"], key=lambda row: row["found_by_all"])
     return [*lines, "", f"Between {100 * first['found_by_all']:.0f} % (M = {first['m']:,}, K = {first['k']}) and "
-            f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the features are found by every seed: the others are one "
-            "choice of many, so check a feature that matters under another seed (`train_sae.py --seeds 0,1,2`)."]
+            f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the features are found by every seed: the others "
+            "are one choice of many, so check a feature that matters under another seed (`train_sae.py --seeds 0,1,2`)."]

@@ -130,8 +130,8 @@ def run_study(monkeypatch, tmp_path, name, *flags):
 
 
 PLANTED = ["--large", "48,24,3", "--small", "16,8,1", "--actives", "1,2", "--noises", "0.3", "--l1-coefficients", "1,2", "--seeds", "0",
-           "--architectures", "topk,standard", "--large-architectures", "topk", "--n-tokens", "8000", "--batch-size", "256", "--steps", "600",
-           "--learning-rate", "0.005"]
+           "--architectures", "topk,standard", "--large-architectures", "topk", "--n-tokens", "8000", "--batch-size", "256",
+           "--steps", "600", "--learning-rate", "0.005"]
 
 
 def test_planted_study_finds_directions_and_remembers(monkeypatch, tmp_path):
