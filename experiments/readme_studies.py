@@ -18,9 +18,9 @@ def modular_arithmetic():
         f"**Ground truth: modular addition** (`results/modular_arithmetic.json`, [figure](experiments/results/modular_arithmetic.png)): a "
         f"transformer of one block learns a + b modulo {s['P']} from {100 * s['TRAIN_FRACTION']:.0f} % of the pairs; "
         f"{100 * t['test_accuracy']:.2f} % of its answers to the other {t['n_test_pairs']:,} are right. {len(r['key_frequencies'])} key "
-        f"frequencies ({', '.join(map(str, r['key_frequencies']))}) hold {100 * s['KEY_SHARE']:.0f} % of the variance of its embedding. MCC "
-        f"of the directions of their cosines and sines (Hungarian matching, |cosine|); in brackets how much of the matched directions lies in "
-        f"the right planes, which does not depend on phases. Mean of {len(s['SEEDS'])} seeds.", "",
+        f"frequencies ({', '.join(map(str, r['key_frequencies']))}) hold {100 * s['KEY_SHARE']:.0f} % of the variance of its embedding. "
+        "MCC of the directions of their cosines and sines (Hungarian matching, |cosine|); in brackets how much of the matched directions "
+        f"lies in the right planes, which does not depend on phases. Mean of {len(s['SEEDS'])} seeds.", "",
         "| | embedding | normalised MSE | answer | normalised MSE |", "|---|---|---|---|---|"]
     for part in ("autoencoders", "baselines"):
         for name in r["sites"]["embedding"][part]:
@@ -48,9 +48,9 @@ def why(r):
     rows = [row["mean"] for site in sites for row in site["autoencoders"].values()]
     lengths, shares = ([row[name] for row in rows] for name in ("mean_length_in_best_plane", "share_of_numbers"))
     variance = 100 * min(site["variance_in_known_directions"] for site in sites)
-    return [f"- Why: every number uses every frequency, so nothing here is sparse. The known directions are a few nearly orthogonal planes of "
-            f"unequal variance with {variance:.0f} % of it or more, which is what principal components are made for. Features mix the planes "
-            f"({min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in its best one) and fire for groups of numbers "
+    return [f"- Why: every number uses every frequency, so nothing here is sparse. The known directions are a few nearly orthogonal planes "
+            f"of unequal variance with {variance:.0f} % of it or more, which is what principal components are made for. Features mix the "
+            f"planes ({min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in its best one) and fire for groups of numbers "
             f"({100 * min(shares):.0f} to {100 * max(shares):.0f} % of them) rather than along a wave."]
 
 
