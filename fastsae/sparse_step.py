@@ -95,12 +95,12 @@ def _full(column, value, n_columns):
 def top_columns(pre, k):
     """Columns of the k largest entries of each row of `pre` (rows, M), (rows, k) in any order.
 
-    On a CPU in two exact rounds: columns fall into groups, the k largest lie in the k groups with the largest maxima, and only
+    For large M in two exact rounds: columns fall into groups, the k largest lie in the k groups with the largest maxima, and only
     those groups are searched.
     """
     n_columns = pre.shape[1]
     n_groups = next((n_columns // size for size in (12, 8, 16, 6, 4) if n_columns % size == 0), n_columns)
-    if pre.is_cuda or n_columns < 128 or n_groups < 4 * k:
+    if pre.is_cuda or n_columns < 1024 or n_groups < 4 * k:
         return pre.topk(k, dim=1, sorted=False).indices
     best_groups = pre.view(len(pre), -1, n_groups).amax(1).topk(k, dim=1, sorted=False).indices     # (rows, k)
     candidates = (best_groups[:, None] + torch.arange(0, n_columns, n_groups)[:, None]).flatten(1)  # (rows, k * group size)

@@ -140,40 +140,6 @@ def Shown(tmp_path):
     return llm_labels.Shown(SimpleNamespace(statistics=statistics), ["text"] * 80, seed=0)
 
 
-BAD_REPLIES = {  # reply, whether it was paid for
-    "null content": ((200, completion(None)), True), "empty": ((200, completion("")), True),
-    "cut off": ((200, completion("mentions", "length")), True),
-    "refusal": ((200, completion("no", refusal="no")), True), "thinking only": ((200, completion("<think>hmm")), True),
-    "html": ((200, completion("<html>502</html>")), True), "essay": ((200, completion("x" * 400)), True),
-    "no choices": ((200, {"choices": []}), False),
-    "html page": ((200, "<html>proxy login</html>"), False), "invalid JSON": ((200, "{"), False),
-    "401": ((401, {"error": {"message": f"bad key {KEY}"}}), False), "403": ((403, {"error": {"message": "no"}}), False),
-    "404": ((404, {"error": {"message": "no such model"}}), False), "reset": ((200, None), False)}
-
-
-@pytest.mark.parametrize("name", BAD_REPLIES)
-def test_a_failure_is_a_status_and_never_a_label(tmp_path, planted, run_main, endpoint, capsys, monkeypatch, name):
-    monkeypatch.setattr("openai._base_client.BaseClient._calculate_retry_timeout", lambda *args, **kwargs: 0.01)
-    reply, paid = BAD_REPLIES[name]
-    server = endpoint(reply)
-    command = ["interpret_sae", *planted, "--n-top-neurons", 3, "--n-llm-workers", 1, *LABELS_ONLY]
-    assert run_main(*command) == 4
-    rows = table(tmp_path)
-    failed = [row for row in rows if row["status"].startswith("llm ")]
-    assert len(failed) == 3 and all(row["label_source"] == "tokens" and row["label"].startswith(("'", "mixed")) for row in failed)
-    captured = capsys.readouterr()
-    assert "3 features, 3 of them without" in captured.err and "sk-secret" not in captured.out + captured.err
-    n = len(server.requests)
-    assert n == (1 if name in ("401", "403", "404") else 12 if name == "reset" else 3)  # a lost connection is tried four times
-    no_key_anywhere(tmp_path)
-    server.replies[:] = [(200, completion("mentions fruit"))]  # the endpoint recovers, and the same command finishes
-    code = run_main(*command)
-    if paid:  # answered and paid for: kept, and still no label, until the user asks for another try
-        assert code == 4 and len(server.requests) == n
-        code = run_main(*command, "--retry-unusable")
-    assert code == 0 and sum(row["label"] == "mentions fruit" for row in table(tmp_path)) == 3 and len(server.requests) == n + 3
-
-
 def test_busy_and_failing_servers_are_waited_for(tmp_path, planted, run_main, endpoint):
     busy = (429, {"error": {"message": "slow down"}}, {"Retry-After": "1"})
     server = endpoint(busy, (500, {"error": {"message": "oops"}}, {"Retry-After": "0"}), (200, completion("mentions fruit")))

@@ -54,8 +54,8 @@ def hostile(tmp_path, planted, run_main, smol_tokenizer):
     return tmp_path / "interpretations.html"
 
 
-def test_the_report_holds_no_code_but_its_own(hostile):
-    text = hostile.read_text(encoding="utf-8")
+def assert_inert(text):
+    """A report in which nothing acts but its own script; returns its `Tags`."""
     assert "data:image" not in text
     parsed = Tags(text)
     scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
@@ -68,12 +68,17 @@ def test_the_report_holds_no_code_but_its_own(hostile):
         active = ("src", "srcset", "style", "action", "formaction")
         assert not [name for name in attributes if name.startswith("on") or name in active], (tag, attributes)
         assert attributes.get("href", "#") in ("#", "#features", "#run"), attributes
+    policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and report.csp_hash(parsed.scripts[1]) in policy
+    return parsed
+
+
+def test_the_report_holds_no_code_but_its_own(hostile):
+    parsed = assert_inert(hostile.read_text(encoding="utf-8"))
     data = json.loads(parsed.scripts[0])
     assert len(data["features"]) == 20 and not set("<>&\u2028\u2029") & set(parsed.scripts[0])
     shown = "".join(data["strings"][i] for i in data["dialogues"][0]["ids"])
     assert any(text.startswith(shown[:8]) for text in HOSTILE)
-    policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and report.csp_hash(parsed.scripts[1]) in policy
 
 
 def test_embedded_json_survives_hostile_text():

@@ -314,8 +314,8 @@ def test_an_interrupted_pass_of_several_ends_in_the_same_bytes(tmp_path, write_a
     from fastsae.training_run import TrainingRun
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--l1-coefficient-list", "0.5,2.5", "--n-epochs", 4,
-             "--batch-size", 50, "--save-every", 1e-9]
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--l1-coefficient-list", "0.5,2.5",
+             "--n-epochs", 4, "--batch-size", 50, "--save-every", 1e-9]
     assert run_main("train_sae", *flags) == 0
     paths = [tmp_path / "checkpoints" / "test" / f"SAE_standard_M=16_K=2_L1={value}.pt" for value in ("0.5", "2.5")]
     whole = [path.read_bytes() for path in paths]
