@@ -115,6 +115,13 @@ def test_planted_tokens_are_sums_of_the_stated_number_of_directions():
     assert np.isclose((noisy - noisy @ np.linalg.pinv(directions) @ directions).std() * np.sqrt(8 / 2), 0.5, rtol=0.1)
 
 
+def words(name, result):
+    """What the README would say of a result."""
+    import readme_studies
+
+    return getattr(readme_studies, name)(result)
+
+
 def run_study(monkeypatch, tmp_path, name, *flags):
     """The result of a study run in this process, its outputs under tmp_path."""
     import importlib
@@ -143,6 +150,8 @@ def test_planted_study_finds_directions_and_remembers(monkeypatch, tmp_path):
     assert result["noise"][0]["methods"]["standard"]["runs"][0]["l1_coefficient"] in (1, 2)
     assert [case["active"] for case in result["active"]] == [1, 2] and result["noise"][0]["noise"] == 0.3
 
+    assert f"Above 0.95 in every seed: {'topk' if methods['topk']['mean']['mean_max_cosine'] > 0.95 else 'none'}" in words("planted", result)
+
     import planted
 
     monkeypatch.setattr(planted, "run", lambda *args: pytest.fail("measured again"))
@@ -159,6 +168,10 @@ def test_modular_study_runs_on_tiny_settings(monkeypatch, tmp_path):
         for row in [*examined["baselines"].values(), *(r["mean"] for r in examined["autoencoders"].values())]:
             assert all(0 <= row[name] <= 1 for name in ("mcc", "plane_mcc", "mean_max_cosine", "correlation"))
             assert row["plane_mcc"] >= row["mcc"]
+        pca = examined["baselines"]["principal components"]["mcc"]
+        best = max(run["mcc"] for rows in examined["autoencoders"].values() for run in rows["runs"])
+        assert (f"MCC of {best:.3f} and {'does better than' if best > pca else 'does not reach'} principal components ({pca:.3f})"
+                in words("modular_arithmetic", result))
 
 
 def test_stability_study_runs_on_tiny_settings(monkeypatch, tmp_path):
@@ -168,3 +181,4 @@ def test_stability_study_runs_on_tiny_settings(monkeypatch, tmp_path):
     for row in [*result["runs"], *(b for pair in result["baselines"].values() for b in pair.values())]:
         assert row["mcc"] <= row["mean_max_cosine"] + 1e-9 and 0 <= row["found_by_all"] <= 1
     assert result["baselines"]["8"]["random"]["found_by_all"] == 0
+    assert f"| 16 | 2 | {result['runs'][1]['mean_max_cosine']:.3f} |" in words("stability", result)
