@@ -27,8 +27,8 @@ def loss_recovered(r):
     kinds = {name: 100 * row["kinds"][name]["loss_recovered_zero"]["value"] for name in ("content", "template") if name in row["kinds"]}
     return (f"**Loss recovered** ([table](experiments/results/loss_recovered.json), [figure](experiments/results/loss_recovered.png); "
             f"layer {row['layer']}, {row['n_examples']} held-out examples, 95 % intervals over examples). {'. '.join(parts)}. The first "
-            "figures leave the shared prefix and attention sinks as they are, as training does: an autoencoder that never saw them reconstructs "
-            f"them wrongly, and every later token attends to them. By token predicted, for the first: "
+            "figures leave the shared prefix and attention sinks as they are, as training does: an autoencoder that never saw them "
+            f"reconstructs them wrongly, and every later token attends to them. By token predicted, for the first: "
             f"{', '.join(f'{name} {value:.1f} %' for name, value in kinds.items())}.")
 
 

@@ -1,5 +1,6 @@
 """Activations of stage 1 as other stages read them: one .npz or numbered shards, their rows mapped rather than loaded."""
 import json
+import mmap
 import zipfile
 from pathlib import Path
 
@@ -86,6 +87,13 @@ def map_member(path, name):
             lengths = file.read(4)
         start = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
         return np.memmap(path, dtype, "r", start + in_member, shape)
+
+
+def release(activations):
+    """Let the system take back the memory of mapped rows that were read: it would count as ours."""
+    for part in getattr(activations, "parts", [activations]):
+        if isinstance(part, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            part._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 class ShardedRows:

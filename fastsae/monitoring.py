@@ -2,7 +2,7 @@
 import importlib.util
 import io
 
-from fastsae import artifacts
+from fastsae import artifacts, storage
 from fastsae.errors import InputError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -48,7 +48,7 @@ def open_logger(name, folder, run_name, settings):
     if name == "wandb":
         import wandb
 
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(folder)
         try:
             run = wandb.init(project="fastsae", name=run_name, dir=folder, config=dict(settings), reinit="create_new")
         except wandb.Error as error:

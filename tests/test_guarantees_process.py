@@ -20,7 +20,7 @@ from fastsae.errors import EnvironmentFailure, run_stage
 
 SOURCES = [*PROJECT.glob("*.py"), *(PROJECT / "fastsae").glob("*.py")]
 WRITERS = {"write_text", "write_bytes", "unlink", "rmdir", "mkdir", "makedirs", "removedirs", "rmtree", "copyfile", "copy2", "copytree",
-           "move", "symlink_to", "hardlink_to", "mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory", "savez",
+           "symlink_to", "hardlink_to", "mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory", "savez",
            "savez_compressed", "save", "savetxt", "savefig", "to_csv", "tofile", "memmap", "touch", "truncate", "ftruncate",
            "save_pretrained", "save_file",
            "extract", "extractall", "SummaryWriter", "pwrite", "writev", "mknod", "chmod"}
