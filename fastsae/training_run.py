@@ -1,4 +1,5 @@
 """Everything that changes while an autoencoder trains, so that a run can be written down at any step and go on from there."""
+import copy
 import math
 import time
 
@@ -55,6 +56,12 @@ class TrainingRun:
     def result(self):
         """The autoencoder in the form in which it is measured and saved: it takes activations as they are."""
         return inference_form(self.sae, self.normalisation)
+
+    def best(self):
+        """The same of the weights that were best on validation; the run itself stays as it is."""
+        sae = copy.deepcopy(self.sae)
+        sae.load_state_dict(self.best_state)
+        return inference_form(sae, self.normalisation)
 
     def elapsed(self):
         """Seconds of training, those before an interruption included."""
