@@ -221,8 +221,8 @@ def draw_recovery(panel, examined):
                    alpha=1 if measure == "mcc" else 0.5, label=f"{site}, {'directions' if measure == 'mcc' else 'planes'}")
     panel.set_yticks(np.arange(len(names)) + 0.3, names, fontsize=8)
     panel.invert_yaxis()
-    panel.set(title="matched mean cosine with the known ...", xlim=(0, 1))
-    panel.legend(frameon=False, fontsize=7)
+    panel.set(title="MCC with the known directions, planes", xlim=(0, 1))
+    panel.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.08))
 
 
 def best_run(result):
@@ -236,10 +236,10 @@ def draw_features(panel, settings, site, x, n, keys, result):
     table = np.stack([x[n == number].mean(0) for number in range(settings.P)])
     lengths = lengths_in_planes(fourier_directions(table, keys[:1]), unit(decoder))[0]
     angle = (keys[0] * np.arange(settings.P)) % settings.P
-    for j in np.argsort(-lengths)[:6]:
+    for j in np.argsort(-lengths)[:3]:
         mean = np.bincount(n, features[:, j], settings.P) / np.bincount(n, minlength=settings.P)  # (P,)
         panel.plot(np.sort(angle), mean[np.argsort(angle)], lw=1.2)
-    panel.set(title=f"{site}: six features of {best['variant'][0]} in the plane of k = {keys[0]}", xlabel=f"{keys[0]} n mod {settings.P}",
+    panel.set(title=f"{site}: {best['variant'][0]}'s features nearest to k = {keys[0]}", xlabel=f"{keys[0]} n mod {settings.P}",
               ylabel="mean activation")
 
 
