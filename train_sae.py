@@ -46,7 +46,7 @@ LEARNING_RATE: float = 5e-4                        # of Adam
 LR_SCHEDULE: str = "constant"                      # constant, linear or cosine: how it falls over the last LR_DECAY_FRACTION of the steps
 LR_DECAY_FRACTION: float = 0.2                     # part of N_EPOCHS over which the learning rate falls
 LR_WARMUP_STEPS: int = 0                           # steps over which it rises first
-INIT_DIRECTIONS: str = "xavier"                    # decoder rows at the start: xavier, kaiming, orthogonal, or data (tokens less b_dec)
+INIT_DIRECTIONS: str = "mixed"                     # decoder rows at the start: xavier, kaiming, orthogonal, data, mixed (leaning to tokens)
 INIT_CENTRE: str = "median"                        # b_dec at the start: median, mean or geometric_median of a sample
 INIT_ENCODER_SCALE: float | None = None            # encoder rows at the start / decoder rows; none = by least squares; HypotheSAEs: 1
 BUFFER_TOKENS: int = 1_000_000                     # kept in memory; beyond, they are mixed in a buffer of that size as they are read

@@ -1,6 +1,6 @@
 """Which layer? Norms, reconstruction and LLM-free evidence on the features of several layers, from one extraction pass.
 
-    python experiments/layers.py                                  # the demo's model and data, about 20 minutes on two cores
+    python experiments/layers.py                                  # the demo's model and data
     python experiments/layers.py --quick
     python experiments/layers.py --preset llama-3.1-8b --dataset-path my.jsonl --compared-layers 4,12,18,20,25 --m 32768 --k 32
 
@@ -47,11 +47,11 @@ def main():
         rows.append({"layer": layer, **{name: norms[name] for name in ("median_norm", "max_norm", "n_sinks", "n_sinks_outside_prefix")},
                      **{name: float(np.mean([s[name] for s in seeds])) for name in seeds[0] if seeds[0][name] is not None}, "seeds": seeds})
     show(rows)
-    used = ["COMPARED_LAYERS", "QUICK", "MODEL_NAME", "DATASET_PATH", "ARCHITECTURE", "M", "K", "USE_MATRYOSHKA", "N_EPOCHS", "PATIENCE",
-            "BATCH_SIZE", "LEARNING_RATE", "POOLING", "SEED"]
+    used = ["COMPARED_LAYERS", "QUICK", "MODEL_NAME", "DATASET_PATH", "MAX_EXAMPLES", "ARCHITECTURE", "M", "K", "USE_MATRYOSHKA",
+            "N_EPOCHS", "PATIENCE", "BATCH_SIZE", "LEARNING_RATE", "POOLING", "SEED"]
     chosen = settings.select(used) | {"DATASET_PATH": os.path.relpath(settings.DATASET_PATH, PROJECT), "N_SEEDS": len(rows[0]["seeds"])}
     if settings.QUICK:
-        chosen["N_EPOCHS"] = QUICK_EPOCHS
+        chosen |= {"N_EPOCHS": QUICK_EPOCHS, "MAX_EXAMPLES": settings.MAX_EXAMPLES or QUICK_EXAMPLES}
     write_result(settings.RESULT_NAME, chosen, {"layers": rows})
     if importlib.util.find_spec("matplotlib"):
         draw(RESULTS / f"{settings.RESULT_NAME}.png", rows)

@@ -58,7 +58,9 @@ def tree():
                ("└── activations_layer12.json", size("layer12.json") + "   speed, norms"), ("checkpoints/cognitive_actions/", ""),
                (f"├── {checkpoint.split('/')[-1]}", size(".pt") + "   the autoencoder"),
                ("├── metrics.json", size("metrics.json") + "   how good it is"),
-               ("└── metrics.jsonl", size("metrics.jsonl") + "   each epoch"),
+               ("├── metrics.jsonl", size("metrics.jsonl") + "   each epoch"),
+               ("├── training.png", size("training.png") + "   their curves"),
+               ("└── README.md", size("README.md") + "   model card: figures, how to load it elsewhere"),
                ("interpretations.csv", size(".csv") + "   one row per feature"),
                ("interpretations.jsonl", size("interpretations.jsonl") + "   the same, exact")]
     if any(path.endswith(".html") for path in sizes):
@@ -140,8 +142,8 @@ def training_speed(r):
     """A table: tokens/s of each trainer, how many times faster ours is, normalised MSE after the same tokens."""
     shapes = {"256,8,prefixes": "M = 256, K = 8, prefixes", "256,8": "M = 256, K = 8", "4608,32": "M = 4,608, K = 32"}
     lines = [f"**Training** (`results/bench_train.json`, {r['machine']['device']}, {r['machine']['threads']} threads; the same rows, batch "
-             f"size and learning rate; medians of {r['settings']['rounds']}): tokens/s, in brackets how many times faster ours is (float32 / "
-             "bfloat16 selection), and normalised MSE on held-out examples after the same tokens.", "",
+             f"size and learning rate; medians of {r['settings']['rounds']}): tokens/s, in brackets how many times faster ours is "
+             "(float32 / bfloat16 selection), and normalised MSE on held-out examples after the same tokens.", "",
              "| | " + " | ".join(shapes.values()) + " |", "|---|" + "---|" * len(shapes)]
     names = [name for name in r["speed"]["256,8"] if not name.startswith("encoder")]
     for name in names:
@@ -155,8 +157,8 @@ def training_speed(r):
         lines.append(f"| {name} | {' | '.join(cells)} |")
     own, limit = (r["speed"]["4608,32"][name]["tokens_per_second"] for name in ("ours float32", "encoder product float32"))
     reach = r["reach"]["4608,32"]
-    lines += ["", f"At M = 4,608 ours reaches {100 * own / limit:.0f} % of what PyTorch's encoder product alone would allow in float32 (its own "
-              "product, by oneDNN, is the faster one here), and comes to the normalised MSE of three epochs of HypotheSAEs "
+    lines += ["", f"At M = 4,608 ours reaches {100 * own / limit:.0f} % of what PyTorch's encoder product alone would allow in float32 "
+              "(its own product, by oneDNN, is the faster one here), and comes to the normalised MSE of three epochs of HypotheSAEs "
               f"{reach['ours float32']['hypothesaes_seconds_over_it']:.0f} and "
               f"{reach['ours bfloat16 selection']['hypothesaes_seconds_over_it']:.0f} times sooner."]
     return "\n".join(lines)

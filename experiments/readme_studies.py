@@ -34,35 +34,40 @@ def loss_recovered(r):
 
 def steer(r):
     """What steering did, beside what FAST reports."""
-    alphas, over = r["alphas"], dict(zip(r["alphas"], r["alphas_over_mean_norm"]))
+    alphas, over = r["alphas"], r["alphas_over_mean_norm"]
     feature = next(t for t in r["targets"] if t["feature"] is not None)
     random = [t for t in r["targets"] if t["feature"] is None]
     lines = []
-    for alpha, p in zip(alphas, feature["curves"]):
-        i = alphas.index(alpha)
-        others = [t["curves"][i]["perplexity"] for t in random]
-        words = "" if p["expected_word"] is None else f"{100 * p['expected_word']:.0f} %"
-        lines.append(f"| {alpha:g} | {over[alpha]:.2f} | {100 * p['changed']:.0f} % | {p['perplexity']:.1f} | "
-                     f"{', '.join(f'{v:.1f}' for v in others)} | {100 * p['repetition']:.0f} % | {words} |")
+    for i, alpha in enumerate(alphas):
+        p, others = feature["curves"][i], [t["curves"][i] for t in random]
+        words, by_chance = (["" if c["expected_word"] is None else f"{100 * c['expected_word']:.0f} %" for c in cs] for cs in ([p], others))
+        perplexities = ", ".join(f"{c['perplexity']:.1f}" for c in others)
+        lines.append(f"| {alpha:g} | {over[i]:.2f} | {100 * p['changed']:.0f} % | {p['tokens']:.0f} | {100 * p['repetition']:.0f} % | "
+                     f"{p['perplexity']:.1f} ({perplexities}) | {words[0]} ({', '.join(by_chance)}) |")
     base = r["unsteered"]["expected_word"]
-    better = [alpha for alpha, p in zip(alphas, feature["curves"]) if alpha and base is not None and p["expected_word"] > base]
-    verdict = (f"More answers than without steering hold the expected word at alpha {', '.join(f'{a:g}' for a in better)}." if better else
-               "At no alpha do more answers hold the expected word than without steering: that moderate steering improves answers "
-               "did not replicate on this model and these questions.")
-    limits, harmless = r["settings"], feature["harmless_up_to_alpha"]
+    verdict = ""
+    if base is not None:
+        best, best_random = (max((p["expected_word"], -alpha) for t in ts for alpha, p in zip(alphas, t["curves"]) if alpha)
+                             for ts in ([feature], random or [feature]))
+        failed = best[0] <= max(base, best_random[0])
+        verdict = (f"Of the {r['n_with_expected_word']} questions with an expected word the unsteered model answers {100 * base:.0f} % "
+                   f"with it, the steered at best {100 * best[0]:.0f} % (alpha {-best[1]:g}), with a random direction "
+                   f"{100 * best_random[0]:.0f} % (alpha {-best_random[1]:g}): " + ("that moderate steering improves answers did not "
+                   "replicate on this model and these questions." if failed else "more than by chance."))
+    limits, fluent = r["settings"], feature["fluent_up_to_alpha"]
     same = "gives the unsteered answers token for token" if feature["alpha_0_equals_unsteered"] else "DIFFERS from the unsteered answers"
-    bounds = ", ".join("none" if t["harmless_up_to_alpha"] is None else f"{t['harmless_up_to_alpha']:g}" for t in random)
+    bounds = ", ".join("none" if t["fluent_up_to_alpha"] is None else f"{t['fluent_up_to_alpha']:g}" for t in random)
     effect = f" {ablated(r['ablation'])}" if "ablation" in r else ""
     return "\n".join([
         f"**Steering** ([answers](experiments/results/steer.md), [table](experiments/results/steer.json), "
         f"[figure](experiments/results/steer.png); layer {r['autoencoder']['layer']}, {r['n_prompts']} questions, mean norm of the stream "
         f"{r['mean_norm']:.0f}). {feature['name'].capitalize()} is the strongest on `{limits['SPECIAL_TOKEN']}` in {r['n_dialogues']} "
         f"dialogues, found as in FAST ({feature['how'].split(' on ')[0]}). alpha = 0 {same}.",
-        "", "| alpha | over the norm | answers changed | perplexity | of random directions | repetition | expected word |",
+        "", "| alpha | over the norm | answers changed | tokens | repetition | perplexity (random) | expected word (random) |",
         "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
         (f"By the rule of `steer.py` (perplexity below {limits['PERPLEXITY_LIMIT']:g} times and repetition within "
-         f"{limits['REPETITION_LIMIT']:g} of the unsteered answers') it is harmless up to alpha {harmless:g}" if harmless is not None else
-         "It is harmless at no alpha") + f"; random directions of the same length up to {bounds}. FAST reports 25 to 100 as useful for "
+         f"{limits['REPETITION_LIMIT']:g} of the unsteered answers') answers stay fluent up to alpha {fluent:g}" if fluent is not None else
+         "Answers are fluent at no alpha") + f"; random directions of the same length up to {bounds}. FAST reports 25 to 100 as useful for "
         f"Qwen2.5-7B. {verdict}{effect}"])
 
 
@@ -84,17 +89,20 @@ def layers(r):
     lines = [f"| {x['layer']} | {x['median_norm']:.0f} | {x['n_sinks']} | {x['normalized_mse']:.3f} | "
              f"{x['n_above_auc_bound']:.1f} ({x['n_above_auc_bound_shuffled']:.1f}) | {x['median_category_auc']:.3f} | "
              f"{x['mean_token_purity']:.3f} |" for x in rows]
-    most, purest = max(rows, key=lambda x: x["n_above_auc_bound"]), max(rows, key=lambda x: x["mean_token_purity"])
+    most = max(rows, key=lambda x: x["n_above_auc_bound"])
     best, worst = min(rows, key=lambda x: x["normalized_mse"]), max(rows, key=lambda x: x["normalized_mse"])
+    counts, purity = ([x[name] for x in rows] for name in ("n_above_auc_bound", "mean_token_purity"))
+    middle = rows[0]["layer"] < most["layer"] < rows[-1]["layer"]
+    chance = " With one seed a layer, differences of this size are not told from chance." if s["N_SEEDS"] == 1 else ""
+    examples = f"{s['MAX_EXAMPLES']} examples, " if s.get("MAX_EXAMPLES") else ""
     return "\n".join([
-        f"**Which layer** ([table](experiments/results/layers.json), [figure](experiments/results/layers.png); one extraction pass, "
-        f"M = {s['M']}, K = {s['K']}, {s['N_SEEDS']} seeds a layer):", "",
+        "**Which layer** ([table](experiments/results/layers.json), [figure](experiments/results/layers.png); one extraction pass, "
+        f"{examples}M = {s['M']}, K = {s['K']}, seeds per layer: {s['N_SEEDS']}):", "",
         "| layer | median norm | sinks | normalised MSE | features with AUC > 0.8 (shuffled labels) | median AUC | token purity |",
         "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
-        f"Most features that separate a category are at layer {most['layer']} ({most['n_above_auc_bound']:.1f} of {s['M']}); features are "
-        f"most tied to single tokens at layer {purest['layer']} (purity {purest['mean_token_purity']:.2f}). Normalised MSE is lowest at "
-        f"layer {best['layer']} and highest at {worst['layer']}"
-        + (": it does not say which layer is worth reading." if best["layer"] != most["layer"] else ".")])
+        f"Normalised MSE is lowest at layer {best['layer']} and highest at layer {worst['layer']}. Of {s['M']} features {min(counts):.0f} "
+        f"to {max(counts):.0f} separate a category, most at layer {most['layer']}, and token purity is {min(purity):.2f} to "
+        f"{max(purity):.2f}.{chance} That middle layers hold the most meaning " + ("agrees with this." if middle else "does not show here.")])
 
 
 def modular_arithmetic(r):
@@ -138,8 +146,8 @@ def why(r):
     variance = 100 * min(site["variance_in_known_directions"] for site in sites)
     return [f"- Why: every number uses every frequency, so nothing here is sparse. The known directions are a few nearly orthogonal planes "
             f"of unequal variance with {variance:.0f} % of it or more, which is what principal components are made for. Features mix the "
-            f"planes ({min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in its best one) and fire for groups of numbers "
-            f"({100 * min(shares):.0f} to {100 * max(shares):.0f} % of them) rather than along a wave."]
+            f"planes ({min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in its best one): each fires for some of the numbers "
+            f"({100 * min(shares):.0f} to {100 * max(shares):.0f} %), along an arc of one circle that the others break up."]
 
 
 def planted(r):

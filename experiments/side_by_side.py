@@ -69,7 +69,7 @@ def rows_of(answers, plain, alphas):
 
 
 def _shown(answer):
-    return answer["text"].strip() + ("" if answer["stopped"] else " \u2026")
+    return (answer["text"].strip() or "(no text)") + ("" if answer["stopped"] else " \u2026")
 
 
 def markdown(how, tables):
@@ -106,7 +106,7 @@ def draw(path, result):
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).flatten()
-    shown = (("perplexity", "perplexity of the answers, unsteered model"), ("repetition", "repeated word triples, share"),
+    shown = (("perplexity", "perplexity of the answers, unsteered model"), ("repetition", "repeated token triples, share"),
              ("changed", "answers that differ from the unsteered, share"), ("expected_word", "answers that hold the expected word, share"))
     for target in result["targets"]:
         style = {"color": "#999", "lw": 1} if target["feature"] is None else {"lw": 2, "marker": "o"}

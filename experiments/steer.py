@@ -7,8 +7,8 @@
 The feature is found as FAST finds it (arXiv 2506.07691): the highest average, over up to N_DIALOGUES dialogues, of its maximum on the
 special token. Answers are greedy, with the chat template and a key-value cache; d_k has length 1 and is added to every token, prompt
 included. What an alpha means depends on the length of the model's residual stream, so each is also given relative to its mean norm;
-random directions of the same length show what any push does. Measured on the answers: repetition (1 - distinct / all word triples of
-tokens), perplexity under the unsteered model, and the share that hold the expected word. An alpha is called harmless while perplexity
+random directions of the same length show what any push does. Measured on the answers: repetition (1 - distinct / all triples of
+tokens), perplexity under the unsteered model, and the share that hold the expected word. Answers count as fluent while perplexity
 stays below PERPLEXITY_LIMIT times, and repetition within REPETITION_LIMIT of, the unsteered answers'.
 
 Alpha 0 must give the unsteered answers token for token, which is checked; in bfloat16 a batch may round otherwise than one row
@@ -71,9 +71,11 @@ def main():
         show(results[-1], work)
     result = {"autoencoder": work.subject.describe(), "mean_norm": work.norm, "n_dialogues": work.n_dialogues, "alphas": work.alphas,
               "alphas_over_mean_norm": [a / work.norm for a in work.alphas], "n_prompts": len(prompts),
-              "n_new_tokens": work.n("N_NEW_TOKENS"), "unsteered": curves([[a] for a in unsteered], unsteered, prompts)[0],
-              "targets": [{name: value for name, value in r.items() if name != "answers"} for r in results],
-              **({"ablation": work.ablation([t["feature"] for t in targets if t["feature"] is not None])} if settings.ABLATE else {})}
+              "n_with_expected_word": sum(bool(word) for _, word in prompts), "n_new_tokens": work.n("N_NEW_TOKENS"),
+              "unsteered": curves([[a] for a in unsteered], unsteered, prompts)[0],
+              "targets": [{name: value for name, value in r.items() if name != "answers"} for r in results]}
+    if settings.ABLATE:
+        result["ablation"] = work.ablation([t["feature"] for t in targets if t["feature"] is not None])
     write_result(settings.RESULT_NAME, settings.select(RECORDED), result)
     side_by_side.write(RESULTS / settings.RESULT_NAME, results, prompts, unsteered, result)
     if importlib.util.find_spec("matplotlib"):
@@ -243,21 +245,21 @@ def curves(answers, unsteered, prompts):
 
 
 def summary(answers, unsteered, prompts, work, settings):
-    """The curves of one direction, up to which alpha it is harmless, and whether alpha = 0 gave the unsteered answers."""
+    """The curves of one direction, up to which alpha answers stay fluent, and whether alpha = 0 gave the unsteered answers."""
     found, base = curves(answers, unsteered, prompts), curves([[a] for a in unsteered], unsteered, prompts)[0]
-    harmless = None
+    fluent = None
     for alpha, point in sorted(zip(work.alphas, found), key=lambda pair: pair[0]):
         if (point["perplexity"] > settings.PERPLEXITY_LIMIT * base["perplexity"]
                 or point["repetition"] > base["repetition"] + settings.REPETITION_LIMIT):
             break
-        harmless = alpha
+        fluent = alpha
     zero = work.alphas.index(0) if 0 in work.alphas else None
-    return {"curves": found, "harmless_up_to_alpha": harmless, "alpha_0_equals_unsteered":
+    return {"curves": found, "fluent_up_to_alpha": fluent, "alpha_0_equals_unsteered":
             None if zero is None else all(row[zero]["ids"] == u["ids"] for row, u in zip(answers, unsteered))}
 
 
 def show(row, work):
-    print(f"{row['name']} ({row['how']}): harmless up to alpha {row['harmless_up_to_alpha']}; alpha 0 "
+    print(f"{row['name']} ({row['how']}): fluent up to alpha {row['fluent_up_to_alpha']}; alpha 0 "
           f"{'equals' if row['alpha_0_equals_unsteered'] else 'DIFFERS FROM'} the unsteered answers")
     for alpha, p in zip(work.alphas, row["curves"]):
         expected = "" if p["expected_word"] is None else f", expected word {100 * p['expected_word']:.0f} %"

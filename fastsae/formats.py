@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastsae import artifacts
 from fastsae.errors import InputError
-from fastsae.tokens import token_norms, usable_tokens
+from fastsae.tokens import chosen_tokens, token_norms, usable_tokens
 
 FILES = {"saelens": ("sae_weights.safetensors", "cfg.json"), "sparsify": ("sae.safetensors", "cfg.json"),
          "dictionary_learning": ("ae.pt", "config.json"), "gemma scope": ("params.npz",)}  # the first one tells the format
@@ -137,7 +137,7 @@ def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
     """Check an autoencoder against activations (`data`, the members of their file), measure it there, and complete `meta` by that.
 
     max_norm and K are found where the files do not say them, and metrics where there are none: over at most MEASURED_TOKENS tokens
-    by lot, shared prefix and attention sinks left out as in training. Returns the metrics. Raises InputError if it does not fit.
+    by lot, those that training would use. Returns the metrics. Raises InputError if it does not fit.
     """
     import numpy as np
 
@@ -145,12 +145,13 @@ def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
     from fastsae.metrics import evaluate
 
     check_fit(path, sae, meta, activations_path, activations_meta, data["activations"].shape[1], "SAE_PATH")
-    keep, meta["max_norm"] = usable_tokens(token_norms(data["activations"]), data["token_kind"], exclude_shared_prefix=True,
-                                           max_norm_ratio=MAX_NORM_RATIO, max_norm=meta["max_norm"])
-    rows = np.flatnonzero(keep)
+    own = meta["settings"]
+    keep, meta["max_norm"] = usable_tokens(
+        token_norms(data["activations"]), data["token_kind"], exclude_shared_prefix=own["EXCLUDE_SHARED_PREFIX"],
+        max_norm_ratio=MAX_NORM_RATIO if "source" in meta else None, max_norm=meta["max_norm"])
+    rows = np.flatnonzero(keep & chosen_tokens(own.get("USE_TOKENS", "all"), data["token_kind"], data["token_role"]))
     if not len(rows):
-        raise InputError(f"SAE_PATH: {path} was trained on tokens of other norms than {activations_path} has. "
-                         "give one of this model and layer.")
+        raise InputError(f"SAE_PATH: {path} was trained on tokens of other norms than those here. give one of this model and layer.")
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MEASURED_TOKENS])
     example = np.repeat(np.arange(len(data["seq_lengths"])), data["seq_lengths"])
     metrics = evaluate(sae, data["activations"], rows, example, np.asarray(data["token_kind"]) != CONTENT)

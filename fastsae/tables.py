@@ -7,7 +7,7 @@ from fastsae import artifacts, storage
 OCCASIONAL = ("hypotheses.csv",)  # written by some runs only
 
 
-def csv_text(rows, columns):
+def csv_text(rows: list[dict], columns) -> str:
     """CSV of dicts; numbers with six digits, and text that a spreadsheet would take for a formula behind an apostrophe."""
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, lineterminator="\n")
@@ -19,7 +19,10 @@ def csv_text(rows, columns):
 def _cell(value):
     if isinstance(value, float):
         return f"{value:.6g}"
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r\n", "\n").replace("\r", "\n")  # csv does not quote a lone CR, which would end the row
+    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\n")) else value
 
 
 def write_outputs(folder, texts, jsonl_path, rows, metadata):
@@ -34,7 +37,7 @@ def write_outputs(folder, texts, jsonl_path, rows, metadata):
     artifacts.write_text(jsonl_path, "".join(artifacts.to_json(line) + "\n" for line in lines), keep_old=True)
 
 
-def read_labels(jsonl_path, checkpoint_fingerprint):
+def read_labels(jsonl_path, checkpoint_fingerprint: str) -> dict[int, str]:
     """{feature: label} of interpretations.jsonl; {} if it is missing, damaged, or about another checkpoint."""
     try:
         about, *rows = artifacts.read_lines(jsonl_path)

@@ -7,8 +7,7 @@ import torch
 from fastsae import parallel
 from fastsae.activations_file import open_activations, release
 from fastsae.errors import InputError
-from fastsae.examples import ROLES
-from fastsae.tokens import split_examples, token_norms, usable_tokens
+from fastsae.tokens import chosen_tokens, split_examples, token_norms, usable_tokens
 
 CHUNK_ROWS = 1024     # rows that are read together, at most: neighbours in the file, so their examples are the same few
 CHUNKS_PER_PART = 64  # and at least so many chunks come into the pool at a time, so that it holds many examples
@@ -53,11 +52,6 @@ class Tokens:
             out[part] = torch.from_numpy(np.ascontiguousarray(self.activations[rows[part]]))
             release(self.activations)
         return out
-
-
-def chosen_tokens(use, kind, role):
-    """(n_tokens,) bool: all tokens, those not written by the chat template, or those of the assistant's own text."""
-    return {"all": np.ones(len(kind), bool), "content": kind == 0, "assistant": (kind == 0) & (role == ROLES.index("assistant"))}[use]
 
 
 class TrainingRows:
@@ -157,6 +151,7 @@ def _regrouped(arrays, sizes):
     wanted = next(sizes, None)
     for array in arrays:
         while len(array):
+            assert wanted is not None  # the sizes add up to the arrays' lengths
             taken, array = array[:wanted - n], array[wanted - n:]
             waiting.append(taken)
             n += len(taken)

@@ -2,6 +2,9 @@
 import copy
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +21,10 @@ class TrainingRun:
     `epoch` counts from 1 and `batch` is the number of batches done in it, `tokens_since_fired` (M,) counts tokens. The data order is a
     function of seed and epoch alone, so these place a run exactly. `start` goes to `initialise`.
     """
+
+    plan: Any                # these three are train_sae.py's: what is trained, where its state is kept, who hears of an epoch
+    state_path: Path
+    log: Callable[[dict], None]
 
     def __init__(self, config, sample, *, seed, device, learning_rate, normalise="none", **start):
         self.sae, sample = new_sae(config, device).eval(), sample.to(device)

@@ -3,8 +3,8 @@
 `Stages` starts this file as a process of its own, with one thread: OpenMP's threads do not survive a fork. Before every operation
 of fastsae.storage the fork looks whether it is to die or to fail there; any other way of writing into the folder is reported.
 """
-import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 WRITING = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.link": 2, "os.symlink": 2, "os.truncate": 1, "os.rmdir": 1,
            "shutil.rmtree": 1}  # audit events, and how many of their arguments are paths
-LATE = ("matplotlib.figure", "transformers.integrations.sdpa_attention", "transformers.models.llama.modeling_llama",
+LATE = ("transformers.integrations.sdpa_attention", "transformers.models.llama.modeling_llama",
         "transformers.models.llama.tokenization_llama", "hypothesaes.interpret_neurons", "hypothesaes.sae")  # imported when they are used
 NEEDS_SPACE = ("mkdir", "create", "write", "fsync", "link", "replace")
 
@@ -58,10 +58,10 @@ def preload():
     import openai._base_client
     import torch
 
+    sys.modules["matplotlib"] = None  # as where it is not installed: its figure takes longer than the rest of a tiny run
     modules = [f"fastsae.{path.stem}" for path in (PROJECT / "fastsae").glob("*.py") if path.stem != "__init__"]
     for name in (*LATE, *modules, "extract_activations", "train_sae", "interpret_sae"):
-        with contextlib.suppress(ImportError):  # matplotlib is no requirement
-            importlib.import_module(name)
+        importlib.import_module(name)
     from fastsae import language_model
 
     torch.set_num_threads(1)
@@ -74,6 +74,7 @@ def preload():
     language_model.load_tokenizer = load_tokenizer
     for name in filter(None, os.environ.get("TEST_TOKENIZERS", "").split(os.pathsep)):
         loaded[os.path.realpath(name)] = plain(name)
+    gc.freeze()  # or the collector touches, and so copies, every page in every fork
 
 
 def once(job):

@@ -28,7 +28,7 @@ OF_OS = {"replace", "rename", "renames", "remove", "link", "symlink", "write", "
 ALLOWED = {  # (file, call): why
     ("artifacts.py", "torch.save"): "into memory", ("monitoring.py", "figure.savefig"): "into memory",
     ("train_sae.py", "run.save"): "TrainingRun.save, which calls artifacts.write_checkpoint",
-    ("train_sae.py", "save"): "that, for each run",
+    ("train_sae.py", "save"): "that, for each run", ("export.py", "save"): "into memory",
     ("artifacts.py", "archive.open"): "a member of a zip archive in a file of storage",
     ("monitoring.py", "SummaryWriter"): "TensorBoard's own log, if asked for", ("activations_file.py", "np.memmap"): "mode r",
     ("language_model.py", "model.save_pretrained"): "into a scratch folder of storage",

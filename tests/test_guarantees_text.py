@@ -2,9 +2,11 @@
 import csv
 import json
 import os
+import re
 import shutil
 
 import pytest
+import yaml
 from loopback import Endpoint, completion
 from test_interpretation_report import assert_inert
 from tiny_world import in_parallel
@@ -29,7 +31,7 @@ def place(world):
         names.mkdir()
         name = text.replace("/", "_").strip()
         dataset, model = names / f"{name}.jsonl", names / f"{name}-model"
-        rows = [{"text": f"{text} bread {'and rain ' * (i % 5)}{text}", "messages": None, text: f"{text}{i % 3}"} for i in range(30)]
+        rows = [{"text": f"{text} {('bread ', 'rain ', 'road ')[i % 3] * (3 + i % 5)}{text}", text: f"{text}{i % 3}"} for i in range(30)]
         dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.symlink(world.folder / "model", model)
         label = text if parse_label(text) == text.strip() else f"mentions {text}"
@@ -39,7 +41,8 @@ def place(world):
         try:
             for script, more in (("extract_activations", []), ("train_sae", []), ("interpret_sae", [
                     f"--label-field={text}", f"--target-value={text}0", f"--interpreter-model={text}", f"--neuronpedia-model={text}",
-                    "--neuronpedia-set", "s", "--n-top-neurons", 3, "--n-fidelity-examples", 0, "--n-scored-features", 4])):
+                    "--neuronpedia-set", "s", "--selection-method", "correlation",
+                    "--n-top-neurons", 3, "--n-fidelity-examples", 0, "--n-scored-features", 4])):
                 done = world.run(worker, script, *shared, *more, url=server.url)
                 assert done["code"] in (0, 4), done
         finally:
@@ -57,16 +60,19 @@ def test_hostile_strings_are_text_everywhere(world, place, tally):
         for name in ("interpretations.csv", "hypotheses.csv"):
             with open(out / name, newline="", encoding="utf-8") as file:
                 header, *cells = csv.reader(file)
-            assert all(len(line) == len(header) for line in cells)
-            active = [cell for line in cells for cell in line if cell.startswith(("=", "+", "-", "@", "\t", "\r")) and not is_number(cell)]
-            assert active == [], (text, active)
+            assert all(len(line) == len(header) for line in cells), text
+            active = [cell for line in cells for cell in line if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))]
+            assert all(map(is_number, active)), (text, active)
             found |= {f"{name} {header[i]}" for line in cells for i, cell in enumerate(line) if text.split()[0][:20] in cell}
         html = (out / "interpretations.html").read_text(encoding="utf-8")
         data = json.loads(assert_inert(html).scripts[0])
         assert data["features"] and not set("<>&\u2028\u2029") & set(html.split('id="data">')[1].split("</script>")[0])
         for path in out.glob("neuronpedia/*/*.json"):
             assert json.loads(path.read_text(encoding="utf-8"))["modelId"] == text
-        found |= {"report", "neuronpedia"}
+        _, header, page = (out / "checkpoints" / "r" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        assert set(yaml.safe_load(header)) <= {"tags", "base_model", "datasets", "model-index", "library_name"}, text
+        assert "<" not in re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", page, flags=re.S), (text, page)  # outside of code
+        found |= {"report", "neuronpedia", "model card"}
         assert {"label", "best_category", "status", "label_source", "top_example_1", "hypotheses.csv target"} <= found, (text, found)
         return len(found)
 
@@ -76,7 +82,8 @@ def test_hostile_strings_are_text_everywhere(world, place, tally):
 
 
 def plain(text):
-    return " ".join(text.split())
+    """Without the marks of the strongest token and differences in blanks."""
+    return " ".join(text.replace("«", "").replace("»", "").split())
 
 
 def is_number(cell):

@@ -12,6 +12,7 @@ from conftest import PROJECT, planted_tokens, put_activations
 import fastsae
 from fastsae import artifacts, autoencoder
 from fastsae.errors import InputError, run_stage
+from fastsae.trained_sae import text_table
 
 TEXTS = ["The bread rose twice.", "Where did I leave the key?", "Seven times eight is fifty-six.", "We chose the longer road.",
          "Why does the tap drip only at night?", "Ada came home late, so I waited on the stairs."]
@@ -83,9 +84,13 @@ def test_features_of_a_text_are_those_of_the_activations_file(sae, run_folder):
             assert value == pytest.approx(float(row[j]), rel=0.02, abs=0.05)  # the file has float16
 
 
-def test_features_of_a_dialogue(sae):
-    found = sae.features_of([{"role": "user", "content": "Two plus two?"}, {"role": "assistant", "content": "Four."}])
+def test_features_of_a_dialogue(sae, monkeypatch):
+    dialogue = [{"role": "user", "content": "Two plus two?"}, {"role": "assistant", "content": "Four."}]
+    found = sae.features_of(dialogue)
     assert "".join(token.token for token in found if token.kind == "content") == "Two plus two?Four."
+    monkeypatch.setitem(sae.meta["settings"], "USE_TOKENS", "assistant")
+    assert "".join(token.token for token in sae.features_of(dialogue) if token.used) == "Four."
+    assert text_table(sae.features_of("Four."), {}).splitlines()[1].startswith("'Four'")  # a user's turn, shown nevertheless
     with pytest.raises(InputError, match="^TEXT: is empty"):
         sae.features_of("  ")
 
@@ -94,6 +99,10 @@ def test_it_says_what_it_is(sae):
     lines = repr(sae).splitlines()
     assert lines[0] == "topk autoencoder: 64 features of 576 dimensions, K = 4, prefixes 16, 64"
     assert lines[1] == "layer 2 of SmolLM2-135M-Instruct" and re.fullmatch(r"normalised MSE [\d.]+, L0 4, dead [\d.e-]+", lines[2])
+
+
+def test_a_runs_folder_stands_for_its_checkpoint(sae, checkpoint):
+    assert repr(fastsae.load_sae(checkpoint.parent)) == repr(sae)
 
 
 def test_without_a_model_it_still_encodes(tmp_path, run_main):
@@ -109,6 +118,20 @@ def test_without_a_model_it_still_encodes(tmp_path, run_main):
     sae.meta["activations"] = {}
     with pytest.raises(InputError, match="does not name its model and layer"):
         sae.features_of("a key")
+
+
+def test_an_autoencoder_of_another_library_is_told_its_model(sae, checkpoint, tmp_path):
+    from fastsae.export import export
+
+    copy = tmp_path / checkpoint.name
+    copy.write_bytes(checkpoint.read_bytes())
+    export(copy, ("sparsify",))
+    folder = next(tmp_path.glob("**/sae.safetensors")).parent
+    with pytest.raises(InputError, match="does not name its model and layer. give them to load_sae"):
+        fastsae.load_sae(folder).features_of(SENTENCE)
+    other = fastsae.load_sae(folder, model_name="SmolLM2-135M-Instruct", layer=2)
+    for found, expected in zip(other.features_of(SENTENCE), sae.features_of(SENTENCE)):
+        assert found.token == expected.token and dict(found.features) == pytest.approx(dict(expected.features), rel=1e-2)
 
 
 def test_the_readmes_example_runs(checkpoint, tmp_path, monkeypatch, capsys):
