@@ -131,8 +131,8 @@ def against_pca(name, site):
     best, pca = max(run["mcc"] for run in runs), site["baselines"]["principal components"]["mcc"]
     word = "does better than" if best > pca else "does not reach"
     like = site["baselines"]["random, covariance of the data"]["mcc"]
-    return (f"- {name}: the best autoencoder of {len(runs)} has an MCC of {best:.3f} and {word} principal components ({pca:.3f}); directions "
-            f"drawn with the data's covariance, which know nothing else of it, have {like:.3f}.")
+    return (f"- {name}: the best autoencoder of {len(runs)} has an MCC of {best:.3f} and {word} principal components ({pca:.3f}); "
+            f"directions drawn with the data's covariance, which know nothing else of it, have {like:.3f}.")
 
 
 def why(r):
@@ -146,8 +146,8 @@ def why(r):
     variance = 100 * min(site["variance_in_known_directions"] for site in sites)
     return [f"- Why: every number uses every frequency, so nothing here is sparse. The known directions are a few nearly orthogonal planes "
             f"of unequal variance with {variance:.0f} % of it or more, which is what principal components are made for. Features mix the "
-            f"planes ({min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in its best one): each fires for some of the numbers "
-            f"({100 * min(shares):.0f} to {100 * max(shares):.0f} %), along an arc of one circle that the others break up."]
+            f"planes ({min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in its best one): each fires for some of the "
+            f"numbers ({100 * min(shares):.0f} to {100 * max(shares):.0f} %), along an arc of one circle that the others break up."]
 
 
 def planted(r):
