@@ -180,8 +180,8 @@ def stability(r):
     s = r["settings"]
     lines = [
         f"**Stability** (`results/stability.json`, [figure](experiments/results/stability.png)): {s['ARCHITECTURE']} autoencoders of "
-        f"the demo's activations that differ in their first weights only, {len(s['SEEDS'])} seeds. Cosines of decoder directions of two "
-        "seeds: mean of the largest, and under the best one-to-one matching; share of features that all seeds have (cosine above "
+        f"the demo's activations that differ in their first weights only, {len(s['SEEDS'])} seeds, {s['N_EPOCHS']} epochs. Cosines of "
+        "decoder directions of two seeds: mean of the largest, and under the best one-to-one matching; share of features that all seeds have (cosine above "
         f"{s['THRESHOLD']:g}). Tokens by lot are as many activations less their mean.", "",
         "| M | K | mean max cosine | matched | found by all | random directions, matched | tokens by lot, matched | normalised MSE |",
         "|---|---|---|---|---|---|---|---|"]
@@ -190,6 +190,9 @@ def stability(r):
         lines.append(f"| {row['m']:,} | {row['k']} | {row['mean_max_cosine']:.3f} | {row['mcc']:.3f} | {100 * row['found_by_all']:.0f} % | "
                      f"{base['random']['mcc']:.3f} | {base['tokens']['mcc']:.3f} | {row['normalized_mse']:.3f} |")
     first, last = min(r["runs"], key=lambda row: row["found_by_all"]), max(r["runs"], key=lambda row: row["found_by_all"])
+    below = [f"M = {row['m']:,}, K = {row['k']}" for row in r["runs"]
+             if row["mean_max_cosine"] < 1.05 * r["baselines"][str(row["m"])]["tokens"]["mean_max_cosine"]]
+    doubt = f" Two seeds agree hardly more than two draws of tokens do at {'; '.join(below)}." if below else ""
     return "\n".join([*lines, "", f"Between {100 * first['found_by_all']:.0f} % (M = {first['m']:,}, K = {first['k']}) and "
             f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the features are found by every seed: the others "
-            "are one choice of many, so check a feature that matters under another seed (`train_sae.py --seeds 0,1,2`)."])
+            "are one choice of many, so check a feature that matters under another seed (`train_sae.py --seeds 0,1,2`)." + doubt])
