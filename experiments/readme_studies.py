@@ -102,7 +102,8 @@ def layers(r):
         "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
         f"Normalised MSE is lowest at layer {best['layer']} and highest at layer {worst['layer']}. Of {s['M']} features {min(counts):.0f} "
         f"to {max(counts):.0f} separate a category, most at layer {most['layer']}, and token purity is {min(purity):.2f} to "
-        f"{max(purity):.2f}.{chance} That middle layers hold the most meaning " + ("agrees with this." if middle else "does not show here.")])
+        f"{max(purity):.2f}.{chance} That middle layers hold the most meaning "
+        + ("agrees with this." if middle else "does not show here.")])
 
 
 def modular_arithmetic(r):

@@ -89,7 +89,7 @@ def race(job):
     go = Path(job["output"]).with_suffix(".go")
     go.unlink(missing_ok=True)
     children = [start({**job, "wait_for": str(go), "racer": i}) for i in range(job["racers"])]
-    waiting, ended, deadline = dict(children), [], time.monotonic() + 60
+    waiting, ended, deadline = dict(children), [], time.monotonic() + 120
     while len(waiting) > 1 and time.monotonic() < deadline:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:

@@ -40,27 +40,22 @@ def test_nothing_happens_twice(world, worker):
 @pytest.mark.parametrize("script", STAGES)
 def test_killed_at_every_operation(world, script, tally):
     def kill(worker, k):
+        asked = len(worker.server.requests)
         assert replay(world, worker, script, kill_at=k)["code"] == -9
         assert_whole(world, worker, script)
         done = world.run(worker, script)
         assert done["code"] == 0, (k, done["err"])
         assert_outcome(world, worker, script)
+        prompts = worker.server.prompts()[asked:]
+        assert len(prompts) - len(set(prompts)) <= 1, k  # the one in flight, whose reply had not reached the disk
 
     points = range(1, len(world.operations[script]) + 1)
     in_parallel(world, kill, points)
     tally("kill points survived", len(points))
 
 
-def test_a_killed_run_asks_no_answered_prompt_again(world, worker, tally):
-    replay(world, worker, "interpret_sae")
-    points = [k for k, operation in enumerate(world.operations["interpret_sae"], 1) if operation == "fsync"]
-    for k in points:
-        first = len(world.server.requests)
-        replay(world, worker, "interpret_sae", kill_at=k)
-        world.run(worker, "interpret_sae")
-        prompts = world.server.prompts()[first:]
-        assert len(prompts) - len(set(prompts)) <= 1, k  # the one in flight: its reply had not reached the disk
-    tally("kills between LLM calls without a repeated one", len(points))
+def test_there_are_enough_operations(world):
+    assert sum(map(len, world.operations.values())) >= 300
 
 
 @pytest.mark.parametrize("script", STAGES)

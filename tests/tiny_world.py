@@ -44,10 +44,9 @@ def world(tmp_path_factory, smol_tokenizer):
     dataset = folder / "texts.jsonl"
     dataset.write_text("".join(json.dumps({"text": " ".join(random_words.choice(WORDS, 3 + i % 9)), "topic": f"t{i % 3}"}) + "\n"
                                for i in range(30)))
-    server = Endpoint(reply=answer)
     shared = ["--device", "cpu", "--dataset-path", dataset, "--run-name", "r", "--layer-idx", 1]
     flags = {
-        "extract_activations": [*shared, "--model-name", folder / "model", "--layers", "1,2", "--chunk-tokens", 130],
+        "extract_activations": [*shared, "--model-name", folder / "model", "--layers", "1,2", "--chunk-tokens", 260],
         "train_sae": [*shared, "--m", 24, "--k", 2, "--matryoshka-prefixes", "8,24", "--n-epochs", 2, "--batch-size", 64,
                       "--dead-after-tokens", 190, "--save-every", 1e-9, "--learning-rate", 0.01, "--max-norm-ratio", "none"],
         "interpret_sae": [*shared, "--model-name", folder / "model", "--label-field", "topic", "--n-top-neurons", 5,
@@ -55,15 +54,17 @@ def world(tmp_path_factory, smol_tokenizer):
     older = {"extract_activations": ["--max-length", 40], "train_sae": ["--seed", 7],
              "interpret_sae": ["--n-top-neurons", 0, "--pooling", "mean"]}
     stages = [Stages(TEST_TOKENIZERS=str(folder / "model")) for _ in range(N_WORKERS)]
-    world = SimpleNamespace(folder=folder, server=server, flags=flags, expected={}, old={}, operations={}, idle=SimpleQueue())
+    world = SimpleNamespace(folder=folder, flags=flags, expected={}, old={}, operations={}, idle=SimpleQueue())
 
-    def run(worker, script, *more, url=server.url, **how):
-        environment = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": KEY}
+    def run(worker, script, *more, url=None, **how):
+        environment = {"OPENAI_BASE_URL": url or worker.server.url, "OPENAI_API_KEY": KEY}
         return worker.stages.run(script, *flags[script], *more, output=worker.out, environment=environment, **how)
 
     world.run = run
+    workers = []
     for i in range(N_WORKERS):  # one output folder each: it is named in some of the files
-        worker = SimpleNamespace(stages=stages[i], out=folder / f"worker{i}" / "out", before={}, after={}, number=i)
+        worker = SimpleNamespace(stages=stages[i], out=folder / f"worker{i}" / "out", before={}, after={}, number=i,
+                                 server=Endpoint(reply=answer))
         worker.out.parent.mkdir()
         for script in STAGES:
             done = run(worker, script, *older[script])
@@ -77,10 +78,11 @@ def world(tmp_path_factory, smol_tokenizer):
             worker.after[script] = folder / f"after{i}" / script
             shutil.copytree(worker.out, worker.after[script])
         world.idle.put(worker)
+        workers.append(worker)
     yield world
-    for process in stages:
-        process.close()
-    server.close()
+    for worker in workers:
+        worker.stages.close()
+        worker.server.close()
 
 
 @pytest.fixture
