@@ -1,0 +1,51 @@
+"""One script run many times in one process: loading the libraries takes longer than a small training does.
+
+    python experiments/many_runs.py train_sae.py < jobs.jsonl    # a JSON list of flags on each line
+
+Each run is the script's own `main()` with those flags, as from the command line; what it prints is shown only when it fails. Ends
+with the exit code of the first run that failed. `run_many` does this from an experiment.
+"""
+import contextlib
+import importlib
+import io
+import json
+import subprocess
+import sys
+
+from common import PROJECT
+
+
+def run_many(script, jobs):
+    """Run one of the project's scripts once for each list of flags in `jobs`, all in one other process; raises if one fails."""
+    lines = "".join(json.dumps([str(flag) for flag in job]) + "\n" for job in jobs)
+    subprocess.run([sys.executable, __file__, script], input=lines, text=True, check=True)
+
+
+def quick_settings(settings, quick):
+    """`settings`, with the values of the dict `quick` wherever no flag was given, if QUICK is on."""
+    import config
+
+    small = {name: value for name, value in quick.items() if settings.QUICK and settings.source[name] != "flag"}
+    return config.Settings({**settings.values, **small}, {**settings.source, **dict.fromkeys(small, "QUICK")}, settings.owner)
+
+
+def main():
+    from fastsae.errors import run_stage
+
+    script = importlib.import_module(sys.argv[1].removesuffix(".py"))
+    jobs = [json.loads(line) for line in sys.stdin]
+    for number, flags in enumerate(jobs, 1):
+        sys.argv = [script.__file__, "--no-print-settings", *flags]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            code = run_stage(script.main)
+        if code:
+            print(f"{printed.getvalue()}{' '.join(flags)}: exit code {code}", file=sys.stderr)
+            return code
+        if number == len(jobs) or number % 10 == 0:
+            print(f"{script.__name__}: {number} of {len(jobs)} runs", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
