@@ -175,6 +175,14 @@ def load_tokenizer(name, *, revision=None, cache_dir=None):
     return tokenizer
 
 
+def load_model(name, *, revision=None, cache_dir=None, dtype, device=None):
+    """The whole model, head included, for inference."""
+    transformers, located = _transformers(), locate(name, cache_dir)
+    options = _gguf_options(transformers) if located.endswith(".gguf") else {}
+    model = _load(transformers.AutoModelForCausalLM.from_pretrained, located, name, dtype=dtype, **options, **_hub(revision, cache_dir))
+    return (model if device is None else model.to(device)).eval()
+
+
 def load_config(name, *, revision=None, cache_dir=None):
     """The configuration of the text model (of a multimodal model, its text part)."""
     config = _load(_transformers().AutoConfig.from_pretrained, locate(name, cache_dir), name, **_hub(revision, cache_dir))
@@ -230,9 +238,7 @@ class ResidualModel:
     def __init__(self, name, layers, *, revision=None, cache_dir=None, device="cpu", dtype, exact_twin=False):
         import torch
 
-        transformers, located = _transformers(), locate(name, cache_dir)
-        options = _gguf_options(transformers) if located.endswith(".gguf") else {}
-        model = _load(transformers.AutoModelForCausalLM.from_pretrained, located, name, dtype=dtype, **options, **_hub(revision, cache_dir))
+        model = load_model(name, revision=revision, cache_dir=cache_dir, dtype=dtype)
         self.revision = getattr(model.config, "_commit_hash", None)
         self.layers = (layers,) if isinstance(layers, int) else tuple(layers)
         stack = decoder_stack(model)

@@ -1,0 +1,200 @@
+"""The whole model with its residual stream after one layer replaced: what that does to its losses, and to the text it writes.
+
+`layer` counts blocks as LAYER_IDX does: the stream after `layer` blocks. Several examples go through the model together, padded on
+the right; attention is causal, so none of them sees another or its padding. Works on any model that `decoder_stack` knows.
+"""
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastsae.autoencoder import decode, encode
+from fastsae.extraction import split_batches
+from fastsae.language_model import decoder_stack
+
+LOGIT_ROWS = 512  # rows of logits that are turned into losses at a time: 512 x 49,152 floats are 100 MB
+
+
+@dataclass
+class Losses:
+    """Of every token of the examples, one after the other; NaN for the first of each, which nothing predicts."""
+
+    ce: np.ndarray  # (n_tokens,) float32, -log p(token | those before it), nats
+    kl: np.ndarray  # (n_tokens,) float32, KL(unpatched || patched) of the distributions that predict the token, nats
+
+
+@contextlib.contextmanager
+def replaced(model, layer, function):
+    """Within, the residual stream after `layer` blocks is what `function` makes of it, (batch, length, d_model) both."""
+    def hook(_, __, output):
+        if isinstance(output, tuple):
+            return function(output[0]), *output[1:]
+        return function(output)
+
+    handle = decoder_stack(model).layers[layer - 1].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def next_token_losses(model, layer, examples, replacements, *, batch_tokens=1024, progress=None):
+    """{name: Losses} of the model as it is, under "clean", and with each of `replacements` in the place of the residual stream.
+
+    examples: a list of (length,) int arrays of token ids. replacements: {name: function}, `function(x, token)` -> (n, d_model) for
+    the stream x (n, d_model) of the real tokens of a batch; token (n,) numbers them through all examples. `batch_tokens` bounds a
+    batch's padded tokens; its logits, batch_tokens x vocabulary, are held three times. `progress(n)` is called with the tokens done.
+    """
+    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
+    result = {name: Losses(*(np.full(starts[-1], np.nan, np.float32) for _ in range(2))) for name in ("clean", *replacements)}
+    for batch in split_batches([len(ids) for ids in examples], batch_tokens):
+        ids, real, token = padded(examples, batch, starts, model.device)
+        clean = model(input_ids=ids, use_cache=False).logits
+        clean = clean.float().log_softmax(-1)                                # (batch, length, vocabulary)
+        write_losses(result["clean"], clean, clean, ids, batch, examples, starts)
+        for name, function in replacements.items():
+            with replaced(model, layer, lambda stream, function=function: _on_real(stream, real, token, function)):
+                logits = model(input_ids=ids, use_cache=False).logits
+            write_losses(result[name], clean, logits, ids, batch, examples, starts)
+            del logits
+        if progress:
+            progress(len(token))
+    return result
+
+
+def padded(examples, batch, starts, device):
+    """(ids (batch, longest) int64, real (batch, longest) bool, token (n_real,) int64) of the examples numbered in `batch`."""
+    longest = max(len(examples[i]) for i in batch)
+    ids, real = torch.zeros((len(batch), longest), dtype=torch.long), torch.zeros((len(batch), longest), dtype=torch.bool)
+    for row, i in enumerate(batch):
+        ids[row, :len(examples[i])] = torch.from_numpy(np.asarray(examples[i], np.int64))
+        real[row, :len(examples[i])] = True
+    token = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
+    return ids.to(device), real.to(device), token.to(device)
+
+
+def _on_real(stream, real, token, function):
+    new = stream.clone()
+    new[real] = function(stream[real], token).to(stream.dtype)
+    return new
+
+
+def write_losses(losses, clean, logits, ids, batch, examples, starts):
+    """Put the losses of a batch where its tokens are: clean (batch, length, vocabulary) log-probabilities, logits of the same shape."""
+    for row, i in enumerate(batch):
+        for first in range(0, len(examples[i]) - 1, LOGIT_ROWS):
+            last = min(first + LOGIT_ROWS, len(examples[i]) - 1)
+            before = clean[row, first:last]                                  # (rows, vocabulary)
+            after = before if logits is clean else logits[row, first:last].float().log_softmax(-1)
+            place = slice(starts[i] + first + 1, starts[i] + last + 1)
+            losses.ce[place] = -after.gather(1, ids[row, first + 1:last + 1, None])[:, 0].cpu().numpy()
+            losses.kl[place] = 0 if after is before else (before.exp() * (before - after)).sum(1).cpu().numpy()
+
+
+def loss_recovered(clean, spliced, ablated):
+    """(ablated - spliced) / (ablated - clean) of three mean losses: 1 if nothing is lost, 0 if it is no better than the ablation."""
+    return (ablated - spliced) / (ablated - clean)
+
+
+# What can take the stream's place: functions (x (n, d_model), token (n,)) -> (n, d_model)
+
+def only(where, function):
+    """`function` on the tokens where `where` (n_tokens,) is true; the others stay as they are."""
+    where = torch.as_tensor(where)
+
+    def apply(x, token):
+        chosen = where[token.cpu()].to(x.device)
+        if not bool(chosen.any()):
+            return x
+        new = x.clone()
+        new[chosen] = function(x[chosen], token[chosen]).to(x.dtype)
+        return new
+    return apply
+
+
+def reconstruction(sae):
+    """The autoencoder's reconstruction, in float32 on its own device."""
+    def apply(x, token):
+        wide = x.to(sae.input_bias.device).float()
+        return decode(sae, encode(sae, wide)).to(x)
+    return apply
+
+
+def constant(vector):
+    """The same vector (d_model,) for every token: zeros, or the mean."""
+    return lambda x, token: torch.as_tensor(vector).to(x).expand_as(x)
+
+
+def without_feature(sae, feature):
+    """x - f_k d_k: the stream without what feature k adds to it, and with all that the autoencoder does not explain."""
+    def apply(x, token):
+        wide = x.to(sae.input_bias.device).float()
+        entries = encode(sae, wide)
+        return (wide - entries.keep(entries.column == feature).times(sae.decoder.weight.t())).to(x)
+    return apply
+
+
+# The stream itself, and text
+
+class _Seen(Exception):
+    pass
+
+
+@torch.inference_mode()
+def residual_stream(model, layer, examples, *, batch_tokens=1024):
+    """(n_tokens, d_model) float32 on the CPU: the stream after `layer` blocks, later blocks left out."""
+    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
+    rows, seen = None, []
+
+    def see(stream):
+        seen.append(stream)
+        raise _Seen
+
+    for batch in split_batches([len(ids) for ids in examples], batch_tokens):
+        ids, real, token = padded(examples, batch, starts, model.device)
+        with replaced(model, layer, see), contextlib.suppress(_Seen):
+            model(input_ids=ids, use_cache=False)
+        part = seen.pop()[real].float().cpu()
+        rows = torch.empty((int(starts[-1]), part.shape[1])) if rows is None else rows
+        rows[token.cpu()] = part
+    return rows
+
+
+def steering(direction, alphas, *, answer_only=False):
+    """A function for `replaced`: z + alpha * direction, one alpha for each row of the batch (FAST, section on steering).
+
+    direction (d_model,). With `answer_only` the prompt stays as it is but for its last token, which the answer's first comes from.
+    """
+    direction, alphas = torch.as_tensor(direction), torch.as_tensor(alphas, dtype=torch.float32)
+
+    def apply(stream):
+        push = (alphas.to(stream.device)[:, None, None] * direction.to(stream.device).float()).to(stream.dtype)  # (batch, 1, d_model)
+        if not answer_only or stream.shape[1] == 1:
+            return stream + push
+        return torch.cat([stream[:, :-1], stream[:, -1:] + push], 1)
+    return apply
+
+
+@torch.inference_mode()
+def generate(model, prompts, *, n_new, stop_ids, layer=None, function=None):
+    """Greedy continuations of prompts (batch, length), with a key-value cache: a list of lists of token ids, one per row.
+
+    A row ends with the first of `stop_ids`, which it keeps, or after `n_new` tokens. `function`, as for `replaced`, acts on the
+    stream after `layer` blocks of every forward pass.
+    """
+    ids, cache = prompts.to(model.device), None
+    written, running = [[] for _ in prompts], [True] * len(prompts)
+    with contextlib.nullcontext() if function is None else replaced(model, layer, function):
+        for _ in range(n_new):
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache, best = out.past_key_values, out.logits[:, -1].float().argmax(-1)  # (batch,)
+            for row, token in enumerate(best.tolist()):
+                if running[row]:
+                    written[row].append(token)
+                    running[row] = token not in stop_ids
+            if not any(running):
+                break
+            ids = best[:, None]
+    return written
