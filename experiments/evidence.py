@@ -89,7 +89,7 @@ def study(cells, labelled):
         for name, (feature, statistic) in STATISTICS.items():
             values = [np.asarray(each[feature], float) for each in found if each[feature] is not None and len(each[feature])]
             if len(values) == len(found):
-                value, draws[group, name] = resampled(values, statistic)
+                value, draws[group, name] = resampled(values, statistic, seed=len(rows))
                 row[name] = {"value": value, "interval": heldout.interval(draws[group, name])}
         rows.append(row)
     for row in rows:

@@ -18,7 +18,7 @@ import evidence
 import heldout
 import numpy as np
 from common import RESULTS, run_stage, write_result
-from many_runs import quick_settings, run_many
+from many_runs import passed_on, quick_settings, rounded, run_many, told
 
 import config
 
@@ -65,7 +65,7 @@ def main():
                    for sinks in PER_SINKS]
     result = {"train_tokens": n_tokens, "data": counts(work, settings), "comparisons": comparisons, "interpretability": per_feature,
               "runs": runs}
-    write_result(settings.NAME, settings.select([name for name in settings.values if name != "OUTPUT_DIR"]), result)
+    write_result(settings.NAME, told(settings), rounded(result))
     figure(result, settings, RESULTS / f"{settings.NAME}.png")
 
 
@@ -103,11 +103,6 @@ def write_datasets(settings, work):
     return paths
 
 
-def passed_on(settings):
-    """The flags given to this study that its stages share."""
-    return [f"--{config.flag_name(name)}={settings.values[name]}" for name in PASSED_ON if settings.source[name] == "flag"]
-
-
 def extract(settings, work, datasets):
     """One pass of the model over each dataset, all layers at once."""
     layers = ",".join(map(str, settings.LAYERS))
@@ -116,7 +111,7 @@ def extract(settings, work, datasets):
              "block_text": ("plain", block), "labelled": ("labelled", [])}
     for folder, (name, flags) in parts.items():
         if folder != "labelled" or settings.LABELLED_PATH:
-            run_stage("extract_activations.py", *passed_on(settings), "--layers", layers, "--output-dir", work / folder, "--dataset-path",
+            run_stage("extract_activations.py", *passed_on(settings, PASSED_ON), "--layers", layers, "--output-dir", work / folder, "--dataset-path",
                       datasets[name], *flags)
 
 
@@ -139,7 +134,7 @@ def run_name(architecture, layer, sinks, seed):
 
 def train_flags(settings, work, n_tokens, source, architecture, layer, sinks, seed):
     """What train_sae.py is told for one autoencoder: for all sources the same but for the activations."""
-    return [*passed_on(settings), "--output-dir", work / FOLDERS[source], "--run-name", run_name(architecture, layer, sinks, seed),
+    return [*passed_on(settings, PASSED_ON), "--output-dir", work / FOLDERS[source], "--run-name", run_name(architecture, layer, sinks, seed),
             "--architecture", architecture, "--layer-idx", layer, "--seed", seed, *PER_SINKS[sinks], "--max-train-tokens", n_tokens,
             "--m", settings.M, "--k", settings.K, "--l1-coefficient", settings.L1_COEFFICIENT, "--no-use-matryoshka", "--n-epochs",
             settings.N_EPOCHS, "--patience", settings.N_EPOCHS, "--batch-size", settings.BATCH_SIZE, "--learning-rate",

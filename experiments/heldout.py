@@ -79,10 +79,8 @@ class HeldOut:
                 per_dialogue[f"{what}, {name}"] = per_example(errors / d, self.example, of, n)
             normalised = float(errors[chosen].sum() / self.variance[name])
             mse, special = (float(np.nanmean(per_dialogue[f"{what}, {name}"])) for what in ("mse", "mse_special"))
-            figures["sets"][name] = {"mse": mse, "mse_special": special, "log2_mse": float(np.log2(mse)),
-                                     "log2_mse_special": float(np.log2(special)), "normalized_mse": normalised,
-                                     "explained_variance": 1 - normalised, "n_tokens": int(chosen.sum()),
-                                     "n_special_tokens": int((chosen & self.special).sum())}
+            figures["sets"][name] = {"mse": mse, "mse_special": special, "normalized_mse": normalised,
+                                     "explained_variance": 1 - normalised}
         per_dialogue["mse_special, part on sinks"] = per_example(np.where(self.sink, errors, 0) / d, self.example, self.special, n)
         return figures, per_dialogue
 
@@ -94,18 +92,16 @@ def per_example(values, example, chosen, n):
         return total / np.bincount(example[chosen], minlength=n)
 
 
-def resampled_means(errors, seed=0, n=N_BOOTSTRAP):
-    """(n,) means of errors (n_seeds, n_dialogues) under resampling of both; the dialogues drawn depend on `seed` and `n` alone."""
-    there = ~np.isnan(errors).any(0)
-    errors = errors[:, there]
-    weights = np.random.default_rng(seed).multinomial(errors.shape[1], np.full(errors.shape[1], 1 / errors.shape[1]), n) / errors.shape[1]
-    by_seed = errors @ weights.T                                                         # (n_seeds, n)
-    return by_seed, errors.mean()
+def resampled(errors, seeds_drawn):
+    """((N_BOOTSTRAP,) means of errors (n_seeds, n_dialogues) under resampling of both, the mean itself).
 
-
-def _means(errors, seeds_drawn):
-    by_seed, mean = resampled_means(errors)
-    return by_seed[seeds_drawn, np.arange(by_seed.shape[1])[:, None]].mean(1), mean
+    seeds_drawn: (N_BOOTSTRAP, n_seeds). The dialogues drawn are the same in every call; those without such a token are left out.
+    """
+    errors = errors[:, ~np.isnan(errors).any(0)]
+    n = errors.shape[1]
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), len(seeds_drawn)) / n  # (N_BOOTSTRAP, n_dialogues)
+    by_seed = weights @ errors.T                                                                # (N_BOOTSTRAP, n_seeds)
+    return np.take_along_axis(by_seed, seeds_drawn, axis=1).mean(1), float(errors.mean())
 
 
 def draw_seeds(n_seeds, stream):
@@ -125,7 +121,7 @@ def ordering(arrays):
     """
     drawn, means = {}, {}
     for stream, (source, errors) in enumerate(arrays.items()):
-        drawn[source], means[source] = _means(errors, draw_seeds(len(errors), stream))
+        drawn[source], means[source] = resampled(errors, draw_seeds(len(errors), stream))
     result = {"mean": {source: float(mean) for source, mean in means.items()},
               "log2": {source: float(np.log2(mean)) for source, mean in means.items()}}
     intervals = []
@@ -143,7 +139,7 @@ def gap_on_sinks(fast, other):
     """
     names, draws = ("mse_special, all tokens", "mse_special, part on sinks"), [draw_seeds(len(fast[PER_DIALOGUE[0]]), s) for s in (0, 1)]
     (gaps, gap), (parts, part) = ((b[0] - a[0], b[1] - a[1]) for a, b in
-                                  ((_means(fast[name], draws[0]), _means(other[name], draws[1])) for name in names))
+                                  ((resampled(fast[name], draws[0]), resampled(other[name], draws[1])) for name in names))
     low, high = interval(gaps)
     clear = low > 0 or high < 0
     return {"gap": float(gap), "gap_interval": [low, high], "on_sinks": float(part), "share": float(part / gap) if clear else None,
