@@ -58,13 +58,14 @@ def main():
     n_tokens = settings.TRAIN_TOKENS or smallest_source(settings, work)
     print(f"training {len(grid(settings))} autoencoders on {n_tokens:,} tokens each", flush=True)
     run_many("train_sae.py", [train_flags(settings, work, n_tokens, *cell) for cell in grid(settings)])
-    runs = [run for layer in settings.LAYERS for run in measure(settings, work, n_tokens, layer)]
+    measured = {layer: measure(settings, work, n_tokens, layer) for layer in settings.LAYERS}
+    runs = [run for _, of_layer in measured.values() for run in of_layer]
     per_feature = interpretability(settings, work, datasets["labelled"])
     errors = {key(run): run.pop("per_dialogue") for run in runs}
     comparisons = [compare(errors, architecture, layer, sinks) for architecture in architectures(settings) for layer in settings.LAYERS
                    for sinks in PER_SINKS]
-    result = {"train_tokens": n_tokens, "data": counts(work, settings), "comparisons": comparisons, "interpretability": per_feature,
-              "runs": runs}
+    result = {"train_tokens": n_tokens, "data": counts(work, settings), "held_out_tokens": {layer: n for layer, (n, _) in measured.items()},
+              "comparisons": comparisons, "interpretability": per_feature, "runs": runs}
     write_result(settings.NAME, told(settings), rounded(result))
     figure(result, settings, RESULTS / f"{settings.NAME}.png")
 
@@ -149,23 +150,23 @@ def checkpoint(work, source, architecture, layer, sinks, seed):
 
 
 def measure(settings, work, n_tokens, layer):
-    """Every autoencoder of a layer on the held-out dialogues: a dict each, `per_dialogue` with what the intervals are made from."""
+    """(numbers of held-out tokens, a dict for each autoencoder of a layer, `per_dialogue` in it for the intervals)."""
     from fastsae.autoencoder import load_sae
     from fastsae.errors import InputError
     from fastsae.language_model import load_tokenizer
 
     tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)
     data = heldout.HeldOut(activations(work, "held_out", layer), tokenizer)
-    for cell in grid(settings):
-        if cell[2] != layer:
-            continue
+    runs = []
+    for cell in (cell for cell in grid(settings) if cell[2] == layer):
         path, metrics = checkpoint(work, *cell)
         if metrics["n_train_tokens"] != n_tokens:
             raise InputError(f"TRAIN_TOKENS: {cell[0]} has {metrics['n_train_tokens']:,} tokens at layer {layer}, not {n_tokens:,}. "
                              "lower --train-tokens.")
         figures, per_dialogue = data.measure(load_sae(path)[0])
         names = ("source", "architecture", "layer", "sinks_in_training", "seed")
-        yield {**dict(zip(names, cell)), "n_train_tokens": n_tokens, **figures, "per_dialogue": per_dialogue}
+        runs.append({**dict(zip(names, cell)), "n_train_tokens": n_tokens, **figures, "per_dialogue": per_dialogue})
+    return data.counts(), runs
 
 
 def interpretability(settings, work, dataset_path):

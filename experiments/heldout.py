@@ -65,6 +65,12 @@ class HeldOut:
         rows = self.activations[chosen].astype(np.float64)
         return float(np.square(rows - rows.mean(0)).sum())
 
+    def counts(self):
+        """How many tokens there are, and how many of them are special, sinks and both."""
+        return {"tokens": len(self.sink), "special": int(self.special.sum()), "sinks": int(self.sink.sum()),
+                "special_sinks": int((self.special & self.sink).sum()), "special_without_prefix_and_sinks":
+                int((self.special & self.sets[SETS[2]]).sum())}
+
     def measure(self, sae):
         """(figures on each set, {name: (n_dialogues,) errors, nan where a dialogue has no such token})."""
         from fastsae.metrics import evaluate
