@@ -75,9 +75,9 @@ def architectures(settings):
 
 
 def grid(settings):
-    """(source, architecture, layer, prefix and sinks in training, seed) of every autoencoder."""
-    return [(source, architecture, layer, sinks, seed) for source in SOURCES for architecture in architectures(settings)
-            for layer in settings.LAYERS for sinks in PER_SINKS for seed in settings.SEEDS]
+    """(source, architecture, layer, prefix and sinks in training, seed) of every autoencoder, seed by seed."""
+    return [(source, architecture, layer, sinks, seed) for seed in settings.SEEDS for source in SOURCES
+            for architecture in architectures(settings) for layer in settings.LAYERS for sinks in PER_SINKS]
 
 
 def key(run):
