@@ -8,6 +8,7 @@ import argparse
 import ast
 import io
 import math
+import operator
 import os
 import re
 import sys
@@ -69,6 +70,10 @@ class Settings:
 
     def __setattr__(self, name, value):
         raise AttributeError(f"settings are frozen; give --{flag_name(name)} instead")
+
+    def replace(self, **values):
+        """These settings with other `values`, for one of several autoencoders."""
+        return Settings({**self.values, **values}, self.source, self.owner)
 
     def select(self, names):
         """The named settings as a JSON-able dict."""
@@ -222,7 +227,7 @@ def parse_flags(declared, argv, scripts):
         if setting["type"] == "bool":
             group.add_argument(f"--{flag_name(name)}", dest=name, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS)
         else:
-            kind = setting["type"].replace(" | None", " or none").replace("tuple[int, ...]", "int,int,...")
+            kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1,\1,...", setting["type"]).replace(" | None", " or none")
             group.add_argument(f"--{flag_name(name)}", dest=name, metavar=kind.upper().replace("OR NONE", "or none"), nargs="?",
                                help=text, default=argparse.SUPPRESS)
     try:
@@ -257,7 +262,8 @@ def _joined(argv):
 
 def _example_of(setting):
     value = setting["value"]
-    return ",".join(map(str, value)) if isinstance(value, tuple) else {"int": "8", "float": "0.5"}.get(setting["type"].split(" ")[0], value)
+    examples = {"int": "8", "float": "0.5", "tuple[int, ...]": "8,16", "tuple[float, ...]": "0.5,2"}
+    return ",".join(map(str, value)) if isinstance(value, tuple) else examples.get(setting["type"].removesuffix(" | None"), value)
 
 
 def parse_value(text, kind):
@@ -268,27 +274,36 @@ def parse_value(text, kind):
         if text.lower() == "none":
             return None
         kind = kind.removesuffix(" | None")
-    if kind == "tuple[int, ...]":
-        return tuple(int(part) for part in text.split(","))
+    if kind.startswith("tuple["):
+        return tuple(parse_value(part, _inner(kind)) for part in text.split(","))
     return {"int": int, "float": float, "str": str}[kind](text)
+
+
+def _inner(kind):
+    return kind.removeprefix("tuple[").removesuffix(", ...]")
 
 
 def _has_type(value, kind):
     if kind.endswith(" | None"):
         return value is None or _has_type(value, kind.removesuffix(" | None"))
-    if kind == "tuple[int, ...]":
-        return isinstance(value, (tuple, list)) and all(_has_type(v, "int") for v in value)
+    if kind.startswith("tuple["):
+        return isinstance(value, (tuple, list)) and all(_has_type(v, _inner(kind)) for v in value)
     if kind == "float":
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return type(value).__name__ == kind
 
 
+def _each(value):
+    """The values of a setting that may be none, one or several."""
+    return () if value is None else value if isinstance(value, (tuple, list)) else (value,)
+
+
 AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATCH_TOKENS": 1, "CHUNK_TOKENS": 1, "SHARD_BYTES": 1,
-            "BLOCK_LENGTH": 2, "DEDUP_NGRAM": 0, "M": 1, "K": 1, "AUX_K": 0,
-            "AUX_COEF": 0, "DEAD_AFTER_STEPS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0,
-            "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0, "SPARSITY_WARMUP_STEPS": 0, "BUFFER_TOKENS": 6, "MAX_TRAIN_TOKENS": 2,
-            "L1_COEFFICIENT": 0, "L0_COEFFICIENT": 0, "RESAMPLE_EVERY": 1,
-            "N_REPORT_FEATURES": 1, "N_SCORED_FEATURES": 0, "N_FIDELITY_EXAMPLES": 0, "N_HYPOTHESES": 1}
+            "BLOCK_LENGTH": 2, "DEDUP_NGRAM": 0, "M": 1, "K": 1, "AUX_K": 0, "AUX_COEF": 0, "DEAD_AFTER_TOKENS": 1, "BATCH_SIZE": 2,
+            "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0, "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0, "SPARSITY_WARMUP_STEPS": 0,
+            "BUFFER_TOKENS": 6, "MAX_TRAIN_TOKENS": 2, "L1_COEFFICIENT": 0, "L0_COEFFICIENT": 0, "RESAMPLE_EVERY": 1, "SEEDS": 0,
+            "K_LIST": 1, "L1_COEFFICIENT_LIST": 0, "N_REPORT_FEATURES": 1, "N_SCORED_FEATURES": 0, "N_FIDELITY_EXAMPLES": 0,
+            "N_HYPOTHESES": 1}
 ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0, "SAVE_EVERY": 0,
          "LR_DECAY_FRACTION": 0, "INIT_ENCODER_SCALE": 0, "JUMPRELU_BANDWIDTH": 0}
 AT_MOST = {"SEED": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "LR_DECAY_FRACTION": 1}
@@ -310,15 +325,11 @@ def check_values(values):
         if not ok:
             problems.append(f"{name}: {what}. {remedy}.")
 
-    for name, least in AT_LEAST.items():
-        if values.get(name) is not None:
-            require(values[name] >= least, name, f"{values[name]} is below {least}", f"give {least} or more")
-    for name, bound in ABOVE.items():
-        if values.get(name) is not None:
-            require(values[name] > bound, name, f"{values[name]} is not above {bound}", f"give more than {bound}")
-    for name, most in AT_MOST.items():
-        if values.get(name) is not None:
-            require(values[name] <= most, name, f"{values[name]} is above {most}", f"give {most} or less")
+    for table, ok, wrong, right in ((AT_LEAST, operator.ge, "below {}", "{} or more"), (AT_MOST, operator.le, "above {}", "{} or less"),
+                                   (ABOVE, operator.gt, "not above {}", "more than {}")):
+        for name, bound in table.items():
+            for value in _each(values.get(name)):
+                require(ok(value, bound), name, f"{value} is {wrong.format(bound)}", f"give {right.format(bound)}")
     for name, allowed in CHOICES.items():
         if name in values:
             require(values[name] in allowed, name, f"{values[name]!r} is unknown", f"choose {', '.join(allowed)}")
@@ -362,8 +373,14 @@ def check_features(values, require):
     """M, K, AUX_K and the prefixes against each other."""
     if not {"M", "K", "AUX_K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES"} <= set(values):
         return
-    m, k, prefixes = values["M"], values["K"], values["MATRYOSHKA_PREFIXES"]
-    require(k <= m, "K", f"{k} active features of only M={m}", f"lower --k or raise --m to at least {k}")
+    m, prefixes = values["M"], values["MATRYOSHKA_PREFIXES"]
+    for name in ("K", "K_LIST"):
+        k = max(_each(values.get(name)), default=0)
+        require(k <= m, name, f"{k} active features of only M={m}", f"lower --{flag_name(name)} or raise --m to at least {k}")
+    for name in ("SEEDS", "K_LIST", "L1_COEFFICIENT_LIST"):
+        several = values.get(name)
+        require(several is None or 0 < len(several) == len(set(several)), name, f"{several} are not different values",
+                "name each once, or give none")
     require((values["AUX_K"] or 0) <= m, "AUX_K", f"{values['AUX_K']} is more than M={m}", "lower --aux-k")
     dense = values.get("ARCHITECTURE") in ("standard", "jumprelu", "gated")
     require(not (dense and values["USE_MATRYOSHKA"]), "USE_MATRYOSHKA", f"{values.get('ARCHITECTURE')} has no prefixes",

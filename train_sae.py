@@ -1,6 +1,7 @@
 """Stage 2: train a sparse autoencoder on the tokens of stage 1 (HypotheSAEs' TopK / BatchTopK / Matryoshka objective).
 
     python train_sae.py --m 512 --k 8 --matryoshka-prefixes 64,512
+    python train_sae.py --seeds 0,1,2 --k-list 4,8,16          # nine autoencoders from one reading of the data
 
 Reads `activations/activations_layer{LAYER_IDX}.npz`. Writes `checkpoints/<run>/SAE_....pt` (which `hypothesaes.sae.load_model`
 reads), `metrics.json` with the final figures, `metrics.jsonl` with one line per epoch, `training.png` with their curves; while it
@@ -8,11 +9,14 @@ trains, `SAE_....resume.pt`, from which the same command goes on after an interr
 BUFFER_TOKENS stay on the disk.
 """
 import functools
+import itertools
 import json
 import math
 import os
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,7 +39,7 @@ SPARSITY_WARMUP_STEPS: int = 0                     # steps over which L1_COEFFIC
 NORMALIZE_ACTIVATIONS: str = "auto"                # none, mean (to 0), norm (mean length to sqrt(d)), both; auto: norm, for topk none
 AUX_K: int | None = None                           # dead features that try to explain what is left over; none = 2 K, 0 = off
 AUX_COEF: float = 0.03125                          # weight of that loss
-DEAD_AFTER_STEPS: int = 256                        # steps without firing after which a feature counts as dead
+DEAD_AFTER_TOKENS: int = 131_072                   # training tokens without firing after which a feature counts as dead
 RESAMPLE_EVERY: int | None = None                  # steps between fresh starts of dead features at badly reconstructed tokens; none = never
 N_EPOCHS: int = 100                                # at most; see PATIENCE
 PATIENCE: int = 5                                  # epochs without a better validation loss (topk: normalised MSE) before stopping
@@ -56,10 +60,13 @@ EXCLUDE_SHARED_PREFIX: bool = True                 # leave out the tokens that t
 MAX_NORM_RATIO: float | None = 10.0                # leave out attention sinks: norms above this many times the median; none = keep
 ENGINE: str = "sparse"                             # sparse: from the active features only; reference: HypotheSAEs' dense code
 SELECT_DTYPE: str = "float32"                      # bfloat16 picks the top K from a coarser product: faster, their values stay float32
+SEEDS: tuple[int, ...] | None = None               # several autoencoders from one reading of the data, by the seed of their first weights
+K_LIST: tuple[int, ...] | None = None              # the same for several K ...
+L1_COEFFICIENT_LIST: tuple[float, ...] | None = None  # ... and for several L1_COEFFICIENT; all combinations are trained
 SAVE_EVERY: float = 60.0                           # seconds between saves of an unfinished run, the most that a kill loses
 LOGGER: str = "none"                               # none, tensorboard or wandb: where the figures of each epoch go as well
 
-NOT_DECISIVE = ("ENGINE", "SAVE_EVERY", "LOGGER")
+NOT_DECISIVE = ("ENGINE", "SAVE_EVERY", "LOGGER", "SEEDS", "K_LIST", "L1_COEFFICIENT_LIST")
 INIT_SAMPLE = 32768  # tokens whose median initialises b_dec
 
 
@@ -67,102 +74,173 @@ def main():
     settings = config.resolve(__file__)
     settings.show()
     source = read_metadata(settings.activations_path)
-    prefixes = list(settings.MATRYOSHKA_PREFIXES) if settings.USE_MATRYOSHKA else None
-    own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
-    metadata = artifacts.new_metadata("sae", settings.select([*own, "SEED"]), {"activations": source["fingerprint"]}, activations=source)
+    from fastsae import parallel  # after the settings: loading torch takes seconds
 
+    plans = plan(settings, source)
+    todo = [each for each in plans if not artifacts.matches(each.path, each.metadata, artifacts.read_checkpoint_metadata)]
+    if todo:
+        train_all(todo, source, settings)
+    if parallel.world()[0] == 0:
+        for each in plans:
+            point_to(each.beside("metrics.json"), each.path)
+        point_to(settings.run_dir / "metrics.json", plans[0].path)
+        if len(plans) > 1:
+            print(f"stage 3 reads {plans[0].path.name}, the first of {len(plans)}")
+
+
+def train_all(plans, source, settings):
+    """Open the activations of stage 1, say what is in them, and train."""
     from fastsae import parallel
-    from fastsae.autoencoder import checkpoint_name, save_sae  # after the settings: loading torch takes seconds
     from fastsae.language_model import choose_device
-    from fastsae.monitoring import write_figure
     from fastsae.training_data import Tokens
-
-    path = settings.run_dir / checkpoint_name(settings.M, settings.K, prefixes, settings.ARCHITECTURE)
-    metrics_path = settings.run_dir / "metrics.json"
-    if artifacts.matches(path, metadata, artifacts.read_checkpoint_metadata):
-        point_to(metrics_path, path)
-        return
 
     print(f"activations: {source['model_name']}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
     device = parallel.start(choose_device(settings.DEVICE))
-    if settings.RESAMPLE_EVERY and parallel.together():
-        raise InputError("RESAMPLE_EVERY: looks at one process's tokens only. leave it out under torchrun, or train without torchrun.")
+    for name, refused in (("RESAMPLE_EVERY", settings.RESAMPLE_EVERY), ("ENGINE", settings.ENGINE == "reference")):
+        if refused and parallel.together():
+            raise InputError(f"{name}: looks at one process's tokens only. leave it out under torchrun, or train without torchrun.")
     tokens = Tokens(settings.activations_path, validation_fraction=settings.VALIDATION_FRACTION, seed=settings.SEED,
                     use=settings.USE_TOKENS, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, max_norm_ratio=settings.MAX_NORM_RATIO,
                     max_train_tokens=settings.MAX_TRAIN_TOKENS)
     print(f"training on {len(tokens.train):,} tokens, validating on {len(tokens.validation):,} of {int(tokens.is_validation.sum())} other "
           f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks"
           + (f", {tokens.n_filtered:,} tokens that are not {settings.USE_TOKENS}" if tokens.n_filtered else ""))
-    state_path = path.with_suffix(".resume.pt")
-    sae, history, timing = train(tokens, prefixes, settings, device, state_path, metadata["fingerprint"])
-    if parallel.world()[0]:
-        return
-    metrics = final_metrics(sae, tokens, history)
-    metadata.update(max_norm=tokens.max_norm, validation_examples=np.flatnonzero(tokens.is_validation).tolist(), metrics=metrics)
-
-    save_sae(path, sae, metadata)
-    artifacts.write_json(metrics_path, {"checkpoint": path.name, **metrics, **timing})
-    write_figure(settings.run_dir / "training.png", history)
-    state_path.unlink(missing_ok=True)
-    report(metrics, timing, settings)
-    print(f"wrote {path}")
+    train(plans, tokens, settings, device)
 
 
-def train(tokens, prefixes, settings, device, state_path, fingerprint):
-    """(the best autoencoder on validation, one dict per epoch, timing)."""
+class Plan(NamedTuple):
+    """One autoencoder to train: its own settings, where it goes, its metadata, and the name of its files if there are several."""
+    settings: config.Settings
+    path: Path
+    metadata: dict
+    several: bool
+
+    def beside(self, name):
+        """The path of metrics.json and the like: that of the run, or the checkpoint's own where a pass trains several."""
+        return self.path.with_suffix(f".{name}") if self.several else self.path.with_name(name)
+
+
+def plan(settings, source):
+    """A Plan for each of SEEDS x K_LIST x L1_COEFFICIENT_LIST, or the one that the settings without lists describe."""
+    from fastsae.autoencoder import checkpoint_name
+
+    own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
+    plans = []
+    for seed, k, l1 in itertools.product(settings.SEEDS or [settings.SEED], settings.K_LIST or [settings.K],
+                                         settings.L1_COEFFICIENT_LIST or [settings.L1_COEFFICIENT]):
+        one = settings.replace(K=k, L1_COEFFICIENT=l1)
+        name = checkpoint_name(one.M, k, list(one.MATRYOSHKA_PREFIXES) if one.USE_MATRYOSHKA else None, one.ARCHITECTURE)
+        name = name.removesuffix(".pt") + (f"_L1={l1:g}" if settings.L1_COEFFICIENT_LIST else "") + (f"_seed={seed}" if settings.SEEDS else "")
+        metadata = artifacts.new_metadata("sae", {**one.select([*own, "SEED"]), "INIT_SEED": seed},
+                                          {"activations": source["fingerprint"]}, activations=source)
+        plans.append((one, settings.run_dir / f"{name}.pt", metadata))
+    return [Plan(*each, several=len(plans) > 1) for each in plans]
+
+
+def train(plans, tokens, settings, device):
+    """Train all `plans` from one reading of the data; each is written as soon as it is finished."""
     from tqdm import tqdm
 
     from fastsae import parallel
-    from fastsae.monitoring import open_logger
-    from fastsae.resampling import resample
     from fastsae.training_data import TrainingRows
-    from fastsae.training_run import TrainingRun, learning_rate_factor
 
-    sample = np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE])
-    log = open_logger(settings.LOGGER, settings.run_dir, state_path.name.removesuffix(".resume.pt"), settings.values)
-    run = TrainingRun(sae_config(tokens.activations.shape[1], prefixes, settings), tokens.rows(sample), seed=settings.SEED,
-                      device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
-                      directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
-    if run.restore(state_path, fingerprint):
-        print(f"going on in epoch {run.epoch}, after {run.trained_tokens:,} tokens")
+    runs = [start_run(each, tokens, device) for each in plans]
     data = TrainingRows(tokens.activations, tokens.train, batch_size=settings.BATCH_SIZE, buffer_tokens=settings.BUFFER_TOKENS,
                         seed=settings.SEED)
     n_batches = data.n_batches()
     last_save = time.monotonic()
-    bar = tqdm(total=settings.N_EPOCHS, initial=run.epoch - 1, unit="epoch", desc="training", mininterval=1, disable=None)
+    bar = tqdm(total=settings.N_EPOCHS, initial=min(run.epoch for run in runs) - 1, unit="epoch", desc="training", mininterval=1,
+               disable=None)
     with deferred_stop(), bar:
-        while run.epoch <= settings.N_EPOCHS and run.epoch - (run.best_epoch or run.epoch) <= settings.PATIENCE:
-            for x in data.batches(run.epoch, run.batch):  # (batch, d)
-                n_done = (run.epoch - 1) * n_batches + run.batch
-                factor = learning_rate_factor(
-                    n_done, n_steps=settings.N_EPOCHS * n_batches, schedule=settings.LR_SCHEDULE,
-                    warmup_steps=settings.LR_WARMUP_STEPS, decay_fraction=settings.LR_DECAY_FRACTION)
-                run.step(step_function(settings, device, n_done), x.to(device), learning_rate=settings.LEARNING_RATE * factor,
-                         dead_after=settings.DEAD_AFTER_STEPS, clip_grad=settings.CLIP_GRAD)
-                if settings.RESAMPLE_EVERY and (n_done + 1) % settings.RESAMPLE_EVERY == 0:
-                    resample(run, x.to(device), dead_after=settings.DEAD_AFTER_STEPS, seed=settings.SEED + n_done)
+        while runs:
+            epoch, first = min((run.epoch, run.batch) for run in runs)  # where the one that is furthest behind goes on
+            for batch, x in enumerate(data.batches(epoch, first), first):  # (batch, d)
+                x = x.to(device)
+                for run in runs:
+                    if (run.epoch, run.batch) == (epoch, batch):
+                        one_step(run, x, (epoch - 1) * n_batches + batch, n_batches, device)
                 stopping = parallel.anywhere(stop_asked())
                 if stopping or time.monotonic() - last_save > settings.SAVE_EVERY:
-                    run.save(state_path, fingerprint)
+                    for run in runs:
+                        run.save(run.state_path, run.plan.metadata["fingerprint"])
                     last_save = time.monotonic()
                     if stopping:
                         stop()
-            log(end_epoch(run, tokens, settings))
+            for run in [run for run in runs if run.epoch == epoch]:
+                run.log(end_epoch(run, tokens))
+                if is_over(run):
+                    runs.remove(run)
+                    finish(run, tokens, device)
             bar.update()
             bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
+
+
+def start_run(plan, tokens, device):
+    """The TrainingRun of a plan at its start, or where an earlier process left it."""
+    from fastsae.monitoring import open_logger
+    from fastsae.training_run import TrainingRun
+
+    settings = plan.settings
+    sample = np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE])
+    run = TrainingRun(sae_config(tokens.activations.shape[1], settings), tokens.rows(sample), seed=plan.metadata["settings"]["INIT_SEED"],
+                      device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
+                      directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
+    run.plan, run.state_path = plan, plan.path.with_suffix(".resume.pt")
+    run.log = open_logger(settings.LOGGER, settings.run_dir, plan.path.stem, settings.values)
+    if run.restore(run.state_path, plan.metadata["fingerprint"]):
+        print(f"going on in epoch {run.epoch}, after {run.trained_tokens:,} tokens")
+    return run
+
+
+def one_step(run, x, n_done, n_batches, device):
+    """One step of `run` on the batch x, after `n_done` others; an epoch has `n_batches`."""
+    from fastsae.resampling import resample
+    from fastsae.training_run import learning_rate_factor
+
+    settings = run.plan.settings
+    factor = learning_rate_factor(n_done, n_steps=settings.N_EPOCHS * n_batches, schedule=settings.LR_SCHEDULE,
+                                  warmup_steps=settings.LR_WARMUP_STEPS, decay_fraction=settings.LR_DECAY_FRACTION)
+    run.step(step_function(settings, device, n_done), x, learning_rate=settings.LEARNING_RATE * factor,
+             dead_after=settings.DEAD_AFTER_TOKENS, clip_grad=settings.CLIP_GRAD)
+    if settings.RESAMPLE_EVERY and (n_done + 1) % settings.RESAMPLE_EVERY == 0:
+        resample(run, x, dead_after=settings.DEAD_AFTER_TOKENS, seed=settings.SEED + n_done)
+
+
+def is_over(run):
+    return run.epoch > run.plan.settings.N_EPOCHS or run.epoch - run.best_epoch > run.plan.settings.PATIENCE
+
+
+def finish(run, tokens, device):
+    """Write the best weights on validation, their figures and curves; the state of the unfinished run goes."""
+    from fastsae import parallel
+    from fastsae.autoencoder import save_sae
+    from fastsae.metrics import final_metrics
+    from fastsae.monitoring import write_figure
+
     seconds = run.elapsed()
+    timing = {"seconds": round(seconds, 2), "device": device, "tokens_per_second": round(run.trained_tokens / seconds, 1)}
     run.sae.load_state_dict(run.best_state)
-    return run.result(), run.history, {"seconds": round(seconds, 2), "device": device,
-                                       "tokens_per_second": round(run.trained_tokens / seconds, 1)}
+    if parallel.world()[0]:
+        return
+    plan, sae = run.plan, run.result()
+    metrics = final_metrics(sae, tokens, run.history)
+    write_figure(plan.beside("training.png"), run.history)
+    save_sae(plan.path, sae, {**plan.metadata, "max_norm": tokens.max_norm, "metrics": metrics,
+                              "validation_examples": np.flatnonzero(tokens.is_validation).tolist()})
+    artifacts.write_json(plan.beside("metrics.json"), {"checkpoint": plan.path.name, **metrics, **timing})
+    run.state_path.unlink(missing_ok=True)
+    report(metrics, timing, plan.settings)
+    print(f"wrote {plan.path}")
 
 
-def sae_config(d, prefixes, settings):
-    """What `autoencoder.new_sae` builds from."""
+def sae_config(d, settings):
+    """What `autoencoder.new_sae` builds from; HypotheSAEs counts dead features in steps."""
+    prefixes = list(settings.MATRYOSHKA_PREFIXES) if settings.USE_MATRYOSHKA else None
     architecture = "batchtopk" if settings.USE_BATCH_TOPK else settings.ARCHITECTURE
     return {"input_dim": d, "m_total_neurons": settings.M, "k_active_neurons": settings.K, "prefix_lengths": prefixes,
             "aux_k": 2 * settings.K if settings.AUX_K is None else settings.AUX_K, "architecture": architecture,
-            "dead_neuron_threshold_steps": settings.DEAD_AFTER_STEPS}
+            "dead_neuron_threshold_steps": -(-settings.DEAD_AFTER_TOKENS // settings.BATCH_SIZE)}
 
 
 def normalisation(settings):
@@ -194,16 +272,16 @@ def penalty(settings, warmup=1.0):
             "target_l0": settings.K if settings.JUMPRELU_LOSS == "target" else None}
 
 
-def end_epoch(run, tokens, settings):
+def end_epoch(run, tokens):
     """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run. Returns its line."""
     from fastsae import parallel
 
-    line = parallel.from_rank_0(lambda: epoch_line(run, tokens, settings))
+    line = parallel.from_rank_0(lambda: epoch_line(run, tokens, run.plan.settings))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
         raise InputError(f"LEARNING_RATE: the loss is no number after epoch {run.epoch}. lower --learning-rate.")
     run.end_epoch(line)
     if parallel.world()[0] == 0:
-        artifacts.write_text(settings.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in run.history))
+        artifacts.write_text(run.plan.beside("metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in run.history))
     return line
 
 
@@ -215,28 +293,12 @@ def epoch_line(run, tokens, settings):
     result = evaluate(run.result(), tokens.activations, tokens.validation, tokens.example, tokens.special)
     line = {"epoch": run.epoch, "loss": float(run.loss_sum) / len(tokens.train), "normalized_mse": result["normalized_mse"],
             "prefix_normalized_mse": result["prefix_normalized_mse"], "l0": result["l0"],
-            "dead_fraction": float((run.steps_since_fired > settings.DEAD_AFTER_STEPS).double().mean())}
+            "dead_fraction": float((run.tokens_since_fired >= settings.DEAD_AFTER_TOKENS).double().mean())}
     if settings.ARCHITECTURE in DENSE:
         blocks = (run.normalisation(tokens.rows(rows).to(run.loss_sum.device)) for rows in
                   np.array_split(tokens.validation, -(-len(tokens.validation) // 4096)))
         line["validation_loss"] = validation_loss(run.sae, blocks, **penalty(settings))
     return line
-
-
-def final_metrics(sae, tokens, history):
-    """What metrics.json says, less the timing: on the validation tokens used, and on all of them, prefix and sinks included."""
-    from fastsae.metrics import evaluate
-    from fastsae.training_run import best_epoch
-
-    metrics = evaluate(sae, tokens.activations, tokens.validation, tokens.example, tokens.special)
-    n_validation = metrics.pop("n_tokens")
-    everything = evaluate(sae, tokens.activations, tokens.all_validation, tokens.example, tokens.special)
-    best = best_epoch(history)
-    return {**metrics, "dead_fraction_training": history[best - 1]["dead_fraction"],
-            "n_train_tokens": len(tokens.train), "n_validation_tokens": n_validation, "epochs": len(history), "best_epoch": best,
-            "n_excluded_shared_prefix": tokens.n_prefix, "n_excluded_sinks": tokens.n_sinks, "max_norm": tokens.max_norm,
-            "with_prefix_and_sinks": {name: everything[name] for name in
-                                      ("mse", "normalized_mse", "explained_variance", "l0", "mse_special_tokens", "n_tokens")}}
 
 
 def report(metrics, timing, settings):

@@ -124,7 +124,7 @@ def ours(select, **start):
         run, step = our_run(x, m, k, prefixes, select, start)
         source, started = batches(x, batch), time.perf_counter()
         for _ in range(steps):
-            run.step(step, next(source), learning_rate=LEARNING_RATE, dead_after=256, clip_grad=1.0)
+            run.step(step, next(source), learning_rate=LEARNING_RATE, dead_after=256 * batch, clip_grad=1.0)
         return time.perf_counter() - started, reconstruction_of(run.sae)
     return train
 
@@ -223,7 +223,7 @@ def reach(name, train, validation, rounds):
         source, spent, reached = batches(train, batch), 0.0, 2.0
         while reached > goal and spent < seconds:
             started = time.perf_counter()
-            run.step(step, next(source), learning_rate=LEARNING_RATE, dead_after=256, clip_grad=1.0)
+            run.step(step, next(source), learning_rate=LEARNING_RATE, dead_after=256 * batch, clip_grad=1.0)
             spent += time.perf_counter() - started
             reached = normalized_mse(reconstruction_of(run.sae), validation)
         found[label] = {"seconds": round(spent, 2), "steps": run.batch, "normalized_mse": round(reached, 4),

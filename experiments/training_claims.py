@@ -55,7 +55,7 @@ def planted():
         for step in range(p["steps"]):
             factor = learning_rate_factor(step, n_steps=p["steps"], schedule="linear", warmup_steps=0, decay_fraction=0.5)
             batch = tokens[np.random.default_rng((0, step)).integers(0, len(tokens), p["batch"])]
-            run.step(functools.partial(sparse_step, aux_coef=1 / 32), batch, learning_rate=p["rate"] * factor, dead_after=100,
+            run.step(functools.partial(sparse_step, aux_coef=1 / 32), batch, learning_rate=p["rate"] * factor, dead_after=100 * p["batch"],
                      clip_grad=1.0)
         best = (torch.from_numpy(directions) @ run.sae.decoder.weight.detach()).max(1).values
         rows[architecture] = {"mean_max_cosine": round(float(best.mean()), 4), "above_0.9": round(float((best > 0.9).double().mean()), 4),

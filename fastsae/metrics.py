@@ -69,3 +69,18 @@ def _per_example_mean(values, example):
         return None
     _, inverse, counts = np.unique(example, return_inverse=True, return_counts=True)
     return float(np.mean(np.bincount(inverse, values) / counts))
+
+
+def final_metrics(sae, tokens, history):
+    """What metrics.json says, less the timing: on the validation tokens used, and on all of them, prefix and sinks included."""
+    from fastsae.training_run import best_epoch
+
+    metrics = evaluate(sae, tokens.activations, tokens.validation, tokens.example, tokens.special)
+    n_validation = metrics.pop("n_tokens")
+    everything = evaluate(sae, tokens.activations, tokens.all_validation, tokens.example, tokens.special)
+    best = best_epoch(history)
+    return {**metrics, "dead_fraction_training": history[best - 1]["dead_fraction"],
+            "n_train_tokens": len(tokens.train), "n_validation_tokens": n_validation, "epochs": len(history), "best_epoch": best,
+            "n_excluded_shared_prefix": tokens.n_prefix, "n_excluded_sinks": tokens.n_sinks, "max_norm": tokens.max_norm,
+            "with_prefix_and_sinks": {name: everything[name] for name in
+                                      ("mse", "normalized_mse", "explained_variance", "l0", "mse_special_tokens", "n_tokens")}}

@@ -15,7 +15,7 @@ def resample(run, x, *, dead_after, seed):
     monosemantic-features, "neuron resampling"); the feature points along what is left of it. Its encoder row is as long as the
     mean of the live ones, or a fifth of that where nothing limits how many features fire, and Adam forgets it.
     """
-    sae, dead = run.sae, (run.steps_since_fired > dead_after).nonzero().squeeze(1)
+    sae, dead = run.sae, (run.tokens_since_fired >= dead_after).nonzero().squeeze(1)
     if not len(dead):
         return 0
     form = run.result()
@@ -25,7 +25,7 @@ def resample(run, x, *, dead_after, seed):
         return 0
     chosen = torch.multinomial(weight.cpu(), len(dead), replacement=True, generator=torch.Generator().manual_seed(seed))
     direction = torch.nn.functional.normalize(left[chosen.to(left.device)], dim=1)  # (dead, d)
-    live = torch.ones_like(run.steps_since_fired, dtype=torch.bool)
+    live = torch.ones_like(run.tokens_since_fired, dtype=torch.bool)
     live[dead] = False
     length = sae.encoder.weight[live].norm(dim=1).mean() if live.any() else torch.tensor(1.0)
     sae.decoder.weight[:, dead] = direction.t()
@@ -37,5 +37,5 @@ def resample(run, x, *, dead_after, seed):
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in state and name != "input_bias":
                 state[moment][(slice(None), dead) if name == "decoder.weight" else dead] = 0
-    run.steps_since_fired[dead] = 0
+    run.tokens_since_fired[dead] = 0
     return len(dead)

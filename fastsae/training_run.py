@@ -14,7 +14,7 @@ from fastsae.initialisation import initialise
 class TrainingRun:
     """An autoencoder with its optimizer, counters, history and best weights so far.
 
-    `epoch` counts from 1 and `batch` is the number of batches done in it, `steps_since_fired` (M,) counts steps. The data order is a
+    `epoch` counts from 1 and `batch` is the number of batches done in it, `tokens_since_fired` (M,) counts tokens. The data order is a
     function of seed and epoch alone, so these place a run exactly. `start` goes to `initialise`.
     """
 
@@ -23,23 +23,26 @@ class TrainingRun:
         self.normalisation = choose_normalisation(normalise, sample)  # a function of the sample, so it needs no saving
         initialise(self.sae, self.normalisation(sample), seed, **start)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=learning_rate, fused=not device.startswith("mps"))
-        self.steps_since_fired = torch.zeros(config["m_total_neurons"], dtype=torch.long, device=device)
+        self.tokens_since_fired = torch.zeros(config["m_total_neurons"], dtype=torch.long, device=device)
         self.loss_sum = torch.zeros((), device=device)  # over the tokens of this epoch
         self.epoch, self.batch, self.trained_tokens, self.seconds = 1, 0, 0, 0.0
         self.history, self.best_epoch, self.best_state = [], None, None
         self._since = time.perf_counter()
 
     def step(self, fill_gradients, x, *, learning_rate, dead_after, clip_grad):
-        """One step on the batch x (B, d): `fill_gradients(sae, x, dead) -> (loss, fired)`, Adam, decoder rows kept at length 1."""
+        """One step on the batch x (B, d): `fill_gradients(sae, x, dead) -> (loss, fired)`, Adam, decoder rows kept at length 1.
+
+        A feature is dead to it that has not fired for `dead_after` tokens.
+        """
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        loss, fired = fill_gradients(self.sae, self.normalisation(x), self.steps_since_fired > dead_after)
+        loss, fired = fill_gradients(self.sae, self.normalisation(x), self.tokens_since_fired >= dead_after)
         n_tokens = len(x)
         if parallel.together():
             loss, fired = parallel.total(loss), parallel.anywhere(fired)
             n_tokens = int(parallel.total(torch.tensor([n_tokens])))
             for parameter in self.sae.parameters():
                 parallel.total(parameter.grad)
-        self.steps_since_fired = torch.where(fired, 0, self.steps_since_fired + 1)
+        self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + n_tokens)
         self.sae.adjust_decoder_gradient_()  # keep only what turns the decoder's directions
         if clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip_grad)
@@ -76,7 +79,7 @@ class TrainingRun:
         artifacts.write_checkpoint(path, {
             "fingerprint": fingerprint, "plain": {**plain, "seconds": self.elapsed()}, "sae": _contiguous(self.sae.state_dict()),
             "best_state": self.best_state and _contiguous(self.best_state), "optimizer": self.optimizer.state_dict(),
-            "steps_since_fired": self.steps_since_fired, "loss_sum": self.loss_sum}, keep_old=False)
+            "tokens_since_fired": self.tokens_since_fired, "loss_sum": self.loss_sum}, keep_old=False)
 
     def restore(self, path, fingerprint):
         """Take over a saved state if it belongs to the same run; True if it did. A damaged one is left out with a line said."""
@@ -91,7 +94,7 @@ class TrainingRun:
             return False
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_since_fired.copy_(state["steps_since_fired"])
+        self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.loss_sum.copy_(state["loss_sum"])
         for name, value in state["plain"].items():
             setattr(self, name, value)

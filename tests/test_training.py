@@ -129,7 +129,7 @@ def test_engines_train_the_same_autoencoder(tmp_path, write_activations, run_mai
     flags = write_activations(tokens, [20] * 40)
     results = {}
     for engine in ("sparse", "reference"):
-        assert run_main("train_sae", *flags, *SMALL, "--engine", engine, "--dead-after-steps", 1, "--run-name", "test") == 0
+        assert run_main("train_sae", *flags, *SMALL, "--engine", engine, "--dead-after-tokens", 512, "--run-name", "test") == 0
         results[engine] = metrics_of(tmp_path)["normalized_mse"]
         checkpoint_of(tmp_path).unlink()
     assert results["sparse"] == pytest.approx(results["reference"], rel=1e-3)
@@ -223,7 +223,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, write_activations, 
     import fastsae.training_run as training_run
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--n-epochs", 6, "--batch-size", 50, "--dead-after-steps", 2, *variant]
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--n-epochs", 6, "--batch-size", 50, "--dead-after-tokens", 100, *variant]
     assert run_main("train_sae", *flags) == 0
     whole = checkpoint_of(tmp_path).read_bytes()
     history = (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text()
@@ -277,3 +277,66 @@ def test_bfloat16_selection_trains_as_well(tmp_path, write_activations, run_main
         assert run_main("train_sae", *flags, "--select-dtype", dtype) == 0
         results[dtype] = metrics_of(tmp_path)["normalized_mse"]
     assert results["bfloat16"] == pytest.approx(results["float32"], rel=0.1)
+
+
+def test_several_autoencoders_in_one_pass_equal_those_trained_alone(tmp_path, write_activations, run_main, capsys):
+    tokens, _ = planted_tokens(600, 8, 16, 2, noise=0.3)
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--n-epochs", 12, "--patience", 1, "--learning-rate", 0.02, "--batch-size", 50]
+    alone = {}
+    for k in (1, 2):
+        assert run_main("train_sae", *flags, "--k", k) == 0
+        alone[k] = load_sae(checkpoint_of(tmp_path))[0].state_dict(), metrics_of(tmp_path)
+    assert run_main("train_sae", *flags, "--seeds", "0,5", "--k-list", "1,2") == 0
+    folder = tmp_path / "checkpoints" / "test"
+    saes = {path.stem: load_sae(path)[0].state_dict() for path in folder.glob("*_seed=*.pt")}
+    assert sorted(saes) == [f"SAE_M=16_K={k}_seed={seed}" for k in (1, 2) for seed in (0, 5)]
+    epochs = set()
+    for k in (1, 2):
+        state, metrics = alone[k]
+        assert all(torch.equal(value, saes[f"SAE_M=16_K={k}_seed=0"][name]) for name, value in state.items())
+        assert not torch.equal(saes[f"SAE_M=16_K={k}_seed=5"]["encoder.weight"], state["encoder.weight"])
+        own = json.loads((folder / f"SAE_M=16_K={k}_seed=0.metrics.json").read_text())
+        assert own["normalized_mse"] == metrics["normalized_mse"] and own["checkpoint"] == f"SAE_M=16_K={k}_seed=0.pt"
+        lines = (folder / f"SAE_M=16_K={k}_seed=0.metrics.jsonl").read_text().splitlines()
+        epochs.add(len(lines))
+        assert (folder / f"SAE_M=16_K={k}_seed=0.training.png").exists()
+    assert len(epochs) > 1 or min(epochs) < 12  # each stops when its own patience is at its end
+    assert metrics_of(tmp_path)["checkpoint"] == "SAE_M=16_K=1_seed=0.pt"
+    capsys.readouterr()
+    assert run_main("train_sae", *flags, "--seeds", "0,5,6", "--k-list", "1,2") == 0
+    assert capsys.readouterr().out.count("up to date") == 4  # only the new seed is trained
+
+
+def test_an_interrupted_pass_of_several_ends_in_the_same_bytes(tmp_path, write_activations, run_main, monkeypatch):
+    """Each state is saved on its own, so a kill can leave one ahead of the other; the one behind catches up."""
+    from fastsae.training_run import TrainingRun
+
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--l1-coefficient-list", "0.5,2.5", "--n-epochs", 4,
+             "--batch-size", 50, "--save-every", 1e-9]
+    assert run_main("train_sae", *flags) == 0
+    paths = [tmp_path / "checkpoints" / "test" / f"SAE_standard_M=16_K=2_L1={value}.pt" for value in ("0.5", "2.5")]
+    whole = [path.read_bytes() for path in paths]
+    assert whole[0] != whole[1]
+    for path in paths:
+        path.unlink()
+    original, saves = TrainingRun.save, []
+
+    def save(run, *args):
+        saves.append(run)
+        if len(saves) in (8, 33, 46):
+            raise KeyboardInterrupt  # between the two: one has saved this step, the other has not
+        return original(run, *args)
+
+    monkeypatch.setattr(TrainingRun, "save", save)
+    codes = [run_main("train_sae", *flags) for _ in range(4)]
+    assert codes == [130, 130, 130, 0]
+    assert [path.read_bytes() for path in paths] == whole
+
+
+def test_lists_are_checked_before_anything_loads(run_main, capsys):
+    with pytest.raises(SystemExit):
+        run_main("train_sae", "--m", 16, "--no-use-matryoshka", "--k-list", "4,99", "--seeds", "1,1", "--l1-coefficient-list", "1,x")
+    errors = capsys.readouterr().err
+    assert "K_LIST: 99 active features of only M=16" in errors and "SEEDS: (1, 1) are not different" in errors
+    assert "L1_COEFFICIENT_LIST: '1,x' is no tuple[float, ...] | None" in errors

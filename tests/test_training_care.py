@@ -28,7 +28,7 @@ def test_resampled_features_point_at_what_is_left_over(architecture):
         run.step(step, x, learning_rate=1e-2, dead_after=100, clip_grad=None)
     assert resample(run, x, dead_after=100, seed=0) == 0
     dead, live = torch.tensor([3, 17]), torch.tensor([i for i in range(30) if i not in (3, 17)])
-    run.steps_since_fired[dead] = 101
+    run.tokens_since_fired[dead] = 101
     run.sae.neuron_bias.data[dead] = -1000.0
     before = {name: value.clone() for name, value in run.sae.state_dict().items()}
     assert resample(run, x, dead_after=100, seed=0) == 2
@@ -41,11 +41,11 @@ def test_resampled_features_point_at_what_is_left_over(architecture):
     assert torch.equal(after["input_bias"], before["input_bias"])
     torch.testing.assert_close(after["decoder.weight"][:, dead].norm(dim=0), torch.ones(2))
     torch.testing.assert_close(torch.cosine_similarity(after["decoder.weight"][:, dead].t(), after["encoder.weight"][dead]), torch.ones(2))
-    assert (after["neuron_bias"][dead] == 0).all() and (run.steps_since_fired[dead] == 0).all()
+    assert (after["neuron_bias"][dead] == 0).all() and (run.tokens_since_fired[dead] == 0).all()
     moments = run.optimizer.state[run.sae.encoder.weight]
     assert (moments["exp_avg"][dead] == 0).all() and (moments["exp_avg"][live] != 0).any()
     run.sae.load_state_dict(before)
-    run.steps_since_fired[dead] = 101
+    run.tokens_since_fired[dead] = 101
     resample(run, x, dead_after=100, seed=0)
     assert all(torch.equal(value, run.sae.state_dict()[name]) for name, value in after.items())
 
@@ -63,7 +63,7 @@ def test_resampling_revives_what_would_stay_dead():
             if every and (i + 1) % every == 0 and i < 200:
                 resample(run, x, dead_after=50, seed=i)
         error = (decode(run.sae, encode(run.sae, x)) - x).square().sum() / (x - x.mean(0)).square().sum()
-        errors[every] = float(error), int((run.steps_since_fired > 50).sum())
+        errors[every] = float(error), int((run.tokens_since_fired > 50).sum())
     assert errors[None][1] == 48 and errors[60][1] < 24 and errors[60][0] < 0.7 * errors[None][0]
 
 
@@ -71,7 +71,7 @@ def test_a_run_with_resampling_goes_on_where_it_was_stopped(tmp_path, write_acti
     import fastsae.training_run as training_run
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--batch-size", 50, "--dead-after-steps", 3, "--resample-every", 5]
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--batch-size", 50, "--dead-after-tokens", 150, "--resample-every", 5]
     assert run_main("train_sae", *flags) == 0
     path = tmp_path / "checkpoints" / "test" / "SAE_M=64_K=2.pt"
     whole, original, steps = path.read_bytes(), training_run.learning_rate_factor, []

@@ -12,7 +12,7 @@ from conftest import PROJECT, planted_tokens
 from fastsae.autoencoder import load_sae
 
 FLAGS = ["--m", "64", "--k", "3", "--no-use-matryoshka", "--n-epochs", "3", "--device", "cpu", "--run-name", "test", "--batch-size", "100",
-         "--max-norm-ratio", "none", "--dead-after-steps", "4", "--no-print-settings"]
+         "--max-norm-ratio", "none", "--dead-after-tokens", "400", "--no-print-settings"]
 
 
 def launch(command, n_processes):
@@ -54,8 +54,8 @@ parallel.start("cpu")
 found, (x, configs) = {}, torch.load(sys.argv[1])
 for variant, config in configs.items():
     run = TrainingRun(config, x, seed=0, device="cpu", learning_rate=1e-3)
-    run.steps_since_fired[::3] = 1000
-    rows, dead = x[parallel.share(len(x))], run.steps_since_fired > 10
+    run.tokens_since_fired[::3] = 1000
+    rows, dead = x[parallel.share(len(x))], run.tokens_since_fired > 10
     loss, fired = (dense_step(run.sae, rows, dead, sparsity=0.1, bandwidth=0.5, target_l0=4) if variant in ("jumprelu", "gated") else
                    sparse_step(run.sae, rows, dead, aux_coef=0.3))
     found[variant] = {name: parallel.total(p.grad).clone() for name, p in run.sae.named_parameters()}
