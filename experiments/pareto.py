@@ -9,7 +9,6 @@ autoencoder is meant for (no shared prefix, no sinks) of validation examples, an
 there; against the mean activation it is given as well. Writes experiments/results/<NAME>.json and .png. An interrupted run goes on by
 the same command.
 """
-import json
 import sys
 
 import numpy as np
@@ -20,8 +19,8 @@ import config
 
 ARCHITECTURES: str = "topk,batchtopk,matryoshka,jumprelu,standard,gated"  # matryoshka: topk with prefixes M / 4 and M
 K_LIST: tuple[int, ...] = (8, 16, 32, 64, 128)          # of all but standard and gated
-L1_COEFFICIENTS: str = "8,4,2,1,0.5"                    # of standard and gated, in place of K
-SEEDS: tuple[int, ...] = (0, 1, 2)                      # each gives a split, first weights and data order
+L1_COEFFICIENT_LIST: tuple[float, ...] = (8.0, 4.0, 2.0, 1.0, 0.5)  # of standard and gated, in place of K
+SEEDS: tuple[int, ...] = (0, 1, 2)                      # of the first weights; split and data order are the same for all
 M: int = 4608                                           # features
 N_EPOCHS: int = 10                                      # of training
 BATCH_SIZE: int = 4096                                  # tokens per step
@@ -31,7 +30,7 @@ AT_L0: tuple[int, ...] = (8, 16, 32)                    # where architectures ar
 NAME: str = "pareto"                                    # of the result
 QUICK: bool = False                                     # small autoencoders, one seed, few examples
 
-QUICK_VALUES = {"M": 256, "N_EPOCHS": 5, "BATCH_SIZE": 512, "K_LIST": (4, 8, 16, 32), "L1_COEFFICIENTS": "8,4,2,1", "SEEDS": (0,),
+QUICK_VALUES = {"M": 256, "N_EPOCHS": 5, "BATCH_SIZE": 512, "K_LIST": (4, 8, 16, 32), "L1_COEFFICIENT_LIST": (8.0, 4.0, 2.0, 1.0), "SEEDS": (0,),
                 "N_LOSS_EXAMPLES": 8, "AT_L0": (8, 16)}
 BY_COEFFICIENT = ("standard", "gated")
 
@@ -41,10 +40,8 @@ def main():
     settings.show()
     work = settings.output_dir / "checkpoints" / settings.NAME
     run_stage("extract_activations.py", *passed_on(settings, DATA_FLAGS), "--output-dir", work)
-    run_many("train_sae.py", [train_flags(settings, work, *cell) for cell in grid(settings)])
-    runs = []
-    for seed in settings.SEEDS:
-        runs += measure(settings, work, [cell for cell in grid(settings) if cell[2] == seed])
+    run_many("train_sae.py", [train_flags(settings, work, name) for name in settings.ARCHITECTURES.split(",")])
+    runs = measure(settings, work)
     result = {"at_l0": {name: at_equal_l0(runs, name, settings.AT_L0) for name in ("normalized_mse", "loss_recovered")},
               "frontier": {name: frontier(runs, name) for name in ("normalized_mse", "loss_recovered")}, "runs": runs}
     write_result(settings.NAME, told(settings), rounded(result))
@@ -57,42 +54,48 @@ DATA_FLAGS = ("PRESET", "MODEL_NAME", "MODEL_REVISION", "CACHE_DIR", "DEVICE", "
 
 def grid(settings):
     """(architecture, K or L1 coefficient, seed) of every autoencoder."""
-    sparsities = {name: [float(c) for c in settings.L1_COEFFICIENTS.split(",")] if name in BY_COEFFICIENT else settings.K_LIST
-                  for name in settings.ARCHITECTURES.split(",")}
-    return [(name, sparsity, seed) for name, values in sparsities.items() for sparsity in values for seed in settings.SEEDS]
+    return [(name, sparsity, seed) for name in settings.ARCHITECTURES.split(",")
+            for sparsity in (settings.L1_COEFFICIENT_LIST if name in BY_COEFFICIENT else settings.K_LIST) for seed in settings.SEEDS]
 
 
-def run_name(architecture, sparsity, seed):
-    return f"{architecture}_{sparsity:g}_seed{seed}"
-
-
-def train_flags(settings, work, architecture, sparsity, seed):
-    """What train_sae.py is told for one autoencoder."""
+def train_flags(settings, work, architecture):
+    """What train_sae.py is told: all sparsities and seeds of one architecture come from one reading of the data."""
     name = "topk" if architecture == "matryoshka" else architecture
     prefixes = ["--matryoshka-prefixes", f"{settings.M // 4},{settings.M}"] if architecture == "matryoshka" else ["--no-use-matryoshka"]
-    how = ["--l1-coefficient", sparsity] if architecture in BY_COEFFICIENT else ["--k", sparsity]
-    return [*passed_on(settings, DATA_FLAGS), "--output-dir", work, "--run-name", run_name(architecture, sparsity, seed), "--architecture",
-            name, *prefixes, *how, "--seed", seed, "--m", settings.M, "--n-epochs", settings.N_EPOCHS, "--patience", settings.N_EPOCHS,
-            "--batch-size", settings.BATCH_SIZE, "--learning-rate", settings.LEARNING_RATE, "--lr-schedule", "linear"]
+    how = "L1_COEFFICIENT_LIST" if architecture in BY_COEFFICIENT else "K_LIST"
+    return [*passed_on(settings, DATA_FLAGS), "--output-dir", work, "--run-name", architecture, "--architecture", name, *prefixes,
+            f"--{config.flag_name(how)}", listed(settings.values[how]), "--seeds", listed(settings.SEEDS), "--m", settings.M, "--n-epochs",
+            settings.N_EPOCHS, "--patience", settings.N_EPOCHS, "--batch-size", settings.BATCH_SIZE, "--learning-rate",
+            settings.LEARNING_RATE, "--lr-schedule", "linear"]
 
 
-def measure(settings, work, cells):
-    """The figures of the autoencoders of one seed, which share their validation examples: one dict each."""
+def listed(values):
+    return ",".join(map(str, values))
+
+
+def measure(settings, work):
+    """The figures of every autoencoder, one dict each; all have the same validation examples."""
     from fastsae.autoencoder import load_sae
 
-    metrics, saes = {}, {}
-    for cell in cells:
-        folder = work / "checkpoints" / run_name(*cell)
-        metrics[cell] = json.loads((folder / "metrics.json").read_text())
-        saes[cell], meta = load_sae(folder / metrics[cell]["checkpoint"])
-    losses = spliced_losses(settings, work, saes, meta)
+    saes, metadata = {}, {}
+    for path in sorted((work / "checkpoints").glob("*/SAE_*.pt")):
+        sae, meta = load_sae(path)
+        s = meta["settings"]
+        if ".old-" in path.name or s["M"] != settings.M:  # of an earlier run with other settings
+            continue
+        cell = path.parent.name, s["L1_COEFFICIENT"] if path.parent.name in BY_COEFFICIENT else s["K"], s["INIT_SEED"]
+        saes[cell], metadata[cell] = sae, meta
+    cells = grid(settings)
+    losses = spliced_losses(settings, work, {cell: saes[cell] for cell in cells}, metadata[cells[0]])
     clean, zero, mean = (losses[name]["ce"] for name in ("clean", "zero", "mean"))
+    runs = []
     for cell in cells:
         ce = losses[cell]["ce"]
         kept = ("l0", "normalized_mse", "dead_fraction", "n_train_tokens")
-        yield {"architecture": cell[0], "sparsity": cell[1], "seed": cell[2], **{name: metrics[cell][name] for name in kept},
-               "ce": ce, "ce_clean": clean, "ce_zero": zero, "ce_mean": mean, "kl": losses[cell]["kl"],
-               "loss_recovered": (zero - ce) / (zero - clean), "loss_recovered_against_mean": (mean - ce) / (mean - clean)}
+        runs.append({"architecture": cell[0], "sparsity": cell[1], "seed": cell[2], **{name: metadata[cell]["metrics"][name] for name in kept},
+                     "ce": ce, "ce_clean": clean, "ce_zero": zero, "ce_mean": mean, "kl": losses[cell]["kl"],
+                     "loss_recovered": (zero - ce) / (zero - clean), "loss_recovered_against_mean": (mean - ce) / (mean - clean)})
+    return runs
 
 
 def spliced_losses(settings, work, saes, meta):

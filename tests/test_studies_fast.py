@@ -238,7 +238,7 @@ def test_fast_against_block_training_from_end_to_end(tmp_path, study, capsys):
 
 
 def test_the_frontier_from_end_to_end(tmp_path, study):
-    result, _ = study(pareto, "--layer-idx", 2, "--k-list", "1,2", "--l1-coefficients", "2,1", "--n-loss-examples", 2, "--at-l0", "1,2")
+    result, _ = study(pareto, "--layer-idx", 2, "--k-list", "1,2", "--l1-coefficient-list", "2,1", "--n-loss-examples", 2, "--at-l0", "1,2")
     assert len(result["runs"]) == 12 and set(result["at_l0"]["normalized_mse"]["topk"]) == {"1", "2"}
     for run in result["runs"]:
         assert run["ce_clean"] != run["ce_zero"]
