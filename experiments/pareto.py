@@ -30,8 +30,8 @@ AT_L0: tuple[int, ...] = (8, 16, 32)                    # where architectures ar
 NAME: str = "pareto"                                    # of the result
 QUICK: bool = False                                     # small autoencoders, one seed, few examples
 
-QUICK_VALUES = {"M": 256, "N_EPOCHS": 5, "BATCH_SIZE": 512, "K_LIST": (4, 8, 16, 32), "L1_COEFFICIENT_LIST": (8.0, 4.0, 2.0, 1.0), "SEEDS": (0,),
-                "N_LOSS_EXAMPLES": 8, "AT_L0": (8, 16)}
+QUICK_VALUES = {"M": 256, "N_EPOCHS": 5, "BATCH_SIZE": 512, "K_LIST": (4, 8, 16, 32), "L1_COEFFICIENT_LIST": (8.0, 4.0, 2.0, 1.0),
+                "SEEDS": (0,), "N_LOSS_EXAMPLES": 8, "AT_L0": (8, 16)}
 BY_COEFFICIENT = ("standard", "gated")
 
 
@@ -92,9 +92,10 @@ def measure(settings, work):
     for cell in cells:
         ce = losses[cell]["ce"]
         kept = ("l0", "normalized_mse", "dead_fraction", "n_train_tokens")
-        runs.append({"architecture": cell[0], "sparsity": cell[1], "seed": cell[2], **{name: metadata[cell]["metrics"][name] for name in kept},
-                     "ce": ce, "ce_clean": clean, "ce_zero": zero, "ce_mean": mean, "kl": losses[cell]["kl"],
-                     "loss_recovered": (zero - ce) / (zero - clean), "loss_recovered_against_mean": (mean - ce) / (mean - clean)})
+        runs.append({"architecture": cell[0], "sparsity": cell[1], "seed": cell[2],
+                     **{name: metadata[cell]["metrics"][name] for name in kept}, "ce": ce, "ce_clean": clean, "ce_zero": zero,
+                     "ce_mean": mean, "kl": losses[cell]["kl"], "loss_recovered": (zero - ce) / (zero - clean),
+                     "loss_recovered_against_mean": (mean - ce) / (mean - clean)})
     return runs
 
 
@@ -127,7 +128,7 @@ def spliced_losses(settings, work, saes, meta):
 
 
 def at_equal_l0(runs, name, l0s):
-    """{architecture: {L0: mean and standard deviation over seeds of a figure there}}, interpolated in log2 L0; left out beyond its range."""
+    """{architecture: {L0: mean and deviation over seeds of a figure there}}, interpolated in log2 L0; left out beyond its range."""
     found = {}
     for architecture in dict.fromkeys(run["architecture"] for run in runs):
         by_seed = {seed: [r for r in runs if (r["architecture"], r["seed"]) == (architecture, seed)] for seed in {r["seed"] for r in runs}}
@@ -175,7 +176,8 @@ def figure(runs, settings, path):
             lines = [[(run["l0"], run[name]) for run in mine if run["sparsity"] == sparsity]
                      for sparsity in dict.fromkeys(run["sparsity"] for run in mine)]
             points = np.array(sorted(np.mean(values, axis=0).tolist() for values in lines))
-            ax.plot(*points.T, "o-" if architecture not in BY_COEFFICIENT else "s--", ms=3.5, lw=1.3, color=f"C{number}", label=architecture)
+            style = "s--" if architecture in BY_COEFFICIENT else "o-"
+            ax.plot(*points.T, style, ms=3.5, lw=1.3, color=f"C{number}", label=architecture)
             ax.set(xscale="log", xlabel="L0 (active features per token)", ylabel=label)
     for ax in axes:
         ax.set_xticks(settings.K_LIST, [str(k) for k in settings.K_LIST])

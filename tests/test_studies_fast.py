@@ -15,6 +15,7 @@ import fast_vs_block
 import heldout
 import many_runs
 import pareto
+import readme_studies
 
 from fastsae.autoencoder import new_sae
 from fastsae.examples import SHARED_PREFIX, ChatTokenizer, mark_shared_prefix, tokenise
@@ -114,7 +115,8 @@ def test_the_gap_on_sinks_by_hand():
     names = ("mse_special, all tokens", "mse_special, part on sinks")
 
     def errors(whole, part):
-        return {**{name: np.ones((2, 6)) for name in heldout.PER_DIALOGUE}, names[0]: np.full((2, 6), whole), names[1]: np.full((2, 6), part)}
+        others = {name: np.ones((2, 6)) for name in heldout.PER_DIALOGUE}
+        return {**others, names[0]: np.full((2, 6), whole), names[1]: np.full((2, 6), part)}
     result = heldout.gap_on_sinks(errors(3.0, 2.0), errors(11.0, 8.0))
     assert (result["gap"], result["on_sinks"], result["share"], result["share_interval"]) == (8, 6, 0.75, [0.75, 0.75])
     assert heldout.gap_on_sinks(errors(3.0, 2.0), errors(3.0, 1.0))["share"] is None
@@ -170,7 +172,8 @@ def test_interpolation_between_sparsities_by_hand():
 
 def test_the_frontier_leaves_out_what_another_beats():
     rows = [("a", 1, 4, 0.5, 0.7), ("a", 2, 8, 0.3, 0.9), ("b", 1, 8, 0.4, 0.8), ("b", 2, 16, 0.35, 0.95)]
-    runs = [{"architecture": a, "sparsity": s, "seed": 0, "l0": l0, "normalized_mse": mse, "loss_recovered": loss} for a, s, l0, mse, loss in rows]
+    runs = [{"architecture": a, "sparsity": s, "seed": 0, "l0": l0, "normalized_mse": mse, "loss_recovered": loss}
+            for a, s, l0, mse, loss in rows]
     assert [(p["architecture"], p["sparsity"]) for p in pareto.frontier(runs, "normalized_mse")] == [("a", 1), ("a", 2)]
     assert [(p["architecture"], p["sparsity"]) for p in pareto.frontier(runs, "loss_recovered")] == [("a", 1), ("a", 2), ("b", 2)]
 
@@ -206,14 +209,16 @@ def study(tmp_path, tiny, run_main, monkeypatch):
     def run(module, *flags):
         monkeypatch.setattr(common, "RESULTS", tmp_path)
         monkeypatch.setattr(module, "RESULTS", tmp_path)
+        monkeypatch.setattr(readme_studies, "RESULTS", tmp_path)
         monkeypatch.setattr(module, "rounded", lambda value: value)
         monkeypatch.setattr(module, "run_stage", in_process)
         monkeypatch.setattr(module, "run_many", lambda script, jobs: [in_process(script, *job) for job in jobs])
-        argv = [module.__file__, "--quick", "--output-dir", tmp_path / "out", "--model-name", tiny, "--dataset-path", data, "--device", "cpu",
-                "--label-field", "kind", "--name", "study", "--m", 16, "--n-epochs", 1, "--batch-size", 64, *flags]
+        argv = [module.__file__, "--quick", "--output-dir", tmp_path / "out", "--model-name", tiny, "--dataset-path", data,
+                "--device", "cpu", "--label-field", "kind", "--name", module.__name__, "--m", 16, "--n-epochs", 1,
+                "--batch-size", 64, *flags]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         module.main()
-        return json.loads((tmp_path / "study.json").read_text()), stages
+        return json.loads((tmp_path / f"{module.__name__}.json").read_text()), stages
     return run
 
 
@@ -227,13 +232,15 @@ def test_fast_against_block_training_from_end_to_end(tmp_path, study, capsys):
     assert len(result["comparisons"]) == 2 * 2 * 2 and len(result["interpretability"]) == 3 * 2 * 2 * 2
     assert {c["mse_special, all tokens"]["ordering"] for c in result["comparisons"]} <= {"confirmed", "refuted", "open"}
     assert result["data"]["held out"]["examples"] == 12 and result["data"]["FAST"]["examples"] == 28
-    trained = {row for row in (tmp_path / "out/checkpoints/study/training.jsonl").read_text().splitlines()}
-    assert not trained & set((tmp_path / "out/checkpoints/study/held_out.jsonl").read_text().splitlines())
+    trained = {row for row in (tmp_path / "out/checkpoints/fast_vs_block/training.jsonl").read_text().splitlines()}
+    assert not trained & set((tmp_path / "out/checkpoints/fast_vs_block/held_out.jsonl").read_text().splitlines())
     assert all(0 < row["token_purity"]["value"] <= 1 and 0 <= row["category_auc"]["value"] <= 1 for row in result["interpretability"])
-    assert (tmp_path / "study.png").stat().st_size > 10_000
+    assert (tmp_path / "fast_vs_block.png").stat().st_size > 10_000
+    lines = readme_studies.fast_vs_block()
+    assert sum(line.startswith("| topk") for line in lines) == 2 * 2 + 2 and "0.65 | 1.51 | 5.20 | 0.86 | 3.69" in "\n".join(lines)
     capsys.readouterr()
     again, _ = study(fast_vs_block, *flags)
-    assert "wrote" not in capsys.readouterr().out.replace("wrote " + str(tmp_path / "study"), "")  # every piece is up to date
+    assert "wrote" not in capsys.readouterr().out.replace("wrote " + str(tmp_path / "fast_vs_block"), "")  # every piece is up to date
     assert again["runs"] == result["runs"] and again["comparisons"] == result["comparisons"]
 
 
@@ -243,15 +250,17 @@ def test_the_frontier_from_end_to_end(tmp_path, study):
     for run in result["runs"]:
         assert run["ce_clean"] != run["ce_zero"]
         assert run["loss_recovered"] == pytest.approx((run["ce_zero"] - run["ce"]) / (run["ce_zero"] - run["ce_clean"]))
-    assert (tmp_path / "study.png").stat().st_size > 10_000
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+    assert sum(line.startswith(("| topk", "| gated")) for line in readme_studies.pareto()) == 2
 
 
 def test_a_language_model_scores_where_an_endpoint_is_configured(tmp_path, study, monkeypatch):
     from loopback import Endpoint
 
     server = Endpoint(reply=lambda prompt: {"choices": [{"message": {"role": "assistant", "content":
-        "clear.\nMy final verdict score is: [[4]], feature name is [[bread]]"}, "finish_reason": "stop", "index": 0}], "object": "chat.completion",
-        "id": "1", "created": 1, "model": "m", "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}})
+        "clear.\nMy final verdict score is: [[4]], feature name is [[bread]]"}, "finish_reason": "stop", "index": 0}],
+        "object": "chat.completion", "id": "1", "created": 1, "model": "m",
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}})
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     try:
         result, _ = study(fast_vs_block, "--layers", "1", "--architectures", "topk", "--seeds", "0", "--k", 2, "--block-length", 64,
