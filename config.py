@@ -54,7 +54,7 @@ PRESETS = {
 
 PROJECT = Path(__file__).resolve().parent
 STAGES = ("extract_activations.py", "train_sae.py", "interpret_sae.py")
-PATH_SETTINGS = ("DATASET_PATH", "OUTPUT_DIR", "CACHE_DIR")
+PATH_SETTINGS = ("DATASET_PATH", "OUTPUT_DIR", "CACHE_DIR", "INIT_FROM", "SAE_PATH")
 
 
 class Settings:
@@ -215,7 +215,7 @@ def parse_flags(declared, argv, scripts):
 
     A flag whose value cannot be read is left out and its name is in `problems`.
     """
-    parser = _Parser(prog=scripts[0] if len(scripts) == 1 else "run_pipeline.py", allow_abbrev=False,
+    parser = _Parser(prog=scripts[-1] if scripts and (len(scripts) == 1 or scripts[-1] not in STAGES) else "run_pipeline.py", allow_abbrev=False,
                      usage="%(prog)s [--setting value ...]",
                      description="Every setting is a constant at the top of the file named; a flag overrides it for one run.",
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=130))
@@ -225,7 +225,8 @@ def parse_flags(declared, argv, scripts):
         default = setting["value"] if setting["has_value"] else "from the preset"
         text = f"{setting['comment']} [{default}]".replace("%", "%%")
         if setting["type"] == "bool":
-            group.add_argument(f"--{flag_name(name)}", dest=name, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS)
+            group.add_argument(f"--{flag_name(name)}", dest=name, action=argparse.BooleanOptionalAction, help=text,
+                               default=argparse.SUPPRESS)
         else:
             kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1,\1,...", setting["type"]).replace(" | None", " or none")
             group.add_argument(f"--{flag_name(name)}", dest=name, metavar=kind.upper().replace("OR NONE", "or none"), nargs="?",
@@ -262,7 +263,7 @@ def _joined(argv):
 
 def _example_of(setting):
     value = setting["value"]
-    examples = {"int": "8", "float": "0.5", "tuple[int, ...]": "8,16", "tuple[float, ...]": "0.5,2"}
+    examples = {"int": "8", "float": "0.5", "tuple[int, ...]": "8,16", "tuple[float, ...]": "0.5,2", "tuple[str, ...]": "saelens"}
     return ",".join(map(str, value)) if isinstance(value, tuple) else examples.get(setting["type"].removesuffix(" | None"), value)
 
 
@@ -314,6 +315,7 @@ CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE":
            "LOGGER": ("none", "tensorboard", "wandb"), "USE_TOKENS": ("all", "content", "assistant"),
            "NORMALIZE_ACTIVATIONS": ("auto", "none", "mean", "norm", "both"),
            "INIT_DIRECTIONS": ("xavier", "kaiming", "orthogonal", "data"), "INIT_CENTRE": ("median", "mean", "geometric_median"),
+           "EXPORT": ("saelens", "sparsify"),
            "LLM_PROTOCOL": ("both", "contrastive", "fast"), "SELECTION_METHOD": ("separation_score", "correlation", "lasso")}
 
 
@@ -331,8 +333,8 @@ def check_values(values):
             for value in _each(values.get(name)):
                 require(ok(value, bound), name, f"{value} is {wrong.format(bound)}", f"give {right.format(bound)}")
     for name, allowed in CHOICES.items():
-        if name in values:
-            require(values[name] in allowed, name, f"{values[name]!r} is unknown", f"choose {', '.join(allowed)}")
+        for value in _each(values.get(name)):
+            require(value in allowed, name, f"{value!r} is unknown", f"choose {', '.join(allowed)}")
     if "DEVICE" in values:
         require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", values["DEVICE"]), "DEVICE", f"{values['DEVICE']!r} is unknown",
                 "choose auto, cpu, mps, cuda or cuda:0")
@@ -347,7 +349,7 @@ def check_values(values):
 
 
 def check_paths(values, require):
-    if {"BATCH_TOKENS", "POOLING"} & set(values) and "DATASET_PATH" in values:  # the stages that read the dataset
+    if {"BATCH_TOKENS", "POOLING"} & set(values) and "DATASET_PATH" in values and values.get("TEXT") is None:  # stages that read it
         from_hub = values["DATASET_PATH"].startswith("hf:")
         require(from_hub or os.path.isfile(values["DATASET_PATH"]), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
                 "give your data with --dataset-path FILE.jsonl")
@@ -387,6 +389,9 @@ def check_features(values, require):
             "give --no-use-matryoshka, or --architecture topk")
     require(not (dense and values.get("USE_BATCH_TOPK")), "USE_BATCH_TOPK", f"{values.get('ARCHITECTURE')} picks no largest K",
             "give --no-use-batch-topk, or --architecture batchtopk")
+    other = "batchtopk" if values.get("USE_BATCH_TOPK") else values.get("ARCHITECTURE")
+    require("sparsify" not in _each(values.get("EXPORT")) or other == "topk", "EXPORT", f"sparsify holds topk only, not {other}",
+            "leave sparsify out, or give --architecture topk")
     if values["USE_MATRYOSHKA"] and not dense:
         rising = len(prefixes) > 0 and prefixes[0] >= 1 and all(a < b for a, b in zip(prefixes, prefixes[1:]))
         require(rising, "MATRYOSHKA_PREFIXES", f"{prefixes} do not rise from 1 or more", "give for example 64,256")

@@ -9,17 +9,14 @@ batch holds several, padded on the right, and attention is causal. Work is kept 
 interrupted run continues. The result must fit on the disk twice, and never into memory; of the dataset only token ids are kept.
 """
 import hashlib
-import shutil
-import sys
 
 import numpy as np
 
 import config
-from fastsae import activations_file, artifacts, extraction
-from fastsae.errors import InputError, run_stage
+from fastsae import activations_file, artifacts, extraction, storage
+from fastsae.errors import InputError, end, run_stage
 from fastsae.examples import CONTENT, SHARED_PREFIX, ChatTokenizer, cut_blocks, mark_shared_prefix, tokenise
 from fastsae.sources import Deduplicator, identity, require_two, stream_examples, stream_text
-from fastsae.tokens import token_norms
 
 LAYERS: tuple[int, ...] | None = None   # several layers in one pass, a file each, at the cost of the deepest; none = LAYER_IDX
 USE_CHAT_TEMPLATE: bool = True          # render each example with the model's own template; off: plain text
@@ -48,30 +45,35 @@ def main():
         dataset, dataset_path = identity(settings.DATASET_PATH)
         inputs = {"dataset": dataset, "model": language_model.identity(settings.MODEL_NAME, settings.MODEL_REVISION)}
         wanted = {layer: describe(settings, layer, inputs) for layer in settings.LAYERS or (settings.LAYER_IDX,)}
+        for layer in sorted(wanted):
+            storage.claim(path_of(settings, layer), "--output-dir")
         metadata = {layer: m for layer, m in wanted.items() if not up_to_date(path_of(settings, layer), m)}
         if not metadata:
+            if world.rank == 0:
+                storage.remove(parts_folder(settings, wanted))
             return
+        computed = wanted if parts_folder(settings, wanted).exists() else metadata  # parts of an interrupted run hold all of its layers
 
         source = {"revision": settings.MODEL_REVISION, "cache_dir": settings.CACHE_DIR}
         model_config = language_model.load_config(settings.MODEL_NAME, **source)
         language_model.check_layer(model_config, max(metadata), settings.MODEL_NAME)
         table, counts = read_tokens(settings, dataset_path, language_model.load_tokenizer(settings.MODEL_NAME, **source))
         n_shared = 0 if settings.PROCESSING == "block" else mark_shared_prefix(table)
-        n_values = len(table.ids) * model_config.hidden_size * len(metadata)
+        n_values = len(table.ids) * model_config.hidden_size * len(computed)
         extraction.require_disk_space(settings.activations_path, n_values, settings.STORAGE_DTYPE)
 
         device = world.device(language_model.choose_device(settings.DEVICE))
-        model = language_model.ResidualModel(settings.MODEL_NAME, metadata, device=device,
+        model = language_model.ResidualModel(settings.MODEL_NAME, computed, device=device,
                                              dtype=language_model.choose_dtype(settings.DTYPE, device), **source)
         for block in metadata.values():
             block.update(n_examples=len(table.lengths), n_tokens=len(table.ids), d_model=model.d_model, n_shared_prefix=n_shared,
                          **counts, compute_dtype=str(model.dtype).removeprefix("torch."), device=device.partition(":")[0],
                          resolved_revision=model.revision)
-        parts = run_model(model, table, n_shared, settings, world, metadata)
+        parts = run_model(model, table, n_shared, settings, world, computed)
         if world.rank == 0:
             for layer, block in metadata.items():
                 write_layer(path_of(settings, layer), parts, table, block, settings, world.size)
-            shutil.rmtree(parts[0].parent)
+            storage.remove(parts[0].parent)
 
 
 def path_of(settings, layer):
@@ -88,9 +90,17 @@ def describe(settings, layer, inputs):
                                   dataset_path=settings.DATASET_PATH)
 
 
+def parts_folder(settings, metadata):
+    """Where the parts of an unfinished run lie that computes these layers."""
+    content = hashlib.sha256("".join(block["fingerprint"] for block in metadata.values()).encode()).hexdigest()[:16]
+    return settings.activations_path.parent / f".parts-{content}"
+
+
 def up_to_date(path, metadata):
+    """True if the file, or all of its shards, is there, whole (every byte is checked) and made from the same."""
     shards = activations_file.find_shards(path)
-    return bool(shards) and artifacts.matches(shards[0], metadata, lambda _: activations_file.read_metadata(path))
+    return bool(shards) and artifacts.matches(shards[0], metadata, lambda _: artifacts.metadata_of(
+        activations_file.open_activations(path), path))
 
 
 def read_tokens(settings, dataset_path, tokenizer):
@@ -128,8 +138,7 @@ def run_model(model, table, n_shared, settings, world, metadata):
                                  dataset_name=settings.DATASET_PATH, pin=kind == "cuda")
     # What an interrupted run was doing decides whether its parts may be used: batches change the last bits.
     plan = hashlib.sha256(repr((batch_tokens, chunks, str(model.dtype), kind, forward.n_prefix)).encode()).hexdigest()[:8]
-    content = hashlib.sha256("".join(block["fingerprint"] for block in metadata.values()).encode()).hexdigest()[:16]
-    return extraction.extract_parts(forward, chunks, settings.activations_path.parent / f".parts-{content}", plan, world)
+    return extraction.extract_parts(forward, chunks, parts_folder(settings, metadata), plan, world)
 
 
 def write_layer(path, parts, table, metadata, settings, n_processes):
@@ -137,9 +146,10 @@ def write_layer(path, parts, table, metadata, settings, n_processes):
     layer, starts = metadata["settings"]["LAYER_IDX"], table.starts
     shard_tokens = max(1, settings.SHARD_BYTES // (metadata["d_model"] * np.dtype(settings.STORAGE_DTYPE).itemsize))
     shards = extraction.split_shards(table.lengths, shard_tokens)
-    statistics = NormStatistics(table.kind)
-    rows = extraction.RowStream(parts, f"activations_{layer}", statistics.add)
+    rows = extraction.RowStream(parts, f"activations_{layer}")
     before = activations_file.find_shards(path)
+    timing = timing_of(parts, table, metadata, n_processes)
+    artifacts.write_json(path.with_suffix(".json"), timing)  # before the file that counts as done once it is there
     written = []
     for number, (first, last) in enumerate(shards, 1):
         a, b = int(starts[first]), int(starts[last])
@@ -152,32 +162,24 @@ def write_layer(path, parts, table, metadata, settings, n_processes):
         }, keep_old=True)
         written.append(target)
     artifacts.set_aside([old for old in before if old not in written])  # of an earlier run with another number of shards
-    summarise(path, written, parts, table, metadata, statistics, n_processes)
+    summarise(written, table, metadata, timing)
 
 
-class NormStatistics:
-    """Norms of tokens, gathered while rows stream by: attention sinks are few tokens with norms far above the median."""
-
-    def __init__(self, kind):
-        self.kind, self.norms = kind, []
-
-    def add(self, rows):
-        self.norms.append(token_norms(rows))
-
-    def result(self):
-        norms = np.concatenate(self.norms)
-        median = float(np.median(norms[self.kind != SHARED_PREFIX]))
-        sinks = norms > SINK_RATIO * median
-        return {"median_norm": median, "max_norm": float(norms.max()), "n_sinks": int(sinks.sum()),
-                "n_sinks_outside_prefix": int((sinks & (self.kind != SHARED_PREFIX)).sum())}
+def timing_of(parts, table, metadata, n_processes):
+    """Speed, and the norms of one layer's tokens: attention sinks are few tokens with norms far above the median."""
+    norms_name = f"norms_{metadata['settings']['LAYER_IDX']}"
+    found = [artifacts.read_npz(part, ["seconds", norms_name], made_by=extraction.MAKER) for part in parts]
+    seconds, norms = sum(float(part["seconds"]) for part in found) / n_processes, np.concatenate([part[norms_name] for part in found])
+    own = table.kind != SHARED_PREFIX  # (n_tokens,)
+    median = float(np.median(norms[own]))
+    sinks = norms > SINK_RATIO * median
+    return {"seconds": round(seconds, 3), "tokens_per_second": round(metadata["n_tokens"] / seconds, 1),
+            "device": metadata["device"], "compute_dtype": metadata["compute_dtype"], "n_processes": n_processes, "median_norm": median,
+            "max_norm": float(norms.max()), "n_sinks": int(sinks.sum()), "n_sinks_outside_prefix": int((sinks & own).sum())}
 
 
-def summarise(path, written, parts, table, metadata, statistics, n_processes):
-    seconds = sum(float(artifacts.read_npz(part, ["seconds"], made_by=extraction.MAKER)["seconds"]) for part in parts) / n_processes
-    norms, kind, lengths = statistics.result(), table.kind, table.lengths
-    timing = {"seconds": round(seconds, 3), "tokens_per_second": round(metadata["n_tokens"] / seconds, 1),
-              "device": metadata["device"], "compute_dtype": metadata["compute_dtype"], "n_processes": n_processes, **norms}
-    artifacts.write_json(path.with_suffix(".json"), timing)
+def summarise(written, table, metadata, timing):
+    kind, lengths = table.kind, table.lengths
     dropped = f", {metadata['n_duplicates']:,} duplicates dropped" if metadata["n_duplicates"] else ""
     left = f"; {metadata['n_left_over']} tokens left over" if "n_left_over" in metadata else ""
     print(f"{'blocks' if left else 'examples'}: {len(lengths):,}, tokens each: min {lengths.min()}, max {lengths.max()}, mean "
@@ -187,12 +189,13 @@ def summarise(path, written, parts, table, metadata, statistics, n_processes):
           f"{metadata['n_shared_prefix']} that all examples share")
     if metadata["n_control_strings"]:
         print(f"control strings inside the texts, kept as plain text: {metadata['n_control_strings']}")
-    print(f"norms: median {norms['median_norm']:.1f}, max {norms['max_norm']:.1f}; attention sinks (over {SINK_RATIO}x the median): "
-          f"{norms['n_sinks']:,}, {norms['n_sinks_outside_prefix']} outside the shared prefix")
-    print(f"forward passes: {seconds:.1f} s, {timing['tokens_per_second']:,.0f} tokens/s ({metadata['device']}, {metadata['compute_dtype']})")
+    print(f"norms: median {timing['median_norm']:.1f}, max {timing['max_norm']:.1f}; attention sinks (over {SINK_RATIO}x the median): "
+          f"{timing['n_sinks']:,}, {timing['n_sinks_outside_prefix']} outside the shared prefix")
+    print(f"forward passes: {timing['seconds']:.1f} s, {timing['tokens_per_second']:,.0f} tokens/s ({metadata['device']}, "
+          f"{metadata['compute_dtype']})")
     shards = f" and {len(written) - 1} more shards" if len(written) > 1 else ""
     print(f"wrote {written[0]}{shards} ({sum(p.stat().st_size for p in written) / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    end(run_stage(main))

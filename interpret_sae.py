@@ -3,6 +3,8 @@
     python interpret_sae.py
     OPENAI_API_KEY=... python interpret_sae.py --n-top-neurons 50 --interpreter-model gpt-5-mini
     python interpret_sae.py --target-value remembering
+    python interpret_sae.py --text "Where did I leave the key?"
+    python interpret_sae.py --sae-path gemma-scope-2b-pt-res/layer_20
 
 Reads the activations, the checkpoint that `checkpoints/<run>/metrics.json` names, and the dataset. Writes `interpretations.html`
 (a report for people), `interpretations.csv`, one row per feature, and its exact twin `interpretations.jsonl` (first line:
@@ -16,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 import config
-from fastsae import activations_file, artifacts, llm_client, tables
-from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, run_stage
+from fastsae import activations_file, artifacts, formats, llm_client, storage, tables
+from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, end, run_stage
 
+SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens, sparsify, ...; none = the run's own
 POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc and targets: max or mean
 N_REPORT_FEATURES: int = 1024           # features in interpretations.html at most; the tables hold all
 INTERPRETER_MODEL: str = "gpt-5-mini"   # at the endpoint (OPENAI_API_KEY or OPENAI_KEY_SAE, OPENAI_BASE_URL), or local:NAME here
@@ -34,6 +37,7 @@ TARGET_FIELD: str | None = None         # dataset field to predict, for hypothes
 TARGET_VALUE: str | None = None         # its value against all others; none = its numbers (no hypotheses.csv without a TARGET_...)
 SELECTION_METHOD: str = "separation_score"  # how HypotheSAEs selects features for the target: separation_score, correlation, lasso
 N_HYPOTHESES: int = 20                  # features to select for the target
+TEXT: str | None = None                 # print the strongest features of each token of this sentence, and stop
 NEURONPEDIA_SET: str | None = None      # also write upload batches under neuronpedia/, for the source "<layer>-<this name>"
 NEURONPEDIA_MODEL: str | None = None    # Neuronpedia's id of the model; none = the model's own name in lower case
 
@@ -53,15 +57,18 @@ OPTIONAL = ("score", "score_name", "fidelity_f1", "fidelity_precision", "fidelit
 def main():
     settings = config.resolve(__file__)
     settings.show()
-    checkpoint_path = named_checkpoint(settings.run_dir)
-    sae_meta = artifacts.read_checkpoint_metadata(checkpoint_path)
+    if settings.TEXT is not None:
+        return show_text(settings, settings.SAE_PATH or named_checkpoint(settings.run_dir))
+    checkpoint_path, sae_meta = chosen_sae(settings)
     backend = None
     if settings.N_TOP_NEURONS:
         backend = llm_client.choose_backend(settings.INTERPRETER_MODEL, timeout=settings.LLM_TIMEOUT, device=settings.DEVICE)
     metadata = describe(settings, checkpoint_path, sae_meta, backend)
     folder, jsonl_path = settings.output_dir, settings.output_dir / "interpretations.jsonl"
-    if not settings.DRY_RUN and done(folder, jsonl_path, metadata):
-        return
+    if not settings.DRY_RUN:
+        storage.claim(jsonl_path, "--output-dir")
+        if done(folder, jsonl_path, metadata):
+            return
 
     features = Features(settings, checkpoint_path, sae_meta)
     labelled = features.choose(settings.N_TOP_NEURONS)
@@ -77,6 +84,16 @@ def main():
     return incomplete(features.rows) if work else 0
 
 
+def chosen_sae(settings):
+    """(path, metadata) of the run's checkpoint, or of SAE_PATH: of the latter only what decides whether the work is done."""
+    if settings.SAE_PATH is None:
+        path = named_checkpoint(settings.run_dir)
+        return path, artifacts.read_checkpoint_metadata(path)
+    source = activations_file.read_metadata(settings.activations_path)
+    return Path(settings.SAE_PATH), {"fingerprint": formats.fingerprint_of(settings.SAE_PATH), "activations": source,
+                                     "inputs": {"activations": source["fingerprint"]}}
+
+
 def named_checkpoint(run_dir):
     """The checkpoint that the run's metrics.json names."""
     path = run_dir / "metrics.json"
@@ -88,6 +105,18 @@ def named_checkpoint(run_dir):
         raise EnvironmentFailure(f"{path}: damaged. run train_sae.py again.") from None
 
 
+def show_text(settings, checkpoint_path):
+    """Print the strongest features of each token of TEXT, with their labels where there are any. Nothing is written."""
+    from fastsae import load_sae
+    from fastsae.language_model import choose_device
+    from fastsae.trained_sae import text_table
+
+    sae = load_sae(checkpoint_path, device=choose_device(settings.DEVICE), cache_dir=settings.CACHE_DIR)
+    found = sae.features_of(settings.TEXT)
+    labels = tables.read_labels(settings.output_dir / "interpretations.jsonl", sae.meta["fingerprint"])
+    print(f"{sae}\n{text_table(found, labels)}")
+
+
 def describe(settings, checkpoint_path, sae_meta, backend):
     """The metadata of the outputs: what decides them, and where they come from."""
     from fastsae.report import template_sha256
@@ -96,7 +125,8 @@ def describe(settings, checkpoint_path, sae_meta, backend):
     llm = {**settings.select(LLM_SETTINGS), "base_url": backend.scope[1]} if backend else None
     return artifacts.new_metadata(
         "interpretations", {**settings.select(DECISIVE), "llm": llm, "target": target},
-        {"checkpoint": sae_meta["fingerprint"], "dataset": sae_meta["activations"]["inputs"]["dataset"], "report": template_sha256()},
+        {"checkpoint": sae_meta["fingerprint"], "dataset": sae_meta["activations"]["inputs"]["dataset"], "report": template_sha256(),
+         **({"activations": sae_meta["activations"]["fingerprint"]} if settings.SAE_PATH else {})},
         checkpoint=str(checkpoint_path))
 
 
@@ -140,9 +170,12 @@ class Features:
         if identity(settings.DATASET_PATH)[0] != self.source["inputs"]["dataset"]:
             raise InputError(f"DATASET_PATH: {settings.DATASET_PATH} is not the file the activations were made from. "
                              "run extract_activations.py.")
-        self.examples = self.read_examples(settings.LABEL_FIELD)
         device = choose_device(settings.DEVICE)
-        sae, _ = load_sae(checkpoint_path, "cpu" if device == "mps" else device)
+        sae, loaded_meta = load_sae(checkpoint_path, "cpu" if device == "mps" else device)
+        if settings.SAE_PATH:
+            formats.fit(checkpoint_path, sae, loaded_meta, settings.activations_path, self.source, data, seed=settings.SEED)
+            self.sae_meta = sae_meta = loaded_meta
+        self.examples = self.read_examples(settings.LABEL_FIELD)
         tokenizer = load_tokenizer(self.source["model_name"], revision=self.source["model_revision"], cache_dir=settings.CACHE_DIR)
         with tqdm(total=len(data["token_ids"]), unit="token", unit_scale=True, desc="statistics", mininterval=1, disable=None) as bar:
             self.evidence = Evidence(sae, data, self.examples, tokenizer, {
@@ -292,4 +325,4 @@ def say(features, work, folder):
 
 
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    end(run_stage(main))

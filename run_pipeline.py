@@ -6,6 +6,7 @@
 Checks the settings of all stages first, hands each flag to the stages that know it, and returns the exit code of the stage
 that failed. A stage whose output is up to date says so and returns at once.
 """
+import os
 import signal
 import subprocess
 import sys
@@ -28,11 +29,15 @@ def main():
 def run(script, flags):
     """The stage's exit code. A stage gets the signals that end this process, each once, so that none is left running.
 
-    (In a session of its own: Ctrl-C at a terminal would otherwise reach it twice, and twice means at once, without saving.)
+    (In a session of its own: Ctrl-C at a terminal would otherwise reach it twice, and twice means at once, without saving.) Its
+    stdin is a pipe that closes when this process ends, also by a kill: it then stops as well.
     """
-    stage = subprocess.Popen([sys.executable, str(script), *flags], stdin=subprocess.DEVNULL, start_new_session=True)
+    stage = subprocess.Popen([sys.executable, str(script), *flags], stdin=subprocess.PIPE, start_new_session=True,
+                             env={**os.environ, "FASTSAE_STDIN_ENDS_WITH_PARENT": "1"})
+    asked = []
 
     def stop(signum, frame):
+        asked.append(signum)
         if stage.poll() is None:
             stage.send_signal(signum)
 
@@ -42,7 +47,8 @@ def run(script, flags):
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return 128 - code if code < 0 else code
+    code = 128 - code if code < 0 else code
+    return code or (128 + asked[0] if asked else 0)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,14 @@
     python train_sae.py --seeds 0,1,2 --k-list 4,8,16          # nine autoencoders from one reading of the data
 
 Reads `activations/activations_layer{LAYER_IDX}.npz`. Writes `checkpoints/<run>/SAE_....pt` (which `hypothesaes.sae.load_model`
-reads), `metrics.json` with the final figures, `metrics.jsonl` with one line per epoch, `training.png` with their curves; while it
-trains, `SAE_....resume.pt`, from which the same command goes on after an interruption and ends in the same bytes. Activations beyond
-BUFFER_TOKENS stay on the disk.
+reads), `metrics.json` with the final figures, `metrics.jsonl` with one line per epoch, `training.png` with their curves,
+`README.md`, a model card, and with EXPORT folders for other libraries; while it trains, `SAE_....resume.pt`, from which the same
+command goes on after an interruption and ends in the same bytes. Activations beyond BUFFER_TOKENS stay on the disk.
 """
 import functools
 import itertools
 import json
 import math
-import os
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 import config
-from fastsae import artifacts
+from fastsae import artifacts, storage
 from fastsae.activations_file import read_metadata
-from fastsae.errors import InputError, deferred_stop, run_stage, stop, stop_asked
+from fastsae.errors import InputError, Terminated, deferred_stop, end, run_stage, stop, stop_asked
 
 ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
 M: int = 256                                       # features
@@ -63,10 +61,12 @@ SELECT_DTYPE: str = "float32"                      # bfloat16 picks the top K fr
 SEEDS: tuple[int, ...] | None = None               # several autoencoders from one reading of the data, by the seed of their first weights
 K_LIST: tuple[int, ...] | None = None              # the same for several K ...
 L1_COEFFICIENT_LIST: tuple[float, ...] | None = None  # ... and for several L1_COEFFICIENT; all combinations are trained
+INIT_FROM: str | None = None                       # autoencoder to go on from: a .pt, or a folder of SAELens, sparsify, ...; none = random
+EXPORT: tuple[str, ...] | None = None              # also write folders for saelens, sparsify; works for a trained one too; none = no
 SAVE_EVERY: float = 60.0                           # seconds between saves of an unfinished run, the most that a kill loses
 LOGGER: str = "none"                               # none, tensorboard or wandb: where the figures of each epoch go as well
 
-NOT_DECISIVE = ("ENGINE", "SAVE_EVERY", "LOGGER", "SEEDS", "K_LIST", "L1_COEFFICIENT_LIST")
+NOT_DECISIVE = ("ENGINE", "SAVE_EVERY", "LOGGER", "SEEDS", "K_LIST", "L1_COEFFICIENT_LIST", "EXPORT", "INIT_FROM")
 INIT_SAMPLE = 32768  # tokens whose median initialises b_dec
 
 
@@ -77,15 +77,28 @@ def main():
     from fastsae import parallel  # after the settings: loading torch takes seconds
 
     plans = plan(settings, source)
+    storage.claim(settings.run_dir, "--run-name")
     todo = [each for each in plans if not artifacts.matches(each.path, each.metadata, artifacts.read_checkpoint_metadata)]
     if todo:
         train_all(todo, source, settings)
     if parallel.world()[0] == 0:
         for each in plans:
             point_to(each.beside("metrics.json"), each.path)
+            storage.remove(each.path.with_suffix(".resume.pt"))
         point_to(settings.run_dir / "metrics.json", plans[0].path)
         if len(plans) > 1:
             print(f"stage 3 reads {plans[0].path.name}, the first of {len(plans)}")
+        hand_over(plans, settings)
+
+
+def hand_over(plans, settings):
+    """What others need of the autoencoders: folders for other libraries, and the model card."""
+    from fastsae.export import export
+    from fastsae.model_card import write_card
+
+    for each in plans if settings.EXPORT else ():
+        export(each.path, settings.EXPORT)
+    write_card(settings.run_dir, [each.path for each in plans])
 
 
 def train_all(plans, source, settings):
@@ -124,6 +137,7 @@ class Plan(NamedTuple):
 def plan(settings, source):
     """A Plan for each of SEEDS x K_LIST x L1_COEFFICIENT_LIST, or the one that the settings without lists describe."""
     from fastsae.autoencoder import checkpoint_name
+    from fastsae.formats import start_inputs
 
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     plans = []
@@ -131,10 +145,11 @@ def plan(settings, source):
                                          settings.L1_COEFFICIENT_LIST or [settings.L1_COEFFICIENT]):
         one = settings.replace(K=k, L1_COEFFICIENT=l1)
         name = checkpoint_name(one.M, k, list(one.MATRYOSHKA_PREFIXES) if one.USE_MATRYOSHKA else None, one.ARCHITECTURE)
-        name = name.removesuffix(".pt") + (f"_L1={l1:g}" if settings.L1_COEFFICIENT_LIST else "") + (f"_seed={seed}" if settings.SEEDS else "")
-        metadata = artifacts.new_metadata("sae", {**one.select([*own, "SEED"]), "INIT_SEED": seed},
-                                          {"activations": source["fingerprint"]}, activations=source)
-        plans.append((one, settings.run_dir / f"{name}.pt", metadata))
+        name = name.removesuffix(".pt") + f"_L1={l1:g}" * bool(settings.L1_COEFFICIENT_LIST) + f"_seed={seed}" * bool(settings.SEEDS)
+        path = settings.run_dir / f"{name}.pt"
+        inputs = {"activations": source["fingerprint"], **start_inputs(settings.INIT_FROM, path)}
+        metadata = artifacts.new_metadata("sae", {**one.select([*own, "SEED"]), "INIT_SEED": seed}, inputs, activations=source)
+        plans.append((one, path, metadata))
     return [Plan(*each, several=len(plans) > 1) for each in plans]
 
 
@@ -162,22 +177,32 @@ def train(plans, tokens, settings, device):
                         one_step(run, x, (epoch - 1) * n_batches + batch, n_batches, device)
                 stopping = parallel.anywhere(stop_asked())
                 if stopping or time.monotonic() - last_save > settings.SAVE_EVERY:
-                    for run in runs:
-                        run.save(run.state_path, run.plan.metadata["fingerprint"])
+                    save(runs)
                     last_save = time.monotonic()
                     if stopping:
                         stop()
-            for run in [run for run in runs if run.epoch == epoch]:
-                run.log(end_epoch(run, tokens))
-                if is_over(run):
-                    runs.remove(run)
-                    finish(run, tokens, device)
+            try:
+                for run in [run for run in runs if run.epoch == epoch]:
+                    run.log(end_epoch(run, tokens))
+                    if is_over(run):
+                        runs.remove(run)
+                        finish(run, tokens, device)
+            except (KeyboardInterrupt, Terminated):
+                if stop_asked():  # then it is measuring that was cut short, which changes nothing of the runs
+                    save(runs)
+                raise
             bar.update()
             bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
 
 
+def save(runs):
+    for run in runs:
+        run.save(run.state_path, run.plan.metadata["fingerprint"])
+
+
 def start_run(plan, tokens, device):
     """The TrainingRun of a plan at its start, or where an earlier process left it."""
+    from fastsae import fine_tuning
     from fastsae.monitoring import open_logger
     from fastsae.training_run import TrainingRun
 
@@ -186,6 +211,8 @@ def start_run(plan, tokens, device):
     run = TrainingRun(sae_config(tokens.activations.shape[1], settings), tokens.rows(sample), seed=plan.metadata["settings"]["INIT_SEED"],
                       device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
                       directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
+    if settings.INIT_FROM:
+        fine_tuning.begin(run, settings.INIT_FROM, settings.activations_path, plan.metadata["activations"])
     run.plan, run.state_path = plan, plan.path.with_suffix(".resume.pt")
     run.log = open_logger(settings.LOGGER, settings.run_dir, plan.path.stem, settings.values)
     if run.restore(run.state_path, plan.metadata["fingerprint"]):
@@ -212,7 +239,7 @@ def is_over(run):
 
 
 def finish(run, tokens, device):
-    """Write the best weights on validation, their figures and curves; the state of the unfinished run goes."""
+    """Write the best weights on validation, their figures and curves."""
     from fastsae import parallel
     from fastsae.autoencoder import save_sae
     from fastsae.metrics import final_metrics
@@ -229,7 +256,6 @@ def finish(run, tokens, device):
     save_sae(plan.path, sae, {**plan.metadata, "max_norm": tokens.max_norm, "metrics": metrics,
                               "validation_examples": np.flatnonzero(tokens.is_validation).tolist()})
     artifacts.write_json(plan.beside("metrics.json"), {"checkpoint": plan.path.name, **metrics, **timing})
-    run.state_path.unlink(missing_ok=True)
     report(metrics, timing, plan.settings)
     print(f"wrote {plan.path}")
 
@@ -328,9 +354,4 @@ def point_to(metrics_path, path):
 
 
 if __name__ == "__main__":
-    exit_code = run_stage(main)
-    if "RANK" in os.environ:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13): do without that
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    sys.exit(exit_code)
+    end(run_stage(main))

@@ -131,7 +131,8 @@ def errors(args, table):
     """Relative errors per token (norm of the difference over the norm) of the fast path against one at a time, in both dtypes."""
     n_shared, found, alone = mark_shared_prefix(table), {}, {}
     for dtype in (torch.float32, torch.bfloat16):
-        cut, fast = (language_model.ResidualModel(MODEL, args.layer, device=args.device, dtype=dtype, exact_twin=exact) for exact in (True, False))
+        cut, fast = (language_model.ResidualModel(MODEL, args.layer, device=args.device, dtype=dtype, exact_twin=exact)
+                     for exact in (True, False))
         forward = extraction.Forward(fast, table, n_shared=n_shared, batch_tokens=1024, storage_dtype="float32", dataset_name="d")
         found[dtype] = torch.from_numpy(forward.chunk(0, len(table.lengths), lambda n: None)[args.layer])
         alone[dtype] = torch.cat([cut(ids[None])[args.layer][0].float().cpu() for ids in rows(table)])
@@ -202,7 +203,7 @@ def gemm_rates(config, dtype, n_tokens, device):
     with torch.inference_mode():
         for name, calls in ways.items():
             [call() for call in calls]
-            times = [timed(lambda: [call() for call in calls], device) for _ in range(5)]
+            times = [timed(lambda calls=calls: [call() for call in calls], device) for _ in range(5)]
             rates[name] = flops_per_token(config) * n_tokens / median(times)
     return rates
 

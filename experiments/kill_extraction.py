@@ -14,11 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import write_result
-
-import transformers.integrations.sdpa_attention  # noqa: F401  (like the next two: transformers imports late, a fork should not have to)
-import transformers.models.llama.modeling_llama  # noqa: F401
+# transformers imports these late; a fork should not have to
+import transformers.integrations.sdpa_attention
+import transformers.models.llama.modeling_llama
 import transformers.models.llama.tokenization_llama  # noqa: F401
+from common import write_result
 
 import extract_activations
 from fastsae import cpu_speed, language_model  # noqa: F401
@@ -48,8 +48,8 @@ def main():
                 sys.exit(f"different after {n_killed} kills")
     print(f"identical after {n_killed} kills in {n_runs} runs; an uninterrupted run takes {seconds:.1f} s")
     if args.write:
-        write_result("kill_extraction", {"flags": flags}, {"n_kills": n_killed, "n_runs": n_runs, "seconds_uninterrupted": round(seconds, 2),
-                                                           "parts_there_at_each_kill": kept, "identical": True})
+        found = {"n_kills": n_killed, "n_runs": n_runs, "seconds_uninterrupted": round(seconds, 2), "parts_there_at_each_kill": kept}
+        write_result("kill_extraction", {"flags": flags}, {**found, "identical": True})
 
 
 def content(folder):

@@ -3,7 +3,8 @@
     python experiments/llm_end_to_end.py
 
 The embedded model is served on loopback through transformers (tests/loopback.py), in bfloat16; the dataset is the first sentence
-of every third text of the demo. Writes experiments/results/llm_end_to_end.json. It shows that the machinery works; a 135M-parameter model is no judge.
+of every third text of the demo. Writes experiments/results/llm_end_to_end.json. It shows that the machinery works; a
+135M-parameter model is no judge.
 """
 import csv
 import json

@@ -22,7 +22,7 @@ def main():
     new = old
     for name, make in (("TREE", tree), ("SETTINGS", settings_table), ("MEASURED", measured)):
         block = f"<!-- {name.lower()}: written by experiments/readme_numbers.py -->\n{make()}\n<!-- end -->"
-        new = re.sub(rf"@@{name}@@|<!-- {name.lower()}: .*?<!-- end -->", lambda _: block, new, flags=re.S)
+        new = re.sub(rf"@@{name}@@|<!-- {name.lower()}: .*?<!-- end -->", lambda _, block=block: block, new, flags=re.S)
     if args.check:
         return int(new != old)
     path.write_text(new, encoding="utf-8")
@@ -57,8 +57,10 @@ def tree():
     entries = [("activations/", ""), ("├── activations_layer12.npz", size(".npz") + "   residual stream of every token"),
                ("└── activations_layer12.json", size("layer12.json") + "   speed, norms"), ("checkpoints/cognitive_actions/", ""),
                (f"├── {checkpoint.split('/')[-1]}", size(".pt") + "   the autoencoder"),
-               ("├── metrics.json", size("metrics.json") + "   how good it is"), ("└── metrics.jsonl", size("metrics.jsonl") + "   each epoch"),
-               ("interpretations.csv", size(".csv") + "   one row per feature"), ("interpretations.jsonl", size("interpretations.jsonl") + "   the same, exact")]
+               ("├── metrics.json", size("metrics.json") + "   how good it is"),
+               ("└── metrics.jsonl", size("metrics.jsonl") + "   each epoch"),
+               ("interpretations.csv", size(".csv") + "   one row per feature"),
+               ("interpretations.jsonl", size("interpretations.jsonl") + "   the same, exact")]
     if any(path.endswith(".html") for path in sizes):
         entries.append(("interpretations.html", size(".html") + "   the report: open it in a browser"))
     return "```\n" + "\n".join(f"{name:<54}{text}".rstrip() for name, text in entries) + "\n```"
@@ -74,8 +76,8 @@ def measured():
         parts.append(
             f"**{what}** (`results/{name}.json`, {r['machine']['device']}, {r['machine']['threads']} threads): stages 1, 2, 3 in "
             f"{s['extract_activations.py']:.0f}, {s['train_sae.py']:.0f} and {s['interpret_sae.py']:.0f} s, a second run in "
-            f"{s['run_pipeline.py, nothing changed']:.0f} s; extraction {e['tokens_per_second']:,.0f} tokens/s ({e['compute_dtype']}), training "
-            f"{t['tokens_per_second']:,.0f} tokens/s; normalised MSE {t['normalized_mse']:.3f}, L0 {t['l0']:.1f}, "
+            f"{s['run_pipeline.py, nothing changed']:.0f} s; extraction {e['tokens_per_second']:,.0f} tokens/s ({e['compute_dtype']}), "
+            f"training {t['tokens_per_second']:,.0f} tokens/s; normalised MSE {t['normalized_mse']:.3f}, L0 {t['l0']:.1f}, "
             f"{100 * t['dead_fraction']:.1f} % dead; {i['n_above_auc_bound']} features with category AUC above {i['auc_bound']}, against "
             f"{i['n_above_auc_bound_shuffled']:.1f} under shuffled labels.")
     if (r := result("compare_cognitive_500")) is not None:
@@ -93,10 +95,11 @@ def measured():
 def extraction_speed(r):
     def line(dtype):
         s, ratio = r[dtype]["tokens_per_second"], r[dtype]["ratios"]
-        return (f"{dtype} {s['ours']:,.0f} tokens/s: {ratio['ours_over_seeds_loop']:.1f} times a loop over single texts through the whole model, "
-                f"{ratio['ours_over_padded_batches_of_16']:.1f} times padded batches of 16, {ratio['ours_over_one_at_a_time_cut']:.1f} times one "
-                f"at a time up to the layer; {100 * ratio['ours_share_of_gemm_limit']:.0f} % of what the blocks' matrix products alone would allow "
-                f"for all tokens ({100 * r[dtype]['share_of_tokens_computed']:.0f} % of them are computed, the rest is the shared prefix)")
+        return (f"{dtype} {s['ours']:,.0f} tokens/s: {ratio['ours_over_seeds_loop']:.1f} times a loop over single texts through the whole "
+                f"model, {ratio['ours_over_padded_batches_of_16']:.1f} times padded batches of 16, "
+                f"{ratio['ours_over_one_at_a_time_cut']:.1f} times one at a time up to the layer; "
+                f"{100 * ratio['ours_share_of_gemm_limit']:.0f} % of what the blocks' matrix products alone would allow for all tokens "
+                f"({100 * r[dtype]['share_of_tokens_computed']:.0f} % of them are computed, the rest is the shared prefix)")
 
     memory = r.get("peak_memory_mb")
     text = (f"**Extraction** (`results/bench_extract.json`, layer {r['settings']['layer']}, {r['machine']['device']}, "
@@ -111,15 +114,17 @@ def interpretation():
     if (r := result("bench_interpret")) is not None:
         small, large, memory = (r["parts"][name] for name in ("speed_256", "speed_4608", "memory_32768"))
         parts.append(
-            f"**Feature statistics** in one pass (`results/bench_interpret.json`, {r['machine']['threads']} threads): {small['tokens_per_second']:,} "
-            f"tokens/s at M = 256 and {large['tokens_per_second']:,} at M = 4,608, {small['times_faster']:.1f} and {large['times_faster']:.1f} times "
-            "HypotheSAEs' `get_activations` with numpy; at M = 32,768 the peak is "
+            f"**Feature statistics** in one pass (`results/bench_interpret.json`, {r['machine']['threads']} threads): "
+            f"{small['tokens_per_second']:,} tokens/s at M = 256 and {large['tokens_per_second']:,} at M = 4,608, "
+            f"{small['times_faster']:.1f} and {large['times_faster']:.1f} times HypotheSAEs' `get_activations` with numpy; "
+            "at M = 32,768 the peak is "
             f"{memory['peak_memory_above_inputs_mib']} MiB above the activations.")
     if (r := result("llm_end_to_end")) is not None:
         parts.append(
-            f"**A real model as interpreter** (`results/llm_end_to_end.json`, {r['settings']['model']} behind HTTP): {r['labelled']} features "
-            f"labelled, {r['scored']} scored and {r['validated']} validated in {r['calls']} calls, killed after {r['calls_before_kill']} and "
-            f"continued; {r['repeated_calls']} calls were made twice, the {r['in_flight_at_kill']} in flight. So small a model is no judge.")
+            f"**A real model as interpreter** (`results/llm_end_to_end.json`, {r['settings']['model']} behind HTTP): {r['labelled']} "
+            f"features labelled, {r['scored']} scored and {r['validated']} validated in {r['calls']} calls, killed after "
+            f"{r['calls_before_kill']} and continued; {r['repeated_calls']} calls were made twice, the {r['in_flight_at_kill']} in flight. "
+            "So small a model is no judge.")
     return parts
 
 

@@ -1,122 +1,97 @@
-"""The README's words on the studies, each a function that makes Markdown lines from its file under experiments/results/."""
+"""The README's paragraphs on the studies, one function each, from their files under experiments/results/."""
 import json
 
-import numpy as np
 from common import RESULTS
-
-SOURCES = ("FAST", "BT(F)", "BT(P)")
-PAPER_MSE_ST = {  # log2 MSE_st, Qwen2.5-7B-Instruct layer 18, 8x (arXiv 2506.07691)
-    "standard": (0.6468, 1.5093, 5.1985), "jumprelu": (-9.7604, -8.0743, -4.0005)}
-PAPER_SCORED = (21.1, 10.2, 7.0)  # per cent of features scored 4 or 5, Llama-3.2-3B-Instruct, 8x
-SETTINGS_SHOWN = (("with sinks in training, all tokens", True, "all tokens"),
-                  ("without prefix and sinks in both", False, "without prefix and sinks"))
+from readme_fast import fast_vs_block, pareto
 
 
-def read(name):
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def sentences():
+    """[Markdown paragraph] of the studies that have a result."""
+    found = [(study, RESULTS / f"{study.__name__}.json") for study in (fast_vs_block, loss_recovered, pareto, steer, layers)]
+    return [study(json.loads(path.read_text())) for study, path in found if path.exists()]
 
 
-def fast_vs_block():
-    """FAST against block training: MSE_st beside the paper's, the part of the sinks, and the evidence without a language model."""
-    if (r := read("fast_vs_block")) is None:
-        return []
-    s = r["settings"]
-    return [
-        f"**FAST against block training** (`results/fast_vs_block.json`, {r['machine']['device']}): {r['train_tokens']:,} training tokens for "
-        f"each of {len(r['runs'])} autoencoders (M = {s['M']}, K = {s['K']}, {len(s['SEEDS'])} seeds), measured on "
-        f"{r['data']['held out']['examples']} held-out dialogues of `{s['DATASET_PATH']}`. log2 of MSE_st, the MSE on the template's "
-        "control tokens and role names (eq. 7); 95 % intervals over dialogues and seeds. The paper trains and measures with sinks.",
-        "", *mse_table(r), "", *verdict(r), "", *evidence_table(r)]
+def loss_recovered(r):
+    """What the model loses when its stream is replaced by reconstructions."""
+    parts = []
+    for row in r["autoencoders"].values():
+        usable, every = row["kinds"]["all"], row["kinds_every_token_replaced"]["all"]
+        ce, zero, mean = usable["ce"], usable["loss_recovered_zero"], usable["loss_recovered_mean"]
+        low, high = (100 * q for q in zero["interval"])
+        parts.append(
+            f"M = {row['m']:,}, K = {row['k']} (normalised MSE {row['normalized_mse']:.3f}): the loss rises from {ce['clean']:.2f} to "
+            f"{ce['spliced']:.2f} nats a token, KL {usable['kl']['spliced']:.2f}; {100 * zero['value']:.1f} % [{low:.1f}, {high:.1f}] "
+            f"of the loss is recovered against zeros, {100 * mean['value']:.1f} % against the mean; with every token replaced "
+            f"{100 * every['loss_recovered_zero']['value']:.1f} %")
+    row = next(iter(r["autoencoders"].values()))
+    kinds = {name: 100 * row["kinds"][name]["loss_recovered_zero"]["value"] for name in ("content", "template") if name in row["kinds"]}
+    return (f"**Loss recovered** ([table](experiments/results/loss_recovered.json), [figure](experiments/results/loss_recovered.png); "
+            f"layer {row['layer']}, {row['n_examples']} held-out examples, 95 % intervals over examples). {'. '.join(parts)}. The first "
+            "figures leave the shared prefix and attention sinks as they are, as training does: an autoencoder that never saw them "
+            f"reconstructs them wrongly, and every later token attends to them. By token predicted, for the first: "
+            f"{', '.join(f'{name} {value:.1f} %' for name, value in kinds.items())}.")
 
 
-def mse_table(r):
-    lines = ["| | layer | FAST | BT(F) | BT(P) | BT(F) - FAST | BT(P) - BT(F) | FAST < BT(F) < BT(P) |", "|---|---|---|---|---|---|---|---|"]
-    for name, (fast, dialogues, text) in PAPER_MSE_ST.items():
-        lines.append(f"| paper, {name}, Qwen2.5-7B | 18 of 28 | {fast:.2f} | {dialogues:.2f} | {text:.2f} | {dialogues - fast:.2f} | "
-                     f"{text - dialogues:.2f} | claimed |")
-    for title, sinks, tokens in SETTINGS_SHOWN:
-        for c in (c for c in r["comparisons"] if c["sinks_in_training"] == sinks):
-            found = c[f"mse_special, {tokens}"]
-            lines.append(f"| {c['architecture']}, {title} | {c['layer']} | " + " | ".join(f"{found['log2'][source]:.2f}" for source in SOURCES)
-                         + f" | {_with_interval(found['log2 BT(F) / FAST'])} | {_with_interval(found['log2 BT(P) / BT(F)'])} | "
-                         f"{found['ordering']} |")
-    return lines
-
-
-def _with_interval(entry):
-    low, high = entry["interval"]
-    return f"{entry['value']:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def verdict(r):
-    """How often the ordering holds, on special tokens and on all, and how much of the gaps lies on sinks."""
+def steer(r):
+    """What steering did, beside what FAST reports."""
+    alphas, over = r["alphas"], dict(zip(r["alphas"], r["alphas_over_mean_norm"]))
+    feature = next(t for t in r["targets"] if t["feature"] is not None)
+    random = [t for t in r["targets"] if t["feature"] is None]
     lines = []
-    for title, sinks, tokens in SETTINGS_SHOWN:
-        counted = {what: count_orderings(r, f"{what}, {tokens}", sinks) for what in ("mse_special", "mse")}
-        (a, b, c), (d, e, f) = counted["mse_special"], counted["mse"]
-        lines.append(f"- {title}: the ordering of MSE_st is confirmed in {a} of {a + b + c} cases, refuted in {b}, open in {c}; that of the MSE "
-                     f"on these tokens confirmed in {d}, refuted in {e}, open in {f}.")
-    for other in SOURCES[1:]:
-        rows = [c[f"gap of {other} on sinks"] for c in r["comparisons"] if c["sinks_in_training"]]
-        shares = [row["share"] for row in rows if row["share"] is not None]
-        if shares:
-            lines.append(f"- Of the gap in MSE_st between {other} and FAST, trained with sinks, {100 * np.median(shares):.0f} % (median of the "
-                         f"{len(shares)} of {len(rows)} cases with a clear gap; {100 * min(shares):.0f} to {100 * max(shares):.0f} %) lies on "
-                         "sinks, here the first token of each dialogue.")
-    return lines
+    for alpha, p in zip(alphas, feature["curves"]):
+        i = alphas.index(alpha)
+        others = [t["curves"][i]["perplexity"] for t in random]
+        words = "" if p["expected_word"] is None else f"{100 * p['expected_word']:.0f} %"
+        lines.append(f"| {alpha:g} | {over[alpha]:.2f} | {100 * p['changed']:.0f} % | {p['perplexity']:.1f} | "
+                     f"{', '.join(f'{v:.1f}' for v in others)} | {100 * p['repetition']:.0f} % | {words} |")
+    base = r["unsteered"]["expected_word"]
+    better = [alpha for alpha, p in zip(alphas, feature["curves"]) if alpha and base is not None and p["expected_word"] > base]
+    verdict = (f"More answers than without steering hold the expected word at alpha {', '.join(f'{a:g}' for a in better)}." if better else
+               "At no alpha do more answers hold the expected word than without steering: that moderate steering improves answers "
+               "did not replicate on this model and these questions.")
+    limits, harmless = r["settings"], feature["harmless_up_to_alpha"]
+    same = "gives the unsteered answers token for token" if feature["alpha_0_equals_unsteered"] else "DIFFERS from the unsteered answers"
+    bounds = ", ".join("none" if t["harmless_up_to_alpha"] is None else f"{t['harmless_up_to_alpha']:g}" for t in random)
+    effect = f" {ablated(r['ablation'])}" if "ablation" in r else ""
+    return "\n".join([
+        f"**Steering** ([answers](experiments/results/steer.md), [table](experiments/results/steer.json), "
+        f"[figure](experiments/results/steer.png); layer {r['autoencoder']['layer']}, {r['n_prompts']} questions, mean norm of the stream "
+        f"{r['mean_norm']:.0f}). {feature['name'].capitalize()} is the strongest on `{limits['SPECIAL_TOKEN']}` in {r['n_dialogues']} "
+        f"dialogues, found as in FAST ({feature['how'].split(' on ')[0]}). alpha = 0 {same}.",
+        "", "| alpha | over the norm | answers changed | perplexity | of random directions | repetition | expected word |",
+        "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
+        (f"By the rule of `steer.py` (perplexity below {limits['PERPLEXITY_LIMIT']:g} times and repetition within "
+         f"{limits['REPETITION_LIMIT']:g} of the unsteered answers') it is harmless up to alpha {harmless:g}" if harmless is not None else
+         "It is harmless at no alpha") + f"; random directions of the same length up to {bounds}. FAST reports 25 to 100 as useful for "
+        f"Qwen2.5-7B. {verdict}{effect}"])
 
 
-def count_orderings(r, name, sinks):
-    """(confirmed, refuted, open) of the comparisons named."""
-    found = [c[name]["ordering"] for c in r["comparisons"] if c["sinks_in_training"] == sinks]
-    return tuple(found.count(word) for word in ("confirmed", "refuted", "open"))
+def ablated(r):
+    """One sentence on the ablation of the steered feature and of others."""
+    own, others = [f for f in r["features"] if not f["by_lot"]], [f for f in r["features"] if f["by_lot"]]
+    low, high = own[0]["interval"] or (float("nan"),) * 2
+    elsewhere = {f["change_elsewhere"] for f in r["features"]} - {None}
+    changes = sorted(f["change_where_it_fires"] for f in others)
+    return (f"**Ablation**: without feature {own[0]['feature']} the loss changes by {own[0]['change_where_it_fires']:+.4f} nats a token "
+            f"[{low:+.4f}, {high:+.4f}] in the examples where it fires ({100 * own[0]['share_of_examples']:.0f} %); without one of "
+            f"{len(others)} features by lot by {changes[0]:+.4f} to {changes[-1]:+.4f}; elsewhere by "
+            f"{'exactly 0' if elsewhere <= {0} else max(elsewhere, key=abs)}.")
 
 
-def evidence_table(r):
-    """Category AUC and token purity of the three sources, means over features, trained without sinks; an LLM's scores if there were any."""
-    lines = ["| trained without sinks | layer | category AUC: FAST | BT(F) | BT(P) | token purity: FAST | BT(F) | BT(P) |",
-             "|---|---|---|---|---|---|---|---|"]
-    rows = {(row["source"], row["architecture"], row["layer"]): row for row in r["interpretability"] if not row["sinks_in_training"]}
-    for architecture, layer in dict.fromkeys(key[1:] for key in rows):
-        cells = [rows[source, architecture, layer].get(name) for name in ("category_auc", "token_purity") for source in SOURCES]
-        lines.append(f"| {architecture} | {layer} | " + " | ".join(
-            "-" if cell is None else f"{cell['value']:.3f}" + "*" * _differs(cell) for cell in cells) + " |")
-    lines += ["", "\\* differs from FAST's by a 95 % interval over features and seeds. The paper's own figure is the share of features that "
-              f"GPT-4o scores 4 or 5: {' / '.join(f'{p:.1f}' for p in PAPER_SCORED)} % for FAST / BT(F) / BT(P), Llama-3.2-3B."]
-    scored = [row for row in r["interpretability"] if "share_scored_4_or_5" in row]
-    lines[-1] += "" if scored else " No language model judged ours; it does when an endpoint is configured."
-    for row in scored:
-        lines.append(f"- scored 4 or 5: {row['source']}, {row['architecture']}, layer {row['layer']}: "
-                     f"{100 * row['share_scored_4_or_5']['value']:.1f} %")
-    return lines
-
-
-def _differs(cell):
-    low, high = cell.get("below_fast_by", (0, 0))
-    return low > 0 or high < 0
-
-
-def pareto():
-    """The sparsity frontier: normalised MSE and loss recovered of the architectures at equal L0, and which of them lie on it."""
-    if (r := read("pareto")) is None:
-        return []
-    s, at = r["settings"], r["at_l0"]
-    l0s = [str(l0) for l0 in s["AT_L0"]]
-    lines = [f"**Sparsity against reconstruction** (`results/pareto.json`, {r['machine']['device']}): layer {s['LAYER_IDX']}, M = {s['M']}, "
-             f"{r['runs'][0]['n_train_tokens']:,} tokens, {s['N_EPOCHS']} epochs, mean of {len(s['SEEDS'])} seeds; at equal L0, between the "
-             "sparsities trained. Loss recovered: 1 is the model's own cross entropy, 0 that with zeros in place of the residual stream. The "
-             "paper has no such figure.", "",
-             f"| | {' | '.join(f'normalised MSE, L0 {l0}' for l0 in l0s)} | {' | '.join(f'loss recovered, L0 {l0}' for l0 in l0s)} | dead, % |",
-             "|---|" + "---|" * (2 * len(l0s) + 1)]
-    for architecture in at["normalized_mse"]:
-        cells = [at[name][architecture].get(l0) for name in ("normalized_mse", "loss_recovered") for l0 in l0s]
-        dead = [100 * run["dead_fraction"] for run in r["runs"] if run["architecture"] == architecture]
-        lines.append(f"| {architecture} | " + " | ".join("-" if cell is None else f"{cell['mean']:.3f}" for cell in cells)
-                     + f" | {min(dead):.1f} to {max(dead):.1f} |")
-    for name, title in (("normalized_mse", "normalised MSE"), ("loss_recovered", "loss recovered")):
-        counts = {}
-        for point in r["frontier"][name]:
-            counts[point["architecture"]] = counts.get(point["architecture"], 0) + 1
-        lines += ["", f"On the frontier of L0 and {title}: " + ", ".join(f"{architecture} ({n})" for architecture, n in counts.items()) + "."]
-    return lines
+def layers(r):
+    """The table "which layer?"."""
+    rows, s = r["layers"], r["settings"]
+    lines = [f"| {x['layer']} | {x['median_norm']:.0f} | {x['n_sinks']} | {x['normalized_mse']:.3f} | "
+             f"{x['n_above_auc_bound']:.1f} ({x['n_above_auc_bound_shuffled']:.1f}) | {x['median_category_auc']:.3f} | "
+             f"{x['mean_token_purity']:.3f} |" for x in rows]
+    most, purest = max(rows, key=lambda x: x["n_above_auc_bound"]), max(rows, key=lambda x: x["mean_token_purity"])
+    best, worst = min(rows, key=lambda x: x["normalized_mse"]), max(rows, key=lambda x: x["normalized_mse"])
+    return "\n".join([
+        f"**Which layer** ([table](experiments/results/layers.json), [figure](experiments/results/layers.png); one extraction pass, "
+        f"M = {s['M']}, K = {s['K']}, {s['N_SEEDS']} seeds a layer):", "",
+        "| layer | median norm | sinks | normalised MSE | features with AUC > 0.8 (shuffled labels) | median AUC | token purity |",
+        "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
+        f"Most features that separate a category are at layer {most['layer']} ({most['n_above_auc_bound']:.1f} of {s['M']}); features are "
+        f"most tied to single tokens at layer {purest['layer']} (purity {purest['mean_token_purity']:.2f}). Normalised MSE is lowest at "
+        f"layer {best['layer']} and highest at {worst['layer']}"
+        + (": it does not say which layer is worth reading." if best["layer"] != most["layer"] else ".")])

@@ -1,9 +1,12 @@
-"""Two claims about training that need no model: known directions are found again, and a file far beyond the buffer needs no memory.
+"""What is claimed of training, each measured by train_sae.py as a user runs it.
 
     python experiments/training_claims.py --part planted     # 1,024 directions in 256 dimensions, by TopK and BatchTopK
     python experiments/training_claims.py --part memory      # peak memory on a 4 GB file with a buffer of 256 MB
+    python experiments/training_claims.py --part buffer      # a mixing buffer of 1/8 of the data against a full shuffle
+    python experiments/training_claims.py --part dead        # dead features at M = 4,608
+    python experiments/training_claims.py --part several     # three seeds in one pass against three runs
 
-Writes experiments/results/training_planted.json or training_memory.json.
+The last three read the demo's activations, which `--output-dir` names. Writes experiments/results/training_<part>.json.
 """
 import argparse
 import functools
@@ -16,19 +19,32 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import PROJECT, write_result
+from common import PROJECT, run_stage, write_result
 
 PLANTED = {"directions": 1024, "d": 256, "active": 8, "tokens": 200_000, "noise": 0.01, "batch": 1024, "steps": 2500, "rate": 2e-3}
 MEMORY = {"tokens": 3_500_000, "d": 576, "buffer_tokens": 222_000, "m": 256, "k": 8}
 
+EPOCHS = ["--no-use-matryoshka", "--patience", 1000, "--n-epochs"]
+ON_THE_DEMO = {  # {part: {run: flags of train_sae.py}}
+    "buffer": {"full shuffle": [*EPOCHS, 15, "--learning-rate", 1e-3],
+               "buffer of 1/8": [*EPOCHS, 15, "--learning-rate", 1e-3, "--buffer-tokens", 7600]},
+    "dead": {"4,608 features": ["--m", 4608, "--k", 32, *EPOCHS, 3]},
+    "several": {"seed 0": ["--seed", 0, *EPOCHS, 10], "seed 1": ["--seed", 1, *EPOCHS, 10], "seed 2": ["--seed", 2, *EPOCHS, 10],
+                "seeds 0,1,2": ["--seeds", "0,1,2", *EPOCHS, 10]},
+}
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["planted", "memory"], required=True)
+    parser.add_argument("--part", choices=["planted", "memory", *ON_THE_DEMO], required=True)
+    parser.add_argument("--output-dir", default=str(PROJECT), help="the folder that holds activations/, for the last three parts")
     if sys.argv[1:2] == ["train"]:  # how memory() calls itself: everything behind is train_sae.py's
         return measured_training(sys.argv[2:])
     args = parser.parse_args()
-    settings, result = (PLANTED, planted()) if args.part == "planted" else (MEMORY, memory())
+    if args.part in ON_THE_DEMO:
+        settings, result = ON_THE_DEMO[args.part], {"runs": on_the_demo(args.output_dir, ON_THE_DEMO[args.part])}
+    else:
+        settings, result = (PLANTED, planted()) if args.part == "planted" else (MEMORY, memory())
     write_result(f"training_{args.part}", settings, result)
     return 0
 
@@ -84,6 +100,21 @@ def memory():
                  "--n-epochs", 1, "--batch-size", 4096, "--no-print-settings"]
         done = subprocess.run([sys.executable, __file__, "train", *map(str, flags)], capture_output=True, text=True, check=True)
         return {"file_gb": round(path.stat().st_size / 1e9, 2), **json.loads(done.stdout.splitlines()[-1])}
+
+
+def on_the_demo(output_dir, runs):
+    """{run: figures}, each run in an output folder of its own that shares the activations."""
+    rows = {}
+    for name, flags in runs.items():
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "activations").symlink_to(Path(output_dir).resolve() / "activations")
+            started = time.perf_counter()
+            run_stage("train_sae.py", "--output-dir", folder, "--run-name", "claims", *flags)
+            metrics = json.loads((Path(folder) / "checkpoints" / "claims" / "metrics.json").read_text())
+            rows[name] = {key: metrics[key] for key in ("normalized_mse", "l0", "dead_fraction", "dead_fraction_training", "seconds")}
+            rows[name]["seconds_with_start"] = round(time.perf_counter() - started, 1)
+        print(name, rows[name])
+    return rows
 
 
 def measured_training(flags):

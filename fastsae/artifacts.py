@@ -4,14 +4,10 @@ Every artifact carries its own metadata, `{"format", "stage", "settings", "input
 sha256 of what decides the content (format, stage, settings, inputs), so equal fingerprints mean that the work is already done.
 """
 import contextlib
-import errno
 import hashlib
 import io
 import json
-import os
-import shutil
 import struct
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.storage import append_line, committed, keep_aside, read_lines, set_aside, to_json, write_json, write_text  # noqa: F401
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 22
@@ -63,100 +60,6 @@ def file_sha256(path):
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def committed(path, *, keep_old=False):
-    """A binary file that appears under `path` complete, or not at all: temp file, fsync, rename, fsync of the folder.
-
-    With `keep_old`, what was there stays as `<stem>.old-1<suffix>` (the next free number), and under its own name until the new
-    file is whole.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        if keep_old and path.exists():
-            keep_aside(path)
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def keep_aside(path):
-    n = 1
-    while (target := path.with_name(f"{path.stem}.old-{n}{path.suffix}")).exists():
-        n += 1
-    try:
-        os.link(path, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK):
-            raise
-        try:  # a file system without hard links
-            shutil.copyfile(path, target)
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
-    print(f"the old one is kept as {target}")
-
-
-def set_aside(paths):
-    """Rename files to their `.old-n` names."""
-    for path in paths:
-        keep_aside(path)
-        path.unlink()
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path, text, *, keep_old=False):
-    with committed(path, keep_old=keep_old) as file:
-        file.write(text.encode("utf-8"))
-
-
-def to_json(value):
-    return json.dumps(value, ensure_ascii=False)
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def append_line(path, value):
-    """Append one JSON line and fsync it: for journals, whose lines count one by one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            file.write(b"\n")  # a line torn by a crash must not swallow the next one
-        file.write(to_json(value).encode("utf-8") + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path):
-    """The JSON lines of a journal that are whole; a torn last line is left out. [] if there is no file."""
-    lines = []
-    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
-        with contextlib.suppress(ValueError):
-            if isinstance(value := json.loads(line), dict):
-                lines.append(value)
-    return lines
 
 
 def matches(path, metadata, read):
@@ -229,6 +132,18 @@ def refusing_damage(path, made_by):
         raise EnvironmentFailure(f"{path}: has no member {name}, so it is no file of this project. run {made_by}.") from None
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise EnvironmentFailure(f"{path}: damaged or foreign ({_brief(error)}). delete it and run {made_by}.") from None
+
+
+def read_foreign_npz(path):
+    """The arrays of an .npz of another project, its checksums looked at, without pickles. Raises EnvironmentFailure if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (bad := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise EnvironmentFailure(f"{path}: damaged, or no plain .npz ({_brief(error)}). get another copy.") from None
 
 
 def _array(archive, info, file_size):
@@ -307,6 +222,19 @@ def read_checkpoint(path, *, made_by="train_sae.py"):
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whole, yet no plain checkpoint: whatever PyTorch raises, the file cannot be used
         raise EnvironmentFailure(f"{path}: is no plain checkpoint ({_brief(error)}). delete it and run {made_by}.") from None
+
+
+def read_foreign_checkpoint(path):
+    """What another project saved with `torch.save`, without running pickled code; its checksums, which PyTorch ignores, are looked at."""
+    import torch
+
+    content = Path(path).read_bytes()
+    try:
+        if zipfile.is_zipfile(io.BytesIO(content)) and (bad := zipfile.ZipFile(io.BytesIO(content)).testzip()) is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # as in read_checkpoint: whatever PyTorch raises, the file cannot be used
+        raise EnvironmentFailure(f"{path}: damaged, or it holds more than tensors ({_brief(error)}). get another copy.") from None
 
 
 def read_checkpoint_metadata(path):

@@ -1,4 +1,6 @@
 """Autoencoders: HypotheSAEs' `SparseAutoencoder`, laid out for fast steps; its checkpoints; its features of given activations."""
+from pathlib import Path
+
 import torch
 
 from fastsae import artifacts
@@ -100,7 +102,18 @@ def save_sae(path, sae, meta):
 
 
 def load_sae(path, device="cpu"):
-    """(sae, meta) of a checkpoint of this project, verified; raises EnvironmentFailure if it is damaged or foreign."""
+    """(sae, meta) of a checkpoint of this project, verified, or of an autoencoder of another library (see `formats`).
+
+    `path` is a .pt, a run's folder under checkpoints/, or what `formats.locate` knows. Raises EnvironmentFailure if a file is
+    damaged, InputError if it is missing or holds what this module cannot compute exactly.
+    """
+    if Path(path).suffix != ".pt" or Path(path).name == "ae.pt":
+        from fastsae import formats
+
+        kind, files = formats.locate(path)
+        if kind != "fastsae":
+            return formats.load_foreign(path, device)
+        path = files[0]
     checkpoint = artifacts.read_checkpoint(path)
     try:
         sae = new_sae(checkpoint["config"], device)

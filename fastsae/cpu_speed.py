@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 LONGEST_PLAIN = 512    # tokens up to which attention as plain products beats the fused kernel
+ACTIVATIONS = {        # transformers' class: oneDNN's name and algorithm
+    "SiLU": ("swish", ""), "SiLUActivation": ("swish", ""), "GELUTanh": ("gelu", "tanh")}
 
 
 def quicken(stack):
@@ -16,8 +18,8 @@ def quicken(stack):
         return
     for block in stack.layers:
         for name, module in list(block.named_children()):
-            if GatedMlp.fits(module):
-                setattr(block, name, GatedMlp(module))
+            if GatedMlp.fits(module) and same_result(fast := GatedMlp(module), module):
+                setattr(block, name, fast)
         for parent in list(block.modules()):
             for name, module in list(parent.named_children()):
                 if type(module) is nn.Linear and module.weight.dtype in (torch.float32, torch.bfloat16):
@@ -35,8 +37,8 @@ def packed(weight):
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1024)  # 1024: rows it is laid out for; any number works
 
 
-def product(x, weight, bias=None, activation="none"):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+def product(x, weight, bias=None, activation="none", algorithm=""):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
 
 
 def product_with(x, weight, other, operation):
@@ -57,7 +59,7 @@ class PackedLinear(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """down(silu(gate(x)) * up(x)) without a pass over memory of its own for the activation and the product.
+    """down(act(gate(x)) * up(x)) without a pass over memory of its own for the activation and the product; act: SiLU or GELU.
 
     The hidden units are sorted so that those that can grow largest come last. oneDNN adds up in that order, and once a massive
     value is in a sum, every later term is rounded to its size: in the model's own order the worst token's error against float64
@@ -70,22 +72,35 @@ class GatedMlp(nn.Module):
         gate, up, down = (linear.weight.detach() for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         order = (gate.float().norm(dim=1) * up.float().norm(dim=1) * down.float().norm(dim=0)).argsort(stable=True)
         self.gate, self.up, self.down = packed(gate[order]), packed(up[order]), packed(down[:, order])
+        self.activation, self.algorithm = ACTIVATIONS[type(mlp.act_fn).__name__]
 
     @staticmethod
     def fits(mlp):
         linears = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         return (all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
                 and {module for module in mlp.children()} == {*linears, mlp.act_fn}
-                and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+                and type(mlp.act_fn).__name__ in ACTIVATIONS
                 and linears[0].weight.dtype in (torch.float32, torch.bfloat16))
 
     def forward(self, x):
-        hidden = product_with(x, self.up, product(x, self.gate, activation="swish"), "mul")  # (..., hidden)
-        return product(hidden, self.down)
+        gate = product(x, self.gate, activation=self.activation, algorithm=self.algorithm)  # (..., hidden)
+        return product(product_with(x, self.up, gate, "mul"), self.down)
+
+
+def same_result(fast, mlp, n_rows=4):
+    """Whether `fast` gives what `mlp` does. A module with the right parts can still do more with them, as Gemma 3n's sparse ones."""
+    weight = mlp.gate_proj.weight
+    x = torch.randn(n_rows, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    with torch.inference_mode():
+        expected = mlp(x).float()
+        error = (fast(x).float() - expected).norm(dim=1) / expected.norm(dim=1)
+    return bool((error < (1e-4 if weight.dtype == torch.float32 else 0.05)).all())
 
 
 def plain_attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """softmax(q k' + causal mask) v by two batched products. Shapes (batch, heads, tokens, d_head); returns (batch, tokens, heads, d_head).
+    """softmax(q k' + causal mask) v by two batched products.
+
+    query, key (batch, heads, tokens, d_head), value (batch, heads, tokens, d_value); returns (batch, tokens, heads, d_value).
 
     `attention_mask`: None for plain causal, or what transformers' sdpa_mask gives, equal for all rows of a batch without padding mask.
     """
@@ -96,8 +111,8 @@ def plain_attention(module, query, key, value, attention_mask, scaling=None, **o
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     group = heads // key.shape[1]
-    key, value = (t.repeat_interleave(group, 1).reshape(batch * heads, n_key, d_head) if group > 1 else
-                  t.reshape(batch * heads, n_key, d_head) for t in (key, value))
+    key, value = (t.repeat_interleave(group, 1).reshape(batch * heads, n_key, t.shape[-1]) if group > 1 else
+                  t.reshape(batch * heads, n_key, t.shape[-1]) for t in (key, value))
     if attention_mask is None:
         visible = torch.ones(n_query, n_key, dtype=torch.bool).tril(n_key - n_query)
     else:
@@ -105,4 +120,4 @@ def plain_attention(module, query, key, value, attention_mask, scaling=None, **o
     hidden = torch.zeros(n_query, n_key, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
     scores = torch.baddbmm(hidden, query.reshape(batch * heads, n_query, d_head), key.transpose(1, 2),
                            alpha=d_head ** -0.5 if scaling is None else scaling)  # (batch * heads, n_query, n_key)
-    return torch.bmm(scores.softmax(-1), value).view(batch, heads, n_query, d_head).transpose(1, 2), None
+    return torch.bmm(scores.softmax(-1), value).view(batch, heads, n_query, -1).transpose(1, 2), None

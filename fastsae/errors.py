@@ -1,11 +1,16 @@
-"""Errors a user can cause or meet, as one line and an exit code; everything else is a bug and keeps its traceback."""
+"""How a stage ends: errors a user can cause or meet are one line and an exit code; all others are bugs, and their traceback is kept."""
 import contextlib
 import errno
 import os
 import signal
 import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
 
-EXIT_INPUT, EXIT_ENVIRONMENT, EXIT_INCOMPLETE = 2, 3, 4
+EXIT_BUG, EXIT_INPUT, EXIT_ENVIRONMENT, EXIT_INCOMPLETE = 1, 2, 3, 4
 
 
 class StageError(Exception):
@@ -37,6 +42,7 @@ def _on_signal(signum, frame):
     if _waiting["deferred"] and _waiting["asked"] is None:  # asked twice: stop at once
         _waiting["asked"] = signum
     else:
+        _waiting["asked"] = None
         raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
@@ -47,11 +53,17 @@ def deferred_stop():
     try:
         yield
     finally:
-        _waiting["deferred"] = False
+        _waiting.update(deferred=False, asked=None)
 
 
 def stop_asked():
     return _waiting["asked"] is not None
+
+
+def stop_if_asked():
+    """For work that can be cut short anywhere. Not under torchrun, whose other processes would wait for this one."""
+    if stop_asked() and "RANK" not in os.environ:
+        stop()
 
 
 def stop():
@@ -59,10 +71,26 @@ def stop():
     raise Terminated if _waiting["asked"] == signal.SIGTERM else KeyboardInterrupt
 
 
+REMEDIES = {"free some space": (errno.ENOSPC, errno.EDQUOT), "check the folder's rights": (errno.EACCES, errno.EPERM, errno.EROFS),
+            "move away what is there": (errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check the disk": (errno.EIO, errno.ESTALE),
+            "give shorter names": (errno.ENAMETOOLONG,), "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE)}
+_stage = {"at_end": [], "log_folder": None}
+
+
+def at_end(action):
+    """Have `action()` called when the stage ends, however it does."""
+    _stage["at_end"].append(action)
+
+
+def keep_log_in(folder):
+    _stage["log_folder"] = folder
+
+
 def run_stage(main):
     """Call `main()` and return the exit code of DESIGN.md: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete, 130/143."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
+    end_with_parent()
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -74,22 +102,69 @@ def run_stage(main):
     except (KeyboardInterrupt, Terminated) as stop:
         print("stopped: what was finished is kept; the same command continues.", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
-    except MemoryError as error:
-        return _out_of_memory(error)
-    except RuntimeError as error:  # torch's own errors, of a GPU or of the CPU's allocator
-        if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
-            raise
-        return _out_of_memory(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left, as in `| head`
         return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        remedy = ("free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder's rights")
-        print(f"error: {error.filename or 'output'}: {error.strerror}. {remedy}, or choose another --output-dir; "
-              "nothing that was complete is lost.", file=sys.stderr)
-        return EXIT_ENVIRONMENT
+    except Exception as error:
+        return _environment(error) or _bug(error)
+    finally:
+        while _stage["at_end"]:
+            _stage["at_end"].pop()()
+
+
+def end(code):
+    """End the process with the exit code; if it failed, at once: threads may still wait for an answer that nobody needs."""
+    with contextlib.suppress(OSError):  # nobody reads
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if code or "RANK" in os.environ:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13)
+        os._exit(code)
+    sys.exit(code)
+
+
+def end_with_parent():
+    """Under run_pipeline.py, whose end closes our stdin: stop then as at SIGTERM, even if it was killed."""
+    if os.environ.pop("FASTSAE_STDIN_ENDS_WITH_PARENT", None):
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent():
+    while os.read(0, 1024):
+        pass
+    if not stop_asked():  # twice would mean: without saving
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+    os._exit(143)  # it is in something that no signal interrupts
+
+
+def _environment(error):
+    """EXIT_ENVIRONMENT, and its line, for errors of memory, disk and rights; None for others."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+            isinstance(error, RuntimeError) and "not enough memory" in str(error)):  # torch's own, of a GPU or of the CPU's allocator
+        return _out_of_memory(error)
+    remedy = isinstance(error, OSError) and next((what for what, numbers in REMEDIES.items() if error.errno in numbers), None)
+    if not remedy:
+        return None
+    print(f"error: {error.filename or 'output'}: {error.strerror}. {remedy}, or choose another --output-dir; "
+          "nothing that was complete is lost.", file=sys.stderr)
+    return EXIT_ENVIRONMENT
+
+
+def _bug(error):
+    """EXIT_BUG, the traceback on stderr and in a file, and a last line that says where."""
+    from fastsae import storage
+
+    text = "".join(traceback.format_exception(error))
+    for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"):
+        text = text.replace(os.environ.get(name) or "\0", "***")
+    print(text, file=sys.stderr, end="")
+    for folder in (_stage["log_folder"], Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError, AttributeError):  # no folder yet, or one that takes no file
+            path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+            storage.write_text(path, f"{' '.join(sys.argv)}\n{text}")
+            print(f"error: this is a bug. report it with {path}; the same command goes on from what is finished.", file=sys.stderr)
+            break
+    return EXIT_BUG
 
 
 def _out_of_memory(error):

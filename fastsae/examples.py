@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastsae.errors import InputError
-from fastsae.sources import Example, read_dataset  # noqa: F401  (offered here too: examples and their tokens go together)
+from fastsae.sources import Example, place, read_dataset  # noqa: F401  (offered here too: examples and their tokens go together)
 
 CONTENT, TEMPLATE, SHARED_PREFIX = 0, 1, 2          # values of token_kind
 ROLES = ("none", "system", "user", "assistant", "tool")  # values of token_role; none = the template itself, or plain text
@@ -68,7 +68,8 @@ class ChatTokenizer:
         """(text, spans): the templated text and the (start, end, role number) of each message's content in it."""
         if not self.chat_template:
             if not example.is_text:
-                raise InputError(f"{self.dataset_name}:{example.line}: is a dialogue, which needs the chat template. set --use-chat-template.")
+                raise InputError(f"{place(self.dataset_name, example.line)}: is a dialogue, which needs the chat template. "
+                                 "set --use-chat-template.")
             text = example.messages[0]["content"]
             return text, [(0, len(text), 0)]
         text = self._apply(example, example.messages)
@@ -91,7 +92,7 @@ class ChatTokenizer:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=self.date)
         except Exception as error:  # templates refuse by raising whatever their author chose
             what = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-            raise InputError(f"{self.dataset_name}:{example.line}: the chat template refuses this dialogue ({what}). "
+            raise InputError(f"{place(self.dataset_name, example.line)}: the chat template refuses this dialogue ({what}). "
                              "reorder or remove its turns.") from None
 
     @staticmethod

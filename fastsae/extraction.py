@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fastsae import artifacts
+from fastsae import artifacts, storage
 from fastsae.errors import EnvironmentFailure, InputError, StageError
+from fastsae.sources import place
+from fastsae.tokens import token_norms
 
 MAKER = "extract_activations.py"
 PART_BYTES = 192 << 20                                      # of one part in memory, all layers together; two are alive at a time
@@ -44,7 +46,7 @@ def chunk_tokens_for(chunk_tokens, d_model, n_layers, storage_dtype):
 
 
 def require_disk_space(path, n_values, storage_dtype):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(path.parent)
     needed = int(n_values) * np.dtype(storage_dtype).itemsize * 2 + (16 << 20)  # the parts, and the file made from them
     free = shutil.disk_usage(path.parent).free
     if free < needed:
@@ -172,9 +174,9 @@ class Forward:
 
     def _storable(self, stream, real):
         try:
-            return storable(stream, real, self.storage_dtype, lambda i: f"{self.dataset_name}:{self.table.lines[i]}", pin=self.pin)
+            return storable(stream, real, self.storage_dtype, lambda i: place(self.dataset_name, self.table.lines[i]), pin=self.pin)
         except InputError as error:
-            raise self._own(error)
+            raise self._own(error) from error
 
     def _store(self, buffers, first, batch, rows, event, progress):
         if event is not None:
@@ -248,7 +250,8 @@ def extract_parts(forward, chunks, folder, plan, world):
                 if writing:
                     writing.result()
                 writing = writer.submit(artifacts.write_npz, paths[i], {
-                    **{f"activations_{layer}": part for layer, part in rows.items()}, "seconds": np.float64(seconds)})
+                    **{f"activations_{layer}": part for layer, part in rows.items()}, "seconds": np.float64(seconds),
+                    **{f"norms_{layer}": token_norms(part) for layer, part in rows.items()}})
                 del rows
             if writing:
                 try:
@@ -279,17 +282,16 @@ def split_shards(lengths, shard_tokens):
 
 
 class RowStream:
-    """The rows of one member of the parts, in order, handed out so many at a time; `see(block)` is called with each block."""
+    """The rows of one member of the parts, in order, handed out so many at a time."""
 
-    def __init__(self, parts, member, see):
+    def __init__(self, parts, member):
         self.blocks = (artifacts.read_npz(part, [member], made_by=MAKER)[member] for part in parts)
-        self.see, self.rest = see, None
+        self.rest = None
 
     def take(self, n_rows):
         while n_rows:
             if self.rest is None or not len(self.rest):
                 self.rest = next(self.blocks)
-                self.see(self.rest)
             block, self.rest = self.rest[:n_rows], self.rest[n_rows:]
             n_rows -= len(block)
             yield block

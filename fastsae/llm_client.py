@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from urllib.parse import urlsplit
 
 from fastsae import artifacts
@@ -16,6 +16,7 @@ from fastsae.errors import InputError
 
 LOCAL = "local:"
 FATAL = (401, 403, 404)   # every further call would meet the same
+STOP_SECONDS = 2          # for replies that are on their way when the run is stopped
 BREAKER = 8               # so many failures in a row, and the rest is not asked
 LOCAL_NEW_TOKENS = 160    # length of a local model's reply
 
@@ -196,14 +197,17 @@ class Asker:
                     bar.set_postfix_str(f"{spent['prompt_tokens']:,} tokens in, {spent['completion_tokens']:,} out", refresh=False)
                     bar.update()
 
-            with ThreadPoolExecutor(self.n_workers) as pool:
-                jobs = [pool.submit(work, prompt) for prompt in waiting]
-                try:
-                    for job in jobs:
-                        job.result()
-                except BaseException:
-                    self.stop_reason = "interrupted"  # the calls still waiting return at once
-                    raise
+            pool = ThreadPoolExecutor(self.n_workers)
+            jobs = [pool.submit(work, prompt) for prompt in waiting]
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                self.stop_reason = "interrupted"  # the calls still waiting return at once
+                wait(jobs, timeout=STOP_SECONDS)
+                raise
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
         result = {}
         for prompt in prompts:
             line = self.journal.get(prompt)

@@ -223,8 +223,8 @@ class Labelling:
         parts = self.plan(lambda prompt: len(tokenizer.encode(prompt, add_special_tokens=False)))
         for what, calls, n_tokens in parts:
             print(f"{what}: {calls:,} calls, {n_tokens:,} prompt tokens")
-        print(f"dry run: {sum(calls for _, calls, _ in parts):,} calls with about {sum(n for *_, n in parts):,} prompt tokens are still to be "
-              "paid for; nothing was asked or written.")
+        print(f"dry run: {sum(calls for _, calls, _ in parts):,} calls with about {sum(n for *_, n in parts):,} prompt tokens are still "
+              "to be paid for; nothing was asked or written.")
 
     def run(self):
         """{feature: {label, label_protocol, score, score_name, fidelity_..., problems}} of every feature asked about."""

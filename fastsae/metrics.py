@@ -3,6 +3,7 @@ import numpy as np
 import torch
 
 from fastsae.autoencoder import decode, encode
+from fastsae.errors import stop_if_asked
 
 BATCH = 4096
 
@@ -26,6 +27,7 @@ def evaluate(sae, activations, rows, example_of_row, special, errors=None):
     fired = torch.zeros(sae.m_total_neurons, dtype=torch.bool, device=device)
     total, total_squared = torch.zeros(activations.shape[1], dtype=torch.float64), 0.0
     for start in range(0, len(rows), BATCH):
+        stop_if_asked()
         x = torch.as_tensor(activations[rows[start:start + BATCH]]).to(device).float()
         entries = encode(sae, x)
         reconstruction = decode(sae, entries)

@@ -2,7 +2,7 @@
 import importlib.util
 import io
 
-from fastsae import artifacts
+from fastsae import artifacts, storage
 from fastsae.errors import InputError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -48,7 +48,12 @@ def open_logger(name, folder, run_name, settings):
     if name == "wandb":
         import wandb
 
-        run = wandb.init(project="fastsae", name=run_name, dir=folder, config=settings)
+        storage.make_folder(folder)
+        try:
+            run = wandb.init(project="fastsae", name=run_name, dir=folder, config=dict(settings), reinit="create_new")
+        except wandb.Error as error:
+            what = str(error).splitlines()[0].rstrip(".")
+            raise InputError(f"LOGGER: wandb: {what}. run `wandb login`, or set WANDB_MODE=offline.") from None
         return lambda line: run.log(_flat(line), step=line["epoch"])
     from torch.utils.tensorboard import SummaryWriter
 

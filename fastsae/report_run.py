@@ -3,8 +3,7 @@ import json
 
 import numpy as np
 
-from fastsae import artifacts
-from fastsae import report_charts as charts
+from fastsae import artifacts, report_charts as charts
 
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("mse", "MSE (FAST, eq. 7)"),
            ("mse_special_tokens", "MSE on special tokens"), ("cosine_similarity", "cosine similarity"), ("l0", "L0"),
@@ -20,11 +19,13 @@ def describe_run(features, metadata, scored, settings, n_shown):
     model, layer = source["model_name"].rsplit("/", 1)[-1], source["settings"]["LAYER_IDX"]
     dataset = source["dataset_path"].rsplit("/", 1)[-1]
     n_examples, n_llm = len(evidence.examples), sum(row["label_source"] not in ("", "tokens") for row in rows)
-    history = artifacts.read_lines(features.checkpoint_path.parent / "metrics.jsonl")
+    imported = "source" in sae_meta  # from another library: its training is not known here
+    history = [] if imported else artifacts.read_lines(features.checkpoint_path.parent / "metrics.jsonl")
     left_out = len(s.kept) - s.n_kept
     who = (f"{n_llm} labels were written by {features.settings.INTERPRETER_MODEL}, the others are the features' own tokens." if n_llm else
            "No language model was asked: every label is made of the feature's own tokens.")
-    story = (f"Each of the {n_examples:,} examples of {dataset} went through {model} alone. A sparse autoencoder then learned to write "
+    who_learned = f"from {sae_meta['source']['format']} writes" if imported else "then learned to write"
+    story = (f"Each of the {n_examples:,} examples of {dataset} went through {model} alone. A sparse autoencoder {who_learned} "
              f"the model's state after layer {layer} on every token as a sum of about {sae_meta['settings']['K']} of {m:,} features; "
              f"{n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} tokens; {left_out:,} are left out, the prefix that "
              f"all examples share and attention sinks. {who}")

@@ -1,4 +1,5 @@
 """Datasets: rows of a JSONL file, a JSON array, a hub dataset (hf:...) or a plain text, one at a time; and deduplication."""
+import contextlib
 import itertools
 import json
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ HUB = "hf:"
 
 @dataclass
 class Example:
-    """One row of a dataset. `line` is its line number, or its place in a JSON array (both from 1)."""
+    """One row of a dataset. `line` is its line number, or its place in a JSON array or on the hub (from 1)."""
 
     line: int
     messages: list          # [{"role", "content"}]
@@ -49,7 +50,7 @@ def stream_examples(path, *, text_field="text", label_field=None, max_examples=N
                 raise row
             example = _example(number, row, text_field, label_field)
         except ValueError as error:
-            problems.append(f"{path}:{number}: {error}")
+            problems.append(f"{place(path, number)}: {error}")
             if len(problems) > MAX_REPORTED:
                 break
             continue
@@ -61,9 +62,19 @@ def stream_examples(path, *, text_field="text", label_field=None, max_examples=N
     require_two(n, path)
 
 
+def place(path, number):
+    """How errors name a row: its line in a file, its number in a JSON array or on the hub."""
+    if str(path).startswith(HUB):
+        return f"{path}: row {number}"
+    start = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return f"{path}: item {number}" if start.startswith(b"[") else f"{path}:{number}"
+
+
 def require_two(n, path):
     if n < 2:
-        raise InputError(f"{path}: has {n} examples. at least 2 are needed, one to train on and one to validate.")
+        raise InputError(f"{path}: has {n} example{'s' * (n != 1)}. at least 2 are needed, one to train on and one to validate.")
 
 
 def _file_rows(path):
@@ -73,8 +84,8 @@ def _file_rows(path):
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise InputError(f"{path}:{number}: is not UTF-8. convert it, for example: iconv -f UTF-16 -t UTF-8 {path.name}.") from None
+            except UnicodeDecodeError as error:
+                raise not_utf8(path, error, number) from None
             if is_array is None and text.strip():
                 is_array = text.lstrip()[0] == "["
                 if is_array:
@@ -88,8 +99,13 @@ def _decoded(data, path, lines_before):
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = lines_before + 1 + error.object[:error.start].count(b"\n")
-        raise InputError(f"{path}:{line}: is not UTF-8. convert it, for example: iconv -f UTF-16 -t UTF-8 {path.name}.") from None
+        raise not_utf8(path, error, lines_before + 1 + data[:error.start].count(b"\n")) from None
+
+
+def not_utf8(path, error, line):
+    """The InputError for bytes that are no UTF-8, with the likely encoding: zeros and a byte order mark are UTF-16's."""
+    encoding = "UTF-16" if b"\0" in error.object or error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+    return InputError(f"{path}:{line}: is not UTF-8. convert it, for example: iconv -f {encoding} -t UTF-8 {Path(path).name}.")
 
 
 def _array_rows(text, path, first_line):
@@ -124,7 +140,9 @@ def stream_text(path):
                     yield Example(n, [{"role": "user", "content": "".join(piece)}], is_text=True)
                     piece, size = [], 0
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8. convert it, for example: iconv -f UTF-16 -t UTF-8 {Path(path).name}.") from None
+        for _ in _file_rows(Path(path)):  # finds the line
+            pass
+        raise
     if size:
         yield Example(n + 1, [{"role": "user", "content": "".join(piece)}], is_text=True)
 
@@ -200,7 +218,8 @@ def _example(number, row, text_field, label_field):
         messages = [{"role": "user", "content": _content(row[text_field], text_field)}]
     else:
         fields = ", ".join(name if name.isprintable() else repr(name) for name in list(row)[:8]) or "none"
-        raise ValueError(f"has no {text_field}, messages or conversations (its fields: {fields}). add one, or name yours with --text-field.")
+        raise ValueError(f"has no {text_field}, messages or conversations (its fields: {fields}). "
+                         "add one, or name yours with --text-field.")
     label = row.get(label_field) if label_field else None
     is_text = row.get("messages") is None and row.get("conversations") is None
     return Example(number, messages, is_text, None if label is None else _encodable(str(label), label_field))

@@ -2,7 +2,7 @@
 import csv
 import io
 
-from fastsae import artifacts
+from fastsae import artifacts, storage
 
 OCCASIONAL = ("hypotheses.csv",)  # written by some runs only
 
@@ -28,8 +28,18 @@ def write_outputs(folder, texts, jsonl_path, rows, metadata):
         artifacts.write_text(folder / name, text, keep_old=True)
     for name in set(OCCASIONAL) - set(texts):  # what an earlier run wrote does not belong to this one
         if (folder / name).exists():
-            artifacts.keep_aside(folder / name)
-            (folder / name).unlink()
+            storage.set_aside([folder / name])
     sums = {name: artifacts.file_sha256(folder / name) for name in texts}
     lines = [{**metadata, "csv_sha256": sums["interpretations.csv"], "files": {**metadata.get("files", {}), **sums}}, *rows]
     artifacts.write_text(jsonl_path, "".join(artifacts.to_json(line) + "\n" for line in lines), keep_old=True)
+
+
+def read_labels(jsonl_path, checkpoint_fingerprint):
+    """{feature: label} of interpretations.jsonl; {} if it is missing, damaged, or about another checkpoint."""
+    try:
+        about, *rows = artifacts.read_lines(jsonl_path)
+        if about["inputs"]["checkpoint"] != checkpoint_fingerprint:
+            return {}
+        return {row["feature"]: row["label"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):  # labels are an extra here
+        return {}

@@ -8,11 +8,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_world import worker, world  # noqa: F401  (fixtures)
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"):  # a developer's own endpoint is never asked by tests
     os.environ.pop(name, None)
+
+
+COUNTS = {}  # what the tests of the guarantees tried, for the last line of a run
+
+
+@pytest.fixture
+def tally():
+    """Call `tally(what, n)` for n trials that were survived; the sums are printed at the end."""
+    def add(what, n):
+        COUNTS[what] = COUNTS.get(what, 0) + n
+    return add
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COUNTS:
+        terminalreporter.write_line("guarantees: " + ", ".join(f"{n:,} {what}" for what, n in COUNTS.items()))
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +54,39 @@ def write_activations(tmp_path):
     def write(activations, lengths, **more):
         return put_activations(tmp_path, activations, lengths, **more)
     return write
+
+
+@pytest.fixture
+def outcome(capsys):
+    """Run a function as a stage: (exit code, lines on stderr)."""
+    from fastsae.errors import run_stage
+
+    def run(main):
+        capsys.readouterr()
+        code = run_stage(main)
+        return code, capsys.readouterr().err.splitlines()
+    return run
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Write a dataset from text or bytes; returns its path."""
+    def write(content):
+        path = tmp_path / "d.jsonl"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+    return write
+
+
+def line_of(done, code):
+    """The single line on stderr of a finished script, less its "error: "."""
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    return done.stderr.removeprefix("error: ").rstrip("\n")
+
+
+def snapshot(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def put_activations(folder, activations, lengths, *, dataset=None, kind=None, token_ids=None):
@@ -106,7 +156,8 @@ def planted_once(tmp_path_factory, smol_tokenizer):
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = put_activations(folder, np.concatenate(tokens).astype(np.float32), lengths, dataset=dataset, token_ids=ids)
     training = ["--m", 20, "--k", 1, "--no-use-matryoshka", "--n-epochs", 60, "--learning-rate", 0.01, "--batch-size", 64]
-    subprocess.run([sys.executable, str(PROJECT / "train_sae.py"), *flags, *PLANTED_FLAGS, *map(str, training)], check=True, capture_output=True)
+    subprocess.run([sys.executable, str(PROJECT / "train_sae.py"), *flags, *PLANTED_FLAGS, *map(str, training)],
+                   check=True, capture_output=True)
     return folder
 
 

@@ -149,8 +149,9 @@ def test_flags_reach_the_stages_that_know_them(monkeypatch, tmp_path):
     (["--dataset-path", "nowhere.jsonl"], "DATASET_PATH"), (["--dataset-path", "/"], "DATASET_PATH"),
     (["--dataset-path", "~nobody-of-this-name/x.jsonl"], "DATASET_PATH"), (["--dataset-path", 300 * "a"], "DATASET_PATH"),
     (["--run-name", ".."], "RUN_NAME"), (["--run-name", "a/b"], "RUN_NAME"), (["--run-name="], "RUN_NAME"),
-    (["--preset", "large"], "PRESET"), (["--layer-ids", "12"], "--layer-ids"), (["--layers", "0,3"], "LAYERS"), (["--layers", "3,3"], "LAYERS"),
-    (["--block-length", "1"], "BLOCK_LENGTH"), (["--dedup-ngram", "-1"], "DEDUP_NGRAM"), (["--processing", "blocks"], "PROCESSING"), (["--layer", "12"], "--layer"), (["stray"], "stray"),
+    (["--preset", "large"], "PRESET"), (["--layer-ids", "12"], "--layer-ids"), (["--layers", "0,3"], "LAYERS"),
+    (["--layers", "3,3"], "LAYERS"), (["--block-length", "1"], "BLOCK_LENGTH"), (["--dedup-ngram", "-1"], "DEDUP_NGRAM"),
+    (["--processing", "blocks"], "PROCESSING"), (["--layer", "12"], "--layer"), (["stray"], "stray"),
     (["--use-matryoshka=true"], "command line"), (["--m"], "M"), (["--learning-rate", "-1e-3"], "LEARNING_RATE")])
 def test_one_bad_flag_is_one_line(refused, flags, name):
     line, = refused(*flags)
@@ -264,7 +265,7 @@ def test_settings_are_frozen():
     with pytest.raises(AttributeError, match="--n-epochs"):
         settings.N_EPOCHS = 3
     with pytest.raises(AttributeError):
-        settings.NO_SUCH_SETTING
+        _ = settings.NO_SUCH_SETTING
     assert settings.N_EPOCHS == config.read_settings(STAGES[1])["N_EPOCHS"]["value"]
 
 

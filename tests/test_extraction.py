@@ -8,8 +8,18 @@ from conftest import PROJECT
 
 import extract_activations
 from fastsae import artifacts, extraction
-from fastsae.examples import (CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example, TokenTable, flatten_activations,
-                              mark_shared_prefix, pad_activations, read_dataset)
+from fastsae.examples import (
+    CONTENT,
+    SHARED_PREFIX,
+    TEMPLATE,
+    ChatTokenizer,
+    Example,
+    TokenTable,
+    flatten_activations,
+    mark_shared_prefix,
+    pad_activations,
+    read_dataset,
+)
 
 TEXTS = ["The bread rose twice.", "I forgot the key, so I waited on the stairs until Ada came home.", "Seven times eight is fifty-six.",
          "Why does the tap drip only at night?", "We chose the longer road."]
@@ -88,8 +98,9 @@ def test_embedded_model_equals_one_at_a_time(tmp_path, dataset, run_main, smol_m
 def test_tiny_models_equal_one_at_a_time(tmp_path, dataset, run_main, tiny_model, config_name, batch_tokens):
     folder, model = tiny_model(config_name)
     for layer in (1, 2):
-        assert run_main("extract_activations", "--dataset-path", dataset, "--output-dir", tmp_path, "--model-name", folder, "--device",
-                        "cpu", "--layer-idx", layer, "--storage-dtype", "float32", "--batch-tokens", batch_tokens, "--chunk-tokens", 90) == 0
+        assert run_main("extract_activations", "--dataset-path", dataset, "--output-dir", tmp_path, "--model-name", folder,
+                        "--device", "cpu", "--layer-idx", layer, "--storage-dtype", "float32", "--batch-tokens", batch_tokens,
+                        "--chunk-tokens", 90) == 0
         data = load(tmp_path, layer)
         assert_rows_close(data["activations"], one_at_a_time(model, data, layer), 1e-5)
 

@@ -172,8 +172,9 @@ def test_neuronpedia_batches_pass_the_schema(tmp_path, planted, run_main, monkey
 
 
 def test_the_schema_refuses():
-    good = {"modelId": "m", "source": "3-s", "features": [{"index": 1, "density": 0.5, "topLogits": [], "bottomLogits": [], "explanations": [
-        {"text": "x", "methodName": "", "modelName": ""}], "activations": []}]}
+    good = {"modelId": "m", "source": "3-s", "features": [
+        {"index": 1, "density": 0.5, "topLogits": [], "bottomLogits": [], "activations": [],
+         "explanations": [{"text": "x", "methodName": "", "modelName": ""}]}]}
     neuronpedia.check(good)
     for change in ({"source": "s"}, {"modelId": ""}, {"features": [{}]}, {"features": [good["features"][0]] * 129},
                    {"features": [{**good["features"][0], "density": 2}]}, {"features": [{**good["features"][0], "index": True}]},

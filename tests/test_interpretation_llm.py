@@ -48,10 +48,12 @@ def no_key_anywhere(folder):
 
 
 @pytest.mark.parametrize("reply, expected", [
-    (VERDICT, (4, "words for fruit")), ("<think>[[1]] [[x]]</think>" + VERDICT, (4, "words for fruit")), ("**[[ 5 ]]** and [[ a\nb ]]", (5, "a b")),
-    ("score is: [[0]], feature name is [[x]]", None), ("[[6]] [[x]]", None), ("[[7/10]] [[x]]", None), ("[[4.5]] [[x]]", None), ("[[４]] [[x]]", None),
+    (VERDICT, (4, "words for fruit")), ("<think>[[1]] [[x]]</think>" + VERDICT, (4, "words for fruit")),
+    ("**[[ 5 ]]** and [[ a\nb ]]", (5, "a b")), ("score is: [[0]], feature name is [[x]]", None), ("[[6]] [[x]]", None),
+    ("[[7/10]] [[x]]", None), ("[[4.5]] [[x]]", None), ("[[４]] [[x]]", None),
     ("[[four]] [[x]]", None), ("[[4]]", None), ("[[4]] [[]]", None), ("[[4]] [[NAME]]", None), ("4, fruit", None), ("", None),
-    ("[[3]] [[x]] or [[4]] [[x]]", None), ("[[3]] [[x]] so [[3]] [[x]]", (3, "x")), ("<think>" + VERDICT, None), ("[[3]] [[<b>x</b>]]", (3, "<b>x</b>")),
+    ("[[3]] [[x]] or [[4]] [[x]]", None), ("[[3]] [[x]] so [[3]] [[x]]", (3, "x")), ("<think>" + VERDICT, None),
+    ("[[3]] [[<b>x</b>]]", (3, "<b>x</b>")),
     ("[[x]] [[3]]", None), ("[[3]] [[" + "x" * 301 + "]]", None), ('```json\n{"score": 4}\n```', None)])
 def test_verdicts_are_parsed_strictly(reply, expected):
     if reply == "[[3]] [[<b>x</b>]]":
@@ -61,14 +63,16 @@ def test_verdicts_are_parsed_strictly(reply, expected):
 
 @pytest.mark.parametrize("reply, expected", [
     ("Yes", True), ("yes. It does.", True), ("**No**", False), ("Output: No.", False), ('"Yes"', True), ("<think>yes</think>\nNo", False),
-    ("Yesterday", None), ("Nobody knows", None), ("Yes/No", None), ("yes or no?", None), ("I think yes", None), ("", None), ("<think>yes", None), ("1", None)])
+    ("Yesterday", None), ("Nobody knows", None), ("Yes/No", None), ("yes or no?", None), ("I think yes", None), ("", None),
+    ("<think>yes", None), ("1", None)])
 def test_yes_and_no_are_parsed_strictly(reply, expected):
     assert llm_labels.parse_yes_no(reply) is expected
 
 
 @pytest.mark.parametrize("reply, expected", [
-    ('- "mentions fruit"', "mentions fruit"), ('mentions fruit"', "mentions fruit"), ("<think>a</think>\n- mentions fruit", "mentions fruit"),
-    ("mentions\nmore", "mentions"), ("<think>hmm", None), ("<html>502</html>", None), ("x" * 301, None), ("```\nx", None), ('{"label": 1}', None), ('""', None)])
+    ('- "mentions fruit"', "mentions fruit"), ('mentions fruit"', "mentions fruit"),
+    ("<think>a</think>\n- mentions fruit", "mentions fruit"), ("mentions\nmore", "mentions"), ("<think>hmm", None),
+    ("<html>502</html>", None), ("x" * 301, None), ("```\nx", None), ('{"label": 1}', None), ('""', None)])
 def test_labels_are_parsed_strictly(reply, expected):
     assert llm_labels.parse_label(reply) == expected
 
@@ -77,7 +81,8 @@ def test_fidelity_by_hand():
     """Said yes of 3, of these 2 fire; 4 fire: precision 2/3, recall 1/2, F1 4/7."""
     answers = [(True, True), (True, True), (True, False), (False, True), (False, True), (False, False)]
     result = llm_labels.fidelity(answers)
-    assert result["fidelity_precision"] == pytest.approx(2 / 3) and result["fidelity_recall"] == 0.5 and result["fidelity_f1"] == pytest.approx(4 / 7)
+    assert result["fidelity_precision"] == pytest.approx(2 / 3) and result["fidelity_recall"] == 0.5
+    assert result["fidelity_f1"] == pytest.approx(4 / 7)
     assert llm_labels.fidelity([(False, True), (False, False)])["fidelity_f1"] == 0
     assert llm_labels.fidelity([*answers, (None, True)]) is None  # one of seven unclear is more than a tenth
     assert llm_labels.fidelity([(True, True)] * 5) is None
@@ -89,7 +94,8 @@ def test_labels_scores_and_validation_end_to_end(tmp_path, planted, run_main, en
                     "--n-fidelity-examples", 12) == 0
     rows = table(tmp_path)
     labelled = [row for row in rows if row["label"] == "mentions a river"]
-    assert len(labelled) == 4 and {row["label_source"] for row in labelled} == {"test-model"} and all(row["score"] == "4" for row in labelled)
+    assert len(labelled) == 4 and {row["label_source"] for row in labelled} == {"test-model"}
+    assert all(row["score"] == "4" for row in labelled)
     river = next(row for row in labelled if row["best_category"] == "cat_river")
     assert float(river["fidelity_f1"]) == 1 and min(float(row["fidelity_f1"]) for row in labelled) < 0.5
     scored_only = [row for row in rows if row["label"] == "words for fruit"]
@@ -132,38 +138,6 @@ def Shown(tmp_path):
     values = np.random.default_rng(0).random((40, 3)) * (np.random.default_rng(1).random((40, 3)) < 0.6)
     statistics = SimpleNamespace(pooled_examples=np.arange(40) * 2, pooled_max=sparse.csr_matrix(values))
     return llm_labels.Shown(SimpleNamespace(statistics=statistics), ["text"] * 80, seed=0)
-
-
-BAD_REPLIES = {  # reply, whether it was paid for
-    "null content": ((200, completion(None)), True), "empty": ((200, completion("")), True), "cut off": ((200, completion("mentions", "length")), True),
-    "refusal": ((200, completion("no", refusal="no")), True), "thinking only": ((200, completion("<think>hmm")), True),
-    "html": ((200, completion("<html>502</html>")), True), "essay": ((200, completion("x" * 400)), True), "no choices": ((200, {"choices": []}), False),
-    "html page": ((200, "<html>proxy login</html>"), False), "invalid JSON": ((200, "{"), False),
-    "401": ((401, {"error": {"message": f"bad key {KEY}"}}), False), "403": ((403, {"error": {"message": "no"}}), False),
-    "404": ((404, {"error": {"message": "no such model"}}), False), "reset": ((200, None), False)}
-
-
-@pytest.mark.parametrize("name", BAD_REPLIES)
-def test_a_failure_is_a_status_and_never_a_label(tmp_path, planted, run_main, endpoint, capsys, monkeypatch, name):
-    monkeypatch.setattr("openai._base_client.BaseClient._calculate_retry_timeout", lambda *args, **kwargs: 0.01)
-    reply, paid = BAD_REPLIES[name]
-    server = endpoint(reply)
-    command = ["interpret_sae", *planted, "--n-top-neurons", 3, "--n-llm-workers", 1, *LABELS_ONLY]
-    assert run_main(*command) == 4
-    rows = table(tmp_path)
-    failed = [row for row in rows if row["status"].startswith("llm ")]
-    assert len(failed) == 3 and all(row["label_source"] == "tokens" and row["label"].startswith(("'", "mixed")) for row in failed)
-    captured = capsys.readouterr()
-    assert "3 features, 3 of them without" in captured.err and "sk-secret" not in captured.out + captured.err
-    n = len(server.requests)
-    assert n == (1 if name in ("401", "403", "404") else 12 if name == "reset" else 3)  # a lost connection is tried four times
-    no_key_anywhere(tmp_path)
-    server.replies[:] = [(200, completion("mentions fruit"))]  # the endpoint recovers, and the same command finishes
-    code = run_main(*command)
-    if paid:  # answered and paid for: kept, and still no label, until the user asks for another try
-        assert code == 4 and len(server.requests) == n
-        code = run_main(*command, "--retry-unusable")
-    assert code == 0 and sum(row["label"] == "mentions fruit" for row in table(tmp_path)) == 3 and len(server.requests) == n + 3
 
 
 def test_busy_and_failing_servers_are_waited_for(tmp_path, planted, run_main, endpoint):

@@ -11,7 +11,8 @@ from conftest import put_activations
 from fastsae import report, report_charts
 
 HOSTILE = ('<img src="http://evil.example/x.png" onerror="document.title=\'pwned\'">', "</script><script>document.title='pwned'</script>",
-           "{{ 7 * 7 }} ${7*7} `x`", "'\"><svg onload=alert(1)>", "\u2028\u2029 <!-- --> ]]> &lt;b&gt; javascript:alert(1)", "=HYPERLINK(\"http://evil\")")
+           "{{ 7 * 7 }} ${7*7} `x`", "'\"><svg onload=alert(1)>", "\u2028\u2029 <!-- --> ]]> &lt;b&gt; javascript:alert(1)",
+           "=HYPERLINK(\"http://evil\")")
 
 
 class Tags(HTMLParser):
@@ -53,25 +54,31 @@ def hostile(tmp_path, planted, run_main, smol_tokenizer):
     return tmp_path / "interpretations.html"
 
 
-def test_the_report_holds_no_code_but_its_own(hostile):
-    text = hostile.read_text(encoding="utf-8")
+def assert_inert(text):
+    """A report in which nothing acts but its own script; returns its `Tags`."""
     assert "data:image" not in text
     parsed = Tags(text)
     scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
     assert len(scripts) == 2 and scripts[0] == {"type": "application/json", "id": "data"} and scripts[1] == {}
-    allowed = {"html", "head", "meta", "title", "style", "body", "header", "div", "h1", "h2", "p", "nav", "a", "button", "main", "section", "mark",
-               "label", "input", "select", "option", "ol", "article", "figure", "figcaption", "b", "svg", "line", "text", "rect", "polyline", "details",
-               "summary", "table", "tr", "th", "td", "noscript", "script"}
+    allowed = {"html", "head", "meta", "title", "style", "body", "header", "div", "h1", "h2", "p", "nav", "a", "button", "main",
+               "section", "mark", "label", "input", "select", "option", "ol", "article", "figure", "figcaption", "b", "svg", "line",
+               "text", "rect", "polyline", "details", "summary", "table", "tr", "th", "td", "noscript", "script"}
     assert {tag for tag, _ in parsed.tags} <= allowed
     for tag, attributes in parsed.tags:
-        assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "style", "action", "formaction")], (tag, attributes)
-        assert not attributes.get("href", "#").lstrip("#features").strip("run"), attributes
+        active = ("src", "srcset", "style", "action", "formaction")
+        assert not [name for name in attributes if name.startswith("on") or name in active], (tag, attributes)
+        assert attributes.get("href", "#") in ("#", "#features", "#run"), attributes
+    policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and report.csp_hash(parsed.scripts[1]) in policy
+    return parsed
+
+
+def test_the_report_holds_no_code_but_its_own(hostile):
+    parsed = assert_inert(hostile.read_text(encoding="utf-8"))
     data = json.loads(parsed.scripts[0])
     assert len(data["features"]) == 20 and not set("<>&\u2028\u2029") & set(parsed.scripts[0])
     shown = "".join(data["strings"][i] for i in data["dialogues"][0]["ids"])
     assert any(text.startswith(shown[:8]) for text in HOSTILE)
-    policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and report.csp_hash(parsed.scripts[1]) in policy
 
 
 def test_embedded_json_survives_hostile_text():
@@ -84,8 +91,8 @@ def test_embedded_json_survives_hostile_text():
 def test_long_dialogues_are_cut_around_what_is_shown():
     from types import SimpleNamespace
 
-    evidence = SimpleNamespace(data={"seq_lengths": [3000], "token_kind": np.zeros(3000, int)}, offsets=[0, 3000], token_texts=lambda e: ["x"] * 3000,
-                               examples=[SimpleNamespace(line=1, label=None)])
+    evidence = SimpleNamespace(data={"seq_lengths": [3000], "token_kind": np.zeros(3000, int)}, offsets=[0, 3000],
+                               token_texts=lambda e: ["x"] * 3000, examples=[SimpleNamespace(line=1, label=None)])
     dialogues = report.Dialogues(evidence)
     for peak in (0, 511, 1500, 2999):
         _, start, stop = dialogues.place(0, peak)
@@ -106,13 +113,15 @@ def test_charts_are_well_formed():
 @pytest.fixture
 def browser(tmp_path_factory):
     """Debian's chromium under selenium; the tests that need it say so where it is absent."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here (pip install selenium): the report is not tried in a browser")
+    webdriver = pytest.importorskip("selenium.webdriver",
+                                    reason="no selenium here (pip install selenium): the report is not tried in a browser")
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("no chromium and chromedriver here: the report is not tried in a browser")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update",
-                 "disable-sync", "disable-dev-shm-usage", "window-size=1300,900", f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+                 "disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1300,900",
+                 f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
@@ -132,7 +141,8 @@ def ids(driver):
 
 
 def choose(driver, name, value):
-    driver.execute_script("const s = document.getElementsByName(arguments[0])[0]; s.value = arguments[1]; s.dispatchEvent(new Event('change'))", name, value)
+    driver.execute_script("const s = document.getElementsByName(arguments[0])[0]; s.value = arguments[1]; "
+                          "s.dispatchEvent(new Event('change'))", name, value)
 
 
 def test_in_a_browser(planted, run_main, tmp_path, browser):
@@ -192,7 +202,8 @@ def test_hostile_texts_are_inert_in_a_browser(hostile, browser):
     assert "pwned" not in browser.title
     for j in ids(browser):
         browser.get(f"{hostile.as_uri()}#feature={j}")
-    assert browser.execute_script("return document.querySelectorAll('#panel img, #panel script, #list img, #list script, #panel svg[onload]').length") == 0
+    planted = "#panel img, #panel script, #list img, #list script, #panel svg[onload]"
+    assert browser.execute_script(f"return document.querySelectorAll('{planted}').length") == 0
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert [url for url in requested(browser) if not url.startswith("file://")] == []
     assert re.search(r"onerror|script", browser.find_element("id", "features").text)  # they are there, as text

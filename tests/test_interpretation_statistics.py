@@ -16,7 +16,8 @@ def made_up(n_examples=40, d=12, m=20, k=3, seed=0, batch_topk=False):
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, 31, n_examples).astype(np.int32)
     n = int(lengths.sum())
-    sae = new_sae({"input_dim": d, "m_total_neurons": m, "k_active_neurons": k, "prefix_lengths": [5, m], "use_batch_topk": batch_topk}, "cpu")
+    sae = new_sae({"input_dim": d, "m_total_neurons": m, "k_active_neurons": k, "prefix_lengths": [5, m],
+                   "use_batch_topk": batch_topk}, "cpu")
     with torch.no_grad():
         for parameter, scale in ((sae.encoder.weight, 1), (sae.neuron_bias, .1), (sae.input_bias, .1)):
             parameter.copy_(torch.from_numpy(generator.standard_normal(parameter.shape) * scale))
@@ -26,7 +27,8 @@ def made_up(n_examples=40, d=12, m=20, k=3, seed=0, batch_topk=False):
     x[[5, n // 2]] *= 100
     kind = generator.integers(0, 3, n).astype(np.uint8)
     kind[0] = 0
-    return sae.eval(), {"activations": x, "seq_lengths": lengths, "token_kind": kind, "token_role": generator.integers(0, 5, n).astype(np.uint8),
+    return sae.eval(), {"activations": x, "seq_lengths": lengths, "token_kind": kind,
+                        "token_role": generator.integers(0, 5, n).astype(np.uint8),
                         "token_ids": generator.integers(0, 9, n).astype(np.int32)}
 
 

@@ -1,4 +1,9 @@
 """The model with its residual stream replaced, against a hand-made splice, and the studies built on it."""
+import importlib
+import json
+import sys
+from html.parser import HTMLParser
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +36,7 @@ def some_sae():
 
 
 def by_hand(model, ids, layer, replace):
-    """Losses of one example: its first blocks, `replace`, then the later blocks, norm and head called one by one."""
+    """Log-probabilities of one example: its first blocks, `replace`, then the later blocks, norm and head called one by one."""
     ids, stack = torch.tensor(ids)[None], model.model
     with torch.inference_mode():
         position = torch.arange(ids.shape[1])[None]
@@ -43,17 +48,22 @@ def by_hand(model, ids, layer, replace):
             x = block(x, attention_mask=mask, position_embeddings=rotary, position_ids=position)
             x = x[0] if isinstance(x, tuple) else x
         x = replace(x) if layer == len(stack.layers) else x
-        return torch.nn.functional.cross_entropy(model.lm_head(stack.norm(x))[0, :-1], ids[0, 1:], reduction="none").numpy()
+        return model.lm_head(stack.norm(x))[0, :-1].log_softmax(-1)
 
 
 @pytest.mark.parametrize("layer", [1, 12, 30])
 def test_a_splice_equals_one_made_by_hand(whole_model, examples, some_sae, layer):
     functions = {"spliced": intervention.reconstruction(some_sae), "zero": intervention.constant(torch.zeros(576))}
     found = intervention.next_token_losses(whole_model, layer, examples, functions)
-    for name, function in functions.items():
-        expected = np.concatenate([np.concatenate([[np.nan], by_hand(whole_model, ids, layer, lambda x: function(x[0], None)[None])])
-                                   for ids in examples])
-        np.testing.assert_allclose(found[name].ce, expected, atol=1e-5, rtol=1e-5)
+    starts = np.cumsum([0, *map(len, examples)])
+    for i, ids in enumerate(examples):
+        place, target = slice(starts[i] + 1, starts[i + 1]), torch.tensor(ids)[1:, None]
+        clean = by_hand(whole_model, ids, layer, lambda x: x)
+        for name, function in functions.items():
+            patched = by_hand(whole_model, ids, layer, lambda x: function(x[0], None)[None])
+            np.testing.assert_allclose(found[name].ce[place], -patched.gather(1, target)[:, 0], atol=1e-5, rtol=1e-5)
+            kl = torch.nn.functional.kl_div(patched, clean, log_target=True, reduction="none").sum(1)
+            np.testing.assert_allclose(found[name].kl[place], kl, atol=1e-4, rtol=1e-4)
     assert (found["spliced"].ce[1:9] != found["clean"].ce[1:9]).all()
 
 
@@ -67,6 +77,24 @@ def test_identity_gives_exactly_the_models_own_loss(whole_model, examples):
             own = whole_model(torch.tensor(ids)[None], labels=torch.tensor(ids)[None]).loss
         assert np.isnan(found["clean"].ce[starts[i]])
         assert np.nanmean(found["clean"].ce[starts[i]:starts[i + 1]]) == pytest.approx(float(own), abs=1e-5)
+
+
+@pytest.mark.parametrize("config_name", ["Qwen2Config", "Qwen3Config", "MistralConfig", "Gemma3TextConfig"])
+def test_other_architectures_can_be_spliced(config_name):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, config_name)(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, head_dim=8,
+                                                num_attention_heads=4, num_key_value_heads=2, pad_token_id=2)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    examples = [np.arange(3, 40), np.arange(50, 61)]
+    stream = intervention.residual_stream(model, 2, examples)
+    zero = intervention.constant(torch.zeros(32))
+    found = intervention.next_token_losses(model, 2, examples, {"identity": lambda x, token: x, "own": lambda x, token: stream[token],
+                                                                "zero": zero})
+    np.testing.assert_array_equal(found["identity"].ce, found["clean"].ce)
+    np.testing.assert_allclose(found["own"].ce, found["clean"].ce, atol=1e-5)
+    assert np.nanmin(found["zero"].kl) > 0
 
 
 def test_batches_change_nothing_and_only_the_chosen_tokens_are_replaced(whole_model, examples):
@@ -126,3 +154,199 @@ def test_steering_adds_alpha_times_the_direction():
     assert torch.equal(everywhere[0], stream[0]) and torch.equal(everywhere[1], (5 * direction).expand(3, 4))
     answer = intervention.steering(direction, [0.0, 5.0], answer_only=True)(stream)
     assert torch.equal(answer[1, :2], stream[1, :2]) and torch.equal(answer[1, 2], 5 * direction)
+
+
+# The studies, on a tiny random model
+
+TINY = ["--layer-idx", 2, "--max-length", 64, "--label-field", "kind", "--run-name", "tiny", "--device", "cpu"]
+TRAINING = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--batch-size", 64]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, smol_tokenizer):
+    """Flags for a folder with a tiny random model, a dataset of 40 labelled texts and a trained autoencoder."""
+    import transformers
+
+    from fastsae.errors import run_stage
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                                      num_key_value_heads=2, pad_token_id=2, bos_token_id=1, eos_token_id=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    smol_tokenizer.save_pretrained(folder / "model")
+    rows = [{"text": f"The {'red' if i % 2 else 'blue'} box number {i} holds {i * 7} <b>nails</b>.", "kind": "red" if i % 2 else "blue"}
+            for i in range(40)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--output-dir", folder, "--model-name", folder / "model", "--dataset-path", folder / "data.jsonl", *TINY]
+    argv = sys.argv
+    for script, more in (("extract_activations", []), ("train_sae", TRAINING)):
+        known = [f for f in flags if f not in ("--model-name", folder / "model")] if script == "train_sae" else flags
+        sys.argv = [script, "--no-print-settings", *map(str, known), *map(str, more)]
+        assert run_stage(importlib.import_module(script).main) == 0
+    sys.argv = argv
+    return folder, flags
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, run_main):
+    """Run a study's `main()` with flags, its results under tmp_path: (exit code, result)."""
+    monkeypatch.syspath_prepend(str(PROJECT / "experiments"))
+    common = importlib.import_module("common")
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+
+    def run(name, *flags):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+        code = run_main(name, *flags)
+        path = tmp_path / f"{name}.json"
+        return code, json.loads(path.read_text()) if path.exists() else None
+    return run
+
+
+def test_loss_recovered_of_a_tiny_model(tiny, study, tmp_path, monkeypatch):
+    folder, flags = tiny
+    code, result = study("loss_recovered", *flags, "--n-examples", 3)
+    (name, row), = result["autoencoders"].items()
+    assert code == 0 and row["layer"] == 2 and row["n_examples"] == 3 and result["commit"] and result["machine"]
+    every, usable = row["kinds_every_token_replaced"]["all"], row["kinds"]["all"]
+    for kind in (every, usable):
+        ce = kind["ce"]
+        assert kind["loss_recovered_zero"]["value"] == pytest.approx((ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]))
+        assert kind["kl"]["spliced"] > 0 and len(kind["loss_recovered_mean"]["interval"]) == 2
+    assert every["ce"]["clean"] == usable["ce"]["clean"] and every["ce"]["zero"] != usable["ce"]["zero"]
+    assert row["kinds"]["content"]["n_tokens"] + row["kinds"]["template"]["n_tokens"] == usable["n_tokens"]
+    assert row["kinds"]["user"]["n_tokens"] == row["kinds"]["content"]["n_tokens"]
+    monkeypatch.setattr(importlib.import_module("loss_recovered"), "measure", None)  # the second run reads its journal
+    assert study("loss_recovered", *flags, "--n-examples", 3)[1]["autoencoders"] == result["autoencoders"]
+
+
+def test_held_out_examples_are_the_validation_examples(tiny, study):
+    import config
+    from fastsae.activations_file import open_activations
+
+    folder, flags = tiny
+    inputs = importlib.import_module("model_inputs")
+    settings = config.resolve(*inputs.STAGES, PROJECT / "experiments" / "loss_recovered.py", argv=list(map(str, flags)))
+    subject, = inputs.subjects(settings)
+    table = inputs.some_dialogues(subject, settings, 100, held_out=True)
+    data = open_activations(folder / "activations" / "activations_layer2.npz")
+    expected = subject.meta["validation_examples"]
+    assert table.lines.tolist() == data["example_ids"][expected].tolist() and len(table.lengths) == 4
+    rows = np.flatnonzero(np.isin(np.repeat(np.arange(40), data["seq_lengths"]), expected))
+    assert (table.ids == data["token_ids"][rows]).all() and (table.kind == data["token_kind"][rows]).all()
+    model = inputs.load_model(subject, settings)
+    stream = intervention.residual_stream(model, 2, inputs.example_ids(table))
+    np.testing.assert_allclose(stream, data["activations"][rows], atol=2e-3)
+    assert (inputs.meant_for(subject, stream, table) == (table.kind != 2)).all()
+
+
+def test_an_autoencoder_of_another_width_is_one_line(tiny, study, tmp_path, some_sae, capsys):
+    from fastsae.autoencoder import save_sae
+
+    save_sae(tmp_path / "wide.pt", some_sae, {})
+    assert study("loss_recovered", *tiny[1], "--sae", tmp_path / "wide.pt")[0] == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and "576 dimensions" in error[0] and "has 32" in error[0]
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append(tag)
+
+
+def test_steering_a_tiny_model(tiny, study, tmp_path):
+    folder, flags = tiny
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "<script>alert(1)</script> | *hi*", "expected": "box"}\n{"text": "Why?"}\n')
+    code, result = study("steer", *flags, "--prompts", prompts, "--alphas", "0,3,60", "--n-new-tokens", 6, "--n-random", 1, "--ablate",
+                         "--n-ablated", 2, "--n-ablation-examples", 3)
+    assert code == 0 and [t["feature"] is None for t in result["targets"]] == [False, True]
+    for target in result["targets"]:
+        assert target["alpha_0_equals_unsteered"] is True
+        zero, _, strong = target["curves"]
+        assert zero["changed"] == 0 and zero["perplexity"] == pytest.approx(result["unsteered"]["perplexity"], rel=1e-4)
+        assert strong["changed"] > 0
+    assert result["alphas_over_mean_norm"][2] == pytest.approx(60 / result["mean_norm"])
+    for feature in result["ablation"]["features"]:
+        assert feature["change_elsewhere"] in (None, 0)
+    tags = Tags()
+    text = (tmp_path / "steer.html").read_text()
+    tags.feed(text)
+    assert not {"script", "a", "img", "link"} & set(tags.found) and "&lt;script&gt;" in text
+    assert r"\| \*hi\*" in (tmp_path / "steer.md").read_text() and "<script>" not in (tmp_path / "steer.md").read_text()
+
+
+@pytest.mark.parametrize("flags, where", [(["--features", 99], "FEATURES"), (["--special-token", "<nothing>"], "SPECIAL_TOKEN"),
+                                          (["--label-search", "x"], "interpretations.jsonl"), (["--n-features", 0], "N_FEATURES")])
+def test_a_feature_that_is_not_there_is_one_line(tiny, study, capsys, flags, where):
+    assert study("steer", *tiny[1], *flags)[0] == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and where in error[0]
+
+
+def test_the_strongest_feature_by_hand(study):
+    steer = importlib.import_module("steer")
+    sae = new_sae({"input_dim": 2, "m_total_neurons": 2, "k_active_neurons": 1}).eval()
+    with torch.no_grad():
+        sae.encoder.weight.copy_(torch.eye(2)), sae.decoder.weight.copy_(torch.eye(2))
+        sae.neuron_bias.zero_(), sae.input_bias.zero_()
+    x = torch.tensor([[1.0, 0], [5, 0], [0, 4], [0, 2], [3, 0]])  # examples 7, 7, 7, 9, 9: maxima (5, 4) and (3, 2)
+    assert steer.average_maximum(sae, x, np.array([7, 7, 7, 9, 9])).tolist() == [4.0, 3.0]
+
+
+def test_curves_by_hand(study):
+    steer = importlib.import_module("steer")
+    assert steer.repetition([1, 2, 3, 1, 2, 3]) == 0.25 and steer.repetition([1, 2]) == 0 and steer.repetition([5] * 12) == 0.9
+    paris = {"ids": [1, 2], "text": "It is Paris.", "nll": 2.0, "repetition": 0.0}
+    plain = [paris, {"ids": [3], "text": "Nice.", "nll": 1.0, "repetition": 0.0}]
+    other = [paris, {"ids": [4, 4], "text": "ice", "nll": 6.0, "repetition": 0.5}]
+    found = steer.curves([[a, b] for a, b in zip(plain, other)], plain, [("q", "paris|lyon"), ("q", "ice")])
+    assert [p["changed"] for p in found] == [0, 0.5] and [p["expected_word"] for p in found] == [0.5, 1.0]
+    assert [p["perplexity"] for p in found] == pytest.approx([np.e, np.exp(2)]) and found[1]["repetition"] == 0.25
+
+
+def test_the_effect_of_an_ablation_by_hand(study):
+    ablate = importlib.import_module("ablate")
+    example = np.array([0, 0, 0, 1, 1])
+    fires = np.array([True, False, False, False, False])
+    change, counted = np.array([np.nan, 0.4, 0.2, np.nan, 0.0]), np.array([False, True, True, False, True])
+    found = ablate.effect(change, np.ones(5, np.float32), fires, counted, example, 0)
+    assert found["change_where_it_fires"] == pytest.approx(0.3) and found["change_after_a_firing_token"] == 0.4
+    assert found["change_elsewhere"] == 0 and found["share_of_examples"] == 0.5 and found["interval"] == pytest.approx([0.3, 0.3])
+
+
+def test_layers_of_a_tiny_model(tiny, study, run_main, tmp_path, monkeypatch):
+    _, flags = tiny
+    study_flags = ["--output-dir", tmp_path / "out", *flags[2:], *TRAINING, "--compared-layers", "1,3", "--n-seeds", 2]
+    module = importlib.import_module("layers")
+
+    def in_process(script, *stage_flags):
+        monkeypatch.setattr(sys, "argv", [script, "--no-print-settings", *map(str, stage_flags)])
+        assert importlib.import_module(script.removesuffix(".py")).main() in (None, 0)
+
+    monkeypatch.setattr(module, "run_stage", in_process)
+    code, result = study("layers", *study_flags)
+    assert code == 0 and [row["layer"] for row in result["layers"]] == [1, 3]
+    for row in result["layers"]:
+        assert len(row["seeds"]) == 2 and 0 < row["mean_token_purity"] <= 1 and row["median_norm"] > 0
+        assert row["normalized_mse"] == pytest.approx(np.mean([s["normalized_mse"] for s in row["seeds"]]))
+        assert 0 <= row["n_above_auc_bound_shuffled"] <= 16
+    assert result["layers"][0]["median_norm"] < result["layers"][1]["median_norm"]
+    assert study("layers", *study_flags)[1]["layers"] == result["layers"]  # up to date, the same again
+
+
+def test_the_readmes_paragraphs_come_from_the_results(study, tmp_path, monkeypatch):
+    module = importlib.import_module("readme_studies")
+    results = PROJECT / "experiments" / "results"
+    written = [name for name in ("loss_recovered", "steer", "layers") if (results / f"{name}.json").exists()]
+    found = module.sentences()
+    assert len(found) >= len(written) and all((results / f"{name}.png").exists() for name in written)
+    for text in found:
+        assert "nan" not in text and "None" not in text
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    assert module.sentences() == []

@@ -217,13 +217,15 @@ def test_checkpoints_hold_no_time(tmp_path, write_activations, run_main):
     assert "seconds" not in json.dumps(meta) and {"seconds", "tokens_per_second"} <= set(metrics_of(tmp_path))
 
 
-@pytest.mark.parametrize("variant", [[], ["--use-batch-topk", "--lr-schedule", "linear", "--lr-warmup-steps", 7]], ids=["topk", "batchtopk, schedule"])
+@pytest.mark.parametrize("variant", [[], ["--use-batch-topk", "--lr-schedule", "linear", "--lr-warmup-steps", 7]],
+                         ids=["topk", "batchtopk, schedule"])
 def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, write_activations, run_main, monkeypatch, capsys, variant):
     """Stopped by a signal in the middle of epochs, with dead features present; the same command goes on."""
     import fastsae.training_run as training_run
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--n-epochs", 6, "--batch-size", 50, "--dead-after-tokens", 100, *variant]
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--n-epochs", 6, "--batch-size", 50,
+             "--dead-after-tokens", 100, *variant]
     assert run_main("train_sae", *flags) == 0
     whole = checkpoint_of(tmp_path).read_bytes()
     history = (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text()
@@ -312,8 +314,8 @@ def test_an_interrupted_pass_of_several_ends_in_the_same_bytes(tmp_path, write_a
     from fastsae.training_run import TrainingRun
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--l1-coefficient-list", "0.5,2.5", "--n-epochs", 4,
-             "--batch-size", 50, "--save-every", 1e-9]
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--l1-coefficient-list", "0.5,2.5",
+             "--n-epochs", 4, "--batch-size", 50, "--save-every", 1e-9]
     assert run_main("train_sae", *flags) == 0
     paths = [tmp_path / "checkpoints" / "test" / f"SAE_standard_M=16_K=2_L1={value}.pt" for value in ("0.5", "2.5")]
     whole = [path.read_bytes() for path in paths]

@@ -71,7 +71,8 @@ def test_a_run_with_resampling_goes_on_where_it_was_stopped(tmp_path, write_acti
     import fastsae.training_run as training_run
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--batch-size", 50, "--dead-after-tokens", 150, "--resample-every", 5]
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--batch-size", 50,
+             "--dead-after-tokens", 150, "--resample-every", 5]
     assert run_main("train_sae", *flags) == 0
     path = tmp_path / "checkpoints" / "test" / "SAE_M=64_K=2.pt"
     whole, original, steps = path.read_bytes(), training_run.learning_rate_factor, []
@@ -122,3 +123,11 @@ def test_loggers_decide_nothing(tmp_path, write_activations, run_main, capsys):
     assert run_main("train_sae", *flags, *SMALL) == 0
     assert run_main("train_sae", *flags, *SMALL, "--logger", "wandb") == 0
     assert "up to date" in capsys.readouterr().out
+
+
+def test_wandb_takes_a_run_offline(tmp_path, write_activations, run_main, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    assert run_main("train_sae", *write_activations(tokens, [20] * 30), *SMALL, "--logger", "wandb", "--seeds", "0,1") == 0
+    assert len(list(tmp_path.rglob("*.wandb"))) == 2  # each autoencoder is a run of its own

@@ -1,0 +1,175 @@
+"""What the studies that run the whole model share: an autoencoder with its layer and model, held-out examples, and a journal.
+
+Autoencoders come from this project (`.pt`) or in SAELens' format (a folder); `fastsae.autoencoder.load_sae` reads both.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from common import PROJECT, run_stage
+
+import config
+from fastsae import artifacts, language_model
+from fastsae.errors import InputError
+from fastsae.examples import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
+from fastsae.sources import Deduplicator, identity, stream_examples
+from fastsae.tokens import usable_tokens
+
+STAGES = [PROJECT / name for name in config.STAGES[:2]]
+
+
+@dataclass
+class Subject:
+    """An autoencoder and what it was made for. `source` is the metadata of the activations it was trained on, {} if unknown."""
+
+    sae: object
+    meta: dict
+    path: str
+    layer: int
+    model_name: str
+    revision: str | None
+    source: dict
+
+    @property
+    def knows_its_examples(self):
+        """Whether it is on record which examples it was trained on: of other libraries' autoencoders it is not."""
+        return "inputs" in self.source
+
+    @property
+    def name(self):
+        path = Path(self.path)
+        return path.parent.name + "/" + path.stem if path.suffix == ".pt" else path.name
+
+    def describe(self):
+        """What a result says of it."""
+        sae = self.sae
+        return {"checkpoint": self.name, "layer": self.layer, "model": self.model_name, "architecture": sae.architecture,
+                "m": sae.m_total_neurons, "k": sae.k_active_neurons,
+                "normalized_mse_on_validation": self.meta.get("metrics", {}).get("normalized_mse")}
+
+
+def require(settings, least):
+    """InputError, one line each, for the numbers among the settings `least` {name: bound} that are below their bound."""
+    low = [name for name, bound in least.items() if np.min(settings.values[name]) < bound]
+    if low:
+        raise InputError("\n".join(f"{name}: {settings.values[name]} is below {least[name]}. give {least[name]} or more." for name in low))
+
+
+def subjects(settings):
+    """The autoencoders that SAE names, or the one of the run, which is trained first if there is none."""
+    if settings.SAE:
+        return [open_subject(path.strip(), settings) for path in settings.SAE.split(",")]
+    metrics = settings.run_dir / "metrics.json"
+    if not metrics.exists():
+        for script in config.STAGES[:2]:
+            run_stage(script, *settings.flags_for(script))
+    return [open_subject(str(settings.run_dir / json.loads(metrics.read_text())["checkpoint"]), settings)]
+
+
+def open_subject(path, settings):
+    """Load an autoencoder; its model and layer are those its metadata name, else, or by flag, MODEL_NAME and LAYER_IDX."""
+    from fastsae.autoencoder import load_sae
+
+    device = language_model.choose_device(settings.DEVICE)
+    sae, meta = load_sae(path, "cpu" if device == "mps" else device)
+    source = meta.get("activations") or {}
+    model_name = source.get("model_name") if settings.source["MODEL_NAME"] != "flag" else None
+    layer = source.get("settings", {}).get("LAYER_IDX") if settings.source["LAYER_IDX"] != "flag" else None
+    if model_name and "inputs" not in source and short(model_name) == short(settings.MODEL_NAME):
+        model_name = None  # another library's name for the model that is set here, perhaps at hand without the hub
+    if layer is None and settings.source["LAYER_IDX"] != "flag":
+        print(f"{path}: does not name its layer; LAYER_IDX {settings.LAYER_IDX} is taken")
+    subject = Subject(sae, meta, str(path), layer or settings.LAYER_IDX, model_name or settings.MODEL_NAME,
+                      source.get("model_revision") if model_name else settings.MODEL_REVISION, source)
+    hub = {"revision": subject.revision, "cache_dir": settings.CACHE_DIR}
+    shape = language_model.load_config(subject.model_name, **hub)
+    language_model.check_layer(shape, subject.layer, subject.model_name)
+    if shape.hidden_size != sae.input_dim:
+        raise InputError(f"SAE: {path} takes {sae.input_dim} dimensions, the residual stream of {subject.model_name} has "
+                         f"{shape.hidden_size}. name its model with --model-name.")
+    return subject
+
+
+def short(model_name):
+    return model_name.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def load_model(subject, settings):
+    device = language_model.choose_device(settings.DEVICE)
+    return language_model.load_model(subject.model_name, revision=subject.revision, cache_dir=settings.CACHE_DIR, device=device,
+                                     dtype=language_model.choose_dtype(settings.DTYPE, device))
+
+
+def some_dialogues(subject, settings, n_examples, *, held_out):
+    """A TokenTable of up to `n_examples` examples by lot of the autoencoder's own dataset, or of the one named with --dataset-path.
+
+    With `held_out`, none that it was trained on, if that is known: of its own dataset the validation examples; any other is new to
+    it as a whole.
+    """
+    own = subject.source.get("settings", {})
+    by_flag = settings.source["DATASET_PATH"] == "flag"
+    path = settings.DATASET_PATH if by_flag else subject.source.get("dataset_path") or settings.DATASET_PATH
+    dataset, path = identity(path)
+    is_own = subject.source.get("inputs", {}).get("dataset") == dataset
+    if held_out and is_own and own.get("PROCESSING") == "block":
+        raise InputError(f"DATASET_PATH: {subject.path} was trained on blocks of {path}, whose examples cannot be told apart. name other "
+                         "data with --dataset-path.")
+    table = tokens_of(path, subject, settings, {**settings.values, **(own if is_own else {})})
+    candidates = np.array(subject.meta["validation_examples"]) if held_out and is_own else np.arange(len(table.lengths))
+    return some_examples(table, np.sort(np.random.default_rng(settings.SEED).permutation(candidates)[:n_examples]))
+
+
+def tokens_of(path, subject, settings, how):
+    """The TokenTable of a dataset as stage 1 would make it with the settings `how`."""
+    tokenizer = language_model.load_tokenizer(subject.model_name, revision=subject.revision, cache_dir=settings.CACHE_DIR)
+    tokenizer = ChatTokenizer(tokenizer, max_length=how["MAX_LENGTH"], date=how["TEMPLATE_DATE"], chat_template=how["USE_CHAT_TEMPLATE"],
+                              dataset_name=str(path))
+    examples = stream_examples(path, text_field=how["TEXT_FIELD"], max_examples=how["MAX_EXAMPLES"])
+    table = tokenise(filter(Deduplicator(how["DEDUP_NGRAM"]).is_new, examples) if how["DEDUP_NGRAM"] else examples, tokenizer)
+    mark_shared_prefix(table)
+    return table
+
+
+def some_examples(table, chosen):
+    """The TokenTable of the examples numbered in `chosen`, in that order."""
+    starts = table.starts
+    rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
+    return TokenTable(table.ids[rows], table.kind[rows], table.role[rows], table.lengths[chosen], table.lines[chosen])
+
+
+def example_ids(table):
+    """[(length,) token ids of each example]."""
+    return np.split(table.ids, table.starts[1:-1])
+
+
+def meant_for(subject, stream, table):
+    """(n_tokens,) bool: the tokens of `stream` (n_tokens, d_model) that the autoencoder is meant for, as in its training.
+
+    One that does not say its bounds gets those of train_sae.py: not the shared prefix, and no norm above ten times the median.
+    """
+    own = subject.meta.get("settings", {})
+    return usable_tokens(stream.norm(dim=1).numpy(), table.kind, exclude_shared_prefix=own.get("EXCLUDE_SHARED_PREFIX", True),
+                         max_norm_ratio=own.get("MAX_NORM_RATIO", 10.0), max_norm=subject.meta.get("max_norm"))[0]
+
+
+def remembered(path, key, compute):
+    """What `compute()` returned, JSON-able, when `key` was asked for before, from the journal at `path`; else computes and appends."""
+    name = artifacts.fingerprint("study", key, {})
+    for line in artifacts.read_lines(path):
+        if line.get("key") == name:
+            return line["value"]
+    value = compute()
+    artifacts.append_line(Path(path), {"key": name, "value": value})
+    return value
+
+
+def write_figure(path, figure):
+    """A matplotlib figure as a PNG, whole or not at all."""
+    import io
+
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    with artifacts.committed(path) as file:
+        file.write(content.getvalue())
+    print(f"wrote {path}")

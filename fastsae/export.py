@@ -1,0 +1,155 @@
+"""Checkpoints in the layouts of other libraries: SAELens and sparsify. tests/test_formats.py loads them with these libraries.
+
+The formulas are the same in all three, features = activation(W (x - b_dec) + b_enc), so that exporting only renames and transposes:
+
+    topk (with or without prefixes)  SAELens topk       sparsify topk
+    batchtopk                        SAELens jumprelu, its threshold for every feature
+    standard                         SAELens standard
+    jumprelu, gated                  SAELens jumprelu
+
+Hooks count blocks from 0: the residual stream after i blocks is `blocks.{i-1}.hook_resid_post`, sparsify's `layers.{i-1}`.
+"""
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from fastsae import artifacts
+from fastsae.errors import InputError
+from fastsae.formats import architecture_of, short_name
+
+FORMATS = ("saelens", "sparsify")
+HUB_IDS = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the embedded model's
+SAELENS_VERSION = "6.54.12"  # whose layout this is; SAELens drops the metadata of what calls itself older than 6
+
+
+def export(path, kinds):
+    """Write the checkpoint at `path` beside itself as `<stem>.saelens/` and `<stem>.sparsify/layers.<i-1>/`.
+
+    Each appears complete or not at all, and is left alone where it already has this content. Raises InputError if a format
+    cannot hold the architecture.
+    """
+    from fastsae.autoencoder import load_sae
+
+    sae, meta = load_sae(path)
+    for kind in kinds:
+        check_export(kind, architecture_of(sae))
+        files = (saelens_files if kind == "saelens" else sparsify_files)(sae, meta)
+        folder = folder_of(path, kind)
+        print(f"{'wrote' if write_folder(folder, files) else 'up to date:'} {folder}")
+
+
+def folder_of(path, kind):
+    """Where the export of the checkpoint at `path` goes."""
+    return Path(path).with_suffix(f".{kind}")
+
+
+def check_export(kind, architecture):
+    if kind not in FORMATS:
+        raise InputError(f"EXPORT: {kind!r} is unknown. choose {' or '.join(FORMATS)}.")
+    if kind == "sparsify" and architecture != "topk":
+        raise InputError(f"EXPORT: sparsify holds topk only, not {architecture}. leave sparsify out, or train with --architecture topk.")
+
+
+def saelens_files(sae, meta):
+    """{name: bytes} of a folder that `sae_lens.SAE.load_from_disk` reads."""
+    import torch
+    from safetensors.torch import save
+
+    architecture = {"batchtopk": "jumprelu"}.get(architecture_of(sae), architecture_of(sae))
+    state = {name: value.detach().cpu().float() for name, value in sae.state_dict().items()}
+    tensors = {"W_enc": state["encoder.weight"].t(), "W_dec": state["decoder.weight"].t(), "b_enc": state["neuron_bias"],
+               "b_dec": state["input_bias"]}
+    if architecture == "jumprelu":  # a pre-activation counts above max(threshold, 0) here, and above both in SAELens
+        tensors["threshold"] = torch.relu(state["threshold"]).expand(sae.m_total_neurons)
+    config = {"architecture": architecture, "d_in": sae.input_dim, "d_sae": sae.m_total_neurons, "dtype": "float32", "device": "cpu",
+              "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
+              "metadata": saelens_metadata(meta)}
+    if architecture == "topk":
+        config |= {"k": sae.k_active_neurons, "rescale_acts_by_decoder_norm": False}
+    weights = save({name: value.contiguous().clone() for name, value in tensors.items()})
+    return {"cfg.json": _json(config), "sae_weights.safetensors": weights}
+
+
+def saelens_metadata(meta):
+    """What SAELens keeps of where an autoencoder belongs. Local files and folders are named without their path."""
+    source = meta["activations"]
+    settings = source["settings"]
+    block = settings["LAYER_IDX"] - 1
+    return {"sae_lens_version": SAELENS_VERSION, "model_name": hub_id(source["model_name"]) or short_name(source["model_name"]),
+            "hook_name": f"blocks.{block}.hook_resid_post", "hf_hook_name": f"model.layers.{block}", "hook_head_index": None,
+            "prepend_bos": not settings.get("USE_CHAT_TEMPLATE", True),  # a chat template writes its own
+            "context_size": settings.get("MAX_LENGTH") or settings.get("BLOCK_LENGTH"),
+            "dataset_path": dataset_name(source["dataset_path"]), "fastsae_fingerprint": meta["fingerprint"]}
+
+
+def sparsify_files(sae, meta):
+    """{name: bytes} of a folder whose `layers.<i-1>` `sparsify.SparseCoder.load_from_disk` reads."""
+    from safetensors.torch import save
+
+    state = {name: value.detach().cpu().float() for name, value in sae.state_dict().items()}
+    tensors = {"encoder.weight": state["encoder.weight"], "encoder.bias": state["neuron_bias"], "W_dec": state["decoder.weight"].t(),
+               "b_dec": state["input_bias"]}
+    config = {"activation": "topk", "expansion_factor": max(1, sae.m_total_neurons // sae.input_dim), "normalize_decoder": True,
+              "num_latents": sae.m_total_neurons, "k": sae.k_active_neurons, "multi_topk": False, "skip_connection": False,
+              "transcode": False, "d_in": sae.input_dim}
+    weights = save({name: value.contiguous().clone() for name, value in tensors.items()})
+    layer = f"layers.{meta['activations']['settings']['LAYER_IDX'] - 1}"
+    return {f"{layer}/cfg.json": _json(config), f"{layer}/sae.safetensors": weights}
+
+
+def hub_id(model):
+    """owner/name of a model on the hub, None for a local one."""
+    if model in HUB_IDS:
+        return HUB_IDS[model]
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not model.endswith(".gguf")
+    return model if is_id and not os.path.exists(model) else None
+
+
+def dataset_name(path):
+    """owner/name of a hub dataset, the file's name of a local one."""
+    return path.removeprefix("hf:").split("@")[0] if path.startswith("hf:") else short_name(path)
+
+
+def _json(value):
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def write_folder(path, files):
+    """A folder of `{name: bytes}` that appears under `path` complete, or not at all. True if it was written, False if it was there already.
+
+    What was there with other content is kept as `<name>.old-1` (the next free number). Folders cannot be exchanged in one step: a
+    kill between the two renames leaves none under `path`, and the next run writes it.
+    """
+    path = Path(path)
+    if path.is_dir() and {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} == set(files) and all(
+            artifacts.file_sha256(path / name) == hashlib.sha256(content).hexdigest() for name, content in files.items()):
+        return False
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        for name, content in files.items():
+            with artifacts.committed(temporary / name) as file:
+                file.write(content)
+        if path.exists():
+            n = 1
+            while (old := path.with_name(f"{path.name}.old-{n}")).exists():
+                n += 1
+            os.rename(path, old)
+            print(f"the old one is kept as {old}")
+        os.rename(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return True
+
+
+def _sync_folder(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

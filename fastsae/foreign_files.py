@@ -1,0 +1,128 @@
+"""What the readers of foreign autoencoders build on: their tensors and settings, checked as they are taken out, and the form they get.
+
+Only safetensors, .npz without pickles and `torch.load(weights_only=True)` are used. Every tensor must be known, of the right shape
+and finite, and every setting of its type; else one line names the file and the key.
+"""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fastsae.errors import EnvironmentFailure, InputError
+
+
+@dataclass
+class Parts:
+    """features = activation(w_enc (x - b_dec) + b_enc), reconstruction = features @ w_dec + b_dec, all float32 on the CPU.
+
+    w_enc and w_dec (M, d); b_enc (M,); b_dec (d,); architecture topk (the k largest, ReLU), batchtopk (above the 0-d threshold),
+    standard (ReLU) or jumprelu (above the threshold (M,)); `about`: where it comes from, as far as the files say.
+    """
+
+    w_enc: torch.Tensor
+    w_dec: torch.Tensor
+    b_enc: torch.Tensor
+    b_dec: torch.Tensor
+    architecture: str
+    threshold: torch.Tensor | None = None
+    k: int | None = None
+    prefixes: list | None = None
+    about: dict = field(default_factory=dict)
+
+    def centre_input(self):
+        """From w_enc x + b_enc, without b_dec in front, to the form above."""
+        self.b_enc = (self.b_enc.double() + self.w_enc.double() @ self.b_dec.double()).float()
+        return self
+
+    def unit_rows(self):
+        """Decoder rows of length 1, their lengths moved into the features. For topk this can change which are the k largest."""
+        length = torch.linalg.vector_norm(self.w_dec, dim=1).clamp_min(1e-8)  # (M,)
+        self.w_enc, self.w_dec, self.b_enc = self.w_enc * length[:, None], self.w_dec / length[:, None], self.b_enc * length
+        if self.threshold is not None and self.threshold.ndim:
+            self.threshold = self.threshold * length
+        return self
+
+
+class Tensors:
+    """The tensors of a file by name, handed out once each with their shapes checked."""
+
+    def __init__(self, path, values):
+        self.path, self.values = path, dict(values)
+
+    def __contains__(self, name):
+        return name in self.values
+
+    def take(self, name, *shape):
+        """float32 tensor `name`; a None in `shape` is any size."""
+        if name not in self.values:
+            raise InputError(f"{self.path}: {name} is missing; there are {', '.join(sorted(self.values)) or 'no tensors'}. "
+                             "give the folder that the library wrote.")
+        value = self.values.pop(name)
+        if value.ndim != len(shape) or any(want is not None and want != size for want, size in zip(shape, value.shape)):
+            wanted = tuple("any" if size is None else size for size in shape)
+            raise InputError(f"{self.path}: {name} has shape {tuple(value.shape)}, not {wanted}. the file is not what its config says.")
+        value = value.to(torch.float32).contiguous()
+        if not bool(value.isfinite().all()):
+            raise InputError(f"{self.path}: {name} holds NaN or infinity. get another copy of the file.")
+        return value
+
+    def drop(self, *names):
+        for name in names:
+            self.values.pop(name, None)
+
+    def finish(self):
+        if self.values:
+            raise InputError(f"{self.path}: {', '.join(sorted(self.values))}: unknown, so the autoencoder cannot be read faithfully. "
+                             "convert it with SAELens and save it there.")
+
+
+class Config:
+    """A JSON file's object; values are read with their type."""
+
+    def __init__(self, path, values):
+        self.path, self.values = path, values
+
+    def get(self, name, kind, default=None):
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InputError(f"{self.path}: {name} is {str(value)[:60]!r}, no {kind.__name__}. get another copy of the file.")
+        return value
+
+    def need(self, name, kind):
+        value = self.get(name, kind)
+        if value is None:
+            raise InputError(f"{self.path}: {name} is missing. give the folder that the library wrote.")
+        return value
+
+    def refuse(self, name, why):
+        raise InputError(f"{self.path}: {name} {str(self.values.get(name))[:60]!r} {why}.")
+
+
+def read_config(path):
+    """`Config` of a JSON file, which must hold an object."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found. give the folder that the library wrote.") from None
+    except (ValueError, RecursionError):
+        raise EnvironmentFailure(f"{path}: damaged, it is no JSON. get another copy.") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no object. give the folder that the library wrote.")
+    return Config(path, values)
+
+
+def read_safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise InputError(f"{path}: not found. give the folder that the library wrote.")
+    try:
+        return Tensors(path, load_file(path))
+    except SafetensorError as error:
+        raise EnvironmentFailure(f"{path}: damaged ({str(error)[:100]}). get another copy.") from None

@@ -1,0 +1,163 @@
+"""Autoencoders from elsewhere, as the module that this project trains, with what stages and experiments ask of a checkpoint.
+
+`autoencoder.load_sae` comes here for everything that is no checkpoint of train_sae.py: a folder of SAELens (cfg.json and
+sae_weights.safetensors), of sparsify (cfg.json and sae.safetensors), of dictionary_learning (ae.pt, config.json), or Gemma
+Scope's params.npz. Importing this module loads no torch, so that an up-to-date run ends quickly.
+"""
+import hashlib
+import json
+from pathlib import Path
+
+from fastsae import artifacts
+from fastsae.errors import InputError
+from fastsae.tokens import token_norms, usable_tokens
+
+FILES = {"saelens": ("sae_weights.safetensors", "cfg.json"), "sparsify": ("sae.safetensors", "cfg.json"),
+         "dictionary_learning": ("ae.pt", "config.json"), "gemma scope": ("params.npz",)}  # the first one tells the format
+ASSUMED_K = 32          # active features where a format does not say how many, until they are counted
+MAX_NORM_RATIO = 10.0   # as train_sae.py leaves attention sinks out
+MEASURED_TOKENS = 32768
+
+
+def locate(path):
+    """(format, its files): `path` is a folder or one of its files. A checkpoint of this project is ("fastsae", [file]).
+
+    A run's folder stands for the checkpoint that its metrics.json names. Raises InputError where nothing is known.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".pt" and path.name != "ae.pt":
+        return "fastsae", [path]
+    if path.is_file() and path.suffix == ".npz":
+        return "gemma scope", [path]
+    folder = path.parent if path.is_file() else path
+    if not folder.is_dir():
+        raise InputError(f"{path}: not found. give a checkpoint (.pt) or the folder of an autoencoder.")
+    for kind, names in FILES.items():
+        if (folder / names[0]).is_file() and (folder == path or path.name in names):
+            return kind, [folder / name for name in names if (folder / name).is_file()]
+    if (metrics := folder / "metrics.json").is_file() and folder == path:
+        return "fastsae", [folder / named_checkpoint(metrics)]
+    inner = sorted(str(p.parent.relative_to(folder)) for names in FILES.values() for p in folder.glob(f"*/{names[0]}"))
+    there = f"folders in it are: {', '.join(inner[:5])}" if inner else f"files that tell one are {', '.join(n[0] for n in FILES.values())}"
+    raise InputError(f"{path}: holds no autoencoder; {there}. give the folder that has the weights.")
+
+
+def named_checkpoint(metrics_path):
+    try:
+        return Path(json.loads(metrics_path.read_text())["checkpoint"]).name
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{metrics_path}: names no checkpoint. give the .pt file itself.") from None
+
+
+def content_sha256(path):
+    """sha256 (hex) over the files that make up the autoencoder, independent of where they lie."""
+    digest = hashlib.sha256()
+    for file in locate(path)[1]:
+        digest.update(f"{file.suffix} {artifacts.file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def fingerprint_of(path):
+    """What `load_sae` gives as the metadata's fingerprint, without loading the weights."""
+    kind, files = locate(path)
+    return artifacts.read_checkpoint_metadata(files[0])["fingerprint"] if kind == "fastsae" else content_sha256(path)
+
+
+def start_inputs(init_from, output):
+    """What training from the autoencoder `init_from` adds to a checkpoint's inputs; {} without one. `output`: the file to be written."""
+    if not init_from:
+        return {}
+    if any(file.resolve() == Path(output).resolve() for file in locate(init_from)[1]):
+        raise InputError(f"INIT_FROM: {init_from} is what this run writes. copy it first, or give another --run-name.")
+    return {"init_from": content_sha256(init_from)}
+
+
+def load_foreign(path, device="cpu"):
+    """(sae, meta) of an autoencoder of another project. meta has the keys of a checkpoint's, as far as they can be known.
+
+    `meta["activations"]["settings"]["LAYER_IDX"]` is None where the files do not name a layer; `meta["settings"]["K"]` is None
+    where the number of active features is not fixed (`sae.k_active_neurons` is then only a guess for sizes, see `fit`).
+    """
+    from fastsae import format_readers
+    from fastsae.autoencoder import new_sae
+
+    kind, files = locate(path)
+    parts = {"saelens": format_readers.read_saelens, "sparsify": format_readers.read_sparsify,
+             "dictionary_learning": format_readers.read_dictionary_learning, "gemma scope": format_readers.read_gemma_scope}[kind](files[0])
+    m, d = parts.w_enc.shape
+    sae = new_sae({"input_dim": d, "m_total_neurons": m, "k_active_neurons": parts.k or min(m, ASSUMED_K), "prefix_lengths": parts.prefixes,
+                   "architecture": parts.architecture}, device).eval()
+    values = {"encoder.weight": parts.w_enc, "decoder.weight": parts.w_dec.t(), "input_bias": parts.b_dec, "neuron_bias": parts.b_enc,
+              "threshold": sae.threshold if parts.threshold is None else parts.threshold}
+    sae.load_state_dict(values)
+    about = parts.about
+    return sae, {
+        "format": artifacts.FORMAT, "stage": "imported autoencoder", "fingerprint": content_sha256(path), "inputs": {},
+        "settings": {"ARCHITECTURE": parts.architecture, "M": m, "K": parts.k, "MATRYOSHKA_PREFIXES": parts.prefixes,
+                     "EXCLUDE_SHARED_PREFIX": True},
+        "activations": {"model_name": about.get("model_name"), "model_revision": None, "settings": {"LAYER_IDX": about.get("layer")}},
+        "max_norm": None, "validation_examples": [], "metrics": {}, "source": {**about, "path": str(path)}}
+
+
+def architecture_of(sae):
+    """topk, batchtopk, standard or jumprelu: what the module computes. A standard one is kept as BatchTopK with a threshold of 0."""
+    if not sae.use_batch_topk:
+        return "topk"
+    if sae.threshold.ndim:
+        return "jumprelu"
+    return "standard" if float(sae.threshold) <= 0 else "batchtopk"
+
+
+def check_fit(path, sae, meta, activations_path, activations_meta, d, setting):
+    """InputError if `sae` does not belong to these activations (n_tokens, d) by width or layer; a line where it names another model."""
+    layer = activations_meta["settings"]["LAYER_IDX"]
+    problems = []
+    if sae.input_dim != d:
+        problems.append(f"{setting}: {path} takes activations of {sae.input_dim} dimensions, {activations_path} has {d}. "
+                        "give an autoencoder of this model, or extract with the model it was trained on.")
+    its_layer = meta["activations"]["settings"]["LAYER_IDX"]
+    if its_layer is not None and its_layer != layer:
+        problems.append(f"{setting}: {path} was trained after {its_layer} blocks, {activations_path} holds layer {layer}. "
+                        f"give --layer-idx {its_layer} here and to extract_activations.py.")
+    if problems:
+        raise InputError("\n".join(problems))
+    its_model, model = meta["activations"].get("model_name"), activations_meta["model_name"]
+    if its_model and short_name(its_model) != short_name(model):
+        print(f"note: {path} was trained on {short_name(its_model)}; the activations are of {short_name(model)}.")
+    if its_layer is None:
+        print(f"note: {path} does not say which layer it was trained on; taken for layer {layer}.")
+
+
+def short_name(model):
+    """A model's name without its owner or folder."""
+    return str(model).rstrip("/").rsplit("/", 1)[-1]
+
+
+def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
+    """Check an autoencoder against activations (`data`, the members of their file), measure it there, and complete `meta` by that.
+
+    max_norm and K are found where the files do not say them, and metrics where there are none: over at most MEASURED_TOKENS tokens
+    by lot, shared prefix and attention sinks left out as in training. Returns the metrics. Raises InputError if it does not fit.
+    """
+    import numpy as np
+
+    from fastsae.examples import CONTENT
+    from fastsae.metrics import evaluate
+
+    check_fit(path, sae, meta, activations_path, activations_meta, data["activations"].shape[1], "SAE_PATH")
+    keep, meta["max_norm"] = usable_tokens(token_norms(data["activations"]), data["token_kind"], exclude_shared_prefix=True,
+                                           max_norm_ratio=MAX_NORM_RATIO, max_norm=meta["max_norm"])
+    rows = np.flatnonzero(keep)
+    if not len(rows):
+        raise InputError(f"SAE_PATH: {path} was trained on tokens of other norms than {activations_path} has. give one of this model and layer.")
+    rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MEASURED_TOKENS])
+    example = np.repeat(np.arange(len(data["seq_lengths"])), data["seq_lengths"])
+    metrics = evaluate(sae, data["activations"], rows, example, np.asarray(data["token_kind"]) != CONTENT)
+    print(f"{path} ({architecture_of(sae)}, {sae.m_total_neurons:,} features): normalised MSE {metrics['normalized_mse']:.4f}, "
+          f"L0 {metrics['l0']:.1f} on {len(rows):,} tokens")
+    if metrics["normalized_mse"] >= 1:
+        print("warning: normalised MSE is not below 1: worse than the mean activation. is it of this model, layer and scale?")
+    meta["metrics"] = meta["metrics"] or {**metrics, "n_validation_tokens": metrics["n_tokens"]}
+    if meta["settings"]["K"] is None:
+        sae.k_active_neurons = meta["settings"]["K"] = min(sae.m_total_neurons, max(1, round(metrics["l0"])))
+    return metrics

@@ -1,0 +1,136 @@
+"""The README.md of a run's folder, as the Hugging Face hub reads it: a YAML header, figures, and how to load the autoencoders.
+
+Names of models and datasets are other people's text. In the header they are JSON strings, which YAML reads literally; in the page they
+stand in code spans, in which neither Markdown nor HTML means anything. No such name goes into a table or a command.
+"""
+import json
+
+from fastsae import artifacts
+from fastsae.export import dataset_name, folder_of, hub_id
+from fastsae.formats import short_name
+
+METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("l0", "L0"),
+           ("dead_fraction", "dead features"), ("cosine_similarity", "cosine similarity"), ("mse", "MSE (FAST, eq. 7)"))
+HYPOTHESAES = ("topk", "batchtopk", "standard")  # what hypothesaes.sae.load_model reads
+DOES = {"topk": "the K largest pre-activations of each token, those below 0 left out", "standard": "ReLU",
+        "batchtopk": "every pre-activation above one threshold, learned so that K are active on average",
+        "jumprelu": "every pre-activation above its feature's threshold",
+        "gated": "trained as a gated autoencoder, kept as the JumpReLU one it equals"}
+
+
+def write_card(folder, paths):
+    """Write README.md for the checkpoints at `paths`, all of one run, unless it is there with the same text."""
+    entries = [(path, artifacts.read_checkpoint_metadata(path)) for path in paths]
+    text, path = card(entries), folder / "README.md"
+    if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
+        artifacts.write_text(path, text)
+
+
+def card(entries):
+    """The text for [(path of the checkpoint, its metadata)], which share model, layer and dataset."""
+    source = entries[0][1]["activations"]
+    layer, model = source["settings"]["LAYER_IDX"], source["model_name"]
+    title = "Sparse autoencoder" if len(entries) == 1 else f"{len(entries)} sparse autoencoders"
+    return "\n".join([
+        "---", *header(entries), "---", "", f"# {title} of {code(hub_id(model) or short_name(model))}, layer {layer}", "",
+        f"Reads the residual stream after {layer} blocks (`hidden_states[{layer}]`, in TransformerLens "
+        f"`blocks.{layer - 1}.hook_resid_post`) as it is: scale and mean are part of the weights.", "",
+        *provenance(entries[0][1]), "", "## Figures", "", *figures(entries), "", "## How to load", "", *loading(entries), "",
+        "## Settings of the training", "", "```json", json.dumps(settings_of(entries[0][1]), indent=1), "```", "",
+        "## Before publishing", "", "Nothing is uploaded by itself. State a `license:` in the header above, and mind that the `.pt` files "
+        "hold the paths of your data. In this folder:", "", "```bash",
+        'hf upload your-name/your-sae . . --exclude "*.resume.pt" --exclude "*.jsonl" --exclude "*.old-*" --exclude ".*"', "```", ""])
+
+
+def header(entries):
+    """Lines of YAML; every value that is not of this project is a JSON string."""
+    source = entries[0][1]["activations"]
+    base, dataset = hub_id(source["model_name"]), source["dataset_path"]
+    exported = any(folder_of(path, "saelens").is_dir() for path, _ in entries)
+    lines = ["library_name: saelens"] if exported else []
+    lines += ["tags:", "- sparse-autoencoder", "- mechanistic-interpretability", *(["- saelens"] if exported else [])]
+    if base:
+        lines += [f"base_model: {quoted(base)}"]
+    if dataset.startswith("hf:"):
+        lines += ["datasets:", f"- {quoted(dataset_name(dataset))}"]
+    lines += ["model-index:"]
+    for path, meta in entries:
+        lines += [f"- name: {quoted(path.stem)}", "  results:", "  - task:", "      type: feature-extraction", "    dataset:",
+                  f"      name: {quoted(dataset_name(dataset))}", f"      type: {quoted(dataset_name(dataset))}", "      split: validation",
+                  "    metrics:"]
+        for name, shown in METRICS:
+            lines += [f"    - type: {name}", f"      name: {quoted(shown)}", f"      value: {json.dumps(meta['metrics'][name])}"]
+    return lines
+
+
+def provenance(meta):
+    source, settings = meta["activations"], meta["activations"]["settings"]
+    rendered = "with the model's chat template" if settings.get("USE_CHAT_TEMPLATE", True) else "without chat template"
+    how = ("joined and cut into blocks" if settings.get("PROCESSING") == "block" else
+           "each alone in the model (FAST, [arXiv 2506.07691](https://arxiv.org/abs/2506.07691))")
+    left_out = ["the prefix that all examples share"] if meta["settings"].get("EXCLUDE_SHARED_PREFIX") else []
+    left_out += [f"tokens with a norm above {meta['max_norm']:.4g} (attention sinks)"] if meta.get("max_norm") is not None else []
+    return [f"- Data: {source['n_examples']:,} examples of {code(dataset_name(source['dataset_path']))}, {how}, {rendered}; "
+            f"{meta['metrics']['n_train_tokens']:,} tokens for training.",
+            f"- Left out of training: {' and '.join(left_out) or 'nothing'}.",
+            f"- Dataset sha256 `{source['inputs']['dataset'][:64]}`; versions: "
+            f"{', '.join(f'{name} {version}' for name, version in meta['versions'].items())}."]
+
+
+def figures(entries):
+    """A table of what was measured on held-out examples; all names in it are this project's."""
+    lines = ["| file | architecture | M | K | " + " | ".join(shown for _, shown in METRICS) + " |", "|---" * (len(METRICS) + 4) + "|"]
+    for path, meta in entries:
+        s = meta["settings"]
+        lines.append(f"| `{path.name}` | {architecture(meta)} | {s['M']} | {s['K'] if s['ARCHITECTURE'] != 'standard' else ''} | "
+                     + " | ".join(f"{meta['metrics'][name]:.4g}" for name, _ in METRICS) + " |")
+    metrics = entries[0][1]["metrics"]
+    return [*lines, "", f"On {metrics['n_validation_tokens']:,} tokens of examples that were not trained on. Normalised MSE is the squared "
+            "error over the variance about the mean.", "", *(f"{name}: {DOES[name]}." for name in sorted({architecture(m) for _, m in entries}))]
+
+
+def loading(entries):
+    """Code for each library that can hold the architecture faithfully."""
+    path, meta = entries[0]
+    kind, block = architecture(meta), meta["activations"]["settings"]["LAYER_IDX"] - 1
+    saelens, sparsify = (folder_of(path, name).name for name in ("saelens", "sparsify"))
+    lines = ["With this project:", "", "```python", "from fastsae import load_sae", "",
+             f'sae = load_sae("{path.name}")', "features = sae.encode(activations)  # (n, M) of (n, d)", "reconstruction = sae.decode(features)",
+             'sae.features_of("Where did I leave the key?")', "```", "", *with_export(path, "saelens", "SAELens", [
+                 "from sae_lens import SAE", "", f'sae = SAE.load_from_disk("{saelens}")', "features = sae.encode(activations)"])]
+    if kind == "topk":
+        lines += with_export(path, "sparsify", "sparsify", [
+            "from sparsify import SparseCoder", "", f'sae = SparseCoder.load_from_disk("{sparsify}/layers.{block}")',
+            "top_acts, top_indices, _ = sae.encode(activations)"])
+    if kind in HYPOTHESAES:
+        lines += ["With HypotheSAEs (it unpickles: only for files you trust):", "", "```python",
+                  "from hypothesaes.sae import load_model", "", f'sae = load_model("{path.name}").eval()', "reconstruction, info = sae(activations)", "```"]
+    return lines
+
+
+def with_export(path, kind, name, code_lines):
+    if folder_of(path, kind).is_dir():
+        return [f"With {name}:", "", "```python", *code_lines, "```", ""]
+    return [f"With {name}: the same training command with `--export {kind}` writes what it reads, without training again.", ""]
+
+
+def architecture(meta):
+    return "batchtopk" if meta["settings"].get("USE_BATCH_TOPK") else meta["settings"]["ARCHITECTURE"]
+
+
+def settings_of(meta):
+    return {name: value for name, value in meta["settings"].items() if isinstance(value, (int, float, list)) or value in DOES}
+
+
+def clean(text):
+    """One line of at most 200 characters that print: no control, no direction marks, no halves of characters."""
+    return "".join(c if c.isprintable() else " " for c in str(text))[:200]
+
+
+def quoted(text):
+    return json.dumps(clean(text), ensure_ascii=False)
+
+
+def code(text):
+    """A code span; a backtick, which could end it, becomes an apostrophe."""
+    return f"`{clean(text).replace('`', chr(39)).strip() or '?'}`"

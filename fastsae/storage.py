@@ -1,0 +1,229 @@
+"""Where files are written, and nowhere else: whole or not at all, by one run at a time. Tests look for any other way.
+
+Each operation that changes the disk first calls `watch(operation, path)`. It does nothing; tests put a function there that counts,
+fails as a full disk does, or kills the process, at each operation in turn.
+"""
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+from fastsae import errors
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)       # a file system without locks, as some network ones
+NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
+
+
+def watch(operation, path):
+    """Called before each operation."""
+
+
+class _File(io.FileIO):
+    """A file whose writes are watched. Python's buffer is in front of it, so these are the writes that reach the system."""
+
+    def write(self, data):
+        watch("write", self.name)
+        return super().write(data)
+
+
+@contextlib.contextmanager
+def committed(path, *, keep_old=False):
+    """A binary file that appears under `path` complete, or not at all: temp file, fsync, rename, fsync of the folder.
+
+    With `keep_old`, what was there stays as `<stem>.old-1<suffix>` (the next free number), and under its own name until the new
+    file is whole.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    watch("create", temporary)
+    try:
+        with io.BufferedWriter(_File(temporary, "xb")) as file:
+            yield file
+            file.flush()
+            _sync(file.fileno(), temporary)
+        if keep_old and path.exists():
+            keep_aside(path)
+        watch("replace", path)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _sync(handle, path):
+    watch("fsync", path)
+    os.fsync(handle)
+
+
+def _sync_folder(folder):
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _sync(handle, folder)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder):
+    if not folder.is_dir():
+        watch("mkdir", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_text(path, text, *, keep_old=False):
+    with committed(path, keep_old=keep_old) as file:
+        file.write(text.encode("utf-8"))
+
+
+def to_json(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def keep_aside(path):
+    """Give the file a second name, `<stem>.old-n<suffix>`."""
+    n = 1
+    while (target := path.with_name(f"{path.stem}.old-{n}{path.suffix}")).exists():
+        if target.samefile(path):  # a run that was killed here had done so
+            return
+        n += 1
+    watch("link", target)
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        try:  # a file system without hard links
+            shutil.copyfile(path, target)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+    print(f"the old one is kept as {target}")
+
+
+def set_aside(paths):
+    """Rename files to their `.old-n` names."""
+    for path in paths:
+        keep_aside(path)
+        remove(path)
+
+
+def remove(path):
+    """Remove a file or a whole folder, if it is there."""
+    if path.is_dir():
+        watch("rmtree", path)
+        shutil.rmtree(path)
+    elif path.exists():
+        watch("unlink", path)
+        path.unlink(missing_ok=True)
+
+
+def scratch_folder(root):
+    """A folder under `root` that is gone at the end of the `with` block."""
+    make_folder(root)
+    watch("mkdir", root)
+    return tempfile.TemporaryDirectory(dir=root, prefix=".scratch-")
+
+
+def put_folder(new, folder):
+    """Move the folder `new` to `folder`, in place of what is there."""
+    remove(folder)
+    watch("replace", folder)
+    os.rename(new, folder)
+
+
+# Journals: files that grow by lines, each of which counts by itself
+
+def append_line(path, value):
+    """Append one JSON line and fsync it."""
+    make_folder(path.parent)
+    is_new = not path.exists()
+    if is_new:
+        watch("create", path)
+    with io.BufferedRandom(_File(path, "ab+")) as file:
+        torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * bool(torn) + to_json(value).encode("utf-8") + b"\n")  # a torn line must not swallow the next one
+        file.flush()
+        _sync(file.fileno(), path)
+    if is_new:
+        _sync_folder(path.parent)
+
+
+def read_lines(path):
+    """The JSON lines of a journal that are whole; a torn one is left out. [] if there is no file."""
+    lines = []
+    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
+        with contextlib.suppress(ValueError):
+            if isinstance(value := json.loads(line), dict):
+                lines.append(value)
+    return lines
+
+
+# One writer
+
+def claim(path, instead):
+    """Until this stage ends, no other run may write `path`. EnvironmentFailure if one does; `instead` is the flag that avoids it.
+
+    `path` is a file or a folder. The lock is the kernel's (flock) and ends with the process, however that ends; its file
+    `.<name>.lock` says who holds it. Of torchrun's processes rank 0 takes it for all. Where no lock can be had, a warning says so.
+    """
+    errors.keep_log_in(path.parent)
+    if int(os.environ.get("RANK", 0)):
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        make_folder(path.parent)
+        handle = _locked(lock, path, instead)
+    except OSError as error:
+        if error.errno not in NO_LOCKS + NO_RIGHTS:
+            raise
+        print(f"warning: {path}: cannot be locked ({error.strerror}). let no other run write there.")
+        return
+    errors.at_end(lambda: _release(lock, handle))
+    for left in path.glob(".*.tmp") if path.is_dir() else path.parent.glob(f".{path.stem}[.-]*.tmp"):  # of a run that was killed
+        remove(left)
+
+
+def _locked(lock, path, instead):
+    while True:
+        watch("create", lock)
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            handle = os.open(lock, os.O_RDONLY)  # another user's: enough to see whether it is held
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(lock) and os.path.samestat(os.fstat(handle), os.stat(lock)):
+                with contextlib.suppress(OSError):  # it serves a message only
+                    os.truncate(handle, 0)
+                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%d %b %H:%M:%S')}".encode())
+                return handle
+            os.close(handle)  # its holder had just ended and removed it
+        except BlockingIOError:
+            holder = os.read(handle, 200).decode(errors="replace") or "another run"
+            os.close(handle)
+            raise errors.EnvironmentFailure(f"{path}: {holder}, is writing here. wait until it has ended, or give another {instead}."
+                                            ) from None
+        except OSError:
+            os.close(handle)
+            raise
+
+
+def _release(lock, handle):
+    with contextlib.suppress(OSError):  # a folder that is gone, or rights that were taken away: the lock itself ends with the handle
+        lock.unlink(missing_ok=True)
+    os.close(handle)

@@ -1,0 +1,137 @@
+"""A trained autoencoder in use: features of activations, reconstructions, and the features of a text with its model run as in stage 1."""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastsae import autoencoder
+from fastsae.errors import InputError
+from fastsae.examples import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
+from fastsae.language_model import ResidualModel, load_tokenizer
+from fastsae.sparse_step import Entries
+from fastsae.token_text import TokenTexts, visible
+
+N_TOP = 3  # features per token in a printed text
+
+
+def load_sae(path, *, device: str = "cpu", cache_dir: str | None = None) -> "TrainedSae":
+    """The autoencoder of a checkpoint (.pt), verified. `cache_dir`: where its language model is kept, as CACHE_DIR of the scripts.
+
+    Raises InputError or EnvironmentFailure with one line that says what to do.
+    """
+    sae, meta = autoencoder.load_sae(path, "cpu" if device == "mps" else device)  # mps has no sparse products
+    return TrainedSae(sae, meta, device=device, cache_dir=cache_dir)
+
+
+@dataclass(frozen=True)
+class TokenFeatures:
+    """One token of a text. `used`: whether training would use it (not the template's shared prefix, not an attention sink)."""
+
+    token: str
+    kind: str                          # content, template or shared prefix
+    used: bool
+    features: list[tuple[int, float]]  # (feature, activation), strongest first
+
+    def __repr__(self):
+        return f"{visible(self.token)!r}: " + (", ".join(f"{j} ({value:.2f})" for j, value in self.features) or "-")
+
+
+class TrainedSae:
+    """`encode`, `decode` and `features_of`; `sae` is the HypotheSAEs module underneath, `meta` what its checkpoint says of itself."""
+
+    def __init__(self, sae, meta: dict, *, device: str = "cpu", cache_dir: str | None = None):
+        self.sae, self.meta, self.device, self.cache_dir = sae, meta, device, cache_dir
+        self._reader = None
+
+    @property
+    def d(self) -> int:
+        return self.sae.input_bias.numel()
+
+    @property
+    def n_features(self) -> int:
+        return self.sae.m_total_neurons
+
+    def encode(self, x) -> torch.Tensor:
+        """Features (..., M) of activations x (..., d), array or tensor, as they come from the model."""
+        x = torch.as_tensor(x).to(self.sae.input_bias)
+        if x.shape[-1] != self.d:
+            raise InputError(f"activations: are {x.shape[-1]} wide and this autoencoder takes {self.d}. check the model and the layer.")
+        entries = autoencoder.encode(self.sae, x.reshape(-1, self.d))
+        dense = torch.zeros(entries.n_rows, self.n_features, device=x.device)
+        dense[entries.row.long(), entries.column.long()] = entries.value
+        return dense.reshape(*x.shape[:-1], self.n_features)
+
+    def decode(self, features) -> torch.Tensor:
+        """Reconstructions (..., d) of features (..., M)."""
+        features = torch.as_tensor(features).to(self.sae.input_bias)
+        flat = features.reshape(-1, self.n_features)
+        row, column = flat.nonzero(as_tuple=True)
+        entries = Entries(row.int(), column.int(), flat[row, column], len(flat), self.n_features)
+        return autoencoder.decode(self.sae, entries).reshape(*features.shape[:-1], self.d)
+
+    def features_of(self, text, n_top: int = 5) -> list[TokenFeatures]:
+        """The tokens of a text (one user turn), or of messages [{"role", "content"}, ...], with the `n_top` strongest features of each.
+
+        Runs the model named in the checkpoint as stage 1 did: its chat template, its layer, its precision. The first call loads it.
+        """
+        tokens, activations = self.read(text)
+        features, kinds = self.encode(activations), {CONTENT: "content", TEMPLATE: "template", SHARED_PREFIX: "shared prefix"}
+        norms, bound = activations.float().norm(dim=1), self.meta.get("max_norm")
+        result = []
+        for i, token in enumerate(TokenTexts(self._reader[0].tokenizer)(tokens.ids)):
+            value, which = features[i].topk(min(n_top, self.n_features))
+            kind = int(tokens.kind[i])
+            left_out = kind == SHARED_PREFIX and self.meta["settings"].get("EXCLUDE_SHARED_PREFIX", True)
+            result.append(TokenFeatures(token, kinds[kind], not left_out and (bound is None or float(norms[i]) <= bound),
+                                        [(int(j), float(v)) for j, v in zip(which, value) if v > 0]))
+        return result
+
+    def read(self, text):
+        """(Tokens, activations (n_tokens, d)) of a text or of messages, rounded as the activations file stores them."""
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+        if not any(message["content"].strip() for message in messages):
+            raise InputError("TEXT: is empty. give a sentence.")
+        if self._reader is None:
+            self._reader = self._load_model()
+        tokenizer, model, source = self._reader
+        tokens, = tokenizer([Example(1, messages, is_text=isinstance(text, str))])
+        tokens.kind[:source.get("n_shared_prefix", 0)] = SHARED_PREFIX
+        stream, = model(torch.from_numpy(tokens.ids.astype(np.int64))[None]).values()
+        return tokens, stream[0].to(getattr(torch, source["settings"].get("STORAGE_DTYPE", "float32")))
+
+    def _load_model(self):
+        """(tokenizer, model, metadata of the activations) that belong to this autoencoder."""
+        source = self.meta.get("activations") or {}
+        settings = source.get("settings") or {}
+        name, layer = source.get("model_name"), settings.get("LAYER_IDX")
+        if not name or not layer:
+            raise InputError("this autoencoder does not name its model and layer. run the model yourself and call encode(activations).")
+        origin = {"revision": source.get("model_revision"), "cache_dir": self.cache_dir}
+        tokenizer = ChatTokenizer(load_tokenizer(name, **origin), chat_template=settings.get("USE_CHAT_TEMPLATE", True),
+                                  max_length=settings.get("MAX_LENGTH"), date=settings.get("TEMPLATE_DATE", ""), dataset_name="TEXT")
+        model = ResidualModel(name, layer, device=self.device, dtype=getattr(torch, source.get("compute_dtype", "float32")), **origin)
+        if model.d_model != self.d:
+            raise InputError(f"{name}: is {model.d_model} wide and this autoencoder takes {self.d}. give the model it was trained on.")
+        return tokenizer, model, source
+
+    def __repr__(self):
+        sae, source, metrics = self.sae, self.meta.get("activations") or {}, self.meta.get("metrics") or {}
+        what = f"{sae.architecture} autoencoder: {self.n_features} features of {self.d} dimensions, K = {sae.k_active_neurons}"
+        if sae.prefix_lengths and len(sae.prefix_lengths) > 1:
+            what += f", prefixes {', '.join(map(str, sae.prefix_lengths))}"
+        where = f"layer {(source.get('settings') or {}).get('LAYER_IDX')} of {source.get('model_name')}"
+        figures = [f"{label} {metrics[name]:.3g}" for name, label in
+                   (("normalized_mse", "normalised MSE"), ("l0", "L0"), ("dead_fraction", "dead")) if name in metrics]
+        return "\n".join(filter(None, [what, where, ", ".join(figures)]))
+
+
+def text_table(found: list[TokenFeatures], labels: dict[int, str], n_top: int = N_TOP) -> str:
+    """Lines `token  feature  activation  label` of the tokens that training would use, `n_top` features each."""
+    used = [token for token in found if token.used]
+    width = max((len(visible(token.token)) for token in used), default=0) + 2
+    lines = [f"{'token':{width}} feature  activation  label"]
+    for token in used:
+        for i, (j, value) in enumerate(token.features[:n_top] or [(None, 0.0)]):
+            name = repr(visible(token.token)) if i == 0 else ""
+            lines.append(f"{name:{width}} {j:7}  {value:10.2f}  {labels.get(j, '')[:90]}".rstrip() if j is not None else name)
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""Stages in forked copies of a process that has imported everything (about a tenth of a second each), to be killed and starved.
+
+`Stages` starts this file as a process of its own, with one thread: OpenMP's threads do not survive a fork. Before every operation
+of fastsae.storage the fork looks whether it is to die or to fail there; any other way of writing into the folder is reported.
+"""
+import contextlib
+import functools
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+WRITING = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.link": 2, "os.symlink": 2, "os.truncate": 1, "os.rmdir": 1,
+           "shutil.rmtree": 1}  # audit events, and how many of their arguments are paths
+LATE = ("matplotlib.figure", "transformers.integrations.sdpa_attention", "transformers.models.llama.modeling_llama",
+        "transformers.models.llama.tokenization_llama", "hypothesaes.interpret_neurons", "hypothesaes.sae")  # imported when they are used
+NEEDS_SPACE = ("mkdir", "create", "write", "fsync", "link", "replace")
+
+
+class Stages:
+    """The client: `run(script, *flags, kill_at=5)` gives {"code", "out", "err", "operations", "foreign", "seconds"}."""
+
+    def __init__(self, **environment):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def run(self, script, *flags, output, **how):
+        """how: `kill_at=k` or `full_from=k` or `stop_at=k` (operation, from 1), `kill_after=seconds`, `racers=n`, `environment={}`."""
+        job = {"script": script, "flags": [*map(str, flags)], "output": str(output), **how}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def serve():
+    sys.path.insert(0, str(PROJECT))
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    preload()
+    for line in sys.stdin:
+        job = json.loads(line)
+        replies.write(json.dumps(race(job) if job.get("racers") else once(job)) + "\n")
+        replies.flush()
+
+
+def preload():
+    """All that stages import, and tokenizers that are read once for all forks."""
+    import openai._base_client
+    import torch
+
+    modules = [f"fastsae.{path.stem}" for path in (PROJECT / "fastsae").glob("*.py") if path.stem != "__init__"]
+    for name in (*LATE, *modules, "extract_activations", "train_sae", "interpret_sae"):
+        with contextlib.suppress(ImportError):  # matplotlib is no requirement
+            importlib.import_module(name)
+    from fastsae import language_model
+
+    torch.set_num_threads(1)
+    openai._base_client.BaseClient._calculate_retry_timeout = lambda *args, **kwargs: 0.01  # no waiting between retries
+    plain, loaded = language_model.load_tokenizer, {}
+
+    def load_tokenizer(name, **source):
+        return loaded.get(os.path.realpath(name)) or plain(name, **source)
+
+    language_model.load_tokenizer = load_tokenizer
+    for name in filter(None, os.environ.get("TEST_TOKENIZERS", "").split(os.pathsep)):
+        loaded[os.path.realpath(name)] = plain(name)
+
+
+def once(job):
+    started = time.monotonic()
+    child, report = start(job)
+    status = wait(child, job.get("kill_after"))
+    return {**outcome(job, report, status), "seconds": time.monotonic() - started}
+
+
+def race(job):
+    """All racers start at once; the first to write waits there until the others have ended."""
+    go = Path(job["output"]).with_suffix(".go")
+    go.unlink(missing_ok=True)
+    children = [start({**job, "wait_for": str(go), "racer": i}) for i in range(job["racers"])]
+    waiting, ended, deadline = dict(children), [], time.monotonic() + 60
+    while len(waiting) > 1 and time.monotonic() < deadline:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            ended.append((waiting.pop(pid), status))
+        else:
+            time.sleep(0.01)
+    n_waiting = len(waiting)
+    go.touch()
+    ended += [(report, os.waitpid(pid, 0)[1]) for pid, report in waiting.items()]
+    return {"n_waiting": n_waiting, "racers": [outcome(job, report, status) for report, status in ended]}
+
+
+def start(job):
+    """(pid, the fork's report file)."""
+    report = Path(job["output"]).parent / f".report-{job.get('racer', 0)}"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
+    child = os.fork()
+    if not child:
+        in_fork(job, report)
+    return child, report
+
+
+def wait(child, kill_after):
+    if kill_after is None:
+        return os.waitpid(child, 0)[1]
+    deadline = time.monotonic() + kill_after
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def outcome(job, report, status):
+    found = json.loads(report.read_text()) if report.exists() else {}
+    return {"code": os.waitstatus_to_exitcode(status), "out": read(report, ".out"), "err": read(report, ".err"),
+            "operations": found.get("operations", []), "foreign": found.get("foreign", [])}
+
+
+def read(report, suffix):
+    return report.with_name(report.name + suffix).read_text(errors="replace")
+
+
+def in_fork(job, report):
+    from fastsae import storage
+    from fastsae.errors import run_stage
+
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        file = os.open(report.with_name(report.name + suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    os.environ.update(job.get("environment", {}))
+    sys.argv = [job["script"] + ".py", "--output-dir", job["output"], "--no-print-settings", *job["flags"]]
+    operations, foreign = [], []
+    sys.addaudithook(functools.partial(look_for_foreign, foreign, job["output"]))
+    storage.watch = functools.partial(at_operation, job, operations)
+    code = 1
+    try:
+        code = run_stage(importlib.import_module(job["script"]).main)
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        report.write_text(json.dumps({"operations": operations, "foreign": foreign}))
+        os._exit(code)
+
+
+def at_operation(job, operations, operation, path):
+    operations.append(operation)
+    n = len(operations)
+    if job.get("wait_for") and operation == "create" and not str(path).endswith(".lock"):
+        while not os.path.exists(job["wait_for"]):
+            time.sleep(0.01)
+    if n == job.get("kill_at"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if n == job.get("stop_at"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    if n >= job.get("full_from", 1 << 60) and operation in NEEDS_SPACE:
+        raise OSError(28, "No space left on device", str(path))
+
+
+def look_for_foreign(foreign, folder, event, arguments):
+    """An audit hook: what changes `folder` must be called by fastsae/storage.py."""
+    if event == "open":
+        path, mode, flags = arguments
+        paths = [path] if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else []
+    else:
+        paths = arguments[:WRITING.get(event, 0)]
+    if any(isinstance(path, (str, os.PathLike)) and str(path).startswith(folder) for path in paths):
+        frame = sys._getframe(1)
+        while frame and not frame.f_code.co_filename.endswith("fastsae/storage.py"):
+            frame = frame.f_back
+        if not frame:
+            foreign.append(f"{event} {paths}")
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,572 @@
+"""Autoencoders that leave and enter: exports loaded by sae-lens and sparsify (if installed), imports against formulas and theirs."""
+import csv
+import json
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import planted_tokens
+from safetensors.torch import load_file, save_file
+
+from fastsae import artifacts, export
+from fastsae.architectures import Normalisation
+from fastsae.autoencoder import decode, encode, inference_form, load_sae, new_sae, save_sae
+from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.fine_tuning import check_start, start_from
+from fastsae.formats import architecture_of, check_fit, content_sha256
+
+D, M, K = 12, 40, 4
+SOURCE = {"settings": {"LAYER_IDX": 12, "USE_CHAT_TEMPLATE": True, "MAX_LENGTH": 512}, "fingerprint": "f" * 64,
+          "model_name": "SmolLM2-135M-Instruct", "dataset_path": "/home/me/texts.jsonl", "inputs": {"dataset": "d" * 64}, "n_examples": 3}
+KINDS = ("topk", "matryoshka", "batchtopk", "batch matryoshka", "standard", "jumprelu", "gated")
+
+
+def tokens(n=200, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, D, generator=generator) * torch.linspace(0.5, 3, D) + 1
+
+
+def trained(kind, seed=0, unit=True):
+    """An autoencoder with every bias, threshold and magnitude away from 0, in the form that is saved."""
+    torch.manual_seed(seed)
+    architecture = {"matryoshka": "topk", "batch matryoshka": "batchtopk"}.get(kind, kind)
+    sae = new_sae({"input_dim": D, "m_total_neurons": M, "k_active_neurons": K, "architecture": architecture,
+                   "prefix_lengths": [10, M] if "matryoshka" in kind else None}).eval()
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim < 2 else 1))
+        if architecture == "jumprelu":
+            sae.threshold.abs_()
+        if architecture == "batchtopk":
+            sae.threshold.fill_(2.5)
+        if unit:
+            sae.normalize_decoder_()
+    return inference_form(sae, Normalisation())
+
+
+def saved(folder, kind, name="SAE_test.pt"):
+    """(path, sae) of a checkpoint as train_sae.py leaves it."""
+    sae, path = trained(kind), folder / name
+    settings = {"ARCHITECTURE": kind, "M": M, "K": K}
+    metadata = artifacts.new_metadata("sae", settings, {"activations": SOURCE["fingerprint"]}, activations=SOURCE)
+    save_sae(path, sae, metadata)
+    return path, load_sae(path)[0]
+
+
+def dense(sae, x):
+    """(features (n, M), reconstructions (n, d)) by this project's own encode and decode."""
+    entries = encode(sae, x)
+    features = torch.zeros(len(x), sae.m_total_neurons)
+    features[entries.row.long(), entries.column.long()] = entries.value.detach()
+    return features, decode(sae, entries).detach()
+
+
+def assert_same(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def sae_lens():
+    return pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -r experiments/requirements-bench.txt")
+
+
+def sparsify():
+    return pytest.importorskip("sparsify", reason="eai-sparsify is not installed: pip install -r experiments/requirements-bench.txt")
+
+
+def dictionary_learning():
+    return pytest.importorskip("dictionary_learning", reason="dictionary-learning is not installed", exc_type=ImportError)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sae_lens_computes_the_same(tmp_path, kind):
+    library = sae_lens()
+    path, sae = saved(tmp_path, kind)
+    export.export(path, ["saelens"])
+    theirs = library.SAE.load_from_disk(tmp_path / "SAE_test.saelens")  # its load_state_dict is strict
+    x = tokens()
+    with torch.no_grad():
+        features = theirs.encode(x)
+        assert_same(dense(sae, x), (features, theirs.decode(features)))
+    assert 0 < (features > 0).float().mean() < 1
+    assert theirs.cfg.architecture() == {"topk": "topk", "matryoshka": "topk", "standard": "standard"}.get(kind, "jumprelu")
+    assert theirs.cfg.metadata.hook_name == "blocks.11.hook_resid_post" and theirs.cfg.metadata.hf_hook_name == "model.layers.11"
+    assert theirs.cfg.metadata.model_name == "HuggingFaceTB/SmolLM2-135M-Instruct" and theirs.cfg.metadata.prepend_bos is False
+    assert theirs.cfg.metadata.context_size == 512 and theirs.cfg.metadata.dataset_path == "texts.jsonl"
+    if "topk" in (kind, theirs.cfg.architecture()):
+        assert theirs.cfg.k == K
+    if kind == "batchtopk":
+        assert torch.equal(theirs.threshold.data, torch.full((M,), 2.5))
+
+
+@pytest.mark.parametrize("kind", ["topk", "matryoshka"])
+def test_sparsify_computes_the_same(tmp_path, kind):
+    library = sparsify()
+    path, sae = saved(tmp_path, kind)
+    export.export(path, ["sparsify"])
+    theirs = library.SparseCoder.load_many(str(tmp_path / "SAE_test.sparsify"), local=True)["layers.11"]
+    x = tokens()
+    with torch.no_grad():
+        found = theirs.encode(x)
+        features = torch.zeros(len(x), M).scatter(1, found.top_indices, found.top_acts)
+        assert_same(dense(sae, x), (features, theirs(x).sae_out))
+    assert theirs.cfg.k == K and theirs.num_latents == M
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_comes_back(tmp_path, kind):
+    """The folders hold exactly the tensors of the format, and reading them gives the same autoencoder."""
+    path, sae = saved(tmp_path, kind)
+    export.export(path, ["saelens"] if architecture_of(sae) != "topk" else ["saelens", "sparsify"])
+    names = {"W_enc", "W_dec", "b_enc", "b_dec"} | ({"threshold"} if architecture_of(sae) in ("batchtopk", "jumprelu") else set())
+    assert set(load_file(tmp_path / "SAE_test.saelens" / "sae_weights.safetensors")) == names
+    x = tokens()
+    for folder in (tmp_path / "SAE_test.saelens", tmp_path / "SAE_test.sparsify" / "layers.11"):
+        if folder.exists():
+            again, meta = load_sae(folder)
+            assert_same(dense(again, x), dense(sae, x))
+            assert meta["activations"]["settings"]["LAYER_IDX"] == 12 and meta["fingerprint"] == content_sha256(folder)
+            assert meta["settings"]["K"] == (K if architecture_of(sae) == "topk" else None)
+
+
+def test_sparsify_is_refused_what_it_cannot_hold(tmp_path):
+    for kind in ("batchtopk", "standard", "jumprelu", "gated"):
+        path, _ = saved(tmp_path, kind, f"SAE_{kind}.pt")
+        with pytest.raises(InputError, match="EXPORT: sparsify holds topk only"):
+            export.export(path, ["sparsify"])
+    assert not list(tmp_path.glob("*.sparsify*"))
+
+
+def test_an_export_is_whole_or_absent(tmp_path, monkeypatch, capsys):
+    path, _ = saved(tmp_path, "topk")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            export.export(path, ["saelens"])
+    assert [p.name for p in tmp_path.iterdir()] == ["SAE_test.pt"]
+    export.export(path, ["saelens"])
+    export.export(path, ["saelens"])
+    assert capsys.readouterr().out.count("up to date") == 1
+    (tmp_path / "SAE_test.saelens" / "cfg.json").write_text("{}")
+    export.export(path, ["saelens"])
+    assert (tmp_path / "SAE_test.saelens.old-1" / "cfg.json").read_text() == "{}"
+    assert load_sae(tmp_path / "SAE_test.saelens")[0].k_active_neurons == K
+
+
+# Imports from SAELens
+
+def saelens_folder(folder, sae, *, keys=(), **config):
+    """A SAELens folder of a standard or TopK autoencoder, written here by hand; `keys` are further tensors."""
+    folder.mkdir(exist_ok=True)
+    state = {name: value.detach() for name, value in sae.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in {
+        "W_enc": state["encoder.weight"].t(), "W_dec": state["decoder.weight"].t(), "b_enc": state["neuron_bias"],
+        "b_dec": state["input_bias"], **dict(keys)}.items()}, folder / "sae_weights.safetensors")
+    plain = {"architecture": "standard", "d_in": D, "d_sae": M, "dtype": "float32", "apply_b_dec_to_input": True,
+             "normalize_activations": "none"}
+    (folder / "cfg.json").write_text(json.dumps({name: value for name, value in {**plain, **config}.items() if value != "absent"}))
+    return folder
+
+
+def test_input_without_bias_by_hand(tmp_path):
+    sae = trained("standard")
+    folder = saelens_folder(tmp_path / "s", sae, apply_b_dec_to_input=False)
+    x = tokens()
+    features = torch.relu(x @ sae.encoder.weight.t() + sae.neuron_bias)
+    assert_same(dense(load_sae(folder)[0], x), (features.detach(), (features @ sae.decoder.weight.t() + sae.input_bias).detach()))
+
+
+def test_rescaled_topk_by_hand(tmp_path):
+    """Pre-activations times decoder norms decide which K are active; the features returned are these products."""
+    sae = trained("topk", unit=False)
+    folder = saelens_folder(tmp_path / "s", sae, architecture="topk", k=K, rescale_acts_by_decoder_norm=True)
+    x, norms = tokens(), sae.decoder.weight.norm(dim=0)
+    value, chosen = (((x - sae.input_bias) @ sae.encoder.weight.t() + sae.neuron_bias) * norms).topk(K, dim=1)
+    features = torch.zeros(len(x), M).scatter(1, chosen, value.relu())
+    plain = dense(load_sae(saelens_folder(tmp_path / "p", sae, architecture="topk", k=K))[0], x)[0]
+    assert ((plain > 0) != (features > 0)).any()  # the norms matter here
+    assert_same(dense(load_sae(folder)[0], x), (features.detach(), ((features / norms) @ sae.decoder.weight.t() + sae.input_bias).detach()))
+
+
+def test_configs_from_before_version_6(tmp_path):
+    sae = trained("topk")
+    old = {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}, "hook_layer": 7,
+           "hook_point": "blocks.7.hook_resid_pre", "model_name": "gpt2-small", "normalize_activations": False, "metadata": "absent"}
+    loaded, meta = load_sae(saelens_folder(tmp_path / "s", sae, **old))
+    assert architecture_of(loaded) == "topk" and loaded.k_active_neurons == meta["settings"]["K"] == 3
+    assert meta["activations"] == {"model_name": "gpt2-small", "model_revision": None, "settings": {"LAYER_IDX": 7}}
+    keys = {"scaling_factor": torch.full((M,), 2.0)}  # of features on their way to the decoder
+    scaled = load_sae(saelens_folder(tmp_path / "f", trained("standard"), keys=keys.items()))[0]
+    torch.testing.assert_close(scaled.decoder.weight, 2 * trained("standard").decoder.weight)
+
+
+def from_sae_lens(library, kind):
+    """A module of sae-lens with random weights; the inference ones, and those that training keeps."""
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE as Matryoshka
+    from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig as MatryoshkaConfig
+
+    metadata = library.saes.sae.SAEMetadata(model_name="gemma-2-2b", hook_name="blocks.20.hook_resid_post")
+    shape = {"d_in": D, "d_sae": M, "metadata": metadata}
+    made = {"standard": lambda: library.StandardSAE(library.StandardSAEConfig(**shape)),
+            "topk": lambda: library.TopKSAE(library.TopKSAEConfig(**shape, k=K)),
+            "topk rescaled": lambda: library.TopKSAE(library.TopKSAEConfig(**shape, k=K, rescale_acts_by_decoder_norm=True)),
+            "jumprelu": lambda: library.JumpReLUSAE(library.JumpReLUSAEConfig(**shape)),
+            "scope": lambda: library.JumpReLUSAE(library.JumpReLUSAEConfig(**shape, apply_b_dec_to_input=False, dtype="bfloat16")),
+            "gated": lambda: library.GatedSAE(library.GatedSAEConfig(**shape)),
+            "gated uncentred": lambda: library.GatedSAE(library.GatedSAEConfig(**shape, apply_b_dec_to_input=False)),
+            "batchtopk": lambda: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape, k=K)),
+            "matryoshka": lambda: Matryoshka(MatryoshkaConfig(**shape, k=K, matryoshka_widths=[10, M]))}
+    torch.manual_seed(3)
+    module = made[kind]()
+    for name, parameter in module.named_parameters():
+        parameter.data = (torch.randn(parameter.shape) * (0.5 if parameter.ndim < 2 else 1)).to(parameter.dtype)
+        if name == "threshold":
+            parameter.data.abs_()
+    return module
+
+
+@pytest.mark.parametrize("kind", ["standard", "topk", "topk rescaled", "jumprelu", "scope", "gated", "gated uncentred"])
+def test_what_sae_lens_saves_computes_the_same_here(tmp_path, kind):
+    library = sae_lens()
+    from_sae_lens(library, kind).save_model(tmp_path / "s")
+    theirs, x = library.SAE.load_from_disk(tmp_path / "s", dtype="float32"), tokens()
+    ours, meta = load_sae(tmp_path / "s")
+    with torch.no_grad():
+        features = theirs.encode(x)
+        assert 0.01 < (features > 0).float().mean() < 0.99
+        assert_same(dense(ours, x), (features, theirs.decode(features)))
+    assert meta["activations"]["settings"]["LAYER_IDX"] == 21 and meta["activations"]["model_name"] == "gemma-2-2b"
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
+def test_what_sae_lens_is_still_training(tmp_path, kind):
+    """Its own inference form of the same weights must agree with our reading of the training form."""
+    library = sae_lens()
+    module = from_sae_lens(library, kind)
+    module.topk_threshold.fill_(4.0)
+    module.save_model(tmp_path / "training")
+    module.save_inference_model(tmp_path / "inference")
+    theirs, x = library.SAE.load_from_disk(tmp_path / "inference"), tokens()
+    ours, meta = load_sae(tmp_path / "training")
+    with torch.no_grad():
+        features = theirs.encode(x)
+        assert_same(dense(ours, x), (features, theirs.decode(features)))
+    assert meta["settings"]["K"] == K and ours.prefix_lengths == ([10, M] if kind == "matryoshka" else None)
+
+
+def test_what_sparsify_saves(tmp_path):
+    library = sparsify()
+    torch.manual_seed(0)
+    theirs = library.SparseCoder(D, library.SparseCoderConfig(num_latents=M, k=K))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    theirs.save_to_disk(tmp_path / "layers.5")
+    ours, meta = load_sae(tmp_path / "layers.5")
+    x = tokens()
+    with torch.no_grad():
+        found = theirs.encode(x)
+        assert_same(dense(ours, x), (torch.zeros(len(x), M).scatter(1, found.top_indices, found.top_acts), theirs(x).sae_out))
+    assert meta["activations"]["settings"]["LAYER_IDX"] == 6 and ours.k_active_neurons == K
+
+
+# dictionary_learning and Gemma Scope
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dictionary_state(kind):
+    """State dict of a class of dictionary_learning."""
+    if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
+        state = {"W_enc": random(D, M), "W_dec": random(M, D, seed=1), "b_enc": random(M, seed=2), "b_dec": random(D, seed=3)}
+    else:
+        bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}.get(kind, "b_dec")
+        state = {"encoder.weight": random(M, D), "decoder.weight": random(D, M, seed=1), bias: random(D, seed=3),
+                 "mag_bias" if kind == "GatedAutoEncoder" else "encoder.bias": random(M, seed=2)}
+    if kind == "GatedAutoEncoder":
+        state |= {"gate_bias": random(M, seed=4), "r_mag": random(M, seed=5)}
+    if kind == "JumpReluAutoEncoder":
+        state["threshold"] = random(M, seed=4).abs()
+    if kind in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        state |= {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(3.0)}
+    if kind == "MatryoshkaBatchTopKSAE":
+        state["group_sizes"] = torch.tensor([10, 30])
+    return state
+
+
+def dictionary_features(kind, state, x):
+    """(features, reconstructions) by the definitions of the classes."""
+    w_enc = state["W_enc"] if "W_enc" in state else state["encoder.weight"].t()
+    w_dec = state["W_dec"] if "W_dec" in state else state["decoder.weight"].t()
+    b_dec = next(state[name] for name in ("b_dec", "bias", "decoder.bias", "decoder_bias") if name in state)
+    h = (x if kind in ("AutoEncoderNew", "JumpReluAutoEncoder") else x - b_dec) @ w_enc
+    if kind == "GatedAutoEncoder":
+        features = (h + state["gate_bias"] > 0) * torch.relu(h * state["r_mag"].exp() + state["mag_bias"])
+    else:
+        pre = torch.relu(h + (state["b_enc"] if "b_enc" in state else state["encoder.bias"]))
+        if kind == "AutoEncoderTopK":
+            value, chosen = pre.topk(K, dim=1)
+            features = torch.zeros_like(pre).scatter(1, chosen, value)
+        else:
+            features = pre * (pre > state.get("threshold", torch.tensor(0.0)))
+    return features, features @ w_dec + b_dec
+
+
+CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
+           "MatryoshkaBatchTopKSAE")
+
+
+def dictionary_folder(folder, kind, state=None, **trainer):
+    folder.mkdir(exist_ok=True)
+    torch.save(state or dictionary_state(kind), folder / "ae.pt")
+    trainer = {"dict_class": kind, "layer": 8, "lm_name": "google/gemma-2-2b", "submodule_name": "resid_post_layer_8", "k": K, **trainer}
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_dictionary_learning_by_definition(tmp_path, kind):
+    folder, x = dictionary_folder(tmp_path / "ae", kind), tokens()
+    ours, meta = load_sae(folder)
+    expected = dictionary_features(kind, dictionary_state(kind), x)
+    assert 0.01 < (expected[0] > 0).float().mean() < 0.99
+    for found, value in zip(dense(ours, x), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
+    assert meta["activations"]["settings"]["LAYER_IDX"] == 9 and meta["activations"]["model_name"] == "google/gemma-2-2b"
+    assert ours.prefix_lengths == ([10, 40] if kind.startswith("Matr") else None)
+    assert torch.equal(load_sae(folder / "ae.pt")[0].encoder.weight, ours.encoder.weight)
+    (folder / "config.json").unlink()
+    if kind in ("AutoEncoderTopK", "BatchTopKSAE"):
+        with pytest.raises(InputError, match="put config.json beside it"):
+            load_sae(folder)
+    else:
+        assert_same(dense(load_sae(folder)[0], x), dense(ours, x))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_dictionary_learning_computes_the_same(tmp_path, kind):
+    dictionary_learning()
+    from dictionary_learning import dictionary as theirs
+    from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
+
+    state, more = dictionary_state(kind), {"AutoEncoderTopK": (K,), "BatchTopKSAE": (K,), "MatryoshkaBatchTopKSAE": (K, [10, 30])}
+    their_class = next(getattr(m, kind) for m in (theirs, batch_top_k, matryoshka_batch_top_k, top_k) if hasattr(m, kind))
+    module = their_class(D, M, *more.get(kind, ()))
+    module.load_state_dict(state)
+    torch.save(module.state_dict(), dictionary_folder(tmp_path / "ae", kind) / "ae.pt")
+    x = tokens()
+    with torch.no_grad():
+        features = module.encode(x)
+        for found, value in zip(dense(load_sae(tmp_path / "ae")[0], x), (features, module.decode(features)), strict=True):
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
+
+
+def test_gemma_scope(tmp_path):
+    folder = tmp_path / "layer_20" / "width_16k" / "average_l0_71"
+    folder.mkdir(parents=True)
+    state = dictionary_state("JumpReluAutoEncoder")
+    np.savez(folder / "params.npz", **{name: value.numpy() for name, value in state.items()})
+    ours, meta = load_sae(folder)
+    x = tokens()
+    for found, value in zip(dense(ours, x), dictionary_features("JumpReluAutoEncoder", state, x), strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
+    assert meta["activations"]["settings"]["LAYER_IDX"] == 21
+    whole = (folder / "params.npz").read_bytes()
+    (folder / "params.npz").write_bytes(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
+    with pytest.raises(EnvironmentFailure, match="params.npz: damaged"):
+        load_sae(folder)
+
+
+# What is refused
+
+REFUSED = [({"normalize_activations": "expected_average_only_in"}, "normalize_activations .* not in the folder"),
+           ({"normalize_activations": "layer_norm"}, "normalize_activations .* own norm"),
+           ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations .* own norm"),
+           ({"architecture": "temporal"}, "architecture 'temporal' is none of"),
+           ({"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu'"),
+           ({"reshape_activations": "hook_z"}, "reshape_activations"),
+           ({"metadata": {"hook_name": "blocks.3.hook_mlp_out"}}, "blocks.3.hook_mlp_out', not on the residual stream"),
+           ({"architecture": "topk"}, "cfg.json: k is missing"), ({"architecture": "topk", "k": 41}, "k 41 is not from 1 to 40"),
+           ({"architecture": "topk", "k": "many"}, "k is 'many', no int"), ({"d_in": 13}, r"W_enc has shape \(12, 40\), not \(13, 40\)"),
+           ({"d_sae": "absent"}, "d_sae is missing"), ({"architecture": "jumprelu"}, "threshold is missing"),
+           ({"architecture": "gated"}, "b_mag is missing")]
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_cannot_be_held_is_named(tmp_path, config, message):
+    with pytest.raises(InputError, match=message):
+        load_sae(saelens_folder(tmp_path / "s", trained("topk"), **config))
+
+
+def test_unknown_tensors_and_files(tmp_path):
+    folder = saelens_folder(tmp_path / "s", trained("standard"), keys={"W_gate": torch.ones(2)}.items())
+    with pytest.raises(InputError, match="W_gate: unknown"):
+        load_sae(folder)
+    saelens_folder(tmp_path / "s", trained("standard"), keys={"b_enc": torch.full((M,), torch.nan)}.items())
+    with pytest.raises(InputError, match="b_enc holds NaN"):
+        load_sae(folder)
+    (folder / "sae_weights.safetensors").write_bytes((folder / "sae_weights.safetensors").read_bytes()[:200])
+    with pytest.raises(EnvironmentFailure, match="damaged"):
+        load_sae(folder)
+    (folder / "cfg.json").write_text("[1]")
+    with pytest.raises(InputError, match="holds no object"):
+        load_sae(folder)
+    with pytest.raises(InputError, match=r"holds no autoencoder; folders in it are: s\."):
+        load_sae(tmp_path)
+    with pytest.raises(InputError, match="not found"):
+        load_sae(tmp_path / "nowhere")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["FASTSAE_TEST_CANARY"],)
+
+
+def test_loading_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTSAE_TEST_CANARY", str(tmp_path / "canary"))
+    torch.save({"encoder.weight": Payload()}, tmp_path / "ae.pt")
+    with pytest.raises(EnvironmentFailure, match="holds more than tensors"):
+        load_sae(tmp_path / "ae.pt")
+    np.savez(tmp_path / "params.npz", W_enc=np.array([Payload()], object))
+    with pytest.raises(EnvironmentFailure, match="no plain .npz"):
+        load_sae(tmp_path / "params.npz")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_damage_of_an_ae_pt(tmp_path):
+    dictionary_folder(tmp_path / "ae", "AutoEncoder")
+    whole = (tmp_path / "ae" / "ae.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "ae" / "ae.pt") as archive:
+        data = max(archive.infolist(), key=lambda info: info.file_size).header_offset + 200
+    (tmp_path / "ae" / "ae.pt").write_bytes(whole[:data] + bytes([whole[data] ^ 4]) + whole[data + 1:])
+    with pytest.raises(EnvironmentFailure, match="damaged"):
+        load_sae(tmp_path / "ae")
+
+
+def test_width_and_layer_are_checked(tmp_path, capsys):
+    path, sae = saved(tmp_path, "topk")
+    meta = load_sae(path)[1]
+    check_fit(path, sae, meta, "a.npz", SOURCE, D, "SAE_PATH")
+    assert capsys.readouterr().out == ""
+    other = {**SOURCE, "settings": {"LAYER_IDX": 20}, "model_name": "owner/other"}
+    with pytest.raises(InputError, match=r"SAE_PATH: .* 12 dimensions, a.npz has 13.*\n.*after 12 blocks.*give --layer-idx 12"):
+        check_fit(path, sae, meta, "a.npz", other, 13, "SAE_PATH")
+    check_fit(path, sae, {**meta, "activations": {"model_name": "x/y", "settings": {"LAYER_IDX": None}}}, "a.npz", other, D, "SAE_PATH")
+    out = capsys.readouterr().out
+    assert "was trained on y; the activations are of other" in out and "does not say which layer" in out
+
+
+# Starting to train from one
+
+STARTS = [("topk", "topk"), ("batchtopk", "batchtopk"), ("jumprelu", "batchtopk"), ("standard", "standard"), ("jumprelu", "jumprelu"),
+          ("jumprelu", "standard"), ("gated", "gated"), ("gated", "jumprelu")]
+
+
+@pytest.mark.parametrize("normalisation", [Normalisation(), Normalisation(torch.arange(float(D)), 0.3)], ids=["as they are", "normalised"])
+@pytest.mark.parametrize(("architecture", "start"), STARTS)
+def test_training_starts_where_the_source_is(architecture, start, normalisation):
+    """What is saved after no step at all computes what the source does."""
+    source, x = trained(start), tokens()
+    check_start("path", source, architecture, d=D, m=M, k=K)
+    sae = new_sae({"input_dim": D, "m_total_neurons": M, "k_active_neurons": K, "architecture": architecture}).eval()
+    start_from(sae, source, normalisation)
+    for found, expected in zip(dense(inference_form(sae, normalisation), x), dense(source, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_other_lengths_keep_the_reconstruction(capsys):
+    source, x = trained("jumprelu", unit=False), tokens()
+    sae = new_sae({"input_dim": D, "m_total_neurons": M, "k_active_neurons": K, "architecture": "jumprelu"}).eval()
+    start_from(sae, source, Normalisation())
+    torch.testing.assert_close(sae.decoder.weight.norm(dim=0), torch.ones(M))
+    torch.testing.assert_close(dense(sae, x)[1], dense(source, x)[1], rtol=1e-4, atol=1e-4)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_start_that_does_not_follow_is_refused():
+    with pytest.raises(InputError) as refused:
+        check_start("path", trained("topk"), "gated", d=13, m=41, k=5)
+    text = str(refused.value)
+    assert text.count("INIT_FROM: path ") == 4
+    for part in ("is topk, from which gated cannot start. give --architecture topk or batchtopk.", "give --m 40.", "give --k 4.",
+                 "takes activations of 12 dimensions, these have 13"):
+        assert part in text
+    with pytest.raises(InputError, match="a threshold of its own for each feature"):
+        check_start("path", trained("jumprelu"), "batchtopk", d=D, m=M, k=K)
+
+
+# The scripts
+
+SMALL = ["--m", 48, "--k", 3, "--no-use-matryoshka", "--device", "cpu", "--run-name", "test", "--max-norm-ratio", "none", "--n-epochs", 2,
+         "--batch-size", 256]
+
+
+def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main, capsys):
+    tokens, _ = planted_tokens(1000, 16, 48, 3)
+    flags, run = [*write_activations(tokens, [10] * 100), *SMALL], tmp_path / "checkpoints" / "test"
+    assert run_main("train_sae", *flags) == 0
+    before = (run / "SAE_M=48_K=3.pt").read_bytes()
+    assert not (run / "SAE_M=48_K=3.saelens").exists()
+    capsys.readouterr()
+    assert run_main("train_sae", *flags, "--export", "saelens,sparsify") == 0
+    assert "up to date" in capsys.readouterr().out and (run / "SAE_M=48_K=3.pt").read_bytes() == before
+    x = torch.from_numpy(tokens)
+    for folder in ("SAE_M=48_K=3.saelens", "SAE_M=48_K=3.sparsify/layers.11"):
+        assert_same(dense(load_sae(run / folder)[0], x), dense(load_sae(run)[0], x))
+    assert "## How to load" in (run / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--export", "sparsify", "--architecture", "jumprelu", "--no-use-matryoshka"], "EXPORT: sparsify holds topk only, not jumprelu."),
+    (["--export", "sparsify", "--use-batch-topk"], "EXPORT: sparsify holds topk only, not batchtopk."),
+    (["--export", "saelens,onnx"], "EXPORT: 'onnx' is unknown. choose saelens, sparsify.")])
+def test_an_impossible_export_stops_before_training(run_main, capsys, flags, line):
+    with pytest.raises(SystemExit) as stopped:
+        run_main("train_sae", *flags)
+    assert stopped.value.code == 2 and f"error: {line}" in capsys.readouterr().err
+
+
+def test_training_goes_on_from_an_export(tmp_path, write_activations, run_main, capsys):
+    tokens, _ = planted_tokens(1000, 16, 48, 3)
+    flags = [*write_activations(tokens, [10] * 100), *SMALL]
+    run, tuned = tmp_path / "checkpoints" / "test", tmp_path / "checkpoints" / "tuned"
+    assert run_main("train_sae", *flags, "--n-epochs", 20, "--learning-rate", 1e-2, "--export", "saelens") == 0
+    start, more = run / "SAE_M=48_K=3.saelens", ["--run-name", "tuned", "--n-epochs", 1, "--learning-rate", 1e-6]
+    assert run_main("train_sae", *flags, *more, "--init-from", start) == 0
+    before, after = (json.loads((folder / "metrics.json").read_text())["normalized_mse"] for folder in (run, tuned))
+    assert after == pytest.approx(before, rel=1e-3)
+    meta = load_sae(tuned)[1]
+    assert meta["inputs"]["init_from"] == content_sha256(start) and "INIT_FROM" not in meta["settings"]
+    capsys.readouterr()
+    assert run_main("train_sae", *flags, *more, "--init-from", start) == 0 and "up to date" in capsys.readouterr().out
+    assert run_main("train_sae", *flags, *more) == 0 and "changed: init_from changed" in capsys.readouterr().out
+    assert run_main("train_sae", *flags, *more, "--init-from", tuned / "SAE_M=48_K=3.pt") == 2
+    assert "is what this run writes" in capsys.readouterr().err
+    assert run_main("train_sae", *flags, *more, "--m", 40, "--init-from", start) == 2
+    assert "give --m 48" in capsys.readouterr().err
+
+
+def test_stage_3_reads_an_import(tmp_path, planted, run_main, capsys):
+    """The run's own autoencoder, exported and read again as a foreign one, gives the same table."""
+    checkpoint = next((tmp_path / "checkpoints" / "test").glob("SAE*.pt"))
+    export.export(checkpoint, ["sparsify"])
+
+    def table(*more):
+        assert run_main("interpret_sae", *planted, "--n-top-neurons", 0, *more) == 0
+        with open(tmp_path / "interpretations.csv", newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    own, folder = table(), checkpoint.with_suffix(".sparsify") / "layers.11"
+    capsys.readouterr()
+    assert table("--sae-path", folder) == own
+    out = capsys.readouterr().out
+    assert "(topk, 20 features): normalised MSE 0." in out and "changed: activations changed, checkpoint changed" in out
+    assert "from sparsify writes" in (tmp_path / "interpretations.html").read_text()
+    run_main("interpret_sae", *planted, "--n-top-neurons", 0, "--sae-path", folder)
+    assert "up to date" in capsys.readouterr().out
+    folder.rename(folder.with_name("layers.3"))
+    assert run_main("interpret_sae", *planted, "--n-top-neurons", 0, "--sae-path", folder.with_name("layers.3")) == 2
+    assert "was trained after 4 blocks" in capsys.readouterr().err

@@ -1,0 +1,128 @@
+"""Killed, starved of disk space, stopped or started twice at every operation: the same command ends in the same bytes."""
+import functools
+import random
+import re
+
+import pytest
+from tiny_world import STAGES, contents, in_parallel, replay
+
+from fastsae import artifacts
+
+
+def assert_whole(world, worker, script):
+    """Under every final name there is the older file or the new one; none that another stage reads is neither."""
+    new, before = world.expected[worker.number, script], contents(worker.before[script])
+    for name, digest in contents(worker.out).items():
+        if name.endswith(".resume.pt"):
+            artifacts.read_checkpoint(worker.out / name)  # raises if it is not whole
+            continue
+        growing = name.endswith(("metrics.jsonl", "llm_replies.jsonl"))  # these grow line by line
+        assert growing or digest in (new.get(name), before.get(name)), (script, name)
+
+
+def assert_outcome(world, worker, script):
+    assert contents(worker.out) == world.expected[worker.number, script]
+    kept = set(contents(worker.out, old=True).values())
+    assert set(world.old[worker.number, script].values()) <= kept  # what was there before is still there
+    assert not [path for path in worker.out.rglob(".*") if path.name.endswith((".tmp", ".lock")) or path.name.startswith(".parts")]
+
+
+def test_nothing_happens_twice(world, worker):
+    """The second run of each stage says so and changes nothing; the first wrote through fastsae.storage only."""
+    for script in STAGES:
+        replay(world, worker, script)
+        before = {path: path.stat().st_mtime_ns for path in worker.out.rglob("*") if path.is_file()}
+        again = world.run(worker, script)
+        assert again["code"] == 0 and "up to date" in again["out"]
+        assert {path: path.stat().st_mtime_ns for path in worker.out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_killed_at_every_operation(world, script, tally):
+    def kill(worker, k):
+        assert replay(world, worker, script, kill_at=k)["code"] == -9
+        assert_whole(world, worker, script)
+        done = world.run(worker, script)
+        assert done["code"] == 0, (k, done["err"])
+        assert_outcome(world, worker, script)
+
+    points = range(1, len(world.operations[script]) + 1)
+    in_parallel(world, kill, points)
+    tally("kill points survived", len(points))
+
+
+def test_a_killed_run_asks_no_answered_prompt_again(world, worker, tally):
+    replay(world, worker, "interpret_sae")
+    points = [k for k, operation in enumerate(world.operations["interpret_sae"], 1) if operation == "fsync"]
+    for k in points:
+        first = len(world.server.requests)
+        replay(world, worker, "interpret_sae", kill_at=k)
+        world.run(worker, "interpret_sae")
+        prompts = world.server.prompts()[first:]
+        assert len(prompts) - len(set(prompts)) <= 1, k  # the one in flight: its reply had not reached the disk
+    tally("kills between LLM calls without a repeated one", len(points))
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_disk_that_is_full_from_any_operation_on(world, script, tally):
+    def starve(worker, k):
+        done = replay(world, worker, script, full_from=k)
+        assert done["code"] == 3 and re.fullmatch(r"error: .*: No space left on device\. free some space, .*\n", done["err"]), (k, done)
+        assert_whole(world, worker, script)
+        assert not list(worker.out.rglob("*.tmp")), k
+        if k % 5 == 0:  # then space is made
+            assert world.run(worker, script)["code"] == 0
+            assert_outcome(world, worker, script)
+
+    points = [k for k, operation in enumerate(world.operations[script], 1) if operation not in ("unlink", "rmtree")]
+    in_parallel(world, starve, points)
+    tally("full-disk points", len(points))
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_sigterm_at_any_operation(world, script, tally):
+    def stop(worker, k):
+        done = replay(world, worker, script, stop_at=k)
+        assert done["code"] in (0, 143) and (done["code"] or contents(worker.out) == world.expected[worker.number, script]), (k, done)
+        assert done["code"] == 0 or done["err"].endswith("stopped: what was finished is kept; the same command continues.\n")
+        assert not list(worker.out.rglob("*.tmp")), k
+        assert world.run(worker, script)["code"] == 0
+        assert_outcome(world, worker, script)
+
+    points = range(1, len(world.operations[script]) + 1, 4)
+    in_parallel(world, stop, points)
+    tally("SIGTERM points", len(points))
+
+
+def test_runs_killed_three_times_at_random(world, tally):
+    seconds = dict(in_parallel(world, lambda worker, script: (script, replay(world, worker, script)["seconds"]), STAGES))
+
+    def torment(worker, number):
+        chance, script, n_killed = random.Random(number), STAGES[number % 3], 0
+        while n_killed < 3:  # one that was done before its third kill is tried from its beginning again
+            run = world.run if n_killed else functools.partial(replay, world)
+            n_killed = n_killed + 1 if run(worker, script, kill_after=chance.uniform(0.1, 0.9) * seconds[script])["code"] == -9 else 0
+        assert world.run(worker, script)["code"] == 0
+        assert_outcome(world, worker, script)
+
+    in_parallel(world, torment, range(100))
+    tally("runs killed three times at random", 100)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_of_twenty_that_start_at_once_one_writes(world, worker, script, tally):
+    done = replay(world, worker, script, racers=20)
+    codes = sorted(racer["code"] for racer in done["racers"])
+    assert done["n_waiting"] == 1 and codes == [0] + 19 * [3], codes
+    for racer in done["racers"]:
+        line = (r"error: .*: (process \d+ on \S+, since [^,]+|another run), is writing here\. "
+                r"wait until it has ended, or give another --[\w-]+\.\n")
+        assert racer["code"] == 0 or re.fullmatch(line, racer["err"]), racer
+    assert_outcome(world, worker, script)
+    tally("racing starts with one winner", 20)
+
+
+def test_dead_features_were_there(world, worker):
+    replay(world, worker, "train_sae")
+    path = next((worker.out / "checkpoints" / "r").glob("SAE_*24*.pt"))
+    assert artifacts.read_checkpoint_metadata(path)["metrics"]["dead_fraction_training"] > 0

@@ -1,0 +1,113 @@
+"""Nothing stale is reused: each setting and each input, changed alone, is named and redone, and nothing else is."""
+import json
+import shutil
+
+import pytest
+from conftest import PROJECT
+from tiny_world import STAGES, in_parallel
+
+import config
+
+CHANGES = {  # what decides each stage's output: another value of each setting, with what it needs besides
+    "extract_activations": {
+        "MAX_LENGTH": 30, "MAX_EXAMPLES": 20, "TEXT_FIELD": "topic", "USE_CHAT_TEMPLATE": False, "TEMPLATE_DATE": "1 Jan 2020",
+        "DTYPE": "bfloat16", "STORAGE_DTYPE": "float32", "PROCESSING": "block --block-length 16", "DEDUP_NGRAM": 3,
+        "MODEL_REVISION": None, "BLOCK_LENGTH": None, "MODEL_NAME": None, "DATASET_PATH": None, "LAYER_IDX": None},
+    "train_sae": {
+        "ARCHITECTURE": "batchtopk", "M": "32 --matryoshka-prefixes 8,32", "K": 3, "USE_MATRYOSHKA": False, "MATRYOSHKA_PREFIXES": "6,24",
+        "USE_BATCH_TOPK": True, "L1_COEFFICIENT": 4, "JUMPRELU_LOSS": "step", "L0_COEFFICIENT": 5, "JUMPRELU_BANDWIDTH": 2,
+        "SPARSITY_WARMUP_STEPS": 3, "NORMALIZE_ACTIVATIONS": "norm", "AUX_K": 3, "AUX_COEF": 0.1, "DEAD_AFTER_TOKENS": 99,
+        "RESAMPLE_EVERY": 3, "N_EPOCHS": 3, "PATIENCE": 3, "BATCH_SIZE": 32, "LEARNING_RATE": 0.02, "LR_SCHEDULE": "linear",
+        "LR_DECAY_FRACTION": 0.5, "LR_WARMUP_STEPS": 2, "INIT_DIRECTIONS": "data", "INIT_CENTRE": "mean", "INIT_ENCODER_SCALE": 0.5,
+        "BUFFER_TOKENS": 300, "CLIP_GRAD": 0.5, "VALIDATION_FRACTION": 0.2, "USE_TOKENS": "content", "EXCLUDE_SHARED_PREFIX": False,
+        "MAX_NORM_RATIO": 9, "SELECT_DTYPE": "bfloat16", "SEED": 5, "SEEDS": "1,2", "K_LIST": "2,3", "L1_COEFFICIENT_LIST": "1,2"},
+    "interpret_sae": {
+        "POOLING": "mean", "N_REPORT_FEATURES": 3, "INTERPRETER_MODEL": "other", "LLM_PROTOCOL": "fast", "N_TOP_NEURONS": 4,
+        "N_SCORED_FEATURES": 3, "N_FIDELITY_EXAMPLES": 8, "TARGET_FIELD": "topic --target-value t1", "TARGET_VALUE": "t0",
+        "NEURONPEDIA_SET": "s", "NEURONPEDIA_MODEL": "x", "LABEL_FIELD": "none", "SEED": 5, "SELECTION_METHOD": None, "N_HYPOTHESES": None,
+        "TEXT_FIELD": None}}
+HARMLESS = {  # what decides nothing
+    "extract_activations": {"LAYERS": "2,1", "SHARD_BYTES": 10 ** 9, "BATCH_TOKENS": 64, "CHUNK_TOKENS": 500},
+    "train_sae": {"ENGINE": "reference", "SAVE_EVERY": 5, "LOGGER": None},
+    "interpret_sae": {"LLM_TIMEOUT": 9, "N_LLM_WORKERS": 2, "RETRY_UNUSABLE": True, "DRY_RUN": None, "TEXT": None}}
+OTHER_FILE = ("ARCHITECTURE", "M", "K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES", "SEEDS", "K_LIST", "L1_COEFFICIENT_LIST")  # by its name
+GROUPED = {"llm": ("INTERPRETER_MODEL", "LLM_PROTOCOL", "N_TOP_NEURONS", "N_SCORED_FEATURES", "N_FIDELITY_EXAMPLES"),
+           "target": ("TARGET_FIELD", "TARGET_VALUE")}
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_every_setting_of_a_stage_is_known_here(script):
+    known = set(CHANGES[script]) | set(HARMLESS[script])
+    assert set(config.read_settings(PROJECT / f"{script}.py")) <= known, "say above whether it decides the output, with another value"
+
+
+def flag(name, value):
+    first, *more = str(value).split(" --")
+    flags = [f"--{'no-' if value is False else ''}{config.flag_name(name)}" + ("" if isinstance(value, bool) else f"={first}")]
+    return flags + [f"--{word}" for rest in more for word in [rest.replace(" ", "=")]]
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_each_changed_setting_is_named_and_redone(world, script, tally):
+    def change(worker, item):
+        name, value, decides = item
+        shutil.rmtree(worker.out, ignore_errors=True)
+        shutil.copytree(worker.after[script], worker.out)
+        done = world.run(worker, script, *flag(name, value), stop_at=2)  # the first operation after the lock
+        if not decides:
+            assert done["code"] == 0 and "up to date" in done["out"] and "changed" not in done["out"], (name, done)
+            return
+        shown = next((group for group, names in GROUPED.items() if name in names), name)
+        assert done["code"] in (0, 143), (name, done)
+        assert name in OTHER_FILE or f"changed: {shown} " in done["out"] or f", {shown} " in done["out"], (name, done)
+        assert "up to date" not in done["out"], (name, done)
+
+    items = [(name, value, table is CHANGES) for table in (CHANGES, HARMLESS) for name, value in table[script].items() if value is not None]
+    in_parallel(world, change, items)
+    tally("settings changed alone", len(items))
+
+
+def test_each_changed_input_is_named_and_redone(world, worker, tally):
+    """Another dataset, another model, other activations, another checkpoint."""
+
+    def restored(script):
+        shutil.rmtree(worker.out, ignore_errors=True)
+        shutil.copytree(worker.after[script], worker.out)
+
+    data = world.folder / "edited.jsonl"
+    rows = (world.folder / "texts.jsonl").read_text().splitlines()
+    data.write_text("\n".join([*rows[:-1], json.dumps({"text": "an edited row", "topic": "t1"})]) + "\n")
+    restored("extract_activations")
+    done = world.run(worker, "extract_activations", "--dataset-path", data)
+    assert done["code"] == 0 and done["out"].count("changed: dataset changed") == 2
+
+    other = world.folder / "other-model"
+    shutil.copytree(world.folder / "model", other)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    restored("extract_activations")
+    done = world.run(worker, "extract_activations", "--model-name", other)
+    assert done["code"] == 0 and done["out"].count("changed: model changed") == 2
+
+    restored("train_sae")
+    assert world.run(worker, "extract_activations", "--max-length", 33)["code"] == 0
+    done = world.run(worker, "train_sae")
+    assert done["code"] == 0 and "changed: activations changed" in done["out"]
+
+    restored("interpret_sae")
+    assert world.run(worker, "extract_activations", "--max-length", 33)["code"] == 0
+    done = world.run(worker, "interpret_sae")  # the checkpoint is of other activations
+    assert done["code"] == 2 and "was trained on other activations" in done["err"]
+
+    restored("interpret_sae")
+    assert world.run(worker, "train_sae", "--learning-rate", 0.003)["code"] == 0
+    done = world.run(worker, "interpret_sae")
+    assert done["code"] == 0 and "changed: checkpoint changed" in done["out"]
+
+    restored("interpret_sae")
+    for name in ("interpretations.csv", "interpretations.html"):
+        (worker.out / name).write_text("edited by hand")
+        done = world.run(worker, "interpret_sae")
+        assert done["code"] == 0 and f"{name}: was changed by hand or is missing" in done["out"]
+    tally("inputs changed alone", 7)

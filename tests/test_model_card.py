@@ -1,0 +1,80 @@
+"""The model card: what the hub reads from it, and that no name can add to it."""
+import json
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from test_formats import SOURCE, trained
+
+from fastsae import artifacts, export, model_card
+from fastsae.autoencoder import save_sae
+
+METRICS = {"normalized_mse": 0.25, "explained_variance": 0.75, "l0": 4.0, "dead_fraction": 0.0, "cosine_similarity": 0.9, "mse": 1.5,
+           "n_train_tokens": 1000, "n_validation_tokens": 100}
+
+
+def written(folder, *, kind="topk", names=("SAE_M=40_K=4.pt",), **source):
+    """The text of the card for checkpoints as train_sae.py leaves them."""
+    for name in names:
+        settings = {"ARCHITECTURE": kind, "M": 40, "K": 4, "EXCLUDE_SHARED_PREFIX": True}
+        metadata = artifacts.new_metadata("sae", settings, {"activations": "f"}, activations={**SOURCE, **source}, metrics=METRICS,
+                                          max_norm=12.5)
+        save_sae(folder / name, trained(kind), metadata)
+    model_card.write_card(folder, [folder / name for name in names])
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_hub_reads_it(tmp_path):
+    text = written(tmp_path, dataset_path="hf:allenai/tulu-3-sft-mixture@abc", names=("SAE_M=40_K=4.pt", "SAE_M=40_K=4_seed=1.pt"))
+    data = ModelCard(text, ignore_metadata_errors=False).data
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and data.datasets == ["allenai/tulu-3-sft-mixture"]
+    assert "sparse-autoencoder" in data.tags
+    header = yaml.safe_load(text.split("---")[1])
+    assert [each["name"] for each in header["model-index"]] == ["SAE_M=40_K=4", "SAE_M=40_K=4_seed=1"]
+    for part in ("residual stream after 12 blocks", "blocks.11.hook_resid_post", "--export saelens", "load_model(", "hf upload"):
+        assert part in text
+    assert written(tmp_path, names=("SAE_M=40_K=4.pt",)).count("| `SAE_") == 1
+
+
+def test_a_single_ones_metrics(tmp_path):
+    result = {r.metric_type: r.metric_value for r in ModelCard(written(tmp_path)).data.eval_results}
+    assert result == {name: METRICS[name] for name, _ in model_card.METRICS}
+
+
+def test_it_names_the_libraries_that_can_read_it(tmp_path):
+    text = written(tmp_path, kind="jumprelu", names=("SAE_jumprelu_M=40_K=4.pt",))
+    assert "HypotheSAEs" not in text and "sparsify" not in text
+    export.export(tmp_path / "SAE_jumprelu_M=40_K=4.pt", ["saelens"])
+    text = written(tmp_path, kind="jumprelu", names=("SAE_jumprelu_M=40_K=4.pt",))
+    assert 'SAE.load_from_disk("SAE_jumprelu_M=40_K=4.saelens")' in text and ModelCard(text).data.library_name == "saelens"
+
+
+HOSTILE = ["x\n---\nlicense: mit\n---\n# Buy", "a`b`<script>alert(1)</script>", "```\nrm -rf ~\n```", '"\ntags: [evil]', "| a | b |",
+           "'; !!python/object:os.system", "\u202egnp.exe\u2028x\x00\x1b[2J\ud800", "[c](javascript:alert(1))", "hf:o/n\n- evil: {}",
+           "<!-- " + "y" * 5000]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("field", ["dataset_path", "model_name"])
+def test_names_stay_names(tmp_path, field, name):
+    """With a hostile name the card has the same lines, the same keys and the same headings as with a plain one."""
+    plain = written(tmp_path / "plain", **{field: ("hf:o/n" if name.startswith("hf:") and field == "dataset_path" else "./some/name")})
+    text = written(tmp_path / "hostile", **{field: name})
+    assert len(text.splitlines()) == len(plain.splitlines()) == text.count("\n") and len(text) < len(plain) + 2000
+    header, its = (ModelCard(each).data.to_dict() for each in (text, plain))
+    assert header.keys() == its.keys() and header["tags"] == its["tags"]
+    outside = re.sub(r"`[^`\n]*`", "", text.split("---", 2)[2])
+    assert outside == re.sub(r"`[^`\n]*`", "", plain.split("---", 2)[2])  # whatever the name says, it says it in code spans
+    assert all(line.isprintable() for line in text.splitlines())
+
+
+def test_a_card_is_written_once(tmp_path, monkeypatch):
+    written(tmp_path)
+    monkeypatch.setattr(artifacts, "write_text", lambda *_, **__: pytest.fail("written again"))
+    model_card.write_card(tmp_path, [tmp_path / "SAE_M=40_K=4.pt"])
+
+
+def test_settings_are_json(tmp_path):
+    block = re.search(r"```json\n(.*?)\n```", written(tmp_path), re.DOTALL)[1]
+    assert json.loads(block) == {"ARCHITECTURE": "topk", "M": 40, "K": 4, "EXCLUDE_SHARED_PREFIX": True}

@@ -1,0 +1,128 @@
+"""A tiny model, dataset and endpoint, on which whole stages take a third of a second, in forks of forking.py."""
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from forking import Stages
+from loopback import Endpoint, completion
+
+WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()
+TIMES = ("seconds", "tokens_per_second")
+N_WORKERS = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+KEY = "sk-secret-0123456789"
+STAGES = ("extract_activations", "train_sae", "interpret_sae")
+
+
+def answer(prompt):
+    if "[[SCORE]]" in prompt:
+        return completion("It fires.\nMy final verdict score is: [[4]], feature name is [[words about bread]]")
+    if "PROPERTY" in prompt:
+        return completion("Yes." if "bread" in prompt.rsplit("TEXT:", 1)[1] else "No.")
+    return completion(f'- "mentions bread {hashlib.sha256(prompt.encode()).hexdigest()[:6]}"')
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, smol_tokenizer):
+    """A tiny model, a dataset, an endpoint; for each stage its flags, what lies there before (`old` results too), and the outcome."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("kill")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=4, pad_token_id=2))
+    model.save_pretrained(folder / "model")
+    smol_tokenizer.save_pretrained(folder / "model")
+    random_words = np.random.default_rng(0)
+    dataset = folder / "texts.jsonl"
+    dataset.write_text("".join(json.dumps({"text": " ".join(random_words.choice(WORDS, 3 + i % 9)), "topic": f"t{i % 3}"}) + "\n"
+                               for i in range(30)))
+    server = Endpoint(reply=answer)
+    shared = ["--device", "cpu", "--dataset-path", dataset, "--run-name", "r", "--layer-idx", 1]
+    flags = {
+        "extract_activations": [*shared, "--model-name", folder / "model", "--layers", "1,2", "--chunk-tokens", 130],
+        "train_sae": [*shared, "--m", 24, "--k", 2, "--matryoshka-prefixes", "8,24", "--n-epochs", 2, "--batch-size", 64,
+                      "--dead-after-tokens", 190, "--save-every", 1e-9, "--learning-rate", 0.01, "--max-norm-ratio", "none"],
+        "interpret_sae": [*shared, "--model-name", folder / "model", "--label-field", "topic", "--n-top-neurons", 5,
+                          "--n-scored-features", 4, "--n-fidelity-examples", 6, "--n-llm-workers", 1, "--interpreter-model", "m"]}
+    older = {"extract_activations": ["--max-length", 40], "train_sae": ["--seed", 7],
+             "interpret_sae": ["--n-top-neurons", 0, "--pooling", "mean"]}
+    stages = [Stages(TEST_TOKENIZERS=str(folder / "model")) for _ in range(N_WORKERS)]
+    world = SimpleNamespace(folder=folder, server=server, flags=flags, expected={}, old={}, operations={}, idle=SimpleQueue())
+
+    def run(worker, script, *more, url=server.url, **how):
+        environment = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": KEY}
+        return worker.stages.run(script, *flags[script], *more, output=worker.out, environment=environment, **how)
+
+    world.run = run
+    for i in range(N_WORKERS):  # one output folder each: it is named in some of the files
+        worker = SimpleNamespace(stages=stages[i], out=folder / f"worker{i}" / "out", before={}, after={}, number=i)
+        worker.out.parent.mkdir()
+        for script in STAGES:
+            assert run(worker, script, *older[script])["code"] == 0
+            worker.before[script] = folder / f"before{i}" / script
+            shutil.copytree(worker.out, worker.before[script])
+            done = run(worker, script)  # the outcome, from which the next stage goes on
+            assert done["code"] == 0, done
+            world.expected[i, script], world.old[i, script] = contents(worker.out), contents(worker.out, old=True)
+            world.operations[script] = done["operations"]
+            worker.after[script] = folder / f"after{i}" / script
+            shutil.copytree(worker.out, worker.after[script])
+        world.idle.put(worker)
+    yield world
+    for process in stages:
+        process.close()
+    server.close()
+
+
+@pytest.fixture
+def worker(world):
+    """One of the world's workers: a process that forks stages, and its output folder."""
+    worker = world.idle.get()
+    yield worker
+    world.idle.put(worker)
+
+
+def replay(world, worker, script, *more, **how):
+    """Run a stage from its beginning, with its older results in place."""
+    shutil.rmtree(worker.out, ignore_errors=True)
+    shutil.copytree(worker.before[script], worker.out)
+    done = world.run(worker, script, *more, **how)
+    assert not done["foreign"], done["foreign"]
+    return done
+
+
+def contents(folder, old=False):
+    """{name: sha256} of all files under their final names (or of those kept aside), timings left out, replies in any order."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if (".old-" in name) != old or "/." in f"/{name}":
+            continue
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            content = json.dumps({key: value for key, value in json.loads(content).items() if key not in TIMES}).encode()
+        elif path.name == "llm_replies.jsonl":
+            content = b"\n".join(sorted(content.splitlines()))
+        found[name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def in_parallel(world, function, items):
+    """`function(worker, item)` for all items, on as many workers as there are."""
+    def work(item):
+        worker = world.idle.get()
+        try:
+            return function(worker, item)
+        finally:
+            world.idle.put(worker)
+
+    with ThreadPoolExecutor(N_WORKERS) as pool:
+        return list(pool.map(work, items))
