@@ -4,7 +4,6 @@ A setting is an annotated UPPER_CASE constant at the top of a file: this one if 
 Edit it there, or override it for one run with a flag: `--layer-idx 18`, `--no-use-matryoshka`, `--matryoshka-prefixes 64,256`,
 `--max-examples none`. Files are read, not imported, so `run_pipeline.py` checks every stage's settings before anything loads.
 """
-import argparse
 import ast
 import io
 import math
@@ -26,6 +25,7 @@ TEXT_FIELD: str = "text"            # dataset field that holds a plain text (one
 MAX_EXAMPLES: int | None = None     # use only the first so many examples; none = all
 DEVICE: str = "auto"                # auto, cuda, cuda:1, mps or cpu; auto takes the first of these that is there
 PRINT_SETTINGS: bool = True         # say which settings are in force and where each came from
+QUIET: bool = False                 # print only warnings, errors and the summary line of each stage; no progress bars
 SEED: int = 0                       # of the split, the initial weights and the data order
 
 # The preset gives these. Write a value here (`LAYER_IDX: int = 18`) and it wins over the preset.
@@ -55,6 +55,9 @@ PRESETS = {
 PROJECT = Path(__file__).resolve().parent
 STAGES = ("extract_activations.py", "train_sae.py", "interpret_sae.py")
 PATH_SETTINGS = ("DATASET_PATH", "OUTPUT_DIR", "CACHE_DIR", "INIT_FROM", "SAE_PATH")
+HELP_WIDTH, HELP_COLUMN = 100, 32
+EXIT_CODES = """exit codes: 0 done; 1 a bug; 2 bad input or setting; 3 disk, network, rights or a damaged file;
+            4 done, with features unlabelled; 130, 143 interrupted"""
 
 
 class Settings:
@@ -93,26 +96,18 @@ class Settings:
 
     def flags_for(self, script):
         """The flags of this run that `script` understands, as command-line arguments."""
-        flags = []
-        for name, value in self.values.items():
-            if self.source[name] == "flag" and self.owner[name] in ("config.py", script):
-                if isinstance(value, bool):
-                    flags.append(f"--{'' if value else 'no-'}{flag_name(name)}")
-                else:
-                    text = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
-                    flags.append(f"--{flag_name(name)}={text}")
-        return flags
+        return [f"--{'' if value else 'no-'}{flag_name(name)}" if isinstance(value, bool) else f"--{flag_name(name)}={_as_typed(value)}"
+                for name, value in self.values.items() if self.source[name] == "flag" and self.owner[name] in ("config.py", script)]
 
     def show(self):
         """Print every setting with where it came from, a few lines in all, unless PRINT_SETTINGS is off."""
-        if self.PRINT_SETTINGS:
+        if self.PRINT_SETTINGS and not self.QUIET:
             print(self.describe(), flush=True)
 
     def describe(self):
         groups = {}
         for name, value in self.values.items():
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            groups.setdefault(self.source[name], []).append(f"{name}={text}")
+            groups.setdefault(self.source[name], []).append(f"{name}={_as_typed(value)}")
         order = sorted(groups, key=lambda source: (source != "flag", not source.startswith("preset"), source))
         return "\n".join(textwrap.fill(f"{source}: {', '.join(groups[source])}", 150, initial_indent="settings from ",
                                        subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
@@ -138,7 +133,8 @@ def resolve(*scripts, argv=None):
     declared = {}
     for path in (Path(__file__), *map(Path, scripts)):
         declared.update(read_settings(path))
-    given, problems = parse_flags(declared, sys.argv[1:] if argv is None else argv, [Path(s).name for s in scripts])
+    script = Path(scripts[-1]) if len(scripts) == 1 or Path(scripts[-1]).name not in STAGES else PROJECT / "run_pipeline.py"
+    given, problems = parse_flags(declared, sys.argv[1:] if argv is None else argv, script)
     unread = {problem.split(":")[0] for problem in problems}  # flags whose value is wrong: no other value stands in for them
     preset_name = given.get("PRESET", declared["PRESET"]["value"])
     if not isinstance(preset_name, str) or preset_name not in PRESETS:
@@ -202,63 +198,68 @@ def flag_name(name):
     return name.lower().replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-    def print_help(self, file=None):
-        quiet_if_unread(lambda: super(_Parser, self).print_help(file))
-
-
-def parse_flags(declared, argv, scripts):
+def parse_flags(declared, argv, script):
     """({NAME: value} of the flags in `argv`, problems). `--help` lists every setting and exits.
 
-    A flag whose value cannot be read is left out and its name is in `problems`.
+    `--name value`, `--name=value`, and `--name` or `--no-name` for a bool. A flag whose value cannot be read is left out and its
+    name is in `problems`.
     """
-    parser = _Parser(prog=scripts[-1] if scripts and (len(scripts) == 1 or scripts[-1] not in STAGES) else "run_pipeline.py", allow_abbrev=False,
-                     usage="%(prog)s [--setting value ...]",
-                     description="Every setting is a constant at the top of the file named; a flag overrides it for one run.",
-                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=130))
-    groups = {}
-    for name, setting in declared.items():
-        group = groups.get(setting["file"]) or groups.setdefault(setting["file"], parser.add_argument_group(setting["file"]))
-        default = setting["value"] if setting["has_value"] else "from the preset"
-        text = f"{setting['comment']} [{default}]".replace("%", "%%")
-        if setting["type"] == "bool":
-            group.add_argument(f"--{flag_name(name)}", dest=name, action=argparse.BooleanOptionalAction, help=text,
-                               default=argparse.SUPPRESS)
+    names = {f"--{flag_name(name)}": name for name in declared}
+    switches = {f"{prefix}{flag_name(name)}": (name, prefix == "--")
+                for name, setting in declared.items() if setting["type"] == "bool" for prefix in ("--", "--no-")}
+    given, problems, words = {}, [], list(argv)
+    while words:
+        flag, joined, text = words.pop(0).partition("=")
+        if flag in ("-h", "--help"):
+            sys.exit(quiet_if_unread(lambda: print(help_text(declared, script))))
+        followed = bool(words) and not words[0].startswith("--") and not joined  # `-1` is a value
+        if flag in switches and joined:
+            problems.append(f"command line: {flag} takes no value. give {flag}, or --no-{flag.removeprefix('--').removeprefix('no-')}.")
+        elif flag in switches:
+            name, given[name] = switches[flag]
+        elif flag not in names:
+            problems.append(f"{flag}: no such setting. see --help for all of them.")
+            if flag.startswith("--") and followed:
+                words.pop(0)
         else:
-            kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1,\1,...", setting["type"]).replace(" | None", " or none")
-            group.add_argument(f"--{flag_name(name)}", dest=name, metavar=kind.upper().replace("OR NONE", "or none"), nargs="?",
-                               help=text, default=argparse.SUPPRESS)
-    try:
-        raw, unknown = parser.parse_known_args(_joined(argv))
-    except ValueError as error:
-        return {}, [f"command line: {error}. see --help."]
-    problems = [f"{flag}: no such setting. see --help for all of them." for i, flag in enumerate(unknown)
-                if flag.startswith("-") or i == 0 or not unknown[i - 1].startswith("--")]  # not the value of an unknown flag
-    given = {}
-    for name, text in vars(raw).items():
-        if text is None:
-            problems.append(f"{name}: no value is given. for example --{flag_name(name)} {_example_of(declared[name])}.")
-            continue
-        try:
-            given[name] = parse_value(text, declared[name]["type"])
-        except ValueError:
-            problems.append(f"{name}: {text!r} is no {declared[name]['type']}. for example --{flag_name(name)} "
-                            f"{_example_of(declared[name])}.")
+            name, example = names[flag], f"for example {flag} {_example_of(declared[names[flag]])}."
+            if not joined and not followed:
+                problems.append(f"{name}: no value is given. {example}")
+                continue
+            text = text if joined else words.pop(0)
+            try:
+                given[name] = parse_value(text, declared[name]["type"])
+            except ValueError:
+                problems.append(f"{name}: {text!r} is no {declared[name]['type']}. {example}")
     return given, problems
 
 
-def _joined(argv):
-    """`--flag -1` as `--flag=-1`: argparse takes a value that begins with '-' only so."""
-    joined = []
-    for word in argv:
-        if joined and re.match(r"-[\d.]", word) and joined[-1].startswith("--") and "=" not in joined[-1]:
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
+def help_text(declared, script):
+    """What `--help` prints: the first sentence and the examples of the script's docstring, every setting, the exit codes."""
+    about = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
+    lines = [f"usage: python {os.path.relpath(script, PROJECT)} [--setting value ...]", "",
+             *textwrap.wrap(" ".join(about.split("\n\n")[0].split()), HELP_WIDTH)]
+    for name, setting in declared.items():
+        if (heading := f"settings of {setting['file']}:") not in lines:
+            lines += ["", heading]
+        kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1,\1,...", setting["type"]).replace(" | None", "|none")
+        flag = f"  --{flag_name(name)} " + (f"| --no-{flag_name(name)}" if kind == "bool" else kind.upper().replace("NONE", "none"))
+        defaults = {"": setting["value"]} if setting["has_value"] else {f"{preset}: ": PRESETS[preset][name] for preset in PRESETS}
+        default = "; ".join(f"{preset}{_as_typed(value)}" for preset, value in defaults.items())
+        if len(flag) > HELP_COLUMN - 2:
+            lines, flag = [*lines, flag], ""
+        lines.append(textwrap.fill(f"{setting['comment']} [{default}]", HELP_WIDTH, initial_indent=flag.ljust(HELP_COLUMN),
+                                   subsequent_indent=" " * HELP_COLUMN, break_on_hyphens=False))
+    examples = [line for line in about.split("\n") if line.startswith("    ")]
+    return "\n".join([*lines, "", "Edit a setting at the top of its file, or give its flag for one run. Tuples take commas.", "",
+                      "examples:", *(line[2:] for line in examples), "", EXIT_CODES])
+
+
+def _as_typed(value):
+    """A default in the form in which a flag takes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
 
 
 def _example_of(setting):
@@ -269,8 +270,6 @@ def _example_of(setting):
 
 def parse_value(text, kind):
     """A flag's text as a value of the annotated type `kind`; ValueError if it is none."""
-    if isinstance(text, bool):
-        return text
     if kind.endswith(" | None"):
         if text.lower() == "none":
             return None
@@ -389,6 +388,8 @@ def check_features(values, require):
             "give --no-use-matryoshka, or --architecture topk")
     require(not (dense and values.get("USE_BATCH_TOPK")), "USE_BATCH_TOPK", f"{values.get('ARCHITECTURE')} picks no largest K",
             "give --no-use-batch-topk, or --architecture batchtopk")
+    require(not (values.get("INIT_FROM") and values.get("SEEDS")), "SEEDS", "all would start alike, from INIT_FROM",
+            "leave one of the two out")
     other = "batchtopk" if values.get("USE_BATCH_TOPK") else values.get("ARCHITECTURE")
     require("sparsify" not in _each(values.get("EXPORT")) or other == "topk", "EXPORT", f"sparsify holds topk only, not {other}",
             "leave sparsify out, or give --architecture topk")
@@ -404,6 +405,8 @@ def check_interpretation(values, require):
     if {"TARGET_VALUE", "TARGET_FIELD", "LABEL_FIELD"} <= set(values):
         require(not values["TARGET_VALUE"] or values["TARGET_FIELD"] or values["LABEL_FIELD"], "TARGET_VALUE",
                 "no field is named that could have it", "name one with --target-field")
+    for name in ("TEXT", "DRY_RUN"):
+        require(not (values.get("QUIET") and values.get(name)), name, "QUIET hides what it prints", "leave out --quiet")
     n, name = values.get("N_FIDELITY_EXAMPLES") or 0, values.get("NEURONPEDIA_SET")
     require(n <= 0 or n >= 6, "N_FIDELITY_EXAMPLES", f"{n} are too few to test a label", "give 6 or more, or 0 for no test")
     require(name is None or re.fullmatch(r"[\w.-]*\w", name), "NEURONPEDIA_SET", f"{name!r} is no name of a set",

@@ -13,7 +13,7 @@ import hashlib
 import numpy as np
 
 import config
-from fastsae import activations_file, artifacts, extraction, storage
+from fastsae import activations_file, artifacts, extraction, progress, storage
 from fastsae.errors import InputError, end, run_stage
 from fastsae.examples import CONTENT, SHARED_PREFIX, ChatTokenizer, cut_blocks, mark_shared_prefix, tokenise
 from fastsae.sources import Deduplicator, identity, require_two, stream_examples, stream_text
@@ -38,6 +38,7 @@ SINK_RATIO = 10  # a token whose norm is this many times the median counts as an
 def main():
     settings = config.resolve(__file__)
     with extraction.World() as world:
+        started = progress.start(quiet=settings.QUIET)
         settings.show()
         from fastsae import language_model  # after the settings: loading libraries takes seconds
 
@@ -51,6 +52,7 @@ def main():
         if not metadata:
             if world.rank == 0:
                 storage.remove(parts_folder(settings, wanted))
+                report(settings, wanted, started, "unchanged")
             return
         computed = wanted if parts_folder(settings, wanted).exists() else metadata  # parts of an interrupted run hold all of its layers
 
@@ -72,8 +74,17 @@ def main():
         parts = run_model(model, table, n_shared, settings, world, computed)
         if world.rank == 0:
             for layer, block in metadata.items():
-                write_layer(path_of(settings, layer), parts, table, block, settings, world.size)
+                timing = write_layer(path_of(settings, layer), parts, table, block, settings, world.size)
             storage.remove(parts[0].parent)
+            report(settings, wanted, started, "written", tokens_per_second=timing["tokens_per_second"])
+
+
+def report(settings, layers, started, status, **more):
+    """The summary line; it names the first layer's file."""
+    path = path_of(settings, next(iter(layers)))
+    about = activations_file.read_metadata(path)
+    progress.summary("extract_activations", path, started, status=status, layers=list(layers), n_examples=about["n_examples"],
+                     n_tokens=about["n_tokens"], **more)
 
 
 def path_of(settings, layer):
@@ -142,7 +153,7 @@ def run_model(model, table, n_shared, settings, world, metadata):
 
 
 def write_layer(path, parts, table, metadata, settings, n_processes):
-    """Stream one layer's parts into its file, or into shards, in the order of the dataset; then sum up."""
+    """Stream one layer's parts into its file, or into shards, in the order of the dataset; then sum up. Returns the timing."""
     layer, starts = metadata["settings"]["LAYER_IDX"], table.starts
     shard_tokens = max(1, settings.SHARD_BYTES // (metadata["d_model"] * np.dtype(settings.STORAGE_DTYPE).itemsize))
     shards = extraction.split_shards(table.lengths, shard_tokens)
@@ -163,6 +174,7 @@ def write_layer(path, parts, table, metadata, settings, n_processes):
         written.append(target)
     artifacts.set_aside([old for old in before if old not in written])  # of an earlier run with another number of shards
     summarise(written, table, metadata, timing)
+    return timing
 
 
 def timing_of(parts, table, metadata, n_processes):
@@ -195,6 +207,7 @@ def summarise(written, table, metadata, timing):
           f"{metadata['compute_dtype']})")
     shards = f" and {len(written) - 1} more shards" if len(written) > 1 else ""
     print(f"wrote {written[0]}{shards} ({sum(p.stat().st_size for p in written) / 1e6:.1f} MB)")
+    return timing
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import config
-from fastsae import activations_file, artifacts, formats, llm_client, storage, tables
+from fastsae import activations_file, artifacts, formats, llm_client, progress, storage, tables
 from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, end, run_stage
 
 SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens, sparsify, ...; none = the run's own
@@ -56,9 +56,13 @@ OPTIONAL = ("score", "score_name", "fidelity_f1", "fidelity_precision", "fidelit
 
 def main():
     settings = config.resolve(__file__)
+    started = progress.start(quiet=settings.QUIET)
     settings.show()
     if settings.TEXT is not None:
-        return show_text(settings, settings.SAE_PATH or named_checkpoint(settings.run_dir))
+        from fastsae.trained_sae import describe_text
+
+        return print(describe_text(settings.TEXT, settings.SAE_PATH or named_checkpoint(settings.run_dir),
+                                   settings.output_dir / "interpretations.jsonl", device=settings.DEVICE, cache_dir=settings.CACHE_DIR))
     checkpoint_path, sae_meta = chosen_sae(settings)
     backend = None
     if settings.N_TOP_NEURONS:
@@ -68,7 +72,7 @@ def main():
     if not settings.DRY_RUN:
         storage.claim(jsonl_path, "--output-dir")
         if done(folder, jsonl_path, metadata):
-            return
+            return report(folder, artifacts.read_lines(jsonl_path)[1:], started, "unchanged")
 
     features = Features(settings, checkpoint_path, sae_meta)
     labelled = features.choose(settings.N_TOP_NEURONS)
@@ -81,7 +85,14 @@ def main():
     scored = add_llm_labels(features.rows, work.run(), work) if work else []
     write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settings)
     say(features, work, folder)
+    report(folder, features.rows, started, "incomplete" if incomplete_rows(features.rows) else "written")
     return incomplete(features.rows) if work else 0
+
+
+def report(folder, rows, started, status):
+    progress.summary("interpret_sae", folder / "interpretations.html", started, status=status, n_features=len(rows),
+                     n_dead=sum(row["status"] == "dead" for row in rows),
+                     n_labelled_by_llm=sum(row["label_source"] not in ("", "tokens") for row in rows))
 
 
 def chosen_sae(settings):
@@ -103,18 +114,6 @@ def named_checkpoint(run_dir):
         raise InputError(f"{path}: not found. run train_sae.py first, or check --run-name and --output-dir.") from None
     except (ValueError, KeyError, TypeError):
         raise EnvironmentFailure(f"{path}: damaged. run train_sae.py again.") from None
-
-
-def show_text(settings, checkpoint_path):
-    """Print the strongest features of each token of TEXT, with their labels where there are any. Nothing is written."""
-    from fastsae import load_sae
-    from fastsae.language_model import choose_device
-    from fastsae.trained_sae import text_table
-
-    sae = load_sae(checkpoint_path, device=choose_device(settings.DEVICE), cache_dir=settings.CACHE_DIR)
-    found = sae.features_of(settings.TEXT)
-    labels = tables.read_labels(settings.output_dir / "interpretations.jsonl", sae.meta["fingerprint"])
-    print(f"{sae}\n{text_table(found, labels)}")
 
 
 def describe(settings, checkpoint_path, sae_meta, backend):
@@ -150,8 +149,6 @@ class Features:
     """The evidence on every feature, `rows` of the tables made from it, and what else the outputs need."""
 
     def __init__(self, settings, checkpoint_path, sae_meta):
-        from tqdm import tqdm
-
         from fastsae.autoencoder import load_sae
         from fastsae.categories import add_categories
         from fastsae.feature_evidence import Evidence
@@ -177,10 +174,10 @@ class Features:
             self.sae_meta = sae_meta = loaded_meta
         self.examples = self.read_examples(settings.LABEL_FIELD)
         tokenizer = load_tokenizer(self.source["model_name"], revision=self.source["model_revision"], cache_dir=settings.CACHE_DIR)
-        with tqdm(total=len(data["token_ids"]), unit="token", unit_scale=True, desc="statistics", mininterval=1, disable=None) as bar:
+        with progress.bar(len(data["token_ids"]), "statistics", "token", unit_scale=True) as tokens_done:
             self.evidence = Evidence(sae, data, self.examples, tokenizer, {
                 "max_norm": sae_meta["max_norm"], "exclude_shared_prefix": sae_meta["settings"]["EXCLUDE_SHARED_PREFIX"]},
-                n_top=N_TOP_EXAMPLES, seed=settings.SEED, progress=bar.update)
+                n_top=N_TOP_EXAMPLES, seed=settings.SEED, progress=tokens_done.update)
         self.rows = self.evidence.rows(N_TOP_TOKENS)
         for row in self.rows:
             row.update(dict.fromkeys(OPTIONAL), best_category="", category_auc=None, promoted_tokens="", suppressed_tokens="")

@@ -19,7 +19,8 @@ def main():
     settings = config.resolve(*scripts)
     settings.show()
     for number, script in enumerate(scripts, 1):
-        print(f"[{number}/{len(scripts)}] {script.name}", flush=True)
+        if not settings.QUIET:
+            print(f"[{number}/{len(scripts)}] {script.name}", flush=True)
         code = run(script, [*settings.flags_for(script.name), "--no-print-settings"])
         if code:
             return code

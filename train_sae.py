@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 import config
-from fastsae import artifacts, storage
+from fastsae import artifacts, progress, storage
 from fastsae.activations_file import read_metadata
 from fastsae.errors import InputError, Terminated, deferred_stop, end, run_stage, stop, stop_asked
 
@@ -72,6 +72,7 @@ INIT_SAMPLE = 32768  # tokens whose median initialises b_dec
 
 def main():
     settings = config.resolve(__file__)
+    started = progress.start(quiet=settings.QUIET)
     settings.show()
     source = read_metadata(settings.activations_path)
     from fastsae import parallel  # after the settings: loading torch takes seconds
@@ -89,6 +90,9 @@ def main():
         if len(plans) > 1:
             print(f"stage 3 reads {plans[0].path.name}, the first of {len(plans)}")
         hand_over(plans, settings)
+        metrics = artifacts.read_checkpoint_metadata(plans[0].path)["metrics"]
+        progress.summary("train_sae", plans[0].path, started, status="written" if todo else "unchanged", n_autoencoders=len(plans),
+                         **{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")})
 
 
 def hand_over(plans, settings):
@@ -155,8 +159,6 @@ def plan(settings, source):
 
 def train(plans, tokens, settings, device):
     """Train all `plans` from one reading of the data; each is written as soon as it is finished."""
-    from tqdm import tqdm
-
     from fastsae import parallel
     from fastsae.training_data import TrainingRows
 
@@ -165,8 +167,7 @@ def train(plans, tokens, settings, device):
                         seed=settings.SEED)
     n_batches = data.n_batches()
     last_save = time.monotonic()
-    bar = tqdm(total=settings.N_EPOCHS, initial=min(run.epoch for run in runs) - 1, unit="epoch", desc="training", mininterval=1,
-               disable=None)
+    bar = progress.bar(settings.N_EPOCHS, "training", "epoch", initial=min(run.epoch for run in runs) - 1)
     with deferred_stop(), bar:
         while runs:
             epoch, first = min((run.epoch, run.batch) for run in runs)  # where the one that is furthest behind goes on

@@ -29,6 +29,7 @@ QUICK: bool = False           # 12 examples
 
 KIND_NAMES = {"content": CONTENT, "template": TEMPLATE}
 ABLATIONS = ("zero", "mean")
+COLOURS = ("#3b6ea5", "#c8553d", "#5a9367", "#8d6cab", "#b8860b")
 DECISIVE = ("N_EXAMPLES", "N_BOOTSTRAP", "QUICK", "SEED", "DTYPE", "MAX_LENGTH", "DATASET_PATH")
 
 
@@ -137,30 +138,31 @@ def draw(path, rows):
     """Losses with each replacement, and the loss recovered, by kind of the token predicted."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
-    names, colours = list(rows), ["#3b6ea5", "#c8553d", "#5a9367", "#8d6cab", "#b8860b"]
-    shown = ("clean", "spliced", "mean", "zero")
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        colour = colours[i % len(colours)]
-        ce = rows[name]["kinds"]["all"]["ce"]
-        left.bar(np.arange(len(shown)) + i * width, [ce[s] for s in shown], width, color=colour, label=name)
-        kinds = [k for k in rows[name]["kinds"] if np.isfinite(rows[name]["kinds"][k]["loss_recovered_zero"]["value"])]
-        for ablation, fill in (("zero", True), ("mean", False)):
-            found = [rows[name]["kinds"][k][f"loss_recovered_{ablation}"] for k in kinds]
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    kinds, width = list(next(iter(rows.values()))["kinds"]), 0.8 / len(rows)
+    if "content" in kinds and len(kinds) == 4:  # one role only: it says what "content" says
+        kinds = kinds[:3]
+    bars = (("clean", "kinds", "clean"), ("spliced", "kinds", "spliced"), ("mean", "kinds", "mean"), ("zero", "kinds", "zero"),
+            ("spliced,\nevery token", "kinds_every_token_replaced", "spliced"))
+    for i, row in enumerate(rows.values()):
+        label = f"{row['architecture']}, M = {row['m']:,}, K = {row['k']}, layer {row['layer']}"
+        place, colour = np.arange(len(bars)) + i * width, COLOURS[i % len(COLOURS)]
+        drawn = left.bar(place, [row[part]["all"]["ce"][name] for _, part, name in bars], width, color=colour, label=label)
+        left.bar_label(drawn, fmt="%.2f", fontsize=7)
+        for ablation, fill in (("zero", "full"), ("mean", "none")):
+            found = [row["kinds"].get(kind, row["kinds"]["all"])[f"loss_recovered_{ablation}"] for kind in kinds]
             values = np.array([f["value"] for f in found])
             spread = np.abs(np.array([f["interval"] or [f["value"]] * 2 for f in found]).T - values)
-            right.errorbar(np.arange(len(kinds)) + i * width + 0.1 * (not fill), values, spread, fmt="o", color=colour, capsize=3,
-                           fillstyle="full" if fill else "none", label=f"{name}, against {ablation}")
-        right.set_xticks(np.arange(len(kinds)) + 0.4 - width / 2, kinds)
-    left.set_xticks(np.arange(len(shown)) + 0.4 - width / 2, shown)
-    left.set_title("next-token loss, nats, all tokens")
-    left.legend(frameon=False, fontsize=8)
-    right.set_title("loss recovered by the token predicted")
+            right.errorbar(np.arange(len(kinds)) + i * width + 0.1 * (fill == "none"), values, spread, fmt="o", color=colour, capsize=3,
+                           fillstyle=fill)
+    left.set_xticks(np.arange(len(bars)) + 0.4 - width / 2, [name for name, *_ in bars])
+    left.set_title("next-token loss, nats", fontsize=10)
+    right.set_xticks(np.arange(len(kinds)) + 0.4 - width / 2, kinds)
+    right.set_title("loss recovered, by the token predicted: against zeros (full), against the mean (open)", fontsize=10, wrap=True)
     right.axhline(1, color="black", lw=0.6)
     right.grid(alpha=0.3)
-    right.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     write_figure(path, figure)
 
 

@@ -37,7 +37,7 @@ def read_prompts(path):
         return list(PROMPTS)
     prompts = []
     try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):  # noqa: B007 (the handlers name it)
             row = json.loads(line)
             prompts.append((row["text"], row.get("expected")))
     except FileNotFoundError:

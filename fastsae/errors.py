@@ -92,8 +92,9 @@ def run_stage(main):
         signal.signal(number, _on_signal)
     end_with_parent()
     try:
-        code = main() or 0
-        sys.stdout.flush()
+        with contextlib.redirect_stdout(sys.stdout):  # a stage may put something in its place
+            code = main() or 0
+            sys.stdout.flush()
         return code
     except StageError as error:
         for line in str(error).splitlines():

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fastsae import artifacts, storage
+from fastsae import artifacts, progress, storage
 from fastsae.errors import EnvironmentFailure, InputError, StageError
 from fastsae.sources import place
 from fastsae.tokens import token_norms
@@ -228,12 +228,9 @@ def extract_parts(forward, chunks, folder, plan, world):
     A part that is there is complete (it was renamed into place), so a run that was stopped goes on after it. A part is written
     while the next one is computed.
     """
-    from tqdm import tqdm
-
     paths = [folder / f"part-{plan}-{i:05}.npz" for i in range(len(chunks))]
     n_tokens = [int(forward.table.lengths[first:last].sum()) for first, last in chunks]
-    with tqdm(total=sum(n_tokens), unit="token", unit_scale=True, desc="extracting", mininterval=1,
-              disable=True if world.rank else None) as bar:
+    with progress.bar(sum(n_tokens), "extracting", "token", unit_scale=True, **({"disable": True} if world.rank else {})) as bar:
         missing = []
         for i, path in enumerate(paths):
             if path.exists():

@@ -6,12 +6,11 @@ open; a reply that was paid for and cannot be used counts as answered, unless th
 import hashlib
 import json
 import os
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from urllib.parse import urlsplit
 
-from fastsae import artifacts
+from fastsae import artifacts, progress
 from fastsae.errors import InputError
 
 LOCAL = "local:"
@@ -184,10 +183,8 @@ class Asker:
 
     def ask(self, prompts, what, usable=lambda reply: True):
         """{prompt: (reply or None, reason if None)}; `usable(reply)` tells which replies need no second try."""
-        from tqdm import tqdm
-
         failed, waiting = {}, self.open(prompts, usable)
-        with tqdm(total=len(waiting), desc=what, unit="call", mininterval=1, disable=None, file=sys.stderr) as bar:
+        with progress.bar(len(waiting), what, "call") as bar:
             def work(prompt):
                 reason = self._call(prompt)
                 with self.lock:

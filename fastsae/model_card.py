@@ -86,7 +86,8 @@ def figures(entries):
                      + " | ".join(f"{meta['metrics'][name]:.4g}" for name, _ in METRICS) + " |")
     metrics = entries[0][1]["metrics"]
     return [*lines, "", f"On {metrics['n_validation_tokens']:,} tokens of examples that were not trained on. Normalised MSE is the squared "
-            "error over the variance about the mean.", "", *(f"{name}: {DOES[name]}." for name in sorted({architecture(m) for _, m in entries}))]
+            "error over the variance about the mean.", "",
+            *(f"{name}: {DOES[name]}." for name in sorted({architecture(m) for _, m in entries}))]
 
 
 def loading(entries):
@@ -95,7 +96,8 @@ def loading(entries):
     kind, block = architecture(meta), meta["activations"]["settings"]["LAYER_IDX"] - 1
     saelens, sparsify = (folder_of(path, name).name for name in ("saelens", "sparsify"))
     lines = ["With this project:", "", "```python", "from fastsae import load_sae", "",
-             f'sae = load_sae("{path.name}")', "features = sae.encode(activations)  # (n, M) of (n, d)", "reconstruction = sae.decode(features)",
+             f'sae = load_sae("{path.name}")', "features = sae.encode(activations)  # (n, M) of (n, d)",
+             "reconstruction = sae.decode(features)",
              'sae.features_of("Where did I leave the key?")', "```", "", *with_export(path, "saelens", "SAELens", [
                  "from sae_lens import SAE", "", f'sae = SAE.load_from_disk("{saelens}")', "features = sae.encode(activations)"])]
     if kind == "topk":
@@ -104,7 +106,8 @@ def loading(entries):
             "top_acts, top_indices, _ = sae.encode(activations)"])
     if kind in HYPOTHESAES:
         lines += ["With HypotheSAEs (it unpickles: only for files you trust):", "", "```python",
-                  "from hypothesaes.sae import load_model", "", f'sae = load_model("{path.name}").eval()', "reconstruction, info = sae(activations)", "```"]
+                  "from hypothesaes.sae import load_model", "", f'sae = load_model("{path.name}").eval()',
+                  "reconstruction, info = sae(activations)", "```"]
     return lines
 
 

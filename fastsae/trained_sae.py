@@ -7,8 +7,9 @@ import torch
 from fastsae import autoencoder
 from fastsae.errors import InputError
 from fastsae.examples import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
-from fastsae.language_model import ResidualModel, load_tokenizer
+from fastsae.language_model import ResidualModel, choose_device, load_tokenizer
 from fastsae.sparse_step import Entries
+from fastsae.tables import read_labels
 from fastsae.token_text import TokenTexts, visible
 
 N_TOP = 3  # features per token in a printed text
@@ -123,6 +124,12 @@ class TrainedSae:
         figures = [f"{label} {metrics[name]:.3g}" for name, label in
                    (("normalized_mse", "normalised MSE"), ("l0", "L0"), ("dead_fraction", "dead")) if name in metrics]
         return "\n".join(filter(None, [what, where, ", ".join(figures)]))
+
+
+def describe_text(text, checkpoint_path, labels_path, *, device: str, cache_dir: str | None) -> str:
+    """What the autoencoder is, and the strongest features of each token of a text, with their labels where there are any."""
+    sae = load_sae(checkpoint_path, device=choose_device(device), cache_dir=cache_dir)
+    return f"{sae}\n{text_table(sae.features_of(text), read_labels(labels_path, sae.meta['fingerprint']))}"
 
 
 def text_table(found: list[TokenFeatures], labels: dict[int, str], n_top: int = N_TOP) -> str:

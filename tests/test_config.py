@@ -115,7 +115,7 @@ def test_flags_for_gives_back_the_flags(stage, flags):
     script = stage()
     settings = config.resolve(script, argv=flags)
     assert settings.flags_for("stage.py") == flags
-    assert config.parse_flags(config.read_settings(script), settings.flags_for("stage.py"), ["stage.py"])[0] == {
+    assert config.parse_flags(config.read_settings(script), settings.flags_for("stage.py"), "stage.py")[0] == {
         name: settings.values[name] for name in settings.values if settings.source[name] == "flag"}
     assert settings.flags_for("other.py") == []
 

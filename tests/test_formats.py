@@ -35,7 +35,7 @@ def trained(kind, seed=0, unit=True):
     sae = new_sae({"input_dim": D, "m_total_neurons": M, "k_active_neurons": K, "architecture": architecture,
                    "prefix_lengths": [10, M] if "matryoshka" in kind else None}).eval()
     with torch.no_grad():
-        for name, parameter in sae.named_parameters():
+        for parameter in sae.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim < 2 else 1))
         if architecture == "jumprelu":
             sae.threshold.abs_()
@@ -205,8 +205,10 @@ def test_configs_from_before_version_6(tmp_path):
 def from_sae_lens(library, kind):
     """A module of sae-lens with random weights; the inference ones, and those that training keeps."""
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-    from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE as Matryoshka
-    from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig as MatryoshkaConfig
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE as Matryoshka,
+        MatryoshkaBatchTopKTrainingSAEConfig as MatryoshkaConfig,
+    )
 
     metadata = library.saes.sae.SAEMetadata(model_name="gemma-2-2b", hook_name="blocks.20.hook_resid_post")
     shape = {"d_in": D, "d_sae": M, "metadata": metadata}
@@ -522,8 +524,9 @@ def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main
 @pytest.mark.parametrize(("flags", "line"), [
     (["--export", "sparsify", "--architecture", "jumprelu", "--no-use-matryoshka"], "EXPORT: sparsify holds topk only, not jumprelu."),
     (["--export", "sparsify", "--use-batch-topk"], "EXPORT: sparsify holds topk only, not batchtopk."),
+    (["--init-from", "x", "--seeds", "0,1"], "SEEDS: all would start alike, from INIT_FROM."),
     (["--export", "saelens,onnx"], "EXPORT: 'onnx' is unknown. choose saelens, sparsify.")])
-def test_an_impossible_export_stops_before_training(run_main, capsys, flags, line):
+def test_impossible_settings_stop_before_training(run_main, capsys, flags, line):
     with pytest.raises(SystemExit) as stopped:
         run_main("train_sae", *flags)
     assert stopped.value.code == 2 and f"error: {line}" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_readme_commands_parse():
         declared = config.read_settings(PROJECT / "config.py")
         for name in scripts:
             declared |= config.read_settings(PROJECT / name)
-        _, problems = config.parse_flags(declared, flags, scripts)
+        _, problems = config.parse_flags(declared, flags, script)
         assert not problems, (command, problems)
         checked += 1
     assert checked >= 5
