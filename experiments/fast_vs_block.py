@@ -168,13 +168,13 @@ def measure(settings, work, layer):
 
 
 def interpretability(settings, work, dataset_path):
-    """The evidence of every autoencoder on the labelled dataset: see evidence.study."""
+    """The evidence on the labelled dataset of the autoencoders trained without prefix and sinks: see evidence.study."""
     from fastsae.language_model import load_tokenizer
 
     tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)
     folder = "labelled" if settings.LABELLED_PATH else "held_out"
     labelled = {layer: evidence.Labelled(activations(work, folder, layer), dataset_path, tokenizer, settings) for layer in settings.LAYERS}
-    return evidence.study([(cell, checkpoint(work, *cell)[0]) for cell in grid(settings)], labelled)
+    return evidence.study([(cell, checkpoint(work, *cell)[0]) for cell in grid(settings) if not cell[3]], labelled)
 
 
 def compare(errors, architecture, layer, sinks):
