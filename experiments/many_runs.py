@@ -13,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import PROJECT
-
 
 def run_many(script, jobs):
     """Run one of the project's scripts once for each list of flags in `jobs`, all in one other process; raises if one fails."""

@@ -13,24 +13,26 @@ def fast_vs_block(r):
     """FAST against block training: MSE_st beside the paper's, the part of the sinks, and the evidence without a language model."""
     s = r["settings"]
     return "\n".join([
-        f"**FAST against block training** (`results/fast_vs_block.json`, {r['machine']['device']}): {r['train_tokens']:,} training tokens for "
-        f"each of {len(r['runs'])} autoencoders (M = {s['M']}, K = {s['K']}, {len(s['SEEDS'])} seeds), measured on "
-        f"{r['data']['held out']['examples']} held-out dialogues of `{s['DATASET_PATH']}`. log2 of MSE_st, the MSE on the template's "
-        "control tokens and role names (eq. 7); 95 % intervals over dialogues and seeds. The paper trains and measures with sinks.",
+        "**FAST against block training** ([table](experiments/results/fast_vs_block.json), "
+        f"[figure](experiments/results/fast_vs_block.png)): {len(r['runs'])} autoencoders (M = {s['M']}, K = {s['K']}, {len(s['SEEDS'])} "
+        f"seeds) on {r['train_tokens']:,} tokens each, measured on {r['data']['held out']['examples']} held-out dialogues of "
+        f"`{s['DATASET_PATH']}`. log2 of MSE_st, the MSE (eq. 7) on the template's control tokens and role names; 95 % intervals over "
+        "dialogues and seeds. The paper trains and measures with sinks.",
         "", *mse_table(r), "", *verdict(r), "", *evidence_table(r)])
 
 
 def mse_table(r):
-    lines = ["| | layer | FAST | BT(F) | BT(P) | BT(F) - FAST | BT(P) - BT(F) | FAST < BT(F) < BT(P) |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| | layer | FAST | BT(F) | BT(P) | BT(F) - FAST | BT(P) - BT(F) | FAST < BT(F) < BT(P) |",
+             "|---|---|---|---|---|---|---|---|"]
     for name, (fast, dialogues, text) in PAPER_MSE_ST.items():
         lines.append(f"| paper, {name}, Qwen2.5-7B | 18 of 28 | {fast:.2f} | {dialogues:.2f} | {text:.2f} | {dialogues - fast:.2f} | "
                      f"{text - dialogues:.2f} | claimed |")
     for title, sinks, tokens in SETTINGS_SHOWN:
         for c in (c for c in r["comparisons"] if c["sinks_in_training"] == sinks):
             found = c[f"mse_special, {tokens}"]
-            lines.append(f"| {c['architecture']}, {title} | {c['layer']} | " + " | ".join(f"{found['log2'][source]:.2f}" for source in SOURCES)
-                         + f" | {_with_interval(found['log2 BT(F) / FAST'])} | {_with_interval(found['log2 BT(P) / BT(F)'])} | "
-                         f"{found['ordering']} |")
+            values = " | ".join(f"{found['log2'][source]:.2f}" for source in SOURCES)
+            lines.append(f"| {c['architecture']}, {title} | {c['layer']} | {values} | {_with_interval(found['log2 BT(F) / FAST'])} | "
+                         f"{_with_interval(found['log2 BT(P) / BT(F)'])} | {found['ordering']} |")
     return lines
 
 
@@ -45,15 +47,15 @@ def verdict(r):
     for title, sinks, tokens in SETTINGS_SHOWN:
         counted = {what: count_orderings(r, f"{what}, {tokens}", sinks) for what in ("mse_special", "mse")}
         (a, b, c), (d, e, f) = counted["mse_special"], counted["mse"]
-        lines.append(f"- {title}: the ordering of MSE_st is confirmed in {a} of {a + b + c} cases, refuted in {b}, open in {c}; that of the MSE "
-                     f"on these tokens confirmed in {d}, refuted in {e}, open in {f}.")
+        lines.append(f"- {title}: the ordering of MSE_st is confirmed in {a} of {a + b + c} cases, refuted in {b}, open in {c}; that of "
+                     f"the MSE on these tokens confirmed in {d}, refuted in {e}, open in {f}.")
     for other in SOURCES[1:]:
         rows = [c[f"gap of {other} on sinks"] for c in r["comparisons"] if c["sinks_in_training"]]
         shares = [row["share"] for row in rows if row["share"] is not None]
         if shares:
-            lines.append(f"- Of the gap in MSE_st between {other} and FAST, trained with sinks, {100 * np.median(shares):.0f} % (median of the "
-                         f"{len(shares)} of {len(rows)} cases with a clear gap; {100 * min(shares):.0f} to {100 * max(shares):.0f} %) lies on "
-                         "sinks, here the first token of each dialogue.")
+            lines.append(f"- Of the gap in MSE_st between {other} and FAST, trained with sinks, {100 * np.median(shares):.0f} % lies on "
+                         f"sinks, here the first token of each dialogue (median of the {len(shares)} of {len(rows)} cases with a clear gap; "
+                         f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %).")
     return lines
 
 
@@ -72,8 +74,8 @@ def evidence_table(r):
         cells = [rows[source, architecture, layer].get(name) for name in ("category_auc", "token_purity") for source in SOURCES]
         lines.append(f"| {architecture} | {layer} | " + " | ".join(
             "-" if cell is None else f"{cell['value']:.3f}" + "*" * _differs(cell) for cell in cells) + " |")
-    lines += ["", "\\* differs from FAST's by a 95 % interval over features and seeds. The paper's own figure is the share of features that "
-              f"GPT-4o scores 4 or 5: {' / '.join(f'{p:.1f}' for p in PAPER_SCORED)} % for FAST / BT(F) / BT(P), Llama-3.2-3B."]
+    lines += ["", "\\* differs from FAST's by a 95 % interval over features and seeds. The paper's own figure is the share of features "
+              f"that GPT-4o scores 4 or 5: {' / '.join(f'{p:.1f}' for p in PAPER_SCORED)} % for FAST / BT(F) / BT(P), Llama-3.2-3B."]
     scored = [row for row in r["interpretability"] if "share_scored_4_or_5" in row]
     lines[-1] += "" if scored else " No language model judged ours; it does when an endpoint is configured."
     for row in scored:
@@ -91,11 +93,12 @@ def pareto(r):
     """The sparsity frontier: normalised MSE and loss recovered of the architectures at equal L0, and which of them lie on it."""
     s, at = r["settings"], r["at_l0"]
     l0s = [str(l0) for l0 in s["AT_L0"]]
-    lines = [f"**Sparsity against reconstruction** (`results/pareto.json`, {r['machine']['device']}): layer {s['LAYER_IDX']}, M = {s['M']}, "
-             f"{r['runs'][0]['n_train_tokens']:,} tokens, {s['N_EPOCHS']} epochs, mean of {len(s['SEEDS'])} seeds; at equal L0, between the "
-             "sparsities trained. Loss recovered: 1 is the model's own cross entropy, 0 that with zeros in place of the residual stream. The "
-             "paper has no such figure.", "",
-             f"| | {' | '.join(f'normalised MSE, L0 {l0}' for l0 in l0s)} | {' | '.join(f'loss recovered, L0 {l0}' for l0 in l0s)} | dead, % |",
+    heads = [f"{title}, L0 {l0}" for title in ("normalised MSE", "loss recovered") for l0 in l0s]
+    lines = ["**Sparsity against reconstruction** ([table](experiments/results/pareto.json), [figure](experiments/results/pareto.png)): "
+             f"layer {s['LAYER_IDX']}, M = {s['M']}, {r['runs'][0]['n_train_tokens']:,} tokens, {s['N_EPOCHS']} epochs, mean of "
+             f"{len(s['SEEDS'])} seeds, at equal L0 by interpolation between the sparsities trained. Loss recovered: 1 is the model's own "
+             "cross entropy, 0 that with zeros in place of the residual stream. The paper has no such figure.", "",
+             f"| | {' | '.join(heads)} | dead, % |",
              "|---|" + "---|" * (2 * len(l0s) + 1)]
     for architecture in at["normalized_mse"]:
         cells = [at[name][architecture].get(l0) for name in ("normalized_mse", "loss_recovered") for l0 in l0s]
@@ -106,5 +109,6 @@ def pareto(r):
         counts = {}
         for point in r["frontier"][name]:
             counts[point["architecture"]] = counts.get(point["architecture"], 0) + 1
-        lines += ["", f"On the frontier of L0 and {title}: " + ", ".join(f"{architecture} ({n})" for architecture, n in counts.items()) + "."]
+        named = ", ".join(f"{architecture} ({n})" for architecture, n in counts.items())
+        lines += ["", f"On the frontier of L0 and {title}, with the number of their points there: {named}."]
     return "\n".join(lines)
