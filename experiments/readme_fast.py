@@ -54,8 +54,8 @@ def verdict(r):
         shares = [row["share"] for row in rows if row["share"] is not None]
         if shares:
             lines.append(f"- Of the gap in MSE_st between {other} and FAST, trained with sinks, {100 * np.median(shares):.0f} % lies on "
-                         f"sinks, here the first token of each dialogue (median of the {len(shares)} of {len(rows)} cases with a clear gap; "
-                         f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %).")
+                         f"sinks, here the first token of each dialogue (median of the {len(shares)} of {len(rows)} cases with a clear "
+                         f"gap; {100 * min(shares):.0f} to {100 * max(shares):.0f} %).")
     return lines
 
 
