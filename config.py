@@ -133,7 +133,8 @@ def resolve(*scripts, argv=None):
     declared = {}
     for path in (Path(__file__), *map(Path, scripts)):
         declared.update(read_settings(path))
-    script = Path(scripts[-1]) if len(scripts) == 1 or Path(scripts[-1]).name not in STAGES else PROJECT / "run_pipeline.py"
+    own = [Path(path) for path in scripts if len(scripts) == 1 or Path(path).name not in STAGES]
+    script = own[-1] if own else PROJECT / "run_pipeline.py"
     given, problems = parse_flags(declared, sys.argv[1:] if argv is None else argv, script)
     unread = {problem.split(":")[0] for problem in problems}  # flags whose value is wrong: no other value stands in for them
     preset_name = given.get("PRESET", declared["PRESET"]["value"])
@@ -182,7 +183,7 @@ def read_settings(path):
             settings[node.target.id] = {
                 "type": ast.unparse(node.annotation), "has_value": node.value is not None,
                 "value": _constant(node.value, path) if node.value is not None else None,
-                "comment": comments.get(node.end_lineno, ""), "file": Path(path).name}
+                "comment": comments.get(node.end_lineno or 0, ""), "file": Path(path).name}
     return settings
 
 
@@ -236,7 +237,7 @@ def parse_flags(declared, argv, script):
 
 def help_text(declared, script):
     """What `--help` prints: the first sentence and the examples of the script's docstring, every setting, the exit codes."""
-    about = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
+    about = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8"))) or ""
     lines = [f"usage: python {os.path.relpath(script, PROJECT)} [--setting value ...]", "",
              *textwrap.wrap(" ".join(about.split("\n\n")[0].split()), HELP_WIDTH)]
     for name, setting in declared.items():
@@ -313,7 +314,7 @@ CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE":
            "ARCHITECTURE": ("topk", "batchtopk", "standard", "jumprelu", "gated"), "JUMPRELU_LOSS": ("target", "step"),
            "LOGGER": ("none", "tensorboard", "wandb"), "USE_TOKENS": ("all", "content", "assistant"),
            "NORMALIZE_ACTIVATIONS": ("auto", "none", "mean", "norm", "both"),
-           "INIT_DIRECTIONS": ("xavier", "kaiming", "orthogonal", "data"), "INIT_CENTRE": ("median", "mean", "geometric_median"),
+           "INIT_DIRECTIONS": ("mixed", "xavier", "kaiming", "orthogonal", "data"), "INIT_CENTRE": ("median", "mean", "geometric_median"),
            "EXPORT": ("saelens", "sparsify"),
            "LLM_PROTOCOL": ("both", "contrastive", "fast"), "SELECTION_METHOD": ("separation_score", "correlation", "lasso")}
 

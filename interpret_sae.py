@@ -62,7 +62,8 @@ def main():
         from fastsae.trained_sae import describe_text
 
         return print(describe_text(settings.TEXT, settings.SAE_PATH or named_checkpoint(settings.run_dir),
-                                   settings.output_dir / "interpretations.jsonl", device=settings.DEVICE, cache_dir=settings.CACHE_DIR))
+                                   settings.output_dir / "interpretations.jsonl", device=settings.DEVICE,
+                                   model_name=settings.MODEL_NAME, layer=settings.LAYER_IDX, cache_dir=settings.CACHE_DIR))
     checkpoint_path, sae_meta = chosen_sae(settings)
     backend = None
     if settings.N_TOP_NEURONS:
@@ -124,9 +125,18 @@ def describe(settings, checkpoint_path, sae_meta, backend):
     llm = {**settings.select(LLM_SETTINGS), "base_url": backend.scope[1]} if backend else None
     return artifacts.new_metadata(
         "interpretations", {**settings.select(DECISIVE), "llm": llm, "target": target},
-        {"checkpoint": sae_meta["fingerprint"], "dataset": sae_meta["activations"]["inputs"]["dataset"], "report": template_sha256(),
-         **({"activations": sae_meta["activations"]["fingerprint"]} if settings.SAE_PATH else {})},
+        {"checkpoint": sae_meta["fingerprint"], **inputs_now(settings, sae_meta), "report": template_sha256()},
         checkpoint=str(checkpoint_path))
+
+
+def inputs_now(settings, sae_meta):
+    """Activations and dataset as they are; one that is gone, or on the hub, counts as the one that the autoencoder was trained on."""
+    activations, dataset = sae_meta["inputs"]["activations"], sae_meta["activations"]["inputs"]["dataset"]
+    if activations_file.find_shards(settings.activations_path):
+        activations = activations_file.read_metadata(settings.activations_path)["fingerprint"]
+    if Path(settings.DATASET_PATH).is_file():
+        dataset = artifacts.file_sha256(settings.DATASET_PATH)
+    return {"activations": activations, "dataset": dataset}
 
 
 def done(folder, jsonl_path, metadata):
@@ -176,7 +186,8 @@ class Features:
         tokenizer = load_tokenizer(self.source["model_name"], revision=self.source["model_revision"], cache_dir=settings.CACHE_DIR)
         with progress.bar(len(data["token_ids"]), "statistics", "token", unit_scale=True) as tokens_done:
             self.evidence = Evidence(sae, data, self.examples, tokenizer, {
-                "max_norm": sae_meta["max_norm"], "exclude_shared_prefix": sae_meta["settings"]["EXCLUDE_SHARED_PREFIX"]},
+                "max_norm": sae_meta["max_norm"], "exclude_shared_prefix": sae_meta["settings"]["EXCLUDE_SHARED_PREFIX"],
+                "use": sae_meta["settings"].get("USE_TOKENS", "all")},
                 n_top=N_TOP_EXAMPLES, seed=settings.SEED, progress=tokens_done.update)
         self.rows = self.evidence.rows(N_TOP_TOKENS)
         for row in self.rows:

@@ -46,7 +46,7 @@ LEARNING_RATE: float = 5e-4                        # of Adam
 LR_SCHEDULE: str = "constant"                      # constant, linear or cosine: how it falls over the last LR_DECAY_FRACTION of the steps
 LR_DECAY_FRACTION: float = 0.2                     # part of N_EPOCHS over which the learning rate falls
 LR_WARMUP_STEPS: int = 0                           # steps over which it rises first
-INIT_DIRECTIONS: str = "xavier"                    # decoder rows at the start: xavier, kaiming, orthogonal, or data (tokens less b_dec)
+INIT_DIRECTIONS: str = "mixed"                     # decoder rows at the start: xavier, kaiming, orthogonal, data, mixed (leaning to tokens)
 INIT_CENTRE: str = "median"                        # b_dec at the start: median, mean or geometric_median of a sample
 INIT_ENCODER_SCALE: float | None = None            # encoder rows at the start / decoder rows; none = by least squares; HypotheSAEs: 1
 BUFFER_TOKENS: int = 1_000_000                     # kept in memory; beyond, they are mixed in a buffer of that size as they are read
@@ -166,34 +166,38 @@ def train(plans, tokens, settings, device):
     data = TrainingRows(tokens.activations, tokens.train, batch_size=settings.BATCH_SIZE, buffer_tokens=settings.BUFFER_TOKENS,
                         seed=settings.SEED)
     n_batches = data.n_batches()
-    last_save = time.monotonic()
+    last_save, stopping = time.monotonic(), False
     bar = progress.bar(settings.N_EPOCHS, "training", "epoch", initial=min(run.epoch for run in runs) - 1)
     with deferred_stop(), bar:
-        while runs:
-            epoch, first = min((run.epoch, run.batch) for run in runs)  # where the one that is furthest behind goes on
-            for batch, x in enumerate(data.batches(epoch, first), first):  # (batch, d)
-                x = x.to(device)
-                for run in runs:
-                    if (run.epoch, run.batch) == (epoch, batch):
-                        one_step(run, x, (epoch - 1) * n_batches + batch, n_batches, device)
-                stopping = parallel.anywhere(stop_asked())
-                if stopping or time.monotonic() - last_save > settings.SAVE_EVERY:
-                    save(runs)
-                    last_save = time.monotonic()
-                    if stopping:
+        try:
+            while unfinished(runs, tokens, device):
+                epoch, first = min((run.epoch, run.batch) for run in runs)  # where the one that is furthest behind goes on
+                for batch, x in enumerate(data.batches(epoch, first), first):  # (batch, d)
+                    x = x.to(device)
+                    for run in runs:
+                        if (run.epoch, run.batch) == (epoch, batch):
+                            one_step(run, x, (epoch - 1) * n_batches + batch, n_batches, device)
+                    if stopping := parallel.anywhere(stop_asked()):
                         stop()
-            try:
+                    if time.monotonic() - last_save > settings.SAVE_EVERY:
+                        save(runs)
+                        last_save = time.monotonic()
                 for run in [run for run in runs if run.epoch == epoch]:
                     run.log(end_epoch(run, tokens))
-                    if is_over(run):
-                        runs.remove(run)
-                        finish(run, tokens, device)
-            except (KeyboardInterrupt, Terminated):
-                if stop_asked():  # then it is measuring that was cut short, which changes nothing of the runs
-                    save(runs)
-                raise
-            bar.update()
-            bar.set_postfix({name: f"{run.history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
+                bar.update()
+                bar.set_postfix({name: f"{runs[0].history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
+        except (KeyboardInterrupt, Terminated):
+            if stopping or stop_asked():  # between steps, or while measuring, which changes nothing of the runs
+                save(runs)
+            raise
+
+
+def unfinished(runs, tokens, device):
+    """`runs` less those whose training is over, which are written and taken out."""
+    for run in [run for run in runs if is_over(run)]:
+        finish(run, tokens, device)
+        runs.remove(run)
+    return runs
 
 
 def save(runs):
@@ -236,7 +240,7 @@ def one_step(run, x, n_done, n_batches, device):
 
 
 def is_over(run):
-    return run.epoch > run.plan.settings.N_EPOCHS or run.epoch - run.best_epoch > run.plan.settings.PATIENCE
+    return run.epoch > run.plan.settings.N_EPOCHS or run.epoch - (run.best_epoch or run.epoch) > run.plan.settings.PATIENCE
 
 
 def finish(run, tokens, device):
@@ -248,10 +252,9 @@ def finish(run, tokens, device):
 
     seconds = run.elapsed()
     timing = {"seconds": round(seconds, 2), "device": device, "tokens_per_second": round(run.trained_tokens / seconds, 1)}
-    run.sae.load_state_dict(run.best_state)
     if parallel.world()[0]:
         return
-    plan, sae = run.plan, run.result()
+    plan, sae = run.plan, run.best()
     metrics = final_metrics(sae, tokens, run.history)
     write_figure(plan.beside("training.png"), run.history)
     save_sae(plan.path, sae, {**plan.metadata, "max_norm": tokens.max_norm, "metrics": metrics,

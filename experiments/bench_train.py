@@ -26,6 +26,7 @@ SHAPES = {  # M, K, batch, prefixes, steps per timing, steps for quality
     "4608,32": (4608, 32, 4096, None, 6, 28),
 }
 LEARNING_RATE = 5e-4
+START = {"encoder_scale": None, "directions": "mixed"}  # as train_sae.py's defaults
 PARTS = ("speed", "quality", "reach")
 os.environ["TQDM_DISABLE"] = "1"  # no peer's progress bar
 
@@ -173,8 +174,7 @@ def trainers(prefixes):
         found |= {"sae-lens topk": sae_lens("topk"), "sae-lens batchtopk": sae_lens("batchtopk")}
     if prefixes is None and importlib.util.find_spec("sparsify"):
         found["sparsify, Adam"] = sparsify
-    return {**found, "ours float32": ours(torch.float32, encoder_scale=None),
-            "ours bfloat16 selection": ours(torch.bfloat16, encoder_scale=None)}
+    return {**found, "ours float32": ours(torch.float32, **START), "ours bfloat16 selection": ours(torch.bfloat16, **START)}
 
 
 def speed(name, train, validation, rounds):
@@ -198,7 +198,7 @@ def quality(name, train, validation, rounds):
     """{trainer: normalised MSE on held-out examples after the same number of tokens}, and of ours from other starts."""
     *shape, _, steps = SHAPES[name]
     entrants = {**trainers(shape[3]), "ours float32, HypotheSAEs' start": ours(torch.float32, encoder_scale=1.0),
-                "ours float32, start from data": ours(torch.float32, encoder_scale=None, directions="data")}
+                "ours float32, start from data": ours(torch.float32, **{**START, "directions": "data"})}
     found = {}
     for entrant, trainer in entrants.items():
         torch.manual_seed(0)
@@ -219,7 +219,7 @@ def reach(name, train, validation, rounds):
     seconds, theirs = hypothesaes(train, 3 * len(train) // batch, m, k, batch, prefixes)
     goal, found = normalized_mse(theirs, validation), {}
     for label, select in (("ours float32", torch.float32), ("ours bfloat16 selection", torch.bfloat16)):
-        run, step = our_run(train, m, k, prefixes, select, {"encoder_scale": None})
+        run, step = our_run(train, m, k, prefixes, select, START)
         source, spent, reached = batches(train, batch), 0.0, 2.0
         while reached > goal and spent < seconds:
             started = time.perf_counter()

@@ -58,7 +58,8 @@ def tree():
                ("└── activations_layer12.json", size("layer12.json") + "   speed, norms"), ("checkpoints/cognitive_actions/", ""),
                (f"├── {checkpoint.split('/')[-1]}", size(".pt") + "   the autoencoder"),
                ("├── metrics.json", size("metrics.json") + "   how good it is"),
-               ("└── metrics.jsonl", size("metrics.jsonl") + "   each epoch"),
+               ("├── metrics.jsonl", size("metrics.jsonl") + "   each epoch"), ("├── training.png", size("training.png") + "   their curves"),
+               ("└── README.md", size("README.md") + "   model card: figures, how to load it elsewhere"),
                ("interpretations.csv", size(".csv") + "   one row per feature"),
                ("interpretations.jsonl", size("interpretations.jsonl") + "   the same, exact")]
     if any(path.endswith(".html") for path in sizes):
@@ -88,7 +89,7 @@ def measured():
             f"{ours['seconds']:.0f} s against {theirs['seconds']:.0f} s (median ratio {r['hypothesaes_seconds_over_ours_median']:.1f}).")
     if (r := result("bench_extract")) is not None:
         parts.append(extraction_speed(r))
-    parts += interpretation()
+    parts += training() + interpretation()
     return "\n\n".join(parts)
 
 
@@ -106,6 +107,60 @@ def extraction_speed(r):
             f"{r['machine']['threads']} threads): {line('float32')}; {line('bfloat16')}.")
     return text + (f" Peak memory of stage 1: {memory['dataset_x1']:,.0f} MB, and {memory['dataset_x10']:,.0f} MB for ten times the data."
                    if memory else "")
+
+
+def training():
+    """Speed and quality beside the peers, the architectures, and the claims of training_claims.py."""
+    parts = []
+    if (r := result("bench_train")) is not None:
+        parts.append(training_speed(r))
+    if (r := result("architectures")) is not None:
+        rows = [f"| {name} | {row['normalized_mse']:.3f} | {row['l0']:.2f} | {100 * row['dead_fraction']:.1f} % |"
+                for name, row in r["runs"].items()]
+        parts.append("\n".join(["**Architectures** on the demo, M = 256, 10 epochs (`results/architectures.json`):", "",
+                                "| | normalised MSE | L0 | dead |", "|---|---:|---:|---:|", *rows]))
+    claims = []
+    if (r := result("training_memory")) is not None:
+        claims.append(f"on a file of {r['file_gb']:.1f} GB with a buffer of {r['settings']['buffer_tokens']:,} tokens the peak memory of "
+                      f"stage 2 is {r['peak_resident_gb']:.2f} GB")
+    if (r := result("training_buffer")) is not None:
+        full, eighth = (r["runs"][name]["normalized_mse"] for name in ("full shuffle", "buffer of 1/8"))
+        claims.append(f"a mixing buffer of 1/8 of the data ends at a normalised MSE of {eighth:.4f} against {full:.4f} with a full shuffle")
+    if (r := result("training_dead")) is not None:
+        row = r["runs"]["4,608 features"]
+        claims.append(f"{100 * row['dead_fraction_training']:.1f} % of 4,608 features are dead after three epochs of the demo "
+                      f"({100 * row['dead_fraction']:.1f} % never fire on its validation examples)")
+    if (r := result("training_several")) is not None:
+        together = r["runs"]["seeds 0,1,2"]["seconds_with_start"]
+        alone = sum(row["seconds_with_start"] for name, row in r["runs"].items() if name != "seeds 0,1,2")
+        claims.append(f"three seeds in one pass take {together:.0f} s, one after the other {alone:.0f} s")
+    return parts + ([f"**Claims of training** (`results/training_*.json`): {'; '.join(claims)}."] if claims else [])
+
+
+def training_speed(r):
+    """A table: tokens/s of each trainer, how many times faster ours is, normalised MSE after the same tokens."""
+    shapes = {"256,8,prefixes": "M = 256, K = 8, prefixes", "256,8": "M = 256, K = 8", "4608,32": "M = 4,608, K = 32"}
+    lines = [f"**Training** (`results/bench_train.json`, {r['machine']['device']}, {r['machine']['threads']} threads; the same rows, batch "
+             f"size and learning rate; medians of {r['settings']['rounds']}): tokens/s, in brackets how many times faster ours is "
+             "(float32 / bfloat16 selection), and normalised MSE on held-out examples after the same tokens.", "",
+             "| | " + " | ".join(shapes.values()) + " |", "|---|" + "---|" * len(shapes)]
+    names = [name for name in r["speed"]["256,8"] if not name.startswith("encoder")]
+    for name in names:
+        cells = []
+        for shape in shapes:
+            speed, quality = r["speed"][shape].get(name), r["quality"].get(shape, {}).get(name)
+            ratio = "" if speed is None or name.startswith("ours") else (
+                f" ({speed['ours float32 over it']:.1f} / {speed['ours bfloat16 selection over it']:.1f})")
+            cells.append("" if speed is None else f"{speed['tokens_per_second']:,}{ratio}"
+                         + ("" if quality is None else f"; {quality['normalized_mse']:.3f}"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    own, limit = (r["speed"]["4608,32"][name]["tokens_per_second"] for name in ("ours float32", "encoder product float32"))
+    reach = r["reach"]["4608,32"]
+    lines += ["", f"At M = 4,608 ours reaches {100 * own / limit:.0f} % of what PyTorch's encoder product alone would allow in float32 "
+              "(its own product, by oneDNN, is the faster one here), and comes to the normalised MSE of three epochs of HypotheSAEs "
+              f"{reach['ours float32']['hypothesaes_seconds_over_it']:.0f} and "
+              f"{reach['ours bfloat16 selection']['hypothesaes_seconds_over_it']:.0f} times sooner."]
+    return "\n".join(lines)
 
 
 def interpretation():

@@ -11,7 +11,6 @@ The last three read the demo's activations, which `--output-dir` names. Writes e
 import argparse
 import functools
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -117,6 +116,12 @@ def on_the_demo(output_dir, runs):
     return rows
 
 
+def peak_resident_gb():
+    """Of this process, mapped files included. (getrusage's figure would start from that of the process that started it.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1e6, 3)
+
+
 def measured_training(flags):
     from fastsae.errors import run_stage
 
@@ -124,7 +129,7 @@ def measured_training(flags):
     import train_sae
 
     code = run_stage(train_sae.main)
-    print(json.dumps({"exit_code": code, "peak_resident_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)}))
+    print(json.dumps({"exit_code": code, "peak_resident_gb": peak_resident_gb()}))
     return code
 
 

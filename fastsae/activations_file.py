@@ -1,7 +1,9 @@
 """Activations of stage 1 as other stages read them: one .npz or numbered shards, their rows mapped rather than loaded."""
 import json
+import mmap
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +56,7 @@ def open_activations(path):
         raise InputError(f"{path}: not found. run {MAKER} first, or check --output-dir.")
     metadata = read_metadata(path)
     small = [read_npz(p, [*PER_EXAMPLE, *PER_TOKEN], made_by=MAKER) for p in shards]
-    data = {name: np.concatenate([s[name] for s in small]) for name in (*PER_EXAMPLE, *PER_TOKEN)}
+    data: dict[str, Any] = {name: np.concatenate([s[name] for s in small]) for name in (*PER_EXAMPLE, *PER_TOKEN)}
     rows = [map_member(p, "activations") for p in shards]
     data["activations"] = rows[0] if len(rows) == 1 else ShardedRows(rows)
     data["metadata"] = np.array(json.dumps(metadata, ensure_ascii=False))
@@ -86,6 +88,13 @@ def map_member(path, name):
             lengths = file.read(4)
         start = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
         return np.memmap(path, dtype, "r", start + in_member, shape)
+
+
+def release(activations):
+    """Let the system take back the memory of mapped rows that were read: it would count as ours."""
+    for part in getattr(activations, "parts", [activations]):
+        if isinstance(part, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            part._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined] # numpy keeps it to itself
 
 
 class ShardedRows:

@@ -98,7 +98,7 @@ def write_npz(path, arrays, *, keep_old=False):
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 member.write(header)
                 for block in blocks:
-                    member.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8))  # no copy of the whole
+                    member.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)  # no copy of the whole
 
 
 def _aligned(header, offset):

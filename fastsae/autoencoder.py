@@ -6,13 +6,13 @@ import torch
 from fastsae import artifacts
 from fastsae.architectures import DENSE, Normalisation, inference_weights, prepare
 from fastsae.errors import EnvironmentFailure
-from fastsae.sparse_step import TINY, active_entries, update_threshold
+from fastsae.sparse_step import TINY, Entries, active_entries, update_threshold
 
 CONFIG_NAMES = ("input_dim", "m_total_neurons", "k_active_neurons", "aux_k", "multi_k", "dead_neuron_threshold_steps",
                 "prefix_lengths", "use_batch_topk")
 
 
-def checkpoint_name(m, k, prefixes=None, architecture="topk"):
+def checkpoint_name(m: int, k: int, prefixes: list[int] | None = None, architecture: str = "topk") -> str:
     """The file name HypotheSAEs gives such a checkpoint (without importing it, which takes seconds); the dense ones name themselves."""
     if architecture in DENSE:
         return f"SAE_{architecture}_M={m}_K={k}.pt"
@@ -21,7 +21,7 @@ def checkpoint_name(m, k, prefixes=None, architecture="topk"):
     return f"SAE_matryoshka_M={m}_K={k}_prefixes={'-'.join(map(str, prefixes))}.pt"
 
 
-def new_sae(config, device="cpu"):
+def new_sae(config: dict, device: str | torch.device = "cpu"):
     """A `hypothesaes.sae.SparseAutoencoder` from its config dict, its decoder stored as the transpose of (M, d) rows.
 
     `architecture` in the config is ours: without it TopK, or BatchTopK if it says use_batch_topk.
@@ -81,19 +81,19 @@ def reference_step(sae, x, dead, *, aux_coef):
 
 
 @torch.no_grad()
-def encode(sae, x):
+def encode(sae, x: torch.Tensor) -> Entries:
     """Features of activations x (n, d) as inference has them: an `Entries` of the positive ones."""
     entries = active_entries(sae, x - sae.input_bias, training=False)
     return entries.keep(entries.value > 0)
 
 
 @torch.no_grad()
-def decode(sae, entries):
+def decode(sae, entries: Entries) -> torch.Tensor:
     """Reconstructions (n, d) of features."""
     return entries.times(sae.decoder.weight.t()) + sae.input_bias
 
 
-def save_sae(path, sae, meta):
+def save_sae(path, sae, meta: dict) -> None:
     """Write `{"config", "state_dict", "meta"}`, which `hypothesaes.sae.load_model` reads (see `config_of`); never NaN or infinity."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sae.state_dict().items()}
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):

@@ -76,11 +76,11 @@ class GatedMlp(nn.Module):
 
     @staticmethod
     def fits(mlp):
-        linears = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        linears: list = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         return (all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
                 and {module for module in mlp.children()} == {*linears, mlp.act_fn}
                 and type(mlp.act_fn).__name__ in ACTIVATIONS
-                and linears[0].weight.dtype in (torch.float32, torch.bfloat16))
+                and mlp.gate_proj.weight.dtype in (torch.float32, torch.bfloat16))
 
     def forward(self, x):
         gate = product(x, self.gate, activation=self.activation, algorithm=self.algorithm)  # (..., hidden)

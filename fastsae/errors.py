@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 EXIT_BUG, EXIT_INPUT, EXIT_ENVIRONMENT, EXIT_INCOMPLETE = 1, 2, 3, 4
 
@@ -74,7 +75,7 @@ def stop():
 REMEDIES = {"free some space": (errno.ENOSPC, errno.EDQUOT), "check the folder's rights": (errno.EACCES, errno.EPERM, errno.EROFS),
             "move away what is there": (errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check the disk": (errno.EIO, errno.ESTALE),
             "give shorter names": (errno.ENAMETOOLONG,), "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE)}
-_stage = {"at_end": [], "log_folder": None}
+_stage: dict[str, Any] = {"at_end": [], "log_folder": None}
 
 
 def at_end(action):
@@ -159,8 +160,8 @@ def _bug(error):
     for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"):
         text = text.replace(os.environ.get(name) or "\0", "***")
     print(text, file=sys.stderr, end="")
-    for folder in (_stage["log_folder"], Path(tempfile.gettempdir())):
-        with contextlib.suppress(OSError, AttributeError):  # no folder yet, or one that takes no file
+    for folder in filter(None, (_stage["log_folder"], Path(tempfile.gettempdir()))):  # none if the stage did not come so far
+        with contextlib.suppress(OSError):  # a folder that takes no file
             path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
             storage.write_text(path, f"{' '.join(sys.argv)}\n{text}")
             print(f"error: this is a bug. report it with {path}; the same command goes on from what is finished.", file=sys.stderr)

@@ -13,11 +13,9 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import shutil
 from pathlib import Path
 
-from fastsae import artifacts
+from fastsae import artifacts, storage
 from fastsae.errors import InputError
 from fastsae.formats import architecture_of, short_name
 
@@ -39,7 +37,18 @@ def export(path, kinds):
         check_export(kind, architecture_of(sae))
         files = (saelens_files if kind == "saelens" else sparsify_files)(sae, meta)
         folder = folder_of(path, kind)
-        print(f"{'wrote' if write_folder(folder, files) else 'up to date:'} {folder}")
+        if holds(folder, files):
+            print(f"up to date: {folder}")
+        else:
+            storage.write_folder(folder, files)
+            print(f"wrote {folder}")
+
+
+def holds(folder, files):
+    """True if the folder has exactly these `{name: bytes}`."""
+    there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} if folder.is_dir() else set()
+    return there == set(files) and all(artifacts.file_sha256(folder / name) == hashlib.sha256(content).hexdigest()
+                                       for name, content in files.items())
 
 
 def folder_of(path, kind):
@@ -116,40 +125,3 @@ def dataset_name(path):
 
 def _json(value):
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def write_folder(path, files):
-    """A folder of `{name: bytes}` that appears under `path` complete, or not at all. True if it was written, False if it was there already.
-
-    What was there with other content is kept as `<name>.old-1` (the next free number). Folders cannot be exchanged in one step: a
-    kill between the two renames leaves none under `path`, and the next run writes it.
-    """
-    path = Path(path)
-    if path.is_dir() and {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} == set(files) and all(
-            artifacts.file_sha256(path / name) == hashlib.sha256(content).hexdigest() for name, content in files.items()):
-        return False
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        for name, content in files.items():
-            with artifacts.committed(temporary / name) as file:
-                file.write(content)
-        if path.exists():
-            n = 1
-            while (old := path.with_name(f"{path.name}.old-{n}")).exists():
-                n += 1
-            os.rename(path, old)
-            print(f"the old one is kept as {old}")
-        os.rename(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return True
-
-
-def _sync_folder(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,7 +18,7 @@ BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}    # on a CPU larger ba
 SHORTEST_CACHED_PREFIX = 4                                  # tokens below which reusing the prefix saves nothing
 
 
-def split_chunks(lengths, chunk_tokens):
+def split_chunks(lengths, chunk_tokens: int) -> list[tuple[int, int]]:
     """[(first, last)] ranges of consecutive examples of about `chunk_tokens` tokens each."""
     chunks, first, total = [], 0, 0
     for i, length in enumerate(lengths):
@@ -29,7 +29,7 @@ def split_chunks(lengths, chunk_tokens):
     return chunks
 
 
-def split_batches(lengths, batch_tokens):
+def split_batches(lengths, batch_tokens: int) -> list[list[int]]:
     """Lists of example numbers, longest first, of at most `batch_tokens` padded tokens (a longer example goes alone)."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -74,7 +74,7 @@ class World:
         if self.size > 1:  # torchrun gives each process one thread
             import torch
 
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // self.local_size))
 
     def __enter__(self):
@@ -123,10 +123,10 @@ class Forward:
         for batch in split_batches(lengths - self.n_prefix, self.batch_tokens):
             for done in self._launch([first + i for i in batch]):
                 if waiting:  # one batch behind, so that a GPU computes while its last results are copied
-                    self._store(rows, first, *waiting, progress)
+                    self._store(rows, first, waiting, progress)
                 waiting = done
         if waiting:
-            self._store(rows, first, *waiting, progress)
+            self._store(rows, first, waiting, progress)
         return rows
 
     def _launch(self, batch):
@@ -178,7 +178,8 @@ class Forward:
         except InputError as error:
             raise self._own(error) from error
 
-    def _store(self, buffers, first, batch, rows, event, progress):
+    def _store(self, buffers, first, launched, progress):
+        batch, rows, event = launched
         if event is not None:
             event.synchronize()
         at, n_tokens = 0, 0
@@ -267,7 +268,7 @@ def extract_parts(forward, chunks, folder, plan, world):
     return paths
 
 
-def split_shards(lengths, shard_tokens):
+def split_shards(lengths, shard_tokens: int) -> list[tuple[int, int]]:
     """[(first, last)] ranges of consecutive examples of at most `shard_tokens` tokens (a longer example has its own)."""
     shards, first, total = [], 0, 0
     for i, length in enumerate(lengths):

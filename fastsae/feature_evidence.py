@@ -15,7 +15,7 @@ COSINE_BLOCK = 512
 class Evidence:
     """The statistics of all features with the texts to show them in.
 
-    data: the members of an activations file; examples: its `Example`s; bounds: {"max_norm", "exclude_shared_prefix"} of training.
+    data: the members of an activations file; examples: its `Example`s; bounds: {"max_norm", "exclude_shared_prefix", "use"} of training.
     """
 
     def __init__(self, sae, data, examples, tokenizer, bounds, *, n_top, seed=0, progress=None):

@@ -7,7 +7,8 @@ to each feature's largest when they grow too long. `tests/test_interpretation_st
 import numpy as np
 from scipy import sparse
 
-from fastsae.examples import ROLES, SHARED_PREFIX
+from fastsae.examples import ROLES
+from fastsae.tokens import chosen_tokens, usable_tokens
 
 BLOCK_TOKENS = 8192          # about so many tokens of whole examples are worked on at a time
 PRE_ACTIVATIONS = 1 << 24    # at most so many encoder outputs at a time (64 MiB)
@@ -37,6 +38,9 @@ class Statistics:
         self.co_count = np.zeros(m, np.int64)
         self.name_count = np.zeros(n_names, np.int64)
         self.norms, self.kept = np.empty(n_tokens, np.float32), np.zeros(n_tokens, bool)
+        self.pooled_examples: np.ndarray         # these three are added by `collect`
+        self.pooled_max: sparse.csr_matrix
+        self.pooled_mean: sparse.csr_matrix
 
     @property
     def density(self):
@@ -54,10 +58,11 @@ class Statistics:
 
 
 def collect(sae, activations, lengths, token_kind, token_role, name_of_token, n_names, *, max_norm=None, exclude_shared_prefix=True,
-            n_top=5, n_sampled=32, seed=0, progress=None):
+            use="all", n_top=5, n_sampled=32, seed=0, progress=None):
     """`Statistics` of the features of `sae` on activations (n_tokens, d), an array or memory map of examples one after the other.
 
-    Tokens of the shared prefix and those whose norm is above `max_norm` are left out, as in training. name_of_token (n_tokens,)
+    Tokens of the shared prefix, those whose norm is above `max_norm` and those that `use` (USE_TOKENS) does not name are left out, as
+    in training. name_of_token (n_tokens,)
     numbers the tokens' names. `progress(n)` is called with the tokens done.
     """
     import torch
@@ -74,7 +79,9 @@ def collect(sae, activations, lengths, token_kind, token_role, name_of_token, n_
         rows = slice(offsets[first], offsets[last])
         x = torch.from_numpy(np.array(activations[rows])).float()                    # (n_rows, d)
         result.norms[rows] = x.norm(dim=1).numpy()
-        result.kept[rows] = keep = usable(result.norms[rows], token_kind[rows], max_norm, exclude_shared_prefix)
+        keep, _ = usable_tokens(result.norms[rows], token_kind[rows], exclude_shared_prefix=exclude_shared_prefix, max_norm_ratio=None,
+                                max_norm=max_norm)
+        result.kept[rows] = keep = keep & chosen_tokens(use, token_kind[rows], token_role[rows])
         chosen = np.flatnonzero(keep)
         features = encode_rows(sae, x if keep.all() else x[chosen])                      # CSR (n_chosen, M)
         token = rows.start + chosen                                                      # (n_chosen,) number of each row's token
@@ -109,12 +116,6 @@ def example_blocks(offsets):
         last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + BLOCK_TOKENS, "right")) - 1)
         yield first, last
         first = last
-
-
-def usable(norms, kind, max_norm, exclude_shared_prefix):
-    """(n,) bool: tokens that the autoencoder is meant for, given the bound that training settled on."""
-    keep = kind != SHARED_PREFIX if exclude_shared_prefix else np.ones(len(kind), bool)
-    return keep if max_norm is None else keep & (norms <= max_norm)
 
 
 def encode_rows(sae, x):

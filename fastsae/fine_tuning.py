@@ -56,6 +56,7 @@ def start_from(sae, source, normalisation):
         if sae.architecture in ("topk", "batchtopk"):
             print("note: its decoder rows are not of length 1; with these lengths in the features, others may be the largest K of a token.")
     mean = 0 if normalisation.mean is None else normalisation.mean
+    assert parts.threshold is not None  # it was given above
     bias, threshold = parts.b_enc * normalisation.scale, parts.threshold.clamp_min(0) * normalisation.scale
     sae.encoder.weight.copy_(parts.w_enc)
     sae.decoder.weight.copy_(parts.w_dec.t())

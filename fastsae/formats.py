@@ -149,8 +149,7 @@ def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
                                            max_norm_ratio=MAX_NORM_RATIO, max_norm=meta["max_norm"])
     rows = np.flatnonzero(keep)
     if not len(rows):
-        raise InputError(f"SAE_PATH: {path} was trained on tokens of other norms than {activations_path} has. "
-                         "give one of this model and layer.")
+        raise InputError(f"SAE_PATH: {path} was trained on tokens of other norms than those here. give one of this model and layer.")
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MEASURED_TOKENS])
     example = np.repeat(np.arange(len(data["seq_lengths"])), data["seq_lengths"])
     metrics = evaluate(sae, data["activations"], rows, example, np.asarray(data["token_kind"]) != CONTENT)

@@ -5,6 +5,7 @@ import torch
 
 from fastsae.architectures import DENSE, start_threshold
 
+LEAN = 0.25                     # of mixed directions towards a token each, against 1 at random
 GEOMETRIC_MEDIAN_STEPS = 300    # of Weiszfeld's iteration, at most
 GEOMETRIC_MEDIAN_CHANGE = 1e-8  # relative change of the summed distances at which it ends
 
@@ -13,7 +14,8 @@ GEOMETRIC_MEDIAN_CHANGE = 1e-8  # relative change of the summed distances at whi
 def initialise(sae, sample, seed, *, directions="xavier", centre="median", encoder_scale=1.0):
     """Set the weights of `sae` from a sample of activations (n, d); the defaults are HypotheSAEs' initialisation.
 
-    Args: directions of the unit decoder rows: xavier, kaiming, orthogonal, or data (tokens of the sample less b_dec); centre, what
+    Args: directions of the unit decoder rows: xavier, kaiming, orthogonal, data (tokens of the sample less b_dec), or mixed (at random
+    with a lean towards such tokens: most of what data gains early on, without its many features that never fire); centre, what
     b_dec is of the sample: median, mean or geometric_median; encoder_scale, the length of the encoder's rows, which are those of
     the decoder; None = the length at which the sample's reconstruction has the least squared error.
 
@@ -22,7 +24,7 @@ def initialise(sae, sample, seed, *, directions="xavier", centre="median", encod
     """
     sae.input_bias.copy_({"median": lambda x: x.median(dim=0).values, "mean": lambda x: x.mean(0),
                           "geometric_median": geometric_median}[centre](sample))
-    rows = draw_directions(directions, sae.m_total_neurons, sample - sae.input_bias if directions == "data" else sample, seed)
+    rows = draw_directions(directions, sae.m_total_neurons, sample - sae.input_bias, seed)
     sae.decoder.weight.copy_(rows.t())
     sae.normalize_decoder_()
     sae.encoder.weight.copy_(sae.decoder.weight.t())
@@ -36,15 +38,17 @@ def initialise(sae, sample, seed, *, directions="xavier", centre="median", encod
 
 
 def draw_directions(kind, m, sample, seed):
-    """(M, d) rows of any length, drawn on the CPU so that every device starts from the same numbers."""
+    """(M, d) rows of any length from a centred sample (n, d), drawn on the CPU so that every device starts from the same numbers."""
     d = sample.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if kind == "data":
+        if kind in ("data", "mixed"):
             chosen = torch.cat([torch.randperm(len(sample)) for _ in range(math.ceil(m / len(sample)))])[:m]
             rows = sample[chosen.to(sample.device)]
-            noise = torch.randn(m, d).to(sample) * sample.std() * 1e-2  # no two rows alike, and none 0
-            return rows + noise
+            noise = torch.randn(m, d).to(sample)
+            if kind == "data":
+                return rows + noise * sample.std() * 1e-2  # no two rows alike, and none 0
+            return torch.nn.functional.normalize(noise, dim=1) + LEAN * torch.nn.functional.normalize(rows, dim=1)
         if kind == "orthogonal":  # blocks of d directions at right angles to each other
             blocks = [torch.nn.init.orthogonal_(torch.empty(d, d)) for _ in range(math.ceil(m / d))]
             return torch.cat(blocks)[:m].to(sample.device)

@@ -39,6 +39,22 @@ def replaced(model, layer, function):
         handle.remove()
 
 
+@contextlib.contextmanager
+def continued(model, layer, stream):
+    """Within, the first `layer` blocks do not run: what they would have given is `stream` (batch, length, d_model).
+
+    For models whose blocks return the stream alone, as those of transformers 5 do.
+    """
+    blocks = decoder_stack(model).layers[:layer]
+    for block in blocks:
+        block.forward = lambda *_, **__: stream
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
 @torch.inference_mode()
 def next_token_losses(model, layer, examples, replacements, *, batch_tokens=1024, progress=None):
     """{name: Losses} of the model as it is, under "clean", and with each of `replacements` in the place of the residual stream.
@@ -48,14 +64,17 @@ def next_token_losses(model, layer, examples, replacements, *, batch_tokens=1024
     batch's padded tokens; its logits, batch_tokens x vocabulary, are held three times. `progress(n)` is called with the tokens done.
     """
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
-    result = {name: Losses(*(np.full(starts[-1], np.nan, np.float32) for _ in range(2))) for name in ("clean", *replacements)}
+    kept, result = [], {name: Losses(*(np.full(starts[-1], np.nan, np.float32) for _ in range(2))) for name in ("clean", *replacements)}
     for batch in split_batches([len(ids) for ids in examples], batch_tokens):
         ids, real, token = padded(examples, batch, starts, model.device)
-        clean = model(input_ids=ids, use_cache=False).logits
-        clean = clean.float().log_softmax(-1)                                # (batch, length, vocabulary)
+        with replaced(model, layer, lambda stream: kept.append(stream) or stream):
+            clean = model(input_ids=ids, use_cache=False).logits
+        stream, clean = kept.pop(), clean.float().log_softmax(-1)            # (batch, length, d_model), (batch, length, vocabulary)
         write_losses(result["clean"], clean, clean, ids, batch, examples, starts)
         for name, function in replacements.items():
-            with replaced(model, layer, lambda stream, function=function: _on_real(stream, real, token, function)):
+            new = stream.clone()
+            new[real] = function(stream[real], token).to(stream.dtype)
+            with continued(model, layer, new):
                 logits = model(input_ids=ids, use_cache=False).logits
             write_losses(result[name], clean, logits, ids, batch, examples, starts)
             del logits
@@ -73,12 +92,6 @@ def padded(examples, batch, starts, device):
         real[row, :len(examples[i])] = True
     token = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
     return ids.to(device), real.to(device), token.to(device)
-
-
-def _on_real(stream, real, token, function):
-    new = stream.clone()
-    new[real] = function(stream[real], token).to(stream.dtype)
-    return new
 
 
 def write_losses(losses, clean, logits, ids, batch, examples, starts):

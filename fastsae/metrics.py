@@ -2,6 +2,7 @@
 import numpy as np
 import torch
 
+from fastsae.activations_file import release
 from fastsae.autoencoder import decode, encode
 from fastsae.errors import stop_if_asked
 
@@ -29,6 +30,7 @@ def evaluate(sae, activations, rows, example_of_row, special, errors=None):
     for start in range(0, len(rows), BATCH):
         stop_if_asked()
         x = torch.as_tensor(activations[rows[start:start + BATCH]]).to(device).float()
+        release(activations)
         entries = encode(sae, x)
         reconstruction = decode(sae, entries)
         error = (reconstruction - x).square().sum(1)

@@ -39,7 +39,8 @@ def card(entries):
         "## Settings of the training", "", "```json", json.dumps(settings_of(entries[0][1]), indent=1), "```", "",
         "## Before publishing", "", "Nothing is uploaded by itself. State a `license:` in the header above, and mind that the `.pt` files "
         "hold the paths of your data. In this folder:", "", "```bash",
-        'hf upload your-name/your-sae . . --exclude "*.resume.pt" --exclude "*.jsonl" --exclude "*.old-*" --exclude ".*"', "```", ""])
+        'hf upload your-name/your-sae . . --exclude "*.resume.pt" --exclude "*.jsonl" --exclude "*.log" --exclude "*.old-*" --exclude ".*"',
+        "```", ""])
 
 
 def header(entries):
@@ -85,9 +86,9 @@ def figures(entries):
         lines.append(f"| `{path.name}` | {architecture(meta)} | {s['M']} | {s['K'] if s['ARCHITECTURE'] != 'standard' else ''} | "
                      + " | ".join(f"{meta['metrics'][name]:.4g}" for name, _ in METRICS) + " |")
     metrics = entries[0][1]["metrics"]
+    kinds = sorted({architecture(meta) for _, meta in entries})
     return [*lines, "", f"On {metrics['n_validation_tokens']:,} tokens of examples that were not trained on. Normalised MSE is the squared "
-            "error over the variance about the mean.", "",
-            *(f"{name}: {DOES[name]}." for name in sorted({architecture(m) for _, m in entries}))]
+            "error over the variance about the mean.", "", *(f"{kind}: {DOES[kind]}." for kind in kinds)]
 
 
 def loading(entries):
@@ -95,26 +96,31 @@ def loading(entries):
     path, meta = entries[0]
     kind, block = architecture(meta), meta["activations"]["settings"]["LAYER_IDX"] - 1
     saelens, sparsify = (folder_of(path, name).name for name in ("saelens", "sparsify"))
-    lines = ["With this project:", "", "```python", "from fastsae import load_sae", "",
-             f'sae = load_sae("{path.name}")', "features = sae.encode(activations)  # (n, M) of (n, d)",
-             "reconstruction = sae.decode(features)",
-             'sae.features_of("Where did I leave the key?")', "```", "", *with_export(path, "saelens", "SAELens", [
-                 "from sae_lens import SAE", "", f'sae = SAE.load_from_disk("{saelens}")', "features = sae.encode(activations)"])]
+    lines = ["With this project:", *block_of("from fastsae import load_sae", "", f'sae = load_sae("{path.name}")',
+                                             "features = sae.encode(activations)  # (n, M) of (n, d)",
+                                             "reconstruction = sae.decode(features)", 'sae.features_of("Where did I leave the key?")')]
+    lines += with_export(path, "saelens", "SAELens", "from sae_lens import SAE", "", f'sae = SAE.load_from_disk("{saelens}")',
+                         "features = sae.encode(activations)")
     if kind == "topk":
-        lines += with_export(path, "sparsify", "sparsify", [
-            "from sparsify import SparseCoder", "", f'sae = SparseCoder.load_from_disk("{sparsify}/layers.{block}")',
-            "top_acts, top_indices, _ = sae.encode(activations)"])
+        lines += with_export(path, "sparsify", "sparsify", "from sparsify import SparseCoder", "",
+                             f'sae = SparseCoder.load_from_disk("{sparsify}/layers.{block}")',
+                             "top_acts, top_indices, _ = sae.encode(activations)")
     if kind in HYPOTHESAES:
-        lines += ["With HypotheSAEs (it unpickles: only for files you trust):", "", "```python",
-                  "from hypothesaes.sae import load_model", "", f'sae = load_model("{path.name}").eval()',
-                  "reconstruction, info = sae(activations)", "```"]
+        lines += ["With HypotheSAEs (it unpickles: only for files you trust):", *block_of(
+            "from hypothesaes.sae import load_model", "", f'sae = load_model("{path.name}").eval()',
+            "reconstruction, info = sae(activations)")]
     return lines
 
 
-def with_export(path, kind, name, code_lines):
+def with_export(path, kind, name, *code_lines):
     if folder_of(path, kind).is_dir():
-        return [f"With {name}:", "", "```python", *code_lines, "```", ""]
+        return [f"With {name}:", *block_of(*code_lines)]
     return [f"With {name}: the same training command with `--export {kind}` writes what it reads, without training again.", ""]
+
+
+def block_of(*lines):
+    """A block of Python code."""
+    return ["", "```python", *lines, "```", ""]
 
 
 def architecture(meta):

@@ -27,10 +27,10 @@ SCHEMA = {  # JSON Schema; `check` knows the few words used here
                         "tokens": {"type": "array", "maxItems": MAX_TOKENS, "items": TEXT},
                         "values": {"type": "array", "maxItems": MAX_TOKENS, "items": NUMBER},
                         "quantileMin": NUMBER, "quantileMax": NUMBER, "quantileFraction": NUMBER}}}}}}}}
-TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
+TYPES: dict = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
 
 
-def check(value, schema=SCHEMA, where="batch"):
+def check(value, schema: dict = SCHEMA, where="batch"):
     """Raise ValueError, saying where, if `value` breaks the schema."""
     import re
 

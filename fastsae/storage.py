@@ -146,6 +146,31 @@ def put_folder(new, folder):
     os.rename(new, folder)
 
 
+def write_folder(folder, files):
+    """A folder of `{name: bytes}`, names with slashes for folders in it, that appears under its name complete, or not at all.
+
+    What was there is kept as `<name>.old-n`. Folders cannot be exchanged in one step: a kill between the two renames leaves the old
+    one under that name and none under its own, and the next run writes it.
+    """
+    new, n = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp"), 1
+    try:
+        for name, content in files.items():
+            with committed(new / name) as file:
+                file.write(content)
+        if folder.exists():
+            while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
+                n += 1
+            watch("replace", old)
+            os.rename(folder, old)
+            print(f"the old one is kept as {old}")
+        watch("replace", folder)
+        os.rename(new, folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
 # Journals: files that grow by lines, each of which counts by itself
 
 def append_line(path, value):

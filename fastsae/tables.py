@@ -7,7 +7,7 @@ from fastsae import artifacts, storage
 OCCASIONAL = ("hypotheses.csv",)  # written by some runs only
 
 
-def csv_text(rows, columns):
+def csv_text(rows: list[dict], columns) -> str:
     """CSV of dicts; numbers with six digits, and text that a spreadsheet would take for a formula behind an apostrophe."""
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, lineterminator="\n")
@@ -34,7 +34,7 @@ def write_outputs(folder, texts, jsonl_path, rows, metadata):
     artifacts.write_text(jsonl_path, "".join(artifacts.to_json(line) + "\n" for line in lines), keep_old=True)
 
 
-def read_labels(jsonl_path, checkpoint_fingerprint):
+def read_labels(jsonl_path, checkpoint_fingerprint: str) -> dict[int, str]:
     """{feature: label} of interpretations.jsonl; {} if it is missing, damaged, or about another checkpoint."""
     try:
         about, *rows = artifacts.read_lines(jsonl_path)

@@ -20,7 +20,7 @@ def token_names(tokenizer, token_ids):
     return of_unique[inverse], names
 
 
-def visible(text):
+def visible(text: str) -> str:
     """Text with newlines, tabs and a lone space in visible form."""
     return "␠" if text == " " else text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
 
@@ -84,7 +84,7 @@ def evidence_label(top_tokens, n_named=4, concentrated=0.3):
     return text if sum(share for _, share in named) >= concentrated else f"mixed contexts, some of {text}"
 
 
-def excerpt(texts, peak, start=0, width=14):
+def excerpt(texts: list[str], peak: int, start: int = 0, width: int = 14) -> str:
     """One example around the token `peak`, that token between « and », as one line of text.
 
     texts: its tokens' texts; `width` tokens are shown on each side, none before `start` unless the peak is there.

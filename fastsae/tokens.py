@@ -1,7 +1,7 @@
 """Which tokens an autoencoder is trained and examined on, and the split of examples into training and validation."""
 import numpy as np
 
-from fastsae.examples import SHARED_PREFIX
+from fastsae.examples import ROLES, SHARED_PREFIX
 
 
 def token_norms(activations, block=65536):
@@ -21,6 +21,11 @@ def usable_tokens(norms, kind, *, exclude_shared_prefix, max_norm_ratio, max_nor
     if max_norm is None and max_norm_ratio is not None:
         max_norm = float(max_norm_ratio * np.median(norms[keep])) if keep.any() else 0.0
     return (keep if max_norm is None else keep & (norms <= max_norm)), max_norm
+
+
+def chosen_tokens(use, kind, role):
+    """(n_tokens,) bool: all tokens, those not written by the chat template, or those of the assistant's own text."""
+    return {"all": np.ones(len(kind), bool), "content": kind == 0, "assistant": (kind == 0) & (role == ROLES.index("assistant"))}[use]
 
 
 def split_examples(n_examples, validation_fraction, seed):

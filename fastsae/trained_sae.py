@@ -15,12 +15,18 @@ from fastsae.token_text import TokenTexts, visible
 N_TOP = 3  # features per token in a printed text
 
 
-def load_sae(path, *, device: str = "cpu", cache_dir: str | None = None) -> "TrainedSae":
-    """The autoencoder of a checkpoint (.pt), verified. `cache_dir`: where its language model is kept, as CACHE_DIR of the scripts.
+def load_sae(path, *, model_name: str | None = None, layer: int | None = None, device: str = "cpu",
+             cache_dir: str | None = None) -> "TrainedSae":
+    """The autoencoder of a checkpoint (.pt), of a run's folder, or of a folder of another library (see `formats`), verified.
 
-    Raises InputError or EnvironmentFailure with one line that says what to do.
+    model_name, layer: for those of other libraries, which may not name the first as the hub does, or the second at all.
+    cache_dir: where the language model is kept, as CACHE_DIR of the scripts. Raises InputError or EnvironmentFailure, whose
+    text says what to do.
     """
     sae, meta = autoencoder.load_sae(path, "cpu" if device == "mps" else device)  # mps has no sparse products
+    if "source" in meta:  # of another library
+        source = meta["activations"]
+        source["model_name"], source["settings"]["LAYER_IDX"] = model_name or source["model_name"], source["settings"]["LAYER_IDX"] or layer
     return TrainedSae(sae, meta, device=device, cache_dir=cache_dir)
 
 
@@ -42,7 +48,7 @@ class TrainedSae:
 
     def __init__(self, sae, meta: dict, *, device: str = "cpu", cache_dir: str | None = None):
         self.sae, self.meta, self.device, self.cache_dir = sae, meta, device, cache_dir
-        self._reader = None
+        self._reader: tuple[ChatTokenizer, ResidualModel, dict] | None = None
 
     @property
     def d(self) -> int:
@@ -79,7 +85,7 @@ class TrainedSae:
         features, kinds = self.encode(activations), {CONTENT: "content", TEMPLATE: "template", SHARED_PREFIX: "shared prefix"}
         norms, bound = activations.float().norm(dim=1), self.meta.get("max_norm")
         result = []
-        for i, token in enumerate(TokenTexts(self._reader[0].tokenizer)(tokens.ids)):
+        for i, token in enumerate(TokenTexts(self.reader()[0].tokenizer)(tokens.ids)):
             value, which = features[i].topk(min(n_top, self.n_features))
             kind = int(tokens.kind[i])
             left_out = kind == SHARED_PREFIX and self.meta["settings"].get("EXCLUDE_SHARED_PREFIX", True)
@@ -92,21 +98,24 @@ class TrainedSae:
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
         if not any(message["content"].strip() for message in messages):
             raise InputError("TEXT: is empty. give a sentence.")
-        if self._reader is None:
-            self._reader = self._load_model()
-        tokenizer, model, source = self._reader
+        tokenizer, model, source = self.reader()
         tokens, = tokenizer([Example(1, messages, is_text=isinstance(text, str))])
         tokens.kind[:source.get("n_shared_prefix", 0)] = SHARED_PREFIX
         stream, = model(torch.from_numpy(tokens.ids.astype(np.int64))[None]).values()
         return tokens, stream[0].to(getattr(torch, source["settings"].get("STORAGE_DTYPE", "float32")))
 
+    def reader(self):
+        """(tokenizer, model, metadata of the activations) that belong to this autoencoder; loaded once."""
+        if self._reader is None:
+            self._reader = self._load_model()
+        return self._reader
+
     def _load_model(self):
-        """(tokenizer, model, metadata of the activations) that belong to this autoencoder."""
         source = self.meta.get("activations") or {}
         settings = source.get("settings") or {}
         name, layer = source.get("model_name"), settings.get("LAYER_IDX")
         if not name or not layer:
-            raise InputError("this autoencoder does not name its model and layer. run the model yourself and call encode(activations).")
+            raise InputError("this autoencoder does not name its model and layer. give them to load_sae, or call encode(activations).")
         origin = {"revision": source.get("model_revision"), "cache_dir": self.cache_dir}
         tokenizer = ChatTokenizer(load_tokenizer(name, **origin), chat_template=settings.get("USE_CHAT_TEMPLATE", True),
                                   max_length=settings.get("MAX_LENGTH"), date=settings.get("TEMPLATE_DATE", ""), dataset_name="TEXT")
@@ -126,9 +135,9 @@ class TrainedSae:
         return "\n".join(filter(None, [what, where, ", ".join(figures)]))
 
 
-def describe_text(text, checkpoint_path, labels_path, *, device: str, cache_dir: str | None) -> str:
-    """What the autoencoder is, and the strongest features of each token of a text, with their labels where there are any."""
-    sae = load_sae(checkpoint_path, device=choose_device(device), cache_dir=cache_dir)
+def describe_text(text, path, labels_path, *, device: str, **options) -> str:
+    """What the autoencoder at `path` is, and the strongest features of each token of a text, with their labels where there are any."""
+    sae = load_sae(path, device=choose_device(device), **options)
     return f"{sae}\n{text_table(sae.features_of(text), read_labels(labels_path, sae.meta['fingerprint']))}"
 
 

@@ -1,15 +1,13 @@
 """The tokens that train and validate, and the order in which they come: from memory, or through a mixing buffer from the disk."""
-import mmap
 import threading
 
 import numpy as np
 import torch
 
 from fastsae import parallel
-from fastsae.activations_file import open_activations
+from fastsae.activations_file import open_activations, release
 from fastsae.errors import InputError
-from fastsae.examples import ROLES
-from fastsae.tokens import split_examples, token_norms, usable_tokens
+from fastsae.tokens import chosen_tokens, split_examples, token_norms, usable_tokens
 
 CHUNK_ROWS = 1024     # rows that are read together, at most: neighbours in the file, so their examples are the same few
 CHUNKS_PER_PART = 64  # and at least so many chunks come into the pool at a time, so that it holds many examples
@@ -48,21 +46,12 @@ class Tokens:
 
     def rows(self, rows):
         """(n, d) float32 tensor of the rows numbered."""
-        part = torch.from_numpy(np.ascontiguousarray(self.activations[rows])).float()
-        release(self.activations)
-        return part
-
-
-def chosen_tokens(use, kind, role):
-    """(n_tokens,) bool: all tokens, those not written by the chat template, or those of the assistant's own text."""
-    return {"all": np.ones(len(kind), bool), "content": kind == 0, "assistant": (kind == 0) & (role == ROLES.index("assistant"))}[use]
-
-
-def release(activations):
-    """Let the system take back the memory of mapped rows that were read: it would count as ours."""
-    for part in getattr(activations, "parts", [activations]):
-        if isinstance(part, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-            part._mmap.madvise(mmap.MADV_DONTNEED)
+        out = torch.empty(len(rows), self.activations.shape[1])
+        for start in range(0, len(rows), CHUNK_ROWS):  # the system maps 64 KiB around each row that is read
+            part = slice(start, start + CHUNK_ROWS)
+            out[part] = torch.from_numpy(np.ascontiguousarray(self.activations[rows[part]]))
+            release(self.activations)
+        return out
 
 
 class TrainingRows:
@@ -162,6 +151,7 @@ def _regrouped(arrays, sizes):
     wanted = next(sizes, None)
     for array in arrays:
         while len(array):
+            assert wanted is not None  # the sizes add up to the arrays' lengths
             taken, array = array[:wanted - n], array[wanted - n:]
             waiting.append(taken)
             n += len(taken)

@@ -1,6 +1,10 @@
 """Everything that changes while an autoencoder trains, so that a run can be written down at any step and go on from there."""
+import copy
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +21,10 @@ class TrainingRun:
     `epoch` counts from 1 and `batch` is the number of batches done in it, `tokens_since_fired` (M,) counts tokens. The data order is a
     function of seed and epoch alone, so these place a run exactly. `start` goes to `initialise`.
     """
+
+    plan: Any                # these three are train_sae.py's: what is trained, where its state is kept, who hears of an epoch
+    state_path: Path
+    log: Callable[[dict], None]
 
     def __init__(self, config, sample, *, seed, device, learning_rate, normalise="none", **start):
         self.sae, sample = new_sae(config, device).eval(), sample.to(device)
@@ -55,6 +63,12 @@ class TrainingRun:
     def result(self):
         """The autoencoder in the form in which it is measured and saved: it takes activations as they are."""
         return inference_form(self.sae, self.normalisation)
+
+    def best(self):
+        """The same of the weights that were best on validation; the run itself stays as it is."""
+        sae = copy.deepcopy(self.sae)
+        sae.load_state_dict(self.best_state)
+        return inference_form(sae, self.normalisation)
 
     def elapsed(self):
         """Seconds of training, those before an interruption included."""

@@ -16,7 +16,7 @@ import torch
 from conftest import PROJECT, line_of, snapshot
 
 import interpret_sae
-from fastsae import artifacts, extraction
+from fastsae import artifacts, errors, extraction
 from fastsae.errors import EnvironmentFailure, InputError
 
 SMALL = ["--m", "8", "--k", "2", "--no-use-matryoshka", "--n-epochs", "1", "--device", "cpu", "--run-name", "r"]
@@ -155,7 +155,8 @@ def test_sigterm(outcome):
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), KeyError("a"), FileNotFoundError(errno.ENOENT, "x"), RuntimeError("x")])
 def test_a_bug_is_not_hidden(outcome, error, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # no output folder is known yet
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(errors._stage, "log_folder", None)  # no output folder is known yet
     code, lines = outcome(fail_with(error))
     log, = tmp_path.iterdir()
     assert code == 1 and lines[0].startswith("Traceback") and str(log) in lines[-1] and type(error).__name__ in log.read_text()

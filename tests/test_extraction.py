@@ -195,7 +195,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_equal_bytes(tmp_path, dataset, r
     assert not path.exists() and all(part.exists() for part in written)
     stamps = [part.stat().st_mtime_ns for part in written]
     with monkeypatch.context() as patch:
-        patch.setattr(extract_activations.shutil, "rmtree", lambda folder: None)
+        patch.setattr(extract_activations.storage, "remove", lambda folder: None)
         assert run_main("extract_activations", *flags) == 0
     assert path.read_bytes() == whole
     assert [part.stat().st_mtime_ns for part in written] == stamps  # the finished parts were used, not made again

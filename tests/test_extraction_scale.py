@@ -359,7 +359,7 @@ def test_what_one_process_cannot_do_stops_all_with_one_message(tmp_path, dataset
 
 
 def test_the_parts_decide_nothing_about_another_plan(tmp_path, extract, monkeypatch):
-    monkeypatch.setattr(extract_activations.shutil, "rmtree", lambda folder: None)
+    monkeypatch.setattr(extract_activations.storage, "remove", lambda folder: None)
     assert extract() == 0
     folder, = (tmp_path / "out" / "activations").glob(".parts-*")
     n = len(list(folder.iterdir()))

@@ -10,7 +10,7 @@ import torch
 from conftest import planted_tokens
 from safetensors.torch import load_file, save_file
 
-from fastsae import artifacts, export
+from fastsae import artifacts, export, storage
 from fastsae.architectures import Normalisation
 from fastsae.autoencoder import decode, encode, inference_form, load_sae, new_sae, save_sae
 from fastsae.errors import EnvironmentFailure, InputError
@@ -140,19 +140,35 @@ def test_sparsify_is_refused_what_it_cannot_hold(tmp_path):
 
 
 def test_an_export_is_whole_or_absent(tmp_path, monkeypatch, capsys):
+    """A disk that is full at any operation leaves the old folder or none, and the same command writes it then."""
     path, _ = saved(tmp_path, "topk")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(OSError, match="No space"):
-            export.export(path, ["saelens"])
-    assert [p.name for p in tmp_path.iterdir()] == ["SAE_test.pt"]
-    export.export(path, ["saelens"])
-    export.export(path, ["saelens"])
-    assert capsys.readouterr().out.count("up to date") == 1
-    (tmp_path / "SAE_test.saelens" / "cfg.json").write_text("{}")
-    export.export(path, ["saelens"])
-    assert (tmp_path / "SAE_test.saelens.old-1" / "cfg.json").read_text() == "{}"
-    assert load_sae(tmp_path / "SAE_test.saelens")[0].k_active_neurons == K
+    folder, n_operations = tmp_path / "SAE_test.sparsify", 0
+
+    def fail_at(k):
+        def watch(*_):
+            nonlocal n_operations
+            n_operations += 1
+            if n_operations == k:
+                raise OSError(28, "No space left on device")
+        return watch
+
+    for k in range(1, 100):
+        n_operations = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "watch", fail_at(k))
+            try:
+                export.export(path, ["sparsify"])
+            except OSError:
+                assert not list(tmp_path.glob(".*")) and (not folder.exists() or load_sae(folder / "layers.11"))
+        if n_operations < k:
+            break
+    assert 12 < k < 99 and load_sae(folder / "layers.11")[0].k_active_neurons == K
+    export.export(path, ["sparsify"])
+    assert "up to date" in capsys.readouterr().out
+    (folder / "layers.11" / "cfg.json").write_text("{}")
+    export.export(path, ["sparsify"])
+    assert (tmp_path / "SAE_test.sparsify.old-1" / "layers.11" / "cfg.json").read_text() == "{}"
+    assert load_sae(folder / "layers.11")[0].k_active_neurons == K
 
 
 # Imports from SAELens

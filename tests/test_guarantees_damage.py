@@ -160,8 +160,8 @@ def reads_as(kind, path, content):
 @pytest.fixture
 def small_files(tmp_path, write_activations):
     """{kind: a file of one or two kilobytes}: an .npz, a checkpoint, and an activations file as other stages map it."""
-    artifacts.write_npz(tmp_path / "a.npz", {"activations": np.arange(240, dtype=np.int16).reshape(60, 4),
-                                         "seq_lengths": np.array([50, 10])})
+    artifacts.write_npz(tmp_path / "a.npz", {"activations": np.arange(480, dtype=np.int16).reshape(120, 4),
+                                         "seq_lengths": np.array([50, 70])})
     artifacts.write_checkpoint(tmp_path / "a.pt", {"config": {"a": 1}, "state_dict": {"w": torch.arange(6.0)}, "meta": {"x": "y"}})
     write_activations(np.arange(24, dtype=np.float16).reshape(6, 4), [2, 4])
     return {"npz": tmp_path / "a.npz", "pt": tmp_path / "a.pt", "mapped": tmp_path / "activations" / "activations_layer12.npz"}

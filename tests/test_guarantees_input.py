@@ -191,7 +191,6 @@ BAD_FLAGS = [  # script, flags, what the line begins with
     ("extract_activations", ["--dataset-path"], "DATASET_PATH: no value is given"),
     ("extract_activations", ["--max-length", 1], "MAX_LENGTH: 1 is below 2"),
     ("extract_activations", ["--dtype", "float64"], "DTYPE: 'float64'"),
-    ("extract_activations", ["--text-field", "body"], "DATASET:1: has no body, messages or conversations"),
     ("extract_activations", ["--model-name", "./nowhere"], "MODEL_NAME: ./nowhere does not exist"),
     ("extract_activations", ["--model-name", "EMPTY"], "MODEL_NAME: "),
     ("extract_activations", ["--model-name", "BROKEN"], "MODEL_NAME: "),

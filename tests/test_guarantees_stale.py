@@ -20,7 +20,7 @@ CHANGES = {  # what decides each stage's output: another value of each setting, 
         "RESAMPLE_EVERY": 3, "N_EPOCHS": 3, "PATIENCE": 3, "BATCH_SIZE": 32, "LEARNING_RATE": 0.02, "LR_SCHEDULE": "linear",
         "LR_DECAY_FRACTION": 0.5, "LR_WARMUP_STEPS": 2, "INIT_DIRECTIONS": "data", "INIT_CENTRE": "mean", "INIT_ENCODER_SCALE": 0.5,
         "BUFFER_TOKENS": 300, "CLIP_GRAD": 0.5, "VALIDATION_FRACTION": 0.2, "USE_TOKENS": "content", "EXCLUDE_SHARED_PREFIX": False,
-        "MAX_NORM_RATIO": 9, "SELECT_DTYPE": "bfloat16", "SEED": 5, "SEEDS": "1,2", "K_LIST": "2,3", "L1_COEFFICIENT_LIST": "1,2"},
+        "MAX_NORM_RATIO": 9, "SELECT_DTYPE": "bfloat16", "SEED": 5, "SEEDS": "1,2", "K_LIST": "3,4", "L1_COEFFICIENT_LIST": "1,2"},
     "interpret_sae": {
         "POOLING": "mean", "N_REPORT_FEATURES": 3, "INTERPRETER_MODEL": "other", "LLM_PROTOCOL": "fast", "N_TOP_NEURONS": 4,
         "N_SCORED_FEATURES": 3, "N_FIDELITY_EXAMPLES": 8, "TARGET_FIELD": "topic --target-value t1", "TARGET_VALUE": "t0",
@@ -53,7 +53,8 @@ def test_each_changed_setting_is_named_and_redone(world, script, tally):
         name, value, decides = item
         shutil.rmtree(worker.out, ignore_errors=True)
         shutil.copytree(worker.after[script], worker.out)
-        done = world.run(worker, script, *flag(name, value), stop_at=2)  # the first operation after the lock
+        after_locks = 3 if script == "extract_activations" else 2  # it has a lock for each of two layers
+        done = world.run(worker, script, *flag(name, value), stop_at=after_locks)
         if not decides:
             assert done["code"] == 0 and "up to date" in done["out"] and "changed" not in done["out"], (name, done)
             return

@@ -29,7 +29,7 @@ def place(world):
         names.mkdir()
         name = text.replace("/", "_").strip()
         dataset, model = names / f"{name}.jsonl", names / f"{name}-model"
-        rows = [{"text": f"{text} bread {'and rain ' * (i % 5)}{text}", "messages": None, text: f"{text}{i % 3}"} for i in range(30)]
+        rows = [{"text": f"{text} {('bread ', 'rain ', 'road ')[i % 3] * (3 + i % 5)}{text}", text: f"{text}{i % 3}"} for i in range(30)]
         dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.symlink(world.folder / "model", model)
         label = text if parse_label(text) == text.strip() else f"mentions {text}"
@@ -39,7 +39,8 @@ def place(world):
         try:
             for script, more in (("extract_activations", []), ("train_sae", []), ("interpret_sae", [
                     f"--label-field={text}", f"--target-value={text}0", f"--interpreter-model={text}", f"--neuronpedia-model={text}",
-                    "--neuronpedia-set", "s", "--n-top-neurons", 3, "--n-fidelity-examples", 0, "--n-scored-features", 4])):
+                    "--neuronpedia-set", "s", "--selection-method", "correlation", "--n-top-neurons", 3, "--n-fidelity-examples", 0,
+                    "--n-scored-features", 4])):
                 done = world.run(worker, script, *shared, *more, url=server.url)
                 assert done["code"] in (0, 4), done
         finally:

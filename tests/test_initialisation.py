@@ -33,7 +33,7 @@ def test_geometric_median_by_hand():
     torch.testing.assert_close(geometric_median(same), same[0])
 
 
-@pytest.mark.parametrize("kind", ["xavier", "kaiming", "orthogonal", "data"])
+@pytest.mark.parametrize("kind", ["xavier", "kaiming", "orthogonal", "data", "mixed"])
 @pytest.mark.parametrize("m", [5, 12, 1000])
 def test_directions(kind, m):
     x = sample()
@@ -43,6 +43,9 @@ def test_directions(kind, m):
     if kind == "orthogonal":
         block = rows[:12]
         torch.testing.assert_close(block @ block.t(), torch.eye(len(block)), atol=1e-5, rtol=0)
+    if m == 1000 and kind in ("mixed", "xavier"):  # the tokens here all point one way; cos = 0.25 / sqrt(1 + 0.25^2) if the rest is random
+        lean = torch.nn.functional.cosine_similarity(rows, x.mean(0)[None]).mean()
+        assert lean == pytest.approx(0.2425 if kind == "mixed" else 0, abs=0.05)
     if kind == "data" and m <= len(x):  # a noisy copy of a token each
         assert torch.cdist(rows, x).min(1).values.max() < 1
 

@@ -43,6 +43,17 @@ def dense(sae, data, max_norm):
     return features, keep, example, norms
 
 
+def test_tokens_that_training_left_out_are_left_out_here():
+    """USE_TOKENS = assistant: the features of other tokens were never fitted to anything."""
+    sae, data = made_up()
+    s = collect(sae, data["activations"], data["seq_lengths"], data["token_kind"], data["token_role"], data["token_ids"], 9, max_norm=30,
+                use="assistant")
+    _, keep, _, _ = dense(sae, data, 30)
+    expected = keep & (data["token_kind"] == 0) & (data["token_role"] == 3)
+    np.testing.assert_array_equal(s.kept, expected)
+    assert s.n_kept == expected.sum() > 0
+
+
 @pytest.mark.parametrize("batch_topk", [False, True])
 @pytest.mark.parametrize("block_tokens", [7, 64, 8192])
 def test_streaming_equals_dense(monkeypatch, block_tokens, batch_topk):

@@ -211,3 +211,16 @@ def test_a_device_that_computes_something_else_is_noticed(factor, dtype, agrees,
     model_checks.move(FakeModel(factor, dtype), "wrong")
     assert ("warning: DEVICE: wrong and the CPU differ" in capsys.readouterr().err) is not agrees
     assert model_checks.device_agrees(FakeModel(factor, dtype), model_checks.sample_ids(model), "cpu")[0] is True
+
+
+@pytest.mark.parametrize("family", ["gemma 3, window of 12", "gemma 3, tied and untied", "qwen2", "nested"])
+def test_the_logit_lens_reads_the_models_own_norm_and_head(tiny, family):
+    """Gemma's norm multiplies by 1 + weight, its head is the unscaled embedding; logits of x / rms(x) must be the model's."""
+    from fastsae.logit_lens import load_unembedding
+
+    folder, model = tiny("Gemma3Config", nested_gemma(), text_config=True) if family == "nested" else tiny(*FAMILIES[family][:2])
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model.get_output_embeddings()(language_model.decoder_stack(model).norm(x))
+    found = x / x.square().mean(1, keepdim=True).sqrt() @ load_unembedding(folder).t()
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))

@@ -96,6 +96,10 @@ def test_it_says_what_it_is(sae):
     assert lines[1] == "layer 2 of SmolLM2-135M-Instruct" and re.fullmatch(r"normalised MSE [\d.]+, L0 4, dead [\d.e-]+", lines[2])
 
 
+def test_a_runs_folder_stands_for_its_checkpoint(sae, checkpoint):
+    assert repr(fastsae.load_sae(checkpoint.parent)) == repr(sae)
+
+
 def test_without_a_model_it_still_encodes(tmp_path, run_main):
     tokens, _ = planted_tokens(300, 16, 20, 2)
     flags = put_activations(tmp_path, tokens, [10] * 30)
@@ -109,6 +113,20 @@ def test_without_a_model_it_still_encodes(tmp_path, run_main):
     sae.meta["activations"] = {}
     with pytest.raises(InputError, match="does not name its model and layer"):
         sae.features_of("a key")
+
+
+def test_an_autoencoder_of_another_library_is_told_its_model(sae, checkpoint, tmp_path):
+    from fastsae.export import export
+
+    copy = tmp_path / checkpoint.name
+    copy.write_bytes(checkpoint.read_bytes())
+    export(copy, ("sparsify",))
+    folder = next(tmp_path.glob("**/sae.safetensors")).parent
+    with pytest.raises(InputError, match="does not name its model and layer. give them to load_sae"):
+        fastsae.load_sae(folder).features_of(SENTENCE)
+    other = fastsae.load_sae(folder, model_name="SmolLM2-135M-Instruct", layer=2)
+    for found, expected in zip(other.features_of(SENTENCE), sae.features_of(SENTENCE)):
+        assert found.token == expected.token and dict(found.features) == pytest.approx(dict(expected.features), rel=1e-2)
 
 
 def test_the_readmes_example_runs(checkpoint, tmp_path, monkeypatch, capsys):

@@ -95,6 +95,9 @@ def test_other_architectures_can_be_spliced(config_name):
     np.testing.assert_array_equal(found["identity"].ce, found["clean"].ce)
     np.testing.assert_allclose(found["own"].ce, found["clean"].ce, atol=1e-5)
     assert np.nanmin(found["zero"].kl) > 0
+    with torch.inference_mode(), intervention.replaced(model, 2, torch.zeros_like):  # the slow twin: every block runs
+        logits = model(torch.from_numpy(examples[0])[None]).logits[0, :-1].log_softmax(-1)
+    np.testing.assert_allclose(found["zero"].ce[1:37], -logits.gather(1, torch.from_numpy(examples[0])[1:, None])[:, 0], atol=1e-5)
 
 
 def test_batches_change_nothing_and_only_the_chosen_tokens_are_replaced(whole_model, examples):
@@ -248,6 +251,23 @@ def test_an_autoencoder_of_another_width_is_one_line(tiny, study, tmp_path, some
     assert study("loss_recovered", *tiny[1], "--sae", tmp_path / "wide.pt")[0] == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and "576 dimensions" in error[0] and "has 32" in error[0]
+
+
+def test_a_saelens_folder_gives_what_its_checkpoint_gives(tiny, study):
+    from fastsae import export
+    from fastsae.autoencoder import load_sae
+
+    folder, flags = tiny
+    path = next(folder.glob("checkpoints/*/SAE*.pt"))
+    export.export(path, ["saelens"])
+    code, result = study("loss_recovered", *flags, "--sae", f"{path},{path.with_suffix('.saelens')}", "--n-bootstrap", 5)
+    own, foreign = result["autoencoders"].values()
+    assert code == 0 and own["held_out"] and not foreign["held_out"] and foreign["layer"] == 2
+    assert own["n_examples"] == 4 and foreign["n_examples"] == 40  # it does not say which ones it was trained on
+    assert foreign["kinds"]["all"]["kl"]["spliced"] == pytest.approx(own["kinds"]["all"]["kl"]["spliced"], rel=0.5)
+    one, other = (load_sae(where)[0] for where in (path, path.with_suffix(".saelens")))
+    x = torch.randn(30, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(intervention.reconstruction(one)(x, None), intervention.reconstruction(other)(x, None))
 
 
 class Tags(HTMLParser):

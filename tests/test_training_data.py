@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import PROJECT, planted_tokens
 
-from fastsae.training_data import CHUNK_ROWS, TrainingRows, batch_ends, chosen_tokens, mixed
+from fastsae.tokens import chosen_tokens
+from fastsae.training_data import CHUNK_ROWS, TrainingRows, batch_ends, mixed
 
 
 def made(n=7000, d=3, **options):

@@ -66,7 +66,8 @@ def world(tmp_path_factory, smol_tokenizer):
         worker = SimpleNamespace(stages=stages[i], out=folder / f"worker{i}" / "out", before={}, after={}, number=i)
         worker.out.parent.mkdir()
         for script in STAGES:
-            assert run(worker, script, *older[script])["code"] == 0
+            done = run(worker, script, *older[script])
+            assert done["code"] == 0, done
             worker.before[script] = folder / f"before{i}" / script
             shutil.copytree(worker.out, worker.before[script])
             done = run(worker, script)  # the outcome, from which the next stage goes on
