@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common  # noqa: F401 (puts the project on the import path)
+
 
 def run_many(script, jobs):
     """Run one of the project's scripts once for each list of flags in `jobs`, all in one other process; raises if one fails."""
