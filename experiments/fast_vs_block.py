@@ -39,10 +39,10 @@ LEARNING_RATE: float = 1e-3                    # of Adam, falling to 0 over the 
 INTERPRETER_MODEL: str = "gpt-5-mini"          # for the 1 to 5 rubric, if OPENAI_API_KEY or OPENAI_BASE_URL names an endpoint
 N_SCORED_FEATURES: int = 128                   # features of each autoencoder that it scores
 NAME: str = "fast_vs_block"                    # of the result
-QUICK: bool = False                            # small autoencoders, 30,000 tokens, short blocks, 30 % held out
+QUICK: bool = False                            # two architectures, small, 30,000 tokens, short blocks, 30 % held out
 
-QUICK_VALUES = {"M": 256, "K": 8, "L1_COEFFICIENT": 2.0, "N_EPOCHS": 2, "BATCH_SIZE": 512, "HELD_OUT_FRACTION": 0.3, "BLOCK_LENGTH": 512,
-                "TRAIN_TOKENS": 30_000}
+QUICK_VALUES = {"ARCHITECTURES": "standard,topk", "M": 256, "K": 8, "L1_COEFFICIENT": 2.0, "N_EPOCHS": 2, "BATCH_SIZE": 512,
+                "HELD_OUT_FRACTION": 0.3, "BLOCK_LENGTH": 512, "TRAIN_TOKENS": 30_000}
 SOURCES = {"FAST": "example", "BT(F)": "block", "BT(P)": "block"}
 FOLDERS = {"FAST": "fast", "BT(F)": "block_dialogues", "BT(P)": "block_text"}
 PASSED_ON = ("PRESET", "MODEL_NAME", "MODEL_REVISION", "CACHE_DIR", "DEVICE", "MAX_LENGTH")  # flags of ours that are the stages' too
