@@ -11,8 +11,9 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-from common import PROJECT
+import common  # noqa: F401 (puts the project on the import path)
 
 
 def run_many(script, jobs):
@@ -33,6 +34,22 @@ def passed_on(settings, names):
     """The flags given to an experiment that the stages it drives know too, of the settings named."""
     return [f"--{name.lower().replace('_', '-')}={'none' if settings.values[name] is None else settings.values[name]}"
             for name in names if settings.source[name] == "flag"]
+
+
+def told(settings):
+    """The settings of an experiment for its result: of a path only the file's name, which says nothing of the machine."""
+    paths = ("DATASET_PATH", "LABELLED_PATH", "PLAIN_TEXT", "MODEL_NAME")
+    return {name: Path(value).name if name in paths and value else value
+            for name, value in settings.select(settings.values).items() if name not in ("OUTPUT_DIR", "CACHE_DIR", "PRINT_SETTINGS")}
+
+
+def rounded(value, digits=6):
+    """`value` with every float in its lists and dicts rounded to so many significant digits."""
+    if isinstance(value, dict):
+        return {name: rounded(each, digits) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each, digits) for each in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def main():

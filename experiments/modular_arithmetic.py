@@ -18,8 +18,21 @@ import sys
 
 import numpy as np
 from common import RESULTS, write_result
-from directions import (absolute_correlations, absolute_cosines, fourier_directions, fourier_power, key_frequencies, lengths_in_planes,
-                        matched_mean, mean_max, principal_directions, random_directions, random_like, unit, waves)
+from directions import (
+    absolute_correlations,
+    absolute_cosines,
+    fourier_directions,
+    fourier_power,
+    key_frequencies,
+    lengths_in_planes,
+    matched_mean,
+    mean_max,
+    principal_directions,
+    random_directions,
+    random_like,
+    unit,
+    waves,
+)
 from many_runs import quick_settings, run_many
 
 import config
@@ -55,11 +68,11 @@ def main():
           f"{figures['first_epoch_above_99_percent']} of {figures['epochs']} epochs", flush=True)
     table = model.embedding.detach().numpy()[:-1]  # (P, d)
     keys, sites, examined = key_frequencies(table, settings.KEY_SHARE), places(model), {}
-    for site, (x, n) in sites.items():
+    for site, (x, _) in sites.items():
         write_activations(work_folder(settings) / site, x, 2 if site == "embedding" else 1)
     run_many("train_sae.py", [train_flags(settings, site, name, m) for site in SITES for name in settings.ARCHITECTURES.split(",")
                               for m in settings.MS])
-    for site, (x, n) in sites.items():
+    for site, (x, _) in sites.items():
         examined[site] = examine(settings, site, x, n, keys)
         show(site, examined[site])
     write_result(settings.NAME, settings.select([name for name, file in settings.owner.items() if file == "modular_arithmetic.py"]), {

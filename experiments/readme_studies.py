@@ -2,12 +2,13 @@
 import json
 
 from common import RESULTS
+from readme_fast import fast_vs_block, pareto
 
 
 def sentences():
     """[Markdown paragraph] of the studies that have a result."""
     found = [(study, RESULTS / f"{study.__name__}.json") for study in
-             (loss_recovered, steer, layers, stability, modular_arithmetic, planted)]
+             (fast_vs_block, loss_recovered, pareto, steer, layers, stability, modular_arithmetic, planted)]
     return [study(json.loads(path.read_text())) for study, path in found if path.exists()]
 
 
@@ -182,7 +183,8 @@ def stability(r):
     lines = [
         f"**Stability** (`results/stability.json`, [figure](experiments/results/stability.png)): {s['ARCHITECTURE']} autoencoders of "
         f"the demo's activations that differ in their first weights only, {len(s['SEEDS'])} seeds, {s['N_EPOCHS']} epochs. Cosines of "
-        "decoder directions of two seeds: mean of the largest, and under the best one-to-one matching; share of features that all seeds have (cosine above "
+        "decoder directions of two seeds: mean of the largest, and under the best one-to-one matching; share of features that all seeds "
+        "have (cosine above "
         f"{s['THRESHOLD']:g}). Tokens by lot are as many activations less their mean.", "",
         "| M | K | mean max cosine | matched | found by all | random directions, matched | tokens by lot, matched | normalised MSE |",
         "|---|---|---|---|---|---|---|---|"]

@@ -5,7 +5,8 @@
     python experiments/training_claims.py --part dead        # dead features at M = 4,608
     python experiments/training_claims.py --part several     # three seeds in one pass against three runs
 
-The last three read the demo's activations, which `--output-dir` names. That known directions are found again: planted.py. Writes experiments/results/training_<part>.json.
+The last three read the demo's activations, which `--output-dir` names. Writes experiments/results/training_<part>.json. planted.py
+measures that known directions are found again.
 """
 import argparse
 import json
