@@ -72,7 +72,7 @@ def main():
         write_activations(work_folder(settings) / site, x, 2 if site == "embedding" else 1)
     run_many("train_sae.py", [train_flags(settings, site, name, m) for site in SITES for name in settings.ARCHITECTURES.split(",")
                               for m in settings.MS])
-    for site, (x, _) in sites.items():
+    for site, (x, n) in sites.items():
         examined[site] = examine(settings, site, x, n, keys)
         show(site, examined[site])
     write_result(settings.NAME, settings.select([name for name, file in settings.owner.items() if file == "modular_arithmetic.py"]), {
