@@ -13,7 +13,7 @@ from forking import Stages
 from loopback import Endpoint, completion
 
 WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "device")  # a run that was killed just before it wrote them has none
 N_WORKERS = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 KEY = "sk-secret-0123456789"
 STAGES = ("extract_activations", "train_sae", "interpret_sae")
