@@ -52,6 +52,7 @@ INIT_ENCODER_SCALE: float | None = None            # encoder rows at the start /
 BUFFER_TOKENS: int = 1_000_000                     # kept in memory; beyond, they are mixed in a buffer of that size as they are read
 CLIP_GRAD: float | None = 1.0                      # bound of the gradient's norm; none = no bound
 VALIDATION_FRACTION: float = 0.1                   # part of the examples (not of the tokens) kept for validation
+MAX_TRAIN_TOKENS: int | None = None                # train on the first so many tokens only, in the order of the file; none = all
 USE_TOKENS: str = "all"                            # all; content: not the chat template's; assistant: the assistant's own text
 EXCLUDE_SHARED_PREFIX: bool = True                 # leave out the tokens that the chat template puts before every example
 MAX_NORM_RATIO: float | None = 10.0                # leave out attention sinks: norms above this many times the median; none = keep
@@ -117,7 +118,8 @@ def train_all(plans, source, settings):
         if refused and parallel.together():
             raise InputError(f"{name}: looks at one process's tokens only. leave it out under torchrun, or train without torchrun.")
     tokens = Tokens(settings.activations_path, validation_fraction=settings.VALIDATION_FRACTION, seed=settings.SEED,
-                    use=settings.USE_TOKENS, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, max_norm_ratio=settings.MAX_NORM_RATIO)
+                    use=settings.USE_TOKENS, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, max_norm_ratio=settings.MAX_NORM_RATIO,
+                    max_train_tokens=settings.MAX_TRAIN_TOKENS)
     print(f"training on {len(tokens.train):,} tokens, validating on {len(tokens.validation):,} of {int(tokens.is_validation.sum())} other "
           f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks"
           + (f", {tokens.n_filtered:,} tokens that are not {settings.USE_TOKENS}" if tokens.n_filtered else ""))

@@ -1,15 +1,14 @@
 """What is claimed of training, each measured by train_sae.py as a user runs it.
 
-    python experiments/training_claims.py --part planted     # 1,024 directions in 256 dimensions, by TopK and BatchTopK
     python experiments/training_claims.py --part memory      # peak memory on a 4 GB file with a buffer of 256 MB
     python experiments/training_claims.py --part buffer      # a mixing buffer of 1/8 of the data against a full shuffle
     python experiments/training_claims.py --part dead        # dead features at M = 4,608
     python experiments/training_claims.py --part several     # three seeds in one pass against three runs
 
-The last three read the demo's activations, which `--output-dir` names. Writes experiments/results/training_<part>.json.
+The last three read the demo's activations, which `--output-dir` names. Writes experiments/results/training_<part>.json. planted.py
+measures that known directions are found again.
 """
 import argparse
-import functools
 import json
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from common import PROJECT, run_stage, write_result
 
-PLANTED = {"directions": 1024, "d": 256, "active": 8, "tokens": 200_000, "noise": 0.01, "batch": 1024, "steps": 2500, "rate": 2e-3}
 MEMORY = {"tokens": 3_500_000, "d": 576, "buffer_tokens": 222_000, "m": 256, "k": 8}
 
 EPOCHS = ["--no-use-matryoshka", "--patience", 1000, "--n-epochs"]
@@ -35,7 +33,7 @@ ON_THE_DEMO = {  # {part: {run: flags of train_sae.py}}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["planted", "memory", *ON_THE_DEMO], required=True)
+    parser.add_argument("--part", choices=["memory", *ON_THE_DEMO], required=True)
     parser.add_argument("--output-dir", default=str(PROJECT), help="the folder that holds activations/, for the last three parts")
     if sys.argv[1:2] == ["train"]:  # how memory() calls itself: everything behind is train_sae.py's
         return measured_training(sys.argv[2:])
@@ -43,40 +41,9 @@ def main():
     if args.part in ON_THE_DEMO:
         settings, result = ON_THE_DEMO[args.part], {"runs": on_the_demo(args.output_dir, ON_THE_DEMO[args.part])}
     else:
-        settings, result = (PLANTED, planted()) if args.part == "planted" else (MEMORY, memory())
+        settings, result = MEMORY, memory()
     write_result(f"training_{args.part}", settings, result)
     return 0
-
-
-def planted():
-    """Mean over the planted directions of the largest cosine with a decoder row, for each architecture."""
-    import torch
-
-    from fastsae.sparse_step import sparse_step
-    from fastsae.training_run import TrainingRun, learning_rate_factor
-
-    p, random = PLANTED, np.random.default_rng(0)
-    directions = random.standard_normal((p["directions"], p["d"])).astype(np.float32)
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    chosen = np.argpartition(random.random((p["tokens"], p["directions"]), np.float32), p["active"], axis=1)[:, :p["active"]]
-    strength = random.uniform(1, 2, chosen.shape).astype(np.float32)
-    tokens = np.einsum("nk,nkd->nd", strength, directions[chosen]) + p["noise"] * random.standard_normal((p["tokens"], p["d"]), np.float32)
-    tokens, rows = torch.from_numpy(tokens), {}
-    for architecture in ("topk", "batchtopk"):
-        run = TrainingRun({"input_dim": p["d"], "m_total_neurons": p["directions"], "k_active_neurons": p["active"],
-                           "aux_k": 2 * p["active"], "architecture": architecture}, tokens[:32768], seed=0, device="cpu",
-                          learning_rate=p["rate"], encoder_scale=None)
-        started = time.perf_counter()
-        for step in range(p["steps"]):
-            factor = learning_rate_factor(step, n_steps=p["steps"], schedule="linear", warmup_steps=0, decay_fraction=0.5)
-            batch = tokens[np.random.default_rng((0, step)).integers(0, len(tokens), p["batch"])]
-            run.step(functools.partial(sparse_step, aux_coef=1 / 32), batch, learning_rate=p["rate"] * factor, dead_after=100 * p["batch"],
-                     clip_grad=1.0)
-        best = (torch.from_numpy(directions) @ run.sae.decoder.weight.detach()).max(1).values
-        rows[architecture] = {"mean_max_cosine": round(float(best.mean()), 4), "above_0.9": round(float((best > 0.9).double().mean()), 4),
-                              "seconds": round(time.perf_counter() - started, 1)}
-        print(architecture, rows[architecture])
-    return rows
 
 
 def memory():

@@ -87,13 +87,36 @@ def keep_log_in(folder):
     _stage["log_folder"] = folder
 
 
+class _Output:
+    """stdout that bears it when its reader leaves, as `| head` does: the stage's work is not in what it says."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        return self._heard(self._stream.write, text)
+
+    def flush(self):
+        return self._heard(self._stream.flush)
+
+    def _heard(self, action, *text):
+        try:
+            return action(*text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return action(*text)
+
+
 def run_stage(main):
     """Call `main()` and return the exit code of DESIGN.md: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete, 130/143."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
     end_with_parent()
     try:
-        with contextlib.redirect_stdout(sys.stdout):  # a stage may put something in its place
+        with contextlib.redirect_stdout(_Output(sys.stdout)):  # a stage may put something in its place
             code = main() or 0
             sys.stdout.flush()
         return code
@@ -104,9 +127,6 @@ def run_stage(main):
     except (KeyboardInterrupt, Terminated) as stop:
         print("stopped: what was finished is kept; the same command continues.", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left, as in `| head`
-        return 0
     except Exception as error:
         return _environment(error) or _bug(error)
     finally:

@@ -10,11 +10,12 @@ BATCH = 4096
 
 
 @torch.no_grad()
-def evaluate(sae, activations, rows, example_of_row, special):
+def evaluate(sae, activations, rows, example_of_row, special, errors=None):
     """Metrics of `sae` on the given rows of `activations`.
 
     Args: activations (n_tokens, d) CPU tensor or (mapped) array; rows (n,) the tokens to use; example_of_row (n_tokens,) example numbers;
-    special (n_tokens,) bool, the tokens that count for mse_special_tokens.
+    special (n_tokens,) bool, the tokens that count for mse_special_tokens; errors (n_tokens,), to be filled at the rows given with
+    the squared error of each, summed over dimensions.
 
     `mse` is FAST's (arXiv 2506.07691, eq. 7): squared error per dimension, the mean over the tokens of an example, then over
     examples. `normalized_mse` is the sum of squared errors over the sum of squared distances from the tokens' mean.
@@ -42,6 +43,8 @@ def evaluate(sae, activations, rows, example_of_row, special):
         wide = x.double().cpu()
         total += wide.sum(0)
         total_squared += float(wide.square().sum())
+    if errors is not None:
+        errors[rows] = squared
     variance = max(total_squared - float(total.square().sum()) / len(rows), 1e-30)  # about the mean, summed over tokens
     d = activations.shape[1]
     normalised = float(squared.sum() / variance)

@@ -13,7 +13,7 @@ class OnlyImportant(io.TextIOBase):
 
     def write(self, text):
         *lines, self.unfinished = (self.unfinished + text).split("\n")
-        self.out.writelines(f"{line}\n" for line in lines if line.startswith(("summary: ", "warning: ")))
+        self.out.write("".join(f"{line}\n" for line in lines if line.startswith(("summary: ", "warning: "))))
         return len(text)
 
     def flush(self):

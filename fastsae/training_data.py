@@ -16,7 +16,7 @@ CHUNKS_PER_PART = 64  # and at least so many chunks come into the pool at a time
 class Tokens:
     """The activations of stage 1, mapped from the disk, and which of their rows train and validate."""
 
-    def __init__(self, path, *, validation_fraction, seed, exclude_shared_prefix, max_norm_ratio, use):
+    def __init__(self, path, *, validation_fraction, seed, exclude_shared_prefix, max_norm_ratio, use, max_train_tokens=None):
         data = open_activations(path)
         lengths, kind = data["seq_lengths"], data["token_kind"]
         self.activations = data["activations"]                                # (n_tokens, d) on the disk
@@ -33,7 +33,7 @@ class Tokens:
         self.special = kind != 0                                              # (n_tokens,) written by the chat template
         self.is_validation = split_examples(len(lengths), validation_fraction, seed)
         for_validation = self.is_validation[self.example]
-        self.train, self.validation = np.flatnonzero(chosen & ~for_validation), np.flatnonzero(chosen & for_validation)
+        self.train, self.validation = np.flatnonzero(chosen & ~for_validation)[:max_train_tokens], np.flatnonzero(chosen & for_validation)
         self.all_validation = np.flatnonzero(for_validation)
         if len(self.train) < 2 or len(self.validation) < 2:
             raise InputError(f"VALIDATION_FRACTION: {len(self.train)} tokens are left for training and {len(self.validation)} for "

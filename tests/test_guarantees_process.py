@@ -297,3 +297,18 @@ def test_works_without_terminal_and_stdin(tmp_path, write_activations):
                "--device", "cpu", "--run-name", "r"]
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, preexec_fn=lambda: os.close(0), timeout=120)
     assert done.returncode == 0 and list((tmp_path / "checkpoints" / "r").glob("SAE_*.pt")), done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--quiet"]], ids=["", "quiet"])
+def test_a_reader_that_leaves_ends_no_work(tmp_path, write_activations, more):
+    """`| head -1`: the stage goes on, and its files are whole."""
+    flags = write_activations(np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32), [10] * 20)
+    command = [sys.executable, "-u", PROJECT / "train_sae.py", *flags, "--m", "8", "--k", "2", "--no-use-matryoshka", "--n-epochs", "2",
+               "--run-name", "test", *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if not more:
+        process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 0, process.stderr.read()
+    folder = tmp_path / "checkpoints" / "test"
+    assert {"metrics.json", "SAE_M=8_K=2.pt", "README.md"} <= {path.name for path in folder.iterdir()}
