@@ -5,6 +5,7 @@ Edit it there, or override it for one run with a flag: `--layer-idx 18`, `--no-u
 `--max-examples none`. Files are read, not imported, so `run_pipeline.py` checks every stage's settings before anything loads.
 """
 import ast
+import difflib
 import io
 import math
 import operator
@@ -219,7 +220,9 @@ def parse_flags(declared, argv, script):
         elif flag in switches:
             name, given[name] = switches[flag]
         elif flag not in names:
-            problems.append(f"{flag}: no such setting. see --help for all of them.")
+            near = difflib.get_close_matches(f"--{flag.lstrip('-').lower().replace('_', '-')}", [*names, *switches], n=1, cutoff=0.8)
+            problems.append(f"{flag}: no such setting. " + (f"perhaps {near[0]} is meant; --help lists all." if near else
+                                                            "see --help for all of them."))
             if flag.startswith("--") and followed:
                 words.pop(0)
         else:

@@ -123,8 +123,8 @@ def read_tokens(settings, dataset_path, tokenizer):
     if is_text:
         examples = stream_text(dataset_path)
     else:
-        examples = stream_examples(dataset_path, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
-                                   max_examples=settings.MAX_EXAMPLES)
+        examples = labelled(settings, stream_examples(dataset_path, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
+                                                      max_examples=settings.MAX_EXAMPLES))
     duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
     table = tokenise(filter(duplicates.is_new, examples) if duplicates else examples, tokenizer)
     counts = {"n_truncated": table.n_truncated, "n_control_strings": table.n_control_strings,
@@ -137,6 +137,17 @@ def read_tokens(settings, dataset_path, tokenizer):
                              "needed. lower --block-length, or give more data.")
     require_two(len(table.lengths), settings.DATASET_PATH)
     return table, counts
+
+
+def labelled(settings, examples):
+    """Pass the examples on. A LABEL_FIELD that was chosen and that none of them has is said now rather than after training."""
+    found = settings.LABEL_FIELD is None or settings.source["LABEL_FIELD"].startswith("preset")
+    for example in examples:
+        found = found or example.label is not None
+        yield example
+    if not found:
+        raise InputError(f"LABEL_FIELD: no row of {settings.DATASET_PATH} has {settings.LABEL_FIELD}. name another field, or set "
+                         "--label-field none.")
 
 
 def run_model(model, table, n_shared, settings, world, metadata):

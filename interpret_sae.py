@@ -326,6 +326,8 @@ def say(features, work, folder):
     if features.auc is not None:
         print(f"category AUC above {AUC_BOUND}: {counts['n_above_auc_bound']} features; with shuffled labels "
               f"{counts['n_above_auc_bound_shuffled']:.1f} on average")
+    elif any(example.label is not None for example in features.examples):
+        print(f"category AUC: none, for too few examples share a value of {features.settings.LABEL_FIELD}")
     for row in sorted(alive, key=lambda row: (-(row["category_auc"] or 0), -row["max_activation"]))[:5]:
         category = f" ({row['best_category']}, AUC {row['category_auc']:.2f})" if row["best_category"] else ""
         print(f"  {row['feature']}: {row['label'][:90]}{category}")

@@ -88,6 +88,8 @@ def add_categories(rows, statistics, labels, pooling, seed):
     pooled = {"max": statistics.pooled_max[known], "mean": statistics.pooled_mean[known]}
     found = {how: best_category(matrix, numbers, len(names), seed) for how, matrix in pooled.items()}
     chosen, auc = found[pooling]
+    if np.isnan(auc).all():  # no category has two examples, one for either half
+        return None, None
     for j, (row, category) in enumerate(zip(rows, names[chosen])):
         if row["status"] != "dead" and not np.isnan(auc[j]):
             row.update(best_category=str(category), category_auc=float(auc[j]),

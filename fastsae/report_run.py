@@ -20,7 +20,7 @@ def describe_run(features, metadata, scored, settings, n_shown):
     dataset = source["dataset_path"].rsplit("/", 1)[-1]
     n_examples, n_llm = len(evidence.examples), sum(row["label_source"] not in ("", "tokens") for row in rows)
     imported = "source" in sae_meta  # from another library: its training is not known here
-    history = [] if imported else artifacts.read_lines(features.checkpoint_path.parent / "metrics.jsonl")
+    history = [] if imported else history_of(features.checkpoint_path, sae_meta.get("metrics", {}))
     left_out = len(s.kept) - s.n_kept
     who = (f"{n_llm} labels were written by {features.settings.INTERPRETER_MODEL}, the others are the features' own tokens." if n_llm else
            "No language model was asked: every label is made of the feature's own tokens.")
@@ -38,6 +38,15 @@ def describe_run(features, metadata, scored, settings, n_shown):
             "chance": None if features.shuffled is None else round(float(np.nanquantile(features.shuffled, 0.95)), 3),
             "charts": run_charts(evidence, history, sae_meta["max_norm"], features.auc, features.shuffled, scored),
             "tables": run_tables(sae_meta, source, metadata, settings)}
+
+
+def history_of(checkpoint_path, metrics):
+    """The lines of the checkpoint's own metrics.jsonl. A folder's may be another checkpoint's: the best epoch's figure tells."""
+    own = checkpoint_path.with_suffix(".metrics.jsonl")
+    lines = artifacts.read_lines(own if own.exists() else checkpoint_path.with_name("metrics.jsonl"))
+    best = [line["normalized_mse"] for line in lines if line["epoch"] == metrics.get("best_epoch")]
+    same = len(lines) == metrics.get("epochs") and np.allclose(best, metrics["normalized_mse"], rtol=1e-3)
+    return lines if same else []
 
 
 def run_tables(sae_meta, source, metadata, settings):

@@ -125,6 +125,12 @@ def test_unknown_label_field_is_named(planted, run_main, capsys):
     assert "LABEL_FIELD" in capsys.readouterr().err
 
 
+def test_labels_that_no_two_examples_share_give_no_auc(tmp_path, planted, run_main, capsys):
+    assert run_main("interpret_sae", *planted, "--label-field", "text") == 0
+    assert "category AUC: none" in capsys.readouterr().out
+    assert all(row["category_auc"] == "" for row in table(tmp_path))
+
+
 def test_columns_of_the_issue(tmp_path, planted, run_main):
     assert run_main("interpret_sae", *planted) == 0
     rows = table(tmp_path)

@@ -10,6 +10,7 @@ from conftest import planted_tokens
 from fastsae import artifacts
 from fastsae.autoencoder import checkpoint_name, load_sae
 from fastsae.metrics import evaluate
+from fastsae.report_run import history_of
 from fastsae.tokens import split_examples, usable_tokens
 
 SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--device", "cpu", "--run-name", "test"]
@@ -304,6 +305,9 @@ def test_several_autoencoders_in_one_pass_equal_those_trained_alone(tmp_path, wr
         assert (folder / f"SAE_M=16_K={k}_seed=0.training.png").exists()
     assert len(epochs) > 1 or min(epochs) < 12  # each stops when its own patience is at its end
     assert metrics_of(tmp_path)["checkpoint"] == "SAE_M=16_K=1_seed=0.pt"
+    shown = {path.stem: history_of(path, load_sae(path)[1]["metrics"]) for path in folder.glob("SAE_*.pt")}  # the report's curves
+    assert shown.pop("SAE_M=16_K=1") == []  # the folder's metrics.jsonl is that of K = 2
+    assert all(len(lines) == load_sae(folder / f"{name}.pt")[1]["metrics"]["epochs"] for name, lines in shown.items())
     capsys.readouterr()
     assert run_main("train_sae", *flags, "--seeds", "0,5,6", "--k-list", "1,2") == 0
     assert capsys.readouterr().out.count("up to date") == 4  # only the new seed is trained
