@@ -347,14 +347,15 @@ def report(metrics, timing, settings):
 
 
 def point_to(metrics_path, path):
-    """Let metrics.json speak of the checkpoint at `path` (the one that stage 3 reads) if it speaks of another one."""
+    """Let metrics.json speak of the checkpoint at `path` (the one that stage 3 reads) if it speaks of another one, or of an older."""
+    right = json.loads(artifacts.to_json({"checkpoint": path.name, **artifacts.read_checkpoint_metadata(path)["metrics"]}))
     try:
-        named = json.loads(metrics_path.read_text()).get("checkpoint")
+        found = json.loads(metrics_path.read_text())
+        same = all(found.get(name) == value for name, value in right.items())
     except (OSError, ValueError, AttributeError):
-        named = None
-    if named != path.name:
-        metrics = artifacts.read_checkpoint_metadata(path)["metrics"]
-        artifacts.write_json(metrics_path, {"checkpoint": path.name, **metrics})
+        same = False
+    if not same:
+        artifacts.write_json(metrics_path, right)
 
 
 if __name__ == "__main__":

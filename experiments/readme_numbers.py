@@ -8,6 +8,7 @@ import json
 import re
 import sys
 
+import readme_studies
 from common import PROJECT, RESULTS
 
 import config
@@ -20,7 +21,8 @@ def main():
     path = PROJECT / "README.md"
     old = path.read_text(encoding="utf-8")
     new = old
-    for name, make in (("TREE", tree), ("SETTINGS", settings_table), ("MEASURED", measured)):
+    for name, make in (("TREE", tree), ("SETTINGS", settings_table), ("MEASURED", measured),
+                       ("STUDIES", lambda: "\n\n".join(readme_studies.sentences()))):
         block = f"<!-- {name.lower()}: written by experiments/readme_numbers.py -->\n{make()}\n<!-- end -->"
         new = re.sub(rf"@@{name}@@|<!-- {name.lower()}: .*?<!-- end -->", lambda _, block=block: block, new, flags=re.S)
     if args.check:

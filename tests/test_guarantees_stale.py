@@ -29,7 +29,7 @@ CHANGES = {  # what decides each stage's output: another value of each setting, 
         "TEXT_FIELD": None}}
 HARMLESS = {  # what decides nothing
     "extract_activations": {"LAYERS": "2,1", "SHARD_BYTES": 10 ** 9, "BATCH_TOKENS": 64, "CHUNK_TOKENS": 500},
-    "train_sae": {"ENGINE": "reference", "SAVE_EVERY": 5, "LOGGER": None, "EXPORT": "saelens"},
+    "train_sae": {"ENGINE": "reference", "SAVE_EVERY": 5, "LOGGER": None, "EXPORT": None},
     "interpret_sae": {"LLM_TIMEOUT": 9, "N_LLM_WORKERS": 2, "RETRY_UNUSABLE": True, "DRY_RUN": None, "TEXT": None, "SAE_PATH": None}}
 OTHER_FILE = ("ARCHITECTURE", "M", "K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES", "SEEDS", "K_LIST", "L1_COEFFICIENT_LIST")  # by its name
 GROUPED = {"llm": ("INTERPRETER_MODEL", "LLM_PROTOCOL", "N_TOP_NEURONS", "N_SCORED_FEATURES", "N_FIDELITY_EXAMPLES"),

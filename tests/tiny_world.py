@@ -13,7 +13,7 @@ from forking import Stages
 from loopback import Endpoint, completion
 
 WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "device")  # a run that was killed just before it wrote them has none
 N_WORKERS = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 KEY = "sk-secret-0123456789"
 STAGES = ("extract_activations", "train_sae", "interpret_sae")
@@ -46,7 +46,7 @@ def world(tmp_path_factory, smol_tokenizer):
                                for i in range(30)))
     shared = ["--device", "cpu", "--dataset-path", dataset, "--run-name", "r", "--layer-idx", 1]
     flags = {
-        "extract_activations": [*shared, "--model-name", folder / "model", "--layers", "1,2", "--chunk-tokens", 260],
+        "extract_activations": [*shared, "--model-name", folder / "model", "--layers", "1,2", "--chunk-tokens", 180],
         "train_sae": [*shared, "--m", 24, "--k", 2, "--matryoshka-prefixes", "8,24", "--n-epochs", 2, "--batch-size", 64,
                       "--dead-after-tokens", 190, "--save-every", 1e-9, "--learning-rate", 0.01, "--max-norm-ratio", "none"],
         "interpret_sae": [*shared, "--model-name", folder / "model", "--label-field", "topic", "--n-top-neurons", 5,
