@@ -36,6 +36,10 @@ def result(name):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def threads(r):
+    return f"{r['machine']['threads']} thread" + "s" * (r["machine"]["threads"] != 1)
+
+
 def settings_table():
     lines = ["| setting | default | file | meaning |", "|---|---|---|---|"]
     for file in ("config.py", *config.STAGES):
@@ -52,21 +56,19 @@ def tree():
     sizes = result("demo")["bytes"]
 
     def size(name):
-        n = next(value for path, value in sizes.items() if path.endswith(name))
-        return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB" if n >= 1e3 else f"{n} B"
+        n = next((value for path, value in sizes.items() if path.endswith(name)), None)
+        return n and (f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB" if n >= 1e3 else f"{n} B")
 
     checkpoint = next(path for path in sizes if path.endswith(".pt"))
-    entries = [("activations/", ""), ("├── activations_layer12.npz", size(".npz") + "   residual stream of every token"),
-               ("└── activations_layer12.json", size("layer12.json") + "   speed, norms"), ("checkpoints/cognitive_actions/", ""),
-               (f"├── {checkpoint.split('/')[-1]}", size(".pt") + "   the autoencoder"),
-               ("├── metrics.json", size("metrics.json") + "   how good it is"),
-               ("├── metrics.jsonl", size("metrics.jsonl") + "   each epoch"),
-               ("├── training.png", size("training.png") + "   their curves"),
-               ("└── README.md", size("README.md") + "   model card: figures, how to load it elsewhere"),
-               ("interpretations.csv", size(".csv") + "   one row per feature"),
-               ("interpretations.jsonl", size("interpretations.jsonl") + "   the same, exact")]
-    if any(path.endswith(".html") for path in sizes):
-        entries.append(("interpretations.html", size(".html") + "   the report: open it in a browser"))
+    files = [("activations/", ""), ("├── activations_layer12.npz", "residual stream of every token"),
+             ("└── activations_layer12.json", "speed, norms"), ("checkpoints/cognitive_actions/", ""),
+             (f"├── {checkpoint.split('/')[-1]}", "the autoencoder"), ("├── metrics.json", "how good it is"),
+             ("├── metrics.jsonl", "each epoch"), ("├── training.png", "its curves"),
+             ("└── README.md", "model card: figures, how to load it elsewhere"), ("interpretations.csv", "one row per feature"),
+             ("interpretations.jsonl", "the same, exact"), ("interpretations.html", "the report: open it in a browser")]
+    entries = [(name, f"{size(name.split()[-1]):9}{what}" if what else "") for name, what in files if not what or size(name.split()[-1])]
+    ends = [name[0] == "├" and not after.startswith(("├", "└")) for (name, _), (after, _) in zip(entries, [*entries[1:], ("", "")])]
+    entries = [(name.replace("├", "└") if end else name, text) for (name, text), end in zip(entries, ends)]
     return "```\n" + "\n".join(f"{name:<54}{text}".rstrip() for name, text in entries) + "\n```"
 
 
@@ -78,7 +80,7 @@ def measured():
         t, e, i = r["training"], r["extraction"], r["interpretation"]
         s = r["seconds"]
         parts.append(
-            f"**{what}** (`results/{name}.json`, {r['machine']['device']}, {r['machine']['threads']} threads): stages 1, 2, 3 in "
+            f"**{what}** (`results/{name}.json`, {r['machine']['device']}, {threads(r)}): stages 1, 2, 3 in "
             f"{s['extract_activations.py']:.0f}, {s['train_sae.py']:.0f} and {s['interpret_sae.py']:.0f} s, a second run in "
             f"{s['run_pipeline.py, nothing changed']:.0f} s; extraction {e['tokens_per_second']:,.0f} tokens/s ({e['compute_dtype']}), "
             f"training {t['tokens_per_second']:,.0f} tokens/s; normalised MSE {t['normalized_mse']:.3f}, L0 {t['l0']:.1f}, "
@@ -97,19 +99,20 @@ def measured():
 
 
 def extraction_speed(r):
-    def line(dtype):
-        s, ratio = r[dtype]["tokens_per_second"], r[dtype]["ratios"]
-        return (f"{dtype} {s['ours']:,.0f} tokens/s: {ratio['ours_over_seeds_loop']:.1f} times a loop over single texts through the whole "
-                f"model, {ratio['ours_over_padded_batches_of_16']:.1f} times padded batches of 16, "
-                f"{ratio['ours_over_one_at_a_time_cut']:.1f} times one at a time up to the layer; "
-                f"{100 * ratio['ours_share_of_gemm_limit']:.0f} % of what the blocks' matrix products alone would allow for all tokens "
-                f"({100 * r[dtype]['share_of_tokens_computed']:.0f} % of them are computed, the rest is the shared prefix)")
-
-    memory = r.get("peak_memory_mb")
-    text = (f"**Extraction** (`results/bench_extract.json`, layer {r['settings']['layer']}, {r['machine']['device']}, "
-            f"{r['machine']['threads']} threads): {line('float32')}; {line('bfloat16')}.")
-    return text + (f" Peak memory of stage 1: {memory['dataset_x1']:,.0f} MB, and {memory['dataset_x10']:,.0f} MB for ten times the data."
-                   if memory else "")
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        ratio = r[dtype]["ratios"]
+        faster = " | ".join(f"{ratio[f'ours_over_{other}']:.1f}" for other in ("seeds_loop", "padded_batches_of_16", "one_at_a_time_cut"))
+        lines.append(f"| {dtype} | {r[dtype]['tokens_per_second']['ours']:,.0f} | {faster} | {100 * ratio['ours_share_of_gemm_limit']:.0f} % |")
+    memory, computed = r.get("peak_memory_mb"), 100 * r["float32"]["share_of_tokens_computed"]
+    return "\n".join([
+        f"**Extraction** (`results/bench_extract.json`, layer {r['settings']['layer']}, {r['machine']['device']}, "
+        f"{threads(r)}): how many times faster it is than the usual ways, and its share of the speed at which the "
+        f"blocks' matrix products alone would run over all tokens ({computed:.0f} % of them are computed, the rest is the shared prefix)."
+        + (f" Peak memory of stage 1: {memory['dataset_x1']:,.0f} MB, and {memory['dataset_x10']:,.0f} MB for ten times the data."
+           if memory else ""), "",
+        "| | tokens/s | loop over texts, whole model | padded batches of 16, whole model | one at a time, up to the layer | of the limit |",
+        "|---|---:|---:|---:|---:|---:|", *lines])
 
 
 def training():
@@ -143,7 +146,7 @@ def training():
 def training_speed(r):
     """A table: tokens/s of each trainer, how many times faster ours is, normalised MSE after the same tokens."""
     shapes = {"256,8,prefixes": "M = 256, K = 8, prefixes", "256,8": "M = 256, K = 8", "4608,32": "M = 4,608, K = 32"}
-    lines = [f"**Training** (`results/bench_train.json`, {r['machine']['device']}, {r['machine']['threads']} threads; the same rows, batch "
+    lines = [f"**Training** (`results/bench_train.json`, {r['machine']['device']}, {threads(r)}; the same rows, batch "
              f"size and learning rate; medians of {r['settings']['rounds']}): tokens/s, in brackets how many times faster ours is "
              "(float32 / bfloat16 selection), and normalised MSE on held-out examples after the same tokens.", "",
              "| | " + " | ".join(shapes.values()) + " |", "|---|" + "---|" * len(shapes)]
@@ -160,9 +163,9 @@ def training_speed(r):
     own, limit = (r["speed"]["4608,32"][name]["tokens_per_second"] for name in ("ours float32", "encoder product float32"))
     reach = r["reach"]["4608,32"]
     lines += ["", f"At M = 4,608 ours reaches {100 * own / limit:.0f} % of what PyTorch's encoder product alone would allow in float32 "
-              "(its own product, by oneDNN, is the faster one here), and comes to the normalised MSE of three epochs of HypotheSAEs "
+              "(its own product, by oneDNN, is the faster one here), and comes to the normalised MSE of three epochs of HypotheSAEs' `fit` "
               f"{reach['ours float32']['hypothesaes_seconds_over_it']:.0f} and "
-              f"{reach['ours bfloat16 selection']['hypothesaes_seconds_over_it']:.0f} times sooner."]
+              f"{reach['ours bfloat16 selection']['hypothesaes_seconds_over_it']:.0f} times sooner (float32, bfloat16 selection)."]
     return "\n".join(lines)
 
 
@@ -172,7 +175,7 @@ def interpretation():
     if (r := result("bench_interpret")) is not None:
         small, large, memory = (r["parts"][name] for name in ("speed_256", "speed_4608", "memory_32768"))
         parts.append(
-            f"**Feature statistics** in one pass (`results/bench_interpret.json`, {r['machine']['threads']} threads): "
+            f"**Feature statistics** in one pass (`results/bench_interpret.json`, {threads(r)}): "
             f"{small['tokens_per_second']:,} tokens/s at M = 256 and {large['tokens_per_second']:,} at M = 4,608, "
             f"{small['times_faster']:.1f} and {large['times_faster']:.1f} times HypotheSAEs' `get_activations` with numpy; "
             "at M = 32,768 the peak is "

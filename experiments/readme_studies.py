@@ -186,16 +186,17 @@ def stability(r):
         "decoder directions of two seeds: mean of the largest, and under the best one-to-one matching; share of features that all seeds "
         "have (cosine above "
         f"{s['THRESHOLD']:g}). Tokens by lot are as many activations less their mean.", "",
-        "| M | K | mean max cosine | matched | found by all | random directions, matched | tokens by lot, matched | normalised MSE |",
-        "|---|---|---|---|---|---|---|---|"]
+        "| M | K | mean max cosine | tokens by lot | matched | random directions | tokens by lot | found by all | normalised MSE |",
+        "|---|---|---|---|---|---|---|---|---|"]
     for row in r["runs"]:
         base = r["baselines"][str(row["m"])]
-        lines.append(f"| {row['m']:,} | {row['k']} | {row['mean_max_cosine']:.3f} | {row['mcc']:.3f} | {100 * row['found_by_all']:.0f} % | "
-                     f"{base['random']['mcc']:.3f} | {base['tokens']['mcc']:.3f} | {row['normalized_mse']:.3f} |")
+        lines.append(f"| {row['m']:,} | {row['k']} | {row['mean_max_cosine']:.3f} | {base['tokens']['mean_max_cosine']:.3f} | "
+                     f"{row['mcc']:.3f} | {base['random']['mcc']:.3f} | {base['tokens']['mcc']:.3f} | "
+                     f"{100 * row['found_by_all']:.0f} % | {row['normalized_mse']:.3f} |")
     first, last = min(r["runs"], key=lambda row: row["found_by_all"]), max(r["runs"], key=lambda row: row["found_by_all"])
     below = [f"M = {row['m']:,}, K = {row['k']}" for row in r["runs"]
              if row["mean_max_cosine"] < 1.05 * r["baselines"][str(row["m"])]["tokens"]["mean_max_cosine"]]
-    doubt = f" Two seeds agree hardly more than two draws of tokens do at {'; '.join(below)}." if below else ""
+    doubt = f" By the mean of the largest cosines two seeds agree less, or hardly more, than two draws of tokens at {'; '.join(below)}." if below else ""
     return "\n".join([*lines, "", f"Between {100 * first['found_by_all']:.0f} % (M = {first['m']:,}, K = {first['k']}) and "
             f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the features are found by every seed: the others "
             "are one choice of many, so check a feature that matters under another seed (`train_sae.py --seeds 0,1,2`)." + doubt])
