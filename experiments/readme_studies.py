@@ -196,7 +196,8 @@ def stability(r):
     first, last = min(r["runs"], key=lambda row: row["found_by_all"]), max(r["runs"], key=lambda row: row["found_by_all"])
     below = [f"M = {row['m']:,}, K = {row['k']}" for row in r["runs"]
              if row["mean_max_cosine"] < 1.05 * r["baselines"][str(row["m"])]["tokens"]["mean_max_cosine"]]
-    doubt = f" By the mean of the largest cosines two seeds agree less, or hardly more, than two draws of tokens at {'; '.join(below)}." if below else ""
+    doubt = (f" By the mean of the largest cosines two seeds agree less, or hardly more, than two draws of tokens at {'; '.join(below)}."
+             if below else "")
     return "\n".join([*lines, "", f"Between {100 * first['found_by_all']:.0f} % (M = {first['m']:,}, K = {first['k']}) and "
             f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the features are found by every seed: the others "
             "are one choice of many, so check a feature that matters under another seed (`train_sae.py --seeds 0,1,2`)." + doubt])

@@ -35,6 +35,8 @@ class Tokens:
         for_validation = self.is_validation[self.example]
         self.train, self.validation = np.flatnonzero(chosen & ~for_validation)[:max_train_tokens], np.flatnonzero(chosen & for_validation)
         self.all_validation = np.flatnonzero(for_validation)
+        if use != "all" and not chosen.any():
+            raise InputError(f"USE_TOKENS: {path} has no token that is {use}. set --use-tokens all.")
         if len(self.train) < 2 or len(self.validation) < 2:
             raise InputError(f"VALIDATION_FRACTION: {len(self.train)} tokens are left for training and {len(self.validation)} for "
                              f"validation (USE_TOKENS {use}). give more examples, or longer ones.")
