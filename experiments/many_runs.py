@@ -55,6 +55,8 @@ def rounded(value, digits=6):
 def main():
     from fastsae.errors import run_stage
 
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
     script = importlib.import_module(sys.argv[1].removesuffix(".py"))
     jobs = [json.loads(line) for line in sys.stdin]
     for number, flags in enumerate(jobs, 1):

@@ -103,10 +103,12 @@ def extraction_speed(r):
     for dtype in ("float32", "bfloat16"):
         ratio = r[dtype]["ratios"]
         faster = " | ".join(f"{ratio[f'ours_over_{other}']:.1f}" for other in ("seeds_loop", "padded_batches_of_16", "one_at_a_time_cut"))
-        lines.append(f"| {dtype} | {r[dtype]['tokens_per_second']['ours']:,.0f} | {faster} | {100 * ratio['ours_share_of_gemm_limit']:.0f} % |")
+        lines.append(f"| {dtype} | {r[dtype]['tokens_per_second']['ours']:,.0f} | {faster} | "
+                     f"{100 * ratio['ours_share_of_gemm_limit']:.0f} % |")
     memory, computed = r.get("peak_memory_mb"), 100 * r["float32"]["share_of_tokens_computed"]
     return "\n".join([
-        f"**Extraction** (`results/bench_extract.json`, layer {r['settings']['layer']}, {r['machine']['device']}, {threads(r)}): how many times faster it is than the usual ways, and its share of the speed at which the "
+        f"**Extraction** (`results/bench_extract.json`, layer {r['settings']['layer']}, {r['machine']['device']}, {threads(r)}): how "
+        "many times faster it is than the usual ways, and its share of the speed at which the "
         f"blocks' matrix products alone would run over all tokens ({computed:.0f} % of them are computed, the rest is the shared prefix)."
         + (f" Peak memory of stage 1: {memory['dataset_x1']:,.0f} MB, and {memory['dataset_x10']:,.0f} MB for ten times the data."
            if memory else ""), "",
