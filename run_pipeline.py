@@ -17,6 +17,9 @@ import config
 def main():
     scripts = [config.PROJECT / name for name in config.STAGES]
     settings = config.resolve(*scripts)
+    if problems := check_chain(settings):
+        print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
+        return 2
     settings.show()
     for number, script in enumerate(scripts, 1):
         if not settings.QUIET:
@@ -25,6 +28,17 @@ def main():
         if code:
             return code
     return 0
+
+
+def check_chain(settings):
+    """What each stage could do by itself, but the next one could not go on from."""
+    problems = []
+    if settings.LAYERS and settings.LAYER_IDX not in settings.LAYERS:
+        problems.append(f"LAYERS: {settings.LAYERS} are without LAYER_IDX={settings.LAYER_IDX}, on which the later stages work. give "
+                        f"--layer-idx {settings.LAYERS[0]}, or add {settings.LAYER_IDX} to --layers.")
+    if settings.PROCESSING == "block":
+        problems.append("PROCESSING: stage 3 needs examples and refuses blocks. run extract_activations.py and train_sae.py by themselves.")
+    return problems
 
 
 def run(script, flags):

@@ -175,6 +175,12 @@ def test_impossible_settings_are_reported_at_once_before_anything_runs(run_scrip
         "error: LAYER_IDX: 0 is below 1. give 1 or more."]
 
 
+def test_a_chain_that_would_break_later_is_refused_at_once(run_script, tmp_path):
+    done = run_script("run_pipeline.py", "--layers", "12,13", "--layer-idx", "14", "--processing", "block")
+    assert (done.returncode, done.stdout, snapshot(tmp_path)) == (2, "", {})
+    assert [line.partition(": ")[2].partition(":")[0] for line in done.stderr.splitlines()] == ["LAYERS", "PROCESSING"]
+
+
 def test_a_hub_model_that_is_not_cached_without_network(run_script, dataset, tmp_path):
     done = run_script("extract_activations.py", "--dataset-path", dataset(GOOD + GOOD), "--model-name", "some-org/some-model",
                       env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
