@@ -21,7 +21,7 @@ CHANGES = {  # what decides each stage's output: another value of each setting, 
         "LR_DECAY_FRACTION": 0.5, "LR_WARMUP_STEPS": 2, "INIT_DIRECTIONS": "data", "INIT_CENTRE": "mean", "INIT_ENCODER_SCALE": 0.5,
         "BUFFER_TOKENS": 300, "CLIP_GRAD": 0.5, "VALIDATION_FRACTION": 0.2, "USE_TOKENS": "content", "EXCLUDE_SHARED_PREFIX": False,
         "MAX_NORM_RATIO": 9, "SELECT_DTYPE": "bfloat16", "SEED": 5, "SEEDS": "1,2", "K_LIST": "3,4", "L1_COEFFICIENT_LIST": "1,2",
-        "INIT_FROM": None},
+        "INIT_FROM": None, "MAX_TRAIN_TOKENS": 200},
     "interpret_sae": {
         "POOLING": "mean", "N_REPORT_FEATURES": 3, "INTERPRETER_MODEL": "other", "LLM_PROTOCOL": "fast", "N_TOP_NEURONS": 4,
         "N_SCORED_FEATURES": 3, "N_FIDELITY_EXAMPLES": 8, "TARGET_FIELD": "topic --target-value t1", "TARGET_VALUE": "t0",
