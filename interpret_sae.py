@@ -4,7 +4,7 @@
     OPENAI_API_KEY=... python interpret_sae.py --n-top-neurons 50 --interpreter-model gpt-5-mini
     python interpret_sae.py --target-value remembering
     python interpret_sae.py --text "Where did I leave the key?"
-    python interpret_sae.py --sae-path gemma-scope-2b-pt-res/layer_20
+    python interpret_sae.py --layer-idx 21 --sae-path gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71
 
 Reads the activations, the checkpoint that `checkpoints/<run>/metrics.json` names, and the dataset. Writes `interpretations.html`
 (a report for people), `interpretations.csv`, one row per feature, and its exact twin `interpretations.jsonl` (first line:
