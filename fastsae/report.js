@@ -214,7 +214,7 @@ function origin(f) {
 function panel(f) {
   const i = state.shown.indexOf(f.id), [before, after] = i < 0 ? [] : [state.shown[i - 1], state.shown[i + 1]];
   const go = (id, text) => id === undefined ? null : make("a", { href: `#feature=${id}` }, text);
-  const groups = [["Strongest examples", "the darker, the stronger; hover for the value", f.examples.filter(e => e.quantile === null)],
+  const groups = [["Strongest examples", "the fuller the colour, the stronger; hover for the value", f.examples.filter(e => e.quantile === null)],
     ["Ordinary examples", "at five percentiles of its strongest activation per example", f.examples.filter(e => e.quantile !== null)]];
   $("panel").replaceChildren(
     make("div", { class: "crumbs" }, make("a", { class: "back", href: "#" }, "← all"),
