@@ -74,7 +74,7 @@ def tree():
 
 def measured():
     parts = []
-    for name, what in (("demo", "Demo"), ("demo_cognitive_500", "500 texts of another cognitive-action set")):
+    for name, what in (("demo", "Demo"), ("demo_cognitive_500", "500 texts of another cognitive-action set, which is not part of the project")):
         if (r := result(name)) is None:
             continue
         t, e, i = r["training"], r["extraction"], r["interpretation"]
@@ -136,7 +136,8 @@ def training():
     if (r := result("training_dead")) is not None:
         row = r["runs"]["4,608 features"]
         claims.append(f"{100 * row['dead_fraction_training']:.1f} % of 4,608 features are dead after three epochs of the demo "
-                      f"({100 * row['dead_fraction']:.1f} % never fire on its validation examples)")
+                      f"({100 * row['dead_fraction']:.1f} % never fire on its validation examples; "
+                      f"{100 * r['runs']['4,608 features that start as tokens']['dead_fraction']:.1f} % if they start as tokens)")
     if (r := result("training_several")) is not None:
         together = r["runs"]["seeds 0,1,2"]["seconds_with_start"]
         alone = sum(row["seconds_with_start"] for name, row in r["runs"].items() if name != "seeds 0,1,2")

@@ -25,7 +25,8 @@ EPOCHS = ["--no-use-matryoshka", "--patience", 1000, "--n-epochs"]
 ON_THE_DEMO = {  # {part: {run: flags of train_sae.py}}
     "buffer": {"full shuffle": [*EPOCHS, 15, "--learning-rate", 1e-3],
                "buffer of 1/8": [*EPOCHS, 15, "--learning-rate", 1e-3, "--buffer-tokens", 7600]},
-    "dead": {"4,608 features": ["--m", 4608, "--k", 32, *EPOCHS, 3]},
+    "dead": {"4,608 features": ["--m", 4608, "--k", 32, *EPOCHS, 3],
+             "4,608 features that start as tokens": ["--m", 4608, "--k", 32, *EPOCHS, 3, "--init-directions", "data"]},
     "several": {"seed 0": ["--seed", 0, *EPOCHS, 10], "seed 1": ["--seed", 1, *EPOCHS, 10], "seed 2": ["--seed", 2, *EPOCHS, 10],
                 "seeds 0,1,2": ["--seeds", "0,1,2", *EPOCHS, 10]},
 }
