@@ -97,11 +97,11 @@ def main():
 
 def hand_over(plans, settings):
     """What others need of the autoencoders: folders for other libraries, and the model card."""
-    from fastsae.export import export
+    from fastsae.export import bring_up_to_date
     from fastsae.model_card import write_card
 
-    for each in plans if settings.EXPORT else ():
-        export(each.path, settings.EXPORT)
+    for each in plans:
+        bring_up_to_date(each.path, settings.EXPORT or ())
     write_card(settings.run_dir, [each.path for each in plans])
 
 
