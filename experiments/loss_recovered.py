@@ -42,8 +42,9 @@ def main():
         key = {**settings.select(DECISIVE), "path": subject.path, "sae": subject.meta.get("fingerprint"), "layer": subject.layer,
                "model": subject.model_name}
         journal = settings.output_dir / "experiments" / "loss_recovered.jsonl"
-        rows[subject.name] = remembered(journal, key, lambda: measure(subject, settings))
-        show(subject.name, rows[subject.name])
+        name = subject.path if subject.name in rows else subject.name  # runs in different folders may be named alike
+        rows[name] = remembered(journal, key, lambda: measure(subject, settings))
+        show(name, rows[name])
     write_result(settings.RESULT_NAME, settings.select(["N_EXAMPLES", "N_BOOTSTRAP", "QUICK", "SEED", "DTYPE"]), {"autoencoders": rows})
     if importlib.util.find_spec("matplotlib"):
         draw(RESULTS / f"{settings.RESULT_NAME}.png", rows)

@@ -79,9 +79,11 @@ def measure(settings, work):
 
     saes, metadata = {}, {}
     for path in sorted((work / "checkpoints").glob("*/SAE_*.pt")):
+        if ".old-" in path.name or path.name.endswith(".resume.pt"):  # of an earlier run with other settings
+            continue
         sae, meta = load_sae(path)
         s = meta["settings"]
-        if ".old-" in path.name or s["M"] != settings.M:  # of an earlier run with other settings
+        if s["M"] != settings.M:
             continue
         cell = path.parent.name, s["L1_COEFFICIENT"] if path.parent.name in BY_COEFFICIENT else s["K"], s["INIT_SEED"]
         saes[cell], metadata[cell] = sae, meta
