@@ -162,7 +162,7 @@ def train(plans, tokens, settings, device):
     from fastsae import parallel
     from fastsae.training_data import TrainingRows
 
-    runs = [start_run(each, tokens, device) for each in plans]
+    runs, failed = [start_run(each, tokens, device) for each in plans], []
     data = TrainingRows(tokens.activations, tokens.train, batch_size=settings.BATCH_SIZE, buffer_tokens=settings.BUFFER_TOKENS,
                         seed=settings.SEED)
     n_batches = data.n_batches()
@@ -183,13 +183,20 @@ def train(plans, tokens, settings, device):
                         save(runs)
                         last_save = time.monotonic()
                 for run in [run for run in runs if run.epoch == epoch]:
-                    run.log(end_epoch(run, tokens))
+                    try:
+                        run.log(end_epoch(run, tokens))
+                    except InputError as error:  # the others go on
+                        runs.remove(run)
+                        failed.append(str(error))
                 bar.update()
-                bar.set_postfix({name: f"{runs[0].history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
+                if runs:
+                    bar.set_postfix({name: f"{runs[0].history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
         except (KeyboardInterrupt, Terminated):
             if stopping or stop_asked():  # between steps, or while measuring, which changes nothing of the runs
                 save(runs)
             raise
+    if failed:
+        raise InputError("\n".join(failed))
 
 
 def unfinished(runs, tokens, device):
@@ -308,7 +315,8 @@ def end_epoch(run, tokens):
 
     line = parallel.from_rank_0(lambda: epoch_line(run, tokens, run.plan.settings))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
-        raise InputError(f"LEARNING_RATE: the loss is no number after epoch {run.epoch}. lower --learning-rate.")
+        which = f" of {run.plan.path.name}" * run.plan.several
+        raise InputError(f"LEARNING_RATE: the loss{which} is no number after epoch {run.epoch}. lower --learning-rate.")
     run.end_epoch(line)
     if parallel.world()[0] == 0:
         artifacts.write_text(run.plan.beside("metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in run.history))
