@@ -20,6 +20,7 @@ CHANGES = {  # what decides each stage's output: another value of each setting, 
         "RESAMPLE_EVERY": 3, "N_EPOCHS": 3, "PATIENCE": 3, "BATCH_SIZE": 32, "LEARNING_RATE": 0.02, "LR_SCHEDULE": "linear",
         "LR_DECAY_FRACTION": 0.5, "LR_WARMUP_STEPS": 2, "INIT_DIRECTIONS": "data", "INIT_CENTRE": "mean", "INIT_ENCODER_SCALE": 0.5,
         "BUFFER_TOKENS": 300, "CLIP_GRAD": 0.5, "VALIDATION_FRACTION": 0.2, "USE_TOKENS": "content", "EXCLUDE_SHARED_PREFIX": False,
+        "MAX_TRAIN_TOKENS": 150,
         "MAX_NORM_RATIO": 9, "SELECT_DTYPE": "bfloat16", "SEED": 5, "SEEDS": "1,2", "K_LIST": "3,4", "INIT_FROM": None,
         "L1_COEFFICIENT_LIST": "1,2 --architecture standard --no-use-matryoshka"},
     "interpret_sae": {
