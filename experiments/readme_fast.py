@@ -113,6 +113,13 @@ def pareto(r):
         dead = [100 * run["dead_fraction"] for run in r["runs"] if run["architecture"] == architecture]
         lines.append(f"| {architecture} | " + " | ".join("-" if cell is None else f"{cell['mean']:.3f}" for cell in cells)
                      + f" | {min(dead):.1f} to {max(dead):.1f} |")
+    middle = l0s[len(l0s) // 2]
+    there = {name: cells[middle]["mean"] for name, cells in at["normalized_mse"].items() if middle in cells}
+    if there:
+        best = min(there, key=there.get)
+        above = ", ".join(f"{name} {100 * (value / there[best] - 1):.0f} %" for name, value in there.items() if name != best)
+        lines += ["", f"At L0 {middle} {best} has the least normalised MSE; above it lie {above}."]
+    lines += ["", f"Loss recovered is over {s['N_LOSS_EXAMPLES']} validation examples."]
     for name, title in (("normalized_mse", "normalised MSE"), ("loss_recovered", "loss recovered")):
         counts = {}
         for point in r["frontier"][name]:

@@ -13,6 +13,7 @@ import functools
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fastsae import parallel
@@ -63,7 +64,7 @@ class Entries:
 
         `row` may number the rows of `dense` otherwise than this pattern does; sorting by column is done once for all pairs.
         """
-        order = self.column.argsort(stable=True)
+        order = _rising(self.column, self.n_columns)
         crow = _pointers(self.column, self.n_columns)
         return [torch.sparse_csr_tensor(crow, row[order], value[order], (self.n_columns, len(dense)), check_invariants=False) @ dense
                 for row, value, dense in pairs]
@@ -77,6 +78,13 @@ def _pointers(index, n):
     counts = torch.zeros(n + 1, dtype=torch.int32, device=index.device)
     counts[1:] = torch.bincount(index, minlength=n)
     return counts.cumsum_(0, dtype=torch.int32)
+
+
+def _rising(column, n_columns):
+    """The stable order that sorts `column` (nnz,). NumPy sorts 16-bit numbers by radix, several times faster than PyTorch sorts so few."""
+    if column.device.type == "cpu" and n_columns <= 2 ** 16:
+        return torch.from_numpy(column.numpy().astype(np.uint16).argsort(kind="stable"))
+    return column.argsort(stable=True)
 
 
 @functools.lru_cache(maxsize=16)
