@@ -17,7 +17,7 @@ from pathlib import Path
 import evidence
 import heldout
 import numpy as np
-from common import RESULTS, run_stage, write_result
+from common import RESULTS, run_stage, write_figure, write_result
 from many_runs import passed_on, quick_settings, rounded, run_many, told
 
 import config
@@ -227,8 +227,7 @@ def figure(result, settings, path):
             axes[i, j].set_xticklabels([name for *_, name in panels], fontsize=7)
         axes[i, 0].set_ylabel("MSE on special tokens")
     axes[0, 0].legend(fontsize=7, frameon=False)
-    fig.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    write_figure(path, fig)
 
 
 if __name__ == "__main__":

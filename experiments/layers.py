@@ -17,8 +17,8 @@ import sys
 
 import evidence
 import numpy as np
-from common import PROJECT, RESULTS, run_stage, write_result
-from model_inputs import require, write_figure
+from common import PROJECT, RESULTS, run_stage, write_figure, write_result
+from model_inputs import require
 
 import config
 from fastsae import activations_file, artifacts

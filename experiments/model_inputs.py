@@ -169,14 +169,3 @@ def remembered(path, key, compute):
     value = compute()
     artifacts.append_line(Path(path), {"key": name, "value": value})
     return value
-
-
-def write_figure(path, figure):
-    """A matplotlib figure as a PNG, whole or not at all."""
-    import io
-
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    with artifacts.committed(path) as file:
-        file.write(content.getvalue())
-    print(f"wrote {path}")

@@ -12,7 +12,7 @@ the same command.
 import sys
 
 import numpy as np
-from common import RESULTS, run_stage, write_result
+from common import RESULTS, run_stage, write_figure, write_result
 from many_runs import passed_on, quick_settings, rounded, run_many, told
 
 import config
@@ -185,8 +185,7 @@ def figure(runs, settings, path):
         ax.set_xticks(settings.K_LIST, [str(k) for k in settings.K_LIST])
         ax.minorticks_off()
     axes[0].legend(frameon=False, fontsize=8)
-    fig.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    write_figure(path, fig)
 
 
 if __name__ == "__main__":
