@@ -131,6 +131,11 @@ def check_fit(path, sae, meta, activations_path, activations_meta, d, setting):
         print(f"note: {path} does not say which layer it was trained on; taken for layer {layer}.")
 
 
+def is_plain_text(source):
+    """Whether the activations are of a .txt, which has no turns and so no chat template, whatever USE_CHAT_TEMPLATE says."""
+    return str(source.get("dataset_path") or "").endswith(".txt")
+
+
 def short_name(model):
     """A model's name without its owner or folder."""
     return str(model).rstrip("/").rsplit("/", 1)[-1]
