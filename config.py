@@ -310,7 +310,7 @@ AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATC
             "N_HYPOTHESES": 1}
 ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0, "SAVE_EVERY": 0,
          "LR_DECAY_FRACTION": 0, "INIT_ENCODER_SCALE": 0, "JUMPRELU_BANDWIDTH": 0}
-AT_MOST = {"SEED": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "LR_DECAY_FRACTION": 1}
+AT_MOST = {"SEED": 2 ** 63 - 1, "SEEDS": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "LR_DECAY_FRACTION": 1}
 CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"), "PROCESSING": ("example", "block"),
            "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference"),
            "SELECT_DTYPE": ("float32", "bfloat16"), "LR_SCHEDULE": ("constant", "linear", "cosine"),
@@ -392,6 +392,10 @@ def check_features(values, require):
             "give --no-use-matryoshka, or --architecture topk")
     require(not (dense and values.get("USE_BATCH_TOPK")), "USE_BATCH_TOPK", f"{values.get('ARCHITECTURE')} picks no largest K",
             "give --no-use-batch-topk, or --architecture batchtopk")
+    by_l1 = values.get("ARCHITECTURE") in ("standard", "gated")
+    for name, plays_a_part in (("L1_COEFFICIENT_LIST", by_l1), ("K_LIST", not by_l1)):
+        require(plays_a_part or not values.get(name), name, f"{values.get('ARCHITECTURE')} does not use it, so all would be alike",
+                "leave it out, or give another --architecture")
     require(not (values.get("INIT_FROM") and values.get("SEEDS")), "SEEDS", "all would start alike, from INIT_FROM",
             "leave one of the two out")
     other = "batchtopk" if values.get("USE_BATCH_TOPK") else values.get("ARCHITECTURE")

@@ -97,11 +97,11 @@ def main():
 
 def hand_over(plans, settings):
     """What others need of the autoencoders: folders for other libraries, and the model card."""
-    from fastsae.export import export
+    from fastsae.export import bring_up_to_date
     from fastsae.model_card import write_card
 
-    for each in plans if settings.EXPORT else ():
-        export(each.path, settings.EXPORT)
+    for each in plans:
+        bring_up_to_date(each.path, settings.EXPORT or ())
     write_card(settings.run_dir, [each.path for each in plans])
 
 
@@ -162,7 +162,9 @@ def train(plans, tokens, settings, device):
     from fastsae import parallel
     from fastsae.training_data import TrainingRows
 
-    runs = [start_run(each, tokens, device) for each in plans]
+    sample = tokens.rows(np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE]))  # (n, d)
+    runs, failed = [start_run(each, tokens, sample, device) for each in plans], []
+    parallel.wait_for_all()  # until all have read the states that rank 0 may soon remove
     data = TrainingRows(tokens.activations, tokens.train, batch_size=settings.BATCH_SIZE, buffer_tokens=settings.BUFFER_TOKENS,
                         seed=settings.SEED)
     n_batches = data.n_batches()
@@ -183,13 +185,20 @@ def train(plans, tokens, settings, device):
                         save(runs)
                         last_save = time.monotonic()
                 for run in [run for run in runs if run.epoch == epoch]:
-                    run.log(end_epoch(run, tokens))
+                    try:
+                        run.log(end_epoch(run, tokens))
+                    except InputError as error:  # the others go on
+                        runs.remove(run)
+                        failed.append(str(error))
                 bar.update()
-                bar.set_postfix({name: f"{runs[0].history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
+                if runs:
+                    bar.set_postfix({name: f"{runs[0].history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
         except (KeyboardInterrupt, Terminated):
             if stopping or stop_asked():  # between steps, or while measuring, which changes nothing of the runs
                 save(runs)
             raise
+    if failed:
+        raise InputError("\n".join(failed))
 
 
 def unfinished(runs, tokens, device):
@@ -205,15 +214,14 @@ def save(runs):
         run.save(run.state_path, run.plan.metadata["fingerprint"])
 
 
-def start_run(plan, tokens, device):
-    """The TrainingRun of a plan at its start, or where an earlier process left it."""
+def start_run(plan, tokens, sample, device):
+    """The TrainingRun of a plan at its start, which looks at a sample of the tokens, or where an earlier process left it."""
     from fastsae import fine_tuning
     from fastsae.monitoring import open_logger
     from fastsae.training_run import TrainingRun
 
     settings = plan.settings
-    sample = np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE])
-    run = TrainingRun(sae_config(tokens.activations.shape[1], settings), tokens.rows(sample), seed=plan.metadata["settings"]["INIT_SEED"],
+    run = TrainingRun(sae_config(tokens.activations.shape[1], settings), sample, seed=plan.metadata["settings"]["INIT_SEED"],
                       device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
                       directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
     if settings.INIT_FROM:
@@ -251,7 +259,9 @@ def finish(run, tokens, device):
     from fastsae.monitoring import write_figure
 
     seconds = run.elapsed()
-    timing = {"seconds": round(seconds, 2), "device": device, "tokens_per_second": round(run.trained_tokens / seconds, 1)}
+    timing = {"seconds": round(seconds, 2), "device": device}
+    if not run.plan.several:  # else these are the seconds of the whole pass
+        timing["tokens_per_second"] = round(run.trained_tokens / seconds, 1)
     if parallel.world()[0]:
         return
     plan, sae = run.plan, run.best()
@@ -308,7 +318,8 @@ def end_epoch(run, tokens):
 
     line = parallel.from_rank_0(lambda: epoch_line(run, tokens, run.plan.settings))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
-        raise InputError(f"LEARNING_RATE: the loss is no number after epoch {run.epoch}. lower --learning-rate.")
+        which = f" of {run.plan.path.name}" * run.plan.several
+        raise InputError(f"LEARNING_RATE: the loss{which} is no number after epoch {run.epoch}. lower --learning-rate.")
     run.end_epoch(line)
     if parallel.world()[0] == 0:
         artifacts.write_text(run.plan.beside("metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in run.history))
@@ -332,8 +343,8 @@ def epoch_line(run, tokens, settings):
 
 
 def report(metrics, timing, settings):
-    print(f"epochs: {metrics['epochs']}, best {metrics['best_epoch']}; {timing['seconds']} s, {timing['tokens_per_second']:,.0f} tokens/s "
-          f"({timing['device']})")
+    print(f"epochs: {metrics['epochs']}, best {metrics['best_epoch']}; {timing['seconds']} s"
+          + (f", {timing['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in timing else "") + f" ({timing['device']})")
     prefixes = ", ".join(f"{end} features {value:.3f}" for end, value in metrics["prefix_normalized_mse"].items())
     print(f"validation: normalised MSE {metrics['normalized_mse']:.4f} ({prefixes}), L0 {metrics['l0']:.2f}, "
           f"dead {100 * metrics['dead_fraction']:.1f} %, MSE {metrics['mse']:.4g}")

@@ -1,4 +1,5 @@
 """What every experiment needs: the project on the import path, stages as subprocesses, and results with their provenance."""
+import io
 import json
 import os
 import platform
@@ -12,8 +13,26 @@ sys.path.insert(0, str(PROJECT))
 
 
 def run_stage(script, *flags):
-    """Run one of the project's scripts as a user would; raises if it fails."""
-    subprocess.run([sys.executable, str(PROJECT / script), "--no-print-settings", *map(str, flags)], check=True)
+    """Run one of the project's scripts as a user would."""
+    run_to_its_end([sys.executable, str(PROJECT / script), "--no-print-settings", *map(str, flags)])
+
+
+def run_to_its_end(command, text=None):
+    """Run a command, `text` on its stdin; if it fails, which it has explained, this process ends with its exit code.
+
+    When this process is stopped the other one may save first (`subprocess.run` would kill it after a quarter of a second).
+    """
+    with subprocess.Popen(command, stdin=None if text is None else subprocess.PIPE, text=True) as process:
+        try:
+            process.communicate(text)
+        except KeyboardInterrupt:  # Ctrl-C reached both; twice would mean: without saving
+            process.wait()
+            raise
+        except BaseException:
+            process.terminate()
+            raise
+    if code := process.returncode:
+        sys.exit(code if code > 0 else 128 - code)
 
 
 def machine():
@@ -43,8 +62,20 @@ def commit():
 
 def write_result(name, settings, result):
     """Write experiments/results/<name>.json and say so."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    from fastsae import artifacts
+
     path = RESULTS / f"{name}.json"
     content = {"settings": settings, "commit": commit(), "machine": machine(), **result}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    artifacts.write_text(path, json.dumps(content, indent=2) + "\n")
+    print(f"wrote {path}")
+
+
+def write_figure(path, figure):
+    """A matplotlib figure as a PNG, whole or not at all."""
+    from fastsae import artifacts
+
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    with artifacts.committed(path) as file:
+        file.write(content.getvalue())
     print(f"wrote {path}")

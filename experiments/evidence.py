@@ -93,10 +93,10 @@ def study(cells, labelled):
                 row[name] = {"value": value, "interval": heldout.interval(draws[group, name])}
         rows.append(row)
     for row in rows:
+        same = tuple(row[part] for part in ("architecture", "layer", "sinks_in_training"))
         for name in [name for name in STATISTICS if name in row and row["source"] != "FAST"]:
-            fast = draws[("FAST", *(row[part] for part in ("architecture", "layer", "sinks_in_training"))), name]
-            row[name]["below_fast_by"] = heldout.interval(fast - draws[(row["source"], *(
-                row[part] for part in ("architecture", "layer", "sinks_in_training"))), name])
+            if (("FAST", *same), name) in draws:  # not where the language model gave it no score
+                row[name]["below_fast_by"] = heldout.interval(draws[("FAST", *same), name] - draws[(row["source"], *same), name])
     return rows
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import evidence
 import heldout
 import numpy as np
-from common import RESULTS, run_stage, write_result
+from common import RESULTS, run_stage, write_figure, write_result
 from many_runs import passed_on, quick_settings, rounded, run_many, told
 
 import config
@@ -45,7 +45,7 @@ QUICK_VALUES = {"ARCHITECTURES": "standard,topk", "M": 256, "K": 8, "L1_COEFFICI
                 "HELD_OUT_FRACTION": 0.3, "BLOCK_LENGTH": 512, "TRAIN_TOKENS": 30_000}
 SOURCES = {"FAST": "example", "BT(F)": "block", "BT(P)": "block"}
 FOLDERS = {"FAST": "fast", "BT(F)": "block_dialogues", "BT(P)": "block_text"}
-PASSED_ON = ("PRESET", "MODEL_NAME", "MODEL_REVISION", "CACHE_DIR", "DEVICE", "MAX_LENGTH")  # flags of ours that are the stages' too
+PASSED_ON = ("PRESET", "MODEL_NAME", "MODEL_REVISION", "CACHE_DIR", "DEVICE", "MAX_LENGTH", "TEXT_FIELD")  # flags that stages know too
 PER_SINKS = {True: ["--no-exclude-shared-prefix", "--max-norm-ratio", "none"], False: []}  # are prefix and sinks in the training?
 VALIDATION_FRACTION = 0.1
 
@@ -95,7 +95,8 @@ def write_datasets(settings, work):
     training, held_out = heldout.split(dialogues, settings.HELD_OUT_FRACTION, settings.SEED)
     paths = {name: work / f"{name}.jsonl" for name in ("training", "held_out")}
     for name, examples in (("training", training), ("held_out", held_out)):
-        artifacts.write_text(paths[name], "".join(heldout.as_row(example, settings.LABEL_FIELD) for example in examples))
+        rows = (heldout.as_row(example, settings.LABEL_FIELD, settings.TEXT_FIELD) for example in examples)
+        artifacts.write_text(paths[name], "".join(rows))
     paths["plain"] = Path(settings.PLAIN_TEXT) if settings.PLAIN_TEXT else work / "plain.txt"
     if not settings.PLAIN_TEXT:
         from pydoc_data import topics
@@ -226,8 +227,7 @@ def figure(result, settings, path):
             axes[i, j].set_xticklabels([name for *_, name in panels], fontsize=7)
         axes[i, 0].set_ylabel("MSE on special tokens")
     axes[0, 0].legend(fontsize=7, frameon=False)
-    fig.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    write_figure(path, fig)
 
 
 if __name__ == "__main__":

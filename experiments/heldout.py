@@ -22,9 +22,9 @@ def split(examples, fraction, seed):
     return [e for e, out in zip(examples, held_out) if not out], [e for e, out in zip(examples, held_out) if out]
 
 
-def as_row(example, label_field):
+def as_row(example, label_field, text_field="text"):
     """An `Example` as a line of a JSONL dataset."""
-    content = {"text": example.messages[0]["content"]} if example.is_text else {"messages": example.messages}
+    content = {text_field: example.messages[0]["content"]} if example.is_text else {"messages": example.messages}
     label = {label_field: example.label} if label_field and example.label is not None else {}
     return json.dumps({**content, **label}, ensure_ascii=False) + "\n"
 

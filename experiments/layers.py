@@ -15,9 +15,10 @@ import json
 import os
 import sys
 
+import evidence
 import numpy as np
-from common import PROJECT, RESULTS, run_stage, write_result
-from model_inputs import require, write_figure
+from common import PROJECT, RESULTS, run_stage, write_figure, write_result
+from model_inputs import require
 
 import config
 from fastsae import activations_file, artifacts
@@ -68,7 +69,7 @@ def one_seed(settings, root, layer, seed):
     metrics = json.loads((folder / "checkpoints" / "sae" / "metrics.json").read_text())
     head, *rows = artifacts.read_lines(folder / "interpretations.jsonl")
     auc = [row["category_auc"] for row in rows if row["category_auc"] is not None]
-    purity = token_purity(folder / "checkpoints" / "sae" / metrics["checkpoint"], folder, layer, settings)
+    purity = purity_of(folder / "checkpoints" / "sae" / metrics["checkpoint"], folder, layer, settings)
     return {**{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")},
             "n_above_auc_bound": head["summary"].get("n_above_auc_bound"),
             "n_above_auc_bound_shuffled": head["summary"].get("n_above_auc_bound_shuffled"),
@@ -86,7 +87,7 @@ def share_activations(root, folder, layer):
         link.symlink_to(file.resolve())
 
 
-def token_purity(checkpoint, folder, layer, settings):
+def purity_of(checkpoint, folder, layer, settings):
     """(M,) of each feature, the share of its activation on its commonest token (by name); nan for those that never fire."""
     from fastsae.autoencoder import load_sae
     from fastsae.feature_statistics import collect
@@ -98,9 +99,8 @@ def token_purity(checkpoint, folder, layer, settings):
     name_of_token, names = token_names(tokenizer, data["token_ids"])
     sae, meta = load_sae(checkpoint)
     mass = collect(sae, data["activations"], data["seq_lengths"], data["token_kind"], data["token_role"], name_of_token, len(names),
-                   max_norm=meta["max_norm"], exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX).name_mass.sums
-    total, largest = np.asarray(mass.sum(1)).ravel(), mass.max(1).toarray().ravel()
-    return np.where(total > 0, largest / np.maximum(total, 1e-30), np.nan)
+                   max_norm=meta["max_norm"], exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, use=settings.USE_TOKENS).name_mass.sums
+    return evidence.token_purity(mass)
 
 
 def show(rows):

@@ -14,8 +14,8 @@ import importlib.util
 import sys
 
 import numpy as np
-from common import RESULTS, write_result
-from model_inputs import STAGES, example_ids, load_model, meant_for, remembered, require, some_dialogues, subjects, write_figure
+from common import RESULTS, write_figure, write_result
+from model_inputs import STAGES, example_ids, load_model, meant_for, remembered, require, some_dialogues, subjects
 
 import config
 from fastsae.errors import run_stage
@@ -42,8 +42,9 @@ def main():
         key = {**settings.select(DECISIVE), "path": subject.path, "sae": subject.meta.get("fingerprint"), "layer": subject.layer,
                "model": subject.model_name}
         journal = settings.output_dir / "experiments" / "loss_recovered.jsonl"
-        rows[subject.name] = remembered(journal, key, lambda: measure(subject, settings))
-        show(subject.name, rows[subject.name])
+        name = subject.path if subject.name in rows else subject.name  # runs in different folders may be named alike
+        rows[name] = remembered(journal, key, lambda: measure(subject, settings))
+        show(name, rows[name])
     write_result(settings.RESULT_NAME, settings.select(["N_EXAMPLES", "N_BOOTSTRAP", "QUICK", "SEED", "DTYPE"]), {"autoencoders": rows})
     if importlib.util.find_spec("matplotlib"):
         draw(RESULTS / f"{settings.RESULT_NAME}.png", rows)

@@ -9,17 +9,16 @@ import contextlib
 import importlib
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-import common  # noqa: F401 (puts the project on the import path)
+import common  # it also puts the project on the import path
 
 
 def run_many(script, jobs):
-    """Run one of the project's scripts once for each list of flags in `jobs`, all in one other process; raises if one fails."""
+    """Run one of the project's scripts once for each list of flags in `jobs`, all in one other process; if one fails, this one ends too."""
     lines = "".join(json.dumps([str(flag) for flag in job]) + "\n" for job in jobs)
-    subprocess.run([sys.executable, __file__, script], input=lines, text=True, check=True)
+    common.run_to_its_end([sys.executable, __file__, script], lines)
 
 
 def quick_settings(settings, quick):

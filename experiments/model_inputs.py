@@ -14,7 +14,7 @@ from fastsae import artifacts, language_model
 from fastsae.errors import InputError
 from fastsae.examples import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
 from fastsae.sources import Deduplicator, identity, stream_examples
-from fastsae.tokens import usable_tokens
+from fastsae.tokens import chosen_tokens, usable_tokens
 
 STAGES = [PROJECT / name for name in config.STAGES[:2]]
 
@@ -155,8 +155,9 @@ def meant_for(subject, stream, table):
     One that does not say its bounds gets those of train_sae.py: not the shared prefix, and no norm above ten times the median.
     """
     own = subject.meta.get("settings", {})
-    return usable_tokens(stream.norm(dim=1).numpy(), table.kind, exclude_shared_prefix=own.get("EXCLUDE_SHARED_PREFIX", True),
-                         max_norm_ratio=own.get("MAX_NORM_RATIO", 10.0), max_norm=subject.meta.get("max_norm"))[0]
+    usable, _ = usable_tokens(stream.norm(dim=1).numpy(), table.kind, exclude_shared_prefix=own.get("EXCLUDE_SHARED_PREFIX", True),
+                              max_norm_ratio=own.get("MAX_NORM_RATIO", 10.0), max_norm=subject.meta.get("max_norm"))
+    return usable & chosen_tokens(own.get("USE_TOKENS", "all"), table.kind, table.role)
 
 
 def remembered(path, key, compute):
@@ -168,14 +169,3 @@ def remembered(path, key, compute):
     value = compute()
     artifacts.append_line(Path(path), {"key": name, "value": value})
     return value
-
-
-def write_figure(path, figure):
-    """A matplotlib figure as a PNG, whole or not at all."""
-    import io
-
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    with artifacts.committed(path) as file:
-        file.write(content.getvalue())
-    print(f"wrote {path}")

@@ -17,7 +17,7 @@ import importlib.util
 import sys
 
 import numpy as np
-from common import RESULTS, write_result
+from common import RESULTS, write_figure, write_result
 from directions import (
     absolute_correlations,
     absolute_cosines,
@@ -208,8 +208,6 @@ def show(site, result):
 
 def draw(path, settings, examined, sites, power, keys):
     """The embedding's spectrum, the recovery of each method, and features of the best autoencoder along the circle of their frequency."""
-    import io
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
@@ -219,11 +217,7 @@ def draw(path, settings, examined, sites, power, keys):
     draw_recovery(panels[0, 1], examined)
     for panel, site in zip(panels[1], SITES):
         draw_features(panel, settings, site, *sites[site], keys, examined[site])
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    with artifacts.committed(path) as file:
-        file.write(content.getvalue())
-    print(f"wrote {path}")
+    write_figure(path, figure)
 
 
 def draw_recovery(panel, examined):

@@ -12,7 +12,7 @@ the same command.
 import sys
 
 import numpy as np
-from common import RESULTS, run_stage, write_result
+from common import RESULTS, run_stage, write_figure, write_result
 from many_runs import passed_on, quick_settings, rounded, run_many, told
 
 import config
@@ -79,9 +79,11 @@ def measure(settings, work):
 
     saes, metadata = {}, {}
     for path in sorted((work / "checkpoints").glob("*/SAE_*.pt")):
+        if ".old-" in path.name or path.name.endswith(".resume.pt"):  # of an earlier run with other settings
+            continue
         sae, meta = load_sae(path)
         s = meta["settings"]
-        if ".old-" in path.name or s["M"] != settings.M:  # of an earlier run with other settings
+        if s["M"] != settings.M:
             continue
         cell = path.parent.name, s["L1_COEFFICIENT"] if path.parent.name in BY_COEFFICIENT else s["K"], s["INIT_SEED"]
         saes[cell], metadata[cell] = sae, meta
@@ -183,8 +185,7 @@ def figure(runs, settings, path):
         ax.set_xticks(settings.K_LIST, [str(k) for k in settings.K_LIST])
         ax.minorticks_off()
     axes[0].legend(frameon=False, fontsize=8)
-    fig.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    write_figure(path, fig)
 
 
 if __name__ == "__main__":

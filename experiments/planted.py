@@ -17,7 +17,7 @@ import math
 import sys
 
 import numpy as np
-from common import RESULTS, write_result
+from common import RESULTS, write_figure, write_result
 from directions import absolute_cosines, matched_mean, mean_max, principal_directions, random_directions, unit
 from many_runs import quick_settings
 
@@ -146,8 +146,6 @@ def train(settings, case, architecture, seed, tokens, steps, coefficient):
 
 def draw(path, result):
     """Matched mean cosine by method: of the large part, against the number active, and against the noise."""
-    import io
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -167,11 +165,7 @@ def draw(path, result):
                   ylabel="MCC")
         panel.grid(alpha=0.3)
     panels[1].legend(frameon=False, fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    with artifacts.committed(path) as file:
-        file.write(content.getvalue())
-    print(f"wrote {path}")
+    write_figure(path, figure)
 
 
 if __name__ == "__main__":

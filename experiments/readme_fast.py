@@ -17,8 +17,8 @@ def fast_vs_block(r):
         "**FAST against block training** ([table](experiments/results/fast_vs_block.json), "
         f"[figure](experiments/results/fast_vs_block.png)): {len(r['runs'])} autoencoders (M = {s['M']}, K = {s['K']}, {len(s['SEEDS'])} "
         f"seeds) on {r['train_tokens']:,} tokens each, measured on {r['data']['held out']['examples']} held-out dialogues of "
-        f"`{s['DATASET_PATH']}` (not part of the project; `--dataset-path` takes yours). log2 of MSE_st, the MSE (eq. 7) on the template's control tokens and role names; 95 % intervals over "
-        "dialogues and seeds. The paper trains and measures with sinks.",
+        f"`{s['DATASET_PATH']}` (not part of the project; `--dataset-path` takes yours). log2 of MSE_st, the MSE (eq. 7) on the "
+        "template's control tokens and role names; 95 % intervals over dialogues and seeds. The paper trains and measures with sinks.",
         "", *verdict(r), "", "<details><summary>Every case, beside the paper's</summary>", "", *mse_table(r), "", "</details>", "",
         *evidence_table(r)])
 
@@ -120,8 +120,8 @@ def pareto(r):
         best = min(there, key=there.get)
         above = ", ".join(f"{name} {100 * (value / there[best] - 1):.0f} %" for name, value in there.items() if name != best)
         lines += ["", f"At L0 {middle} {best} has the least normalised MSE; above it lie {above}."]
-    lines += ["", f"Loss recovered is over {s['N_LOSS_EXAMPLES']} validation examples, of autoencoders trained for {s['N_EPOCHS']} epochs; that "
-              "of the study above is of fully trained ones."]
+    lines += ["", f"Loss recovered is over {s['N_LOSS_EXAMPLES']} validation examples, of autoencoders trained for {s['N_EPOCHS']} "
+              "epochs; the study of it above has fully trained ones."]
     for name, title in (("normalized_mse", "normalised MSE"), ("loss_recovered", "loss recovered")):
         counts = {}
         for point in r["frontier"][name]:

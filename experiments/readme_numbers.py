@@ -74,7 +74,7 @@ def tree():
 
 def measured():
     parts = []
-    for name, what in (("demo", "Demo"), ("demo_cognitive_500", "500 texts of another cognitive-action set, which is not part of the project")):
+    for name, what in (("demo", "Demo"), ("demo_cognitive_500", "500 texts of another set, not part of the project")):
         if (r := result(name)) is None:
             continue
         t, e, i = r["training"], r["extraction"], r["interpretation"]

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from model_inputs import write_figure
+from common import write_figure
 
 from fastsae import artifacts
 from fastsae.errors import InputError

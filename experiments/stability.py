@@ -17,12 +17,11 @@ import itertools
 import sys
 
 import numpy as np
-from common import RESULTS, run_stage, write_result
+from common import RESULTS, run_stage, write_figure, write_result
 from directions import cosines, found_by_all, matched_mean, mean_max, random_directions, unit
 from many_runs import passed_on, quick_settings, run_many
 
 import config
-from fastsae import artifacts
 
 ARCHITECTURE: str = "topk"                # topk or batchtopk
 MS: tuple[int, ...] = (64, 256, 1024)     # features
@@ -104,8 +103,6 @@ def baseline(settings, m):
 
 def draw(path, rows, baselines):
     """Each measure against M: a line for each K, dashed for the baselines."""
-    import io
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
@@ -121,11 +118,7 @@ def draw(path, rows, baselines):
         panel.grid(alpha=0.3)
         if name == "mcc":
             panel.legend(frameon=False, fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    with artifacts.committed(path) as file:
-        file.write(content.getvalue())
-    print(f"wrote {path}")
+    write_figure(path, figure)
 
 
 if __name__ == "__main__":

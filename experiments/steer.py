@@ -259,8 +259,9 @@ def summary(answers, unsteered, prompts, work, settings):
 
 
 def show(row, work):
+    verdict = {None: "was not tried", True: "equals the unsteered answers", False: "DIFFERS FROM the unsteered answers"}
     print(f"{row['name']} ({row['how']}): fluent up to alpha {row['fluent_up_to_alpha']}; alpha 0 "
-          f"{'equals' if row['alpha_0_equals_unsteered'] else 'DIFFERS FROM'} the unsteered answers")
+          f"{verdict[row['alpha_0_equals_unsteered']]}")
     for alpha, p in zip(work.alphas, row["curves"]):
         expected = "" if p["expected_word"] is None else f", expected word {100 * p['expected_word']:.0f} %"
         print(f"  alpha {alpha:6.1f} ({alpha / work.norm:.2f} of the norm): perplexity {p['perplexity']:8.2f}, repetition "

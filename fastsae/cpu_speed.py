@@ -77,9 +77,10 @@ class GatedMlp(nn.Module):
     @staticmethod
     def fits(mlp):
         linears: list = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        act = getattr(mlp, "act_fn", None)  # some models name it otherwise; theirs stay as they are
         return (all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
-                and {module for module in mlp.children()} == {*linears, mlp.act_fn}
-                and type(mlp.act_fn).__name__ in ACTIVATIONS
+                and {module for module in mlp.children()} == {*linears, act}
+                and type(act).__name__ in ACTIVATIONS
                 and mlp.gate_proj.weight.dtype in (torch.float32, torch.bfloat16))
 
     def forward(self, x):

@@ -44,6 +44,20 @@ def export(path, kinds):
             print(f"wrote {folder}")
 
 
+def bring_up_to_date(path, kinds):
+    """`export`, also to the formats of an earlier run: a folder with other weights must not stand beside the checkpoint.
+
+    One whose format cannot hold what the checkpoint is now gets an `.old-n` name.
+    """
+    from fastsae.autoencoder import load_sae
+
+    kinds, earlier = tuple(kinds), [kind for kind in FORMATS if kind not in kinds and folder_of(path, kind).is_dir()]
+    if "sparsify" in earlier and architecture_of(load_sae(path)[0]) != "topk":
+        storage.set_folder_aside(folder_of(path, earlier.pop(earlier.index("sparsify"))))
+    if kinds or earlier:
+        export(path, (*kinds, *earlier))
+
+
 def holds(folder, files):
     """True if the folder has exactly these `{name: bytes}`."""
     there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} if folder.is_dir() else set()

@@ -64,8 +64,6 @@ class World:
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank, self.local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if self.rank:
-            sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
 
     def device(self, device):
         return f"cuda:{self.local_rank}" if device == "cuda" and self.size > 1 else device
@@ -231,7 +229,7 @@ def extract_parts(forward, chunks, folder, plan, world):
     """
     paths = [folder / f"part-{plan}-{i:05}.npz" for i in range(len(chunks))]
     n_tokens = [int(forward.table.lengths[first:last].sum()) for first, last in chunks]
-    with progress.bar(sum(n_tokens), "extracting", "token", unit_scale=True, **({"disable": True} if world.rank else {})) as bar:
+    with progress.bar(sum(n_tokens), "extracting", "token", unit_scale=True) as bar:
         missing = []
         for i, path in enumerate(paths):
             if path.exists():

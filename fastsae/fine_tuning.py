@@ -49,7 +49,7 @@ def start_from(sae, source, normalisation):
     The inverse of `architectures.inference_weights`; decoder rows get the length 1 that training keeps them at.
     """
     parts = Parts(source.encoder.weight, source.decoder.weight.t(), source.neuron_bias, source.input_bias, architecture_of(source),
-                  source.threshold)
+                  source.threshold if sae.architecture in ("topk", "batchtopk") else source.threshold.expand_as(source.neuron_bias))
     length = torch.linalg.vector_norm(parts.w_dec, dim=1)
     if bool(((length - 1).abs() > 1e-4).any()):
         parts.unit_rows()

@@ -89,6 +89,8 @@ class Config:
             return default
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise InputError(f"{self.path}: {name} is {str(value)[:60]!r}, no {kind.__name__}. get another copy of the file.")
         return value

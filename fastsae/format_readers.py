@@ -89,7 +89,7 @@ def read_activation(parts, weights, cfg, kwargs):
         check_k(parts, cfg)
     if in_training:
         parts.architecture, parts.threshold = "batchtopk", weights.take("topk_threshold")
-        parts.k = max(1, round(float(cfg.values.get("k") or 1)))
+        parts.k = max(1, round(cfg.get("k", float, 1.0)))
         parts.prefixes = prefixes_of(cfg.get("matryoshka_widths", list), m, cfg)
     if cfg.get("rescale_acts_by_decoder_norm", bool, in_training) and architecture in ("topk", "batchtopk", "matryoshka_batchtopk"):
         parts.unit_rows()  # the threshold is already that of features times norms

@@ -36,7 +36,10 @@ def locate(path):
         if (folder / names[0]).is_file() and (folder == path or path.name in names):
             return kind, [folder / name for name in names if (folder / name).is_file()]
     if (metrics := folder / "metrics.json").is_file() and folder == path:
-        return "fastsae", [folder / named_checkpoint(metrics)]
+        checkpoint = folder / named_checkpoint(metrics)
+        if not checkpoint.is_file():
+            raise InputError(f"{checkpoint}: not found, though {metrics} names it. give the .pt file itself.")
+        return "fastsae", [checkpoint]
     inner = sorted(str(p.parent.relative_to(folder)) for names in FILES.values() for p in folder.glob(f"*/{names[0]}"))
     there = f"folders in it are: {', '.join(inner[:5])}" if inner else f"files that tell one are {', '.join(n[0] for n in FILES.values())}"
     raise InputError(f"{path}: holds no autoencoder; {there}. give the folder that has the weights.")
@@ -126,6 +129,11 @@ def check_fit(path, sae, meta, activations_path, activations_meta, d, setting):
         print(f"note: {path} was trained on {short_name(its_model)}; the activations are of {short_name(model)}.")
     if its_layer is None:
         print(f"note: {path} does not say which layer it was trained on; taken for layer {layer}.")
+
+
+def is_plain_text(source):
+    """Whether the activations are of a .txt, which has no turns and so no chat template, whatever USE_CHAT_TEMPLATE says."""
+    return str(source.get("dataset_path") or "").endswith(".txt")
 
 
 def short_name(model):

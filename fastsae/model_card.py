@@ -7,7 +7,7 @@ import json
 
 from fastsae import artifacts
 from fastsae.export import dataset_name, folder_of, hub_id
-from fastsae.formats import short_name
+from fastsae.formats import is_plain_text, short_name
 
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("l0", "L0"),
            ("dead_fraction", "dead features"), ("cosine_similarity", "cosine similarity"), ("mse", "MSE (FAST, eq. 7)"))
@@ -66,7 +66,8 @@ def header(entries):
 
 def provenance(meta):
     source, settings = meta["activations"], meta["activations"]["settings"]
-    rendered = "with the model's chat template" if settings.get("USE_CHAT_TEMPLATE", True) else "without chat template"
+    with_template = settings.get("USE_CHAT_TEMPLATE", True) and not is_plain_text(source)
+    rendered = "with the model's chat template" if with_template else "without chat template"
     how = ("joined and cut into blocks" if settings.get("PROCESSING") == "block" else
            "each alone in the model (FAST, [arXiv 2506.07691](https://arxiv.org/abs/2506.07691))")
     left_out = ["the prefix that all examples share"] if meta["settings"].get("EXCLUDE_SHARED_PREFIX") else []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsae import artifacts
+from fastsae import artifacts, storage
 
 BATCH = 128          # features per file
 MAX_TOKENS = 1024    # per activation
@@ -66,6 +66,8 @@ def write_batches(folder, evidence, rows, lens, *, model_id, layer, name):
         check(batch)
         paths.append(Path(folder) / source / f"batch-{start // BATCH:03}.json")
         artifacts.write_text(paths[-1], json.dumps(batch, ensure_ascii=False, allow_nan=False) + "\n")
+    for left in set((Path(folder) / source).glob("batch-*.json")) - set(paths):  # of an earlier run with more features that fire
+        storage.remove(left)
     return paths
 
 

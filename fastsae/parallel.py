@@ -4,7 +4,6 @@ Each process takes its slice of every batch. Sums over the batch (gradients, var
 threshold and the counters of dead features look at all slices, so N processes do what one does with the same batch.
 """
 import os
-import sys
 from datetime import timedelta
 
 import torch
@@ -17,13 +16,17 @@ def world():
 
 
 def start(device):
-    """Join the others, and return this process's device; rank 0 speaks for all."""
-    rank, size = world()
+    """Join the others, and return this process's device."""
+    size = world()[1]
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30))
-        if rank:
-            sys.stdout = open(os.devnull, "w")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and size > 1 else device
+
+
+def wait_for_all():
+    """Go on when all processes have come here."""
+    if together():
+        dist.barrier()
 
 
 def together():

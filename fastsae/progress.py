@@ -1,6 +1,7 @@
 """What a stage tells while it works and at its end: bars to people at a terminal, one line of JSON to programs."""
 import io
 import json
+import os
 import sys
 import time
 
@@ -21,17 +22,26 @@ class OnlyImportant(io.TextIOBase):
 
 
 def start(*, quiet: bool) -> float:
-    """The time, for `summary`. With `quiet` stdout carries only warnings and summaries from here on (`run_stage` undoes it)."""
-    if quiet:
+    """The time, for `summary`. With `quiet` stdout carries only warnings and summaries from here on (`run_stage` undoes it).
+
+    Of torchrun's processes rank 0 speaks for all.
+    """
+    if _silent():
+        sys.stdout = open(os.devnull, "w")
+    elif quiet:
         sys.stdout = OnlyImportant(sys.stdout)
     return time.monotonic()
+
+
+def _silent():
+    return int(os.environ.get("RANK", 0)) > 0
 
 
 def bar(total: int, desc: str, unit: str, **options):
     """A tqdm bar with rate and time left on stderr; invisible where that is no terminal, or where only what is important is printed."""
     from tqdm import tqdm
 
-    options.setdefault("disable", True if isinstance(sys.stdout, OnlyImportant) else None)
+    options.setdefault("disable", True if _silent() or isinstance(sys.stdout, OnlyImportant) else None)
     return tqdm(total=total, desc=desc, unit=unit, mininterval=1, file=sys.stderr, **options)
 
 

@@ -1,5 +1,6 @@
 """What the report says of the run as a whole: its story in a few sentences, charts, settings and provenance."""
 import json
+import math
 
 import numpy as np
 
@@ -20,15 +21,17 @@ def describe_run(features, metadata, scored, settings, n_shown):
     dataset = source["dataset_path"].rsplit("/", 1)[-1]
     n_examples, n_llm = len(evidence.examples), sum(row["label_source"] not in ("", "tokens") for row in rows)
     imported = "source" in sae_meta  # from another library: its training is not known here
-    history = [] if imported else history_of(features.checkpoint_path, sae_meta.get("metrics", {}))
+    history = [] if imported else history_of(features.checkpoint_path, sae_meta["metrics"])
     left_out = len(s.kept) - s.n_kept
+    others = {"content": ", and the chat template", "assistant": ", and all but the assistant's text"}.get(
+        sae_meta["settings"].get("USE_TOKENS"), "")
     who = (f"{n_llm} labels were written by {features.settings.INTERPRETER_MODEL}, the others are the features' own tokens." if n_llm else
            "No language model was asked: every label is made of the feature's own tokens.")
     who_learned = f"from {sae_meta['source']['format']} writes" if imported else "then learned to write"
     story = (f"Each of the {n_examples:,} examples of {dataset} went through {model} alone. A sparse autoencoder {who_learned} "
              f"the model's state after layer {layer} on every token as a sum of about {sae_meta['settings']['K']} of {m:,} features; "
              f"{n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} tokens; {left_out:,} are left out, the prefix that "
-             f"all examples share and attention sinks. {who}")
+             f"all examples share and attention sinks{others}. {who}")
     notice = None
     if n_shown < n_alive:
         notice = (f"This report shows {n_shown:,} of {n_alive:,} features that fire: those with a language model's label and the highest "
@@ -40,13 +43,17 @@ def describe_run(features, metadata, scored, settings, n_shown):
             "tables": run_tables(sae_meta, source, metadata, settings)}
 
 
-def history_of(checkpoint_path, metrics):
-    """The lines of the checkpoint's own metrics.jsonl. A folder's may be another checkpoint's: the best epoch's figure tells."""
-    own = checkpoint_path.with_suffix(".metrics.jsonl")
-    lines = artifacts.read_lines(own if own.exists() else checkpoint_path.with_name("metrics.jsonl"))
-    best = [line["normalized_mse"] for line in lines if line["epoch"] == metrics.get("best_epoch")]
-    same = len(lines) == metrics.get("epochs") and np.allclose(best, metrics["normalized_mse"], rtol=1e-3)
-    return lines if same else []
+def history_of(path, metrics):
+    """The lines of metrics.jsonl about the training that gave these `metrics`; [] if a later or another training wrote over them.
+
+    An autoencoder that was trained among others has a file of its own.
+    """
+    for name in (path / "metrics.jsonl", path.with_suffix(".metrics.jsonl"), path.with_name("metrics.jsonl")):
+        lines = artifacts.read_lines(name)
+        best = metrics["best_epoch"] - 1
+        if len(lines) == metrics["epochs"] and math.isclose(lines[best]["normalized_mse"], metrics["normalized_mse"], rel_tol=1e-4):
+            return lines
+    return []
 
 
 def run_tables(sae_meta, source, metadata, settings):

@@ -152,23 +152,29 @@ def write_folder(folder, files):
     What was there is kept as `<name>.old-n`. Folders cannot be exchanged in one step: a kill between the two renames leaves the old
     one under that name and none under its own, and the next run writes it.
     """
-    new, n = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp"), 1
+    new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         for name, content in files.items():
             with committed(new / name) as file:
                 file.write(content)
         if folder.exists():
-            while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
-                n += 1
-            watch("replace", old)
-            os.rename(folder, old)
-            print(f"the old one is kept as {old}")
+            set_folder_aside(folder)
         watch("replace", folder)
         os.rename(new, folder)
         _sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def set_folder_aside(folder):
+    """Rename a folder to `<name>.old-n`."""
+    n = 1
+    while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
+        n += 1
+    watch("replace", old)
+    os.rename(folder, old)
+    print(f"the old one is kept as {old}")
 
 
 # Journals: files that grow by lines, each of which counts by itself
@@ -232,7 +238,7 @@ def _locked(lock, path, instead):
             handle = os.open(lock, os.O_RDONLY)  # another user's: enough to see whether it is held
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(lock) and os.path.samestat(os.fstat(handle), os.stat(lock)):
+            if _is_at(lock, handle):
                 with contextlib.suppress(OSError):  # it serves a message only
                     os.truncate(handle, 0)
                     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%d %b %H:%M:%S')}".encode())
@@ -246,6 +252,14 @@ def _locked(lock, path, instead):
         except OSError:
             os.close(handle)
             raise
+
+
+def _is_at(path, handle):
+    """Whether the open file is still the one that lies there."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _release(lock, handle):

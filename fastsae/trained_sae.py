@@ -7,6 +7,7 @@ import torch
 from fastsae import autoencoder
 from fastsae.errors import InputError
 from fastsae.examples import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
+from fastsae.formats import is_plain_text
 from fastsae.language_model import ResidualModel, choose_device, load_tokenizer
 from fastsae.sparse_step import Entries
 from fastsae.tables import read_labels
@@ -101,7 +102,8 @@ class TrainedSae:
             raise InputError("TEXT: is empty. give a sentence.")
         tokenizer, model, source = self.reader()
         tokens, = tokenizer([Example(1, messages, is_text=isinstance(text, str))])
-        tokens.kind[:source.get("n_shared_prefix", 0)] = SHARED_PREFIX
+        content = np.flatnonzero(tokens.kind == CONTENT)  # words that all examples began with are this text's own if it has others
+        tokens.kind[:min(source.get("n_shared_prefix", 0), content[0] if len(content) else 0)] = SHARED_PREFIX
         stream, = model(torch.from_numpy(tokens.ids.astype(np.int64))[None]).values()
         return tokens, stream[0].to(getattr(torch, source["settings"].get("STORAGE_DTYPE", "float32")))
 
@@ -118,7 +120,9 @@ class TrainedSae:
         if not name or not layer:
             raise InputError("this autoencoder does not name its model and layer. give them to load_sae, or call encode(activations).")
         origin = {"revision": source.get("model_revision"), "cache_dir": self.cache_dir}
-        tokenizer = ChatTokenizer(load_tokenizer(name, **origin), chat_template=settings.get("USE_CHAT_TEMPLATE", True),
+        is_text = is_plain_text(source)
+        tokenizer = ChatTokenizer(load_tokenizer(name, **origin), special_tokens=not is_text,
+                                  chat_template=settings.get("USE_CHAT_TEMPLATE", True) and not is_text,
                                   max_length=settings.get("MAX_LENGTH"), date=settings.get("TEMPLATE_DATE", ""), dataset_name="TEXT")
         model = ResidualModel(name, layer, device=self.device, dtype=getattr(torch, source.get("compute_dtype", "float32")), **origin)
         if model.d_model != self.d:

@@ -497,8 +497,9 @@ def test_training_starts_where_the_source_is(architecture, start, normalisation)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_of_other_lengths_keep_the_reconstruction(capsys):
-    source, x = trained("jumprelu", unit=False), tokens()
+@pytest.mark.parametrize("start", ["jumprelu", "batchtopk"])
+def test_rows_of_other_lengths_keep_the_reconstruction(start, capsys):
+    source, x = trained(start, unit=False), tokens()
     sae = new_sae({"input_dim": D, "m_total_neurons": M, "k_active_neurons": K, "architecture": "jumprelu"}).eval()
     start_from(sae, source, Normalisation())
     torch.testing.assert_close(sae.decoder.weight.norm(dim=0), torch.ones(M))
@@ -537,6 +538,12 @@ def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main
     for folder in ("SAE_M=48_K=3.saelens", "SAE_M=48_K=3.sparsify/layers.11"):
         assert_same(dense(load_sae(run / folder)[0], x), dense(load_sae(run)[0], x))
     assert "## How to load" in (run / "README.md").read_text()
+    assert run_main("train_sae", *flags, "--n-epochs", 1) == 0  # other weights under the same name: the folders follow
+    for folder in ("SAE_M=48_K=3.saelens", "SAE_M=48_K=3.sparsify/layers.11"):
+        assert_same(dense(load_sae(run / folder)[0], x), dense(load_sae(run)[0], x))
+    assert run_main("train_sae", *flags, "--n-epochs", 1, "--use-batch-topk") == 0
+    assert_same(dense(load_sae(run / "SAE_M=48_K=3.saelens")[0], x), dense(load_sae(run)[0], x))
+    assert not (run / "SAE_M=48_K=3.sparsify").exists() and (run / "SAE_M=48_K=3.sparsify.old-2").is_dir()
 
 
 @pytest.mark.parametrize(("flags", "line"), [

@@ -155,6 +155,9 @@ def test_hypotheses_for_a_target(tmp_path, planted, run_main, capsys):
 
 def test_neuronpedia_batches_pass_the_schema(tmp_path, planted, run_main, monkeypatch):
     monkeypatch.setattr(neuronpedia, "BATCH", 8)
+    old = tmp_path / "neuronpedia" / "11-test-set" / "batch-009.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")  # of an earlier run with more features
     assert run_main("interpret_sae", *planted, "--neuronpedia-set", "test-set") == 0
     paths = sorted((tmp_path / "neuronpedia" / "11-test-set").glob("batch-*.json"))  # layer 12 is the state after block 11
     batches = [json.loads(path.read_text(encoding="utf-8")) for path in paths]

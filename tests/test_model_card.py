@@ -37,6 +37,11 @@ def test_the_hub_reads_it(tmp_path):
     assert written(tmp_path, names=("SAE_M=40_K=4.pt",)).count("| `SAE_") == 1
 
 
+def test_a_plain_text_has_no_template(tmp_path):
+    assert "with the model's chat template" in written(tmp_path, dataset_path="dialogues.jsonl")
+    assert "without chat template" in written(tmp_path, dataset_path="a/corpus.txt")
+
+
 def test_a_single_ones_metrics(tmp_path):
     result = {r.metric_type: r.metric_value for r in ModelCard(written(tmp_path)).data.eval_results}
     assert result == {name: METRICS[name] for name, _ in model_card.METRICS}

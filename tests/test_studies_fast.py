@@ -158,8 +158,9 @@ def test_many_runs_are_the_scripts_own_and_a_failure_is_raised(tmp_path):
     common_flags = [*flags, "--m", 8, "--k", 2, "--no-use-matryoshka", "--n-epochs", 1, "--device", "cpu"]
     many_runs.run_many("train_sae.py", [[*common_flags, "--run-name", name] for name in ("one", "two")])
     assert (tmp_path / "checkpoints" / "one" / "SAE_M=8_K=2.pt").exists() and (tmp_path / "checkpoints" / "two" / "metrics.json").exists()
-    with pytest.raises(common.subprocess.CalledProcessError):
+    with pytest.raises(SystemExit) as end:
         many_runs.run_many("train_sae.py", [[*common_flags, "--layer-idx", 3]])
+    assert end.value.code == 2  # as train_sae.py says it
 
 
 def test_interpolation_between_sparsities_by_hand():

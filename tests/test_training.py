@@ -340,6 +340,26 @@ def test_an_interrupted_pass_of_several_ends_in_the_same_bytes(tmp_path, write_a
     assert [path.read_bytes() for path in paths] == whole
 
 
+def test_one_of_several_that_fails_stops_no_other(tmp_path, write_activations, run_main, capsys):
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--n-epochs", 3, "--batch-size", 50]
+    assert run_main("train_sae", *flags, "--l1-coefficient-list", "1e38,0.5") == 2
+    name = "SAE_standard_M=16_K=2_L1={}.pt"
+    assert f"error: LEARNING_RATE: the loss of {name.format('1e+38')} is no number after epoch 1" in capsys.readouterr().err
+    folder = tmp_path / "checkpoints" / "test"
+    assert not (folder / name.format("1e+38")).exists()
+    assert artifacts.read_checkpoint_metadata(folder / name.format("0.5"))["metrics"]["epochs"] == 3
+
+
+def test_lists_that_change_nothing_are_refused(run_main, capsys):
+    for architecture, flag in (("topk", "--l1-coefficient-list"), ("standard", "--k-list")):
+        with pytest.raises(SystemExit):
+            run_main("train_sae", "--architecture", architecture, "--no-use-matryoshka", flag, "1,2")
+        name = flag[2:].upper().replace("-", "_")
+        assert capsys.readouterr().err == (f"error: {name}: {architecture} does not use it, so all would be alike. "
+                                           "leave it out, or give another --architecture.\n")
+
+
 def test_lists_are_checked_before_anything_loads(run_main, capsys):
     with pytest.raises(SystemExit):
         run_main("train_sae", "--m", 16, "--no-use-matryoshka", "--k-list", "4,99", "--seeds", "1,1", "--l1-coefficient-list", "1,x")
