@@ -61,9 +61,10 @@ def main():
     if settings.TEXT is not None:
         from fastsae.trained_sae import describe_text
 
+        named = settings.MODEL_NAME if settings.source["MODEL_NAME"] == "flag" else None  # else the model that the file names
         return print(describe_text(settings.TEXT, settings.SAE_PATH or named_checkpoint(settings.run_dir),
                                    settings.output_dir / "interpretations.jsonl", device=settings.DEVICE,
-                                   model_name=settings.MODEL_NAME, layer=settings.LAYER_IDX, cache_dir=settings.CACHE_DIR))
+                                   model_name=named, layer=settings.LAYER_IDX, cache_dir=settings.CACHE_DIR))
     checkpoint_path, sae_meta = chosen_sae(settings)
     backend = None
     if settings.N_TOP_NEURONS:

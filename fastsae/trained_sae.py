@@ -118,7 +118,8 @@ class TrainedSae:
         settings = source.get("settings") or {}
         name, layer = source.get("model_name"), settings.get("LAYER_IDX")
         if not name or not layer:
-            raise InputError("this autoencoder does not name its model and layer. give them to load_sae, or call encode(activations).")
+            raise InputError("this autoencoder does not name its model and layer. give them (--model-name, or model_name= and layer=), "
+                             "or call encode(activations).")
         origin = {"revision": source.get("model_revision"), "cache_dir": self.cache_dir}
         is_text = is_plain_text(source)
         tokenizer = ChatTokenizer(load_tokenizer(name, **origin), special_tokens=not is_text,
