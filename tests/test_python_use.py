@@ -127,7 +127,7 @@ def test_an_autoencoder_of_another_library_is_told_its_model(sae, checkpoint, tm
     copy.write_bytes(checkpoint.read_bytes())
     export(copy, ("sparsify",))
     folder = next(tmp_path.glob("**/sae.safetensors")).parent
-    with pytest.raises(InputError, match="does not name its model and layer. give them to load_sae"):
+    with pytest.raises(InputError, match="does not name its model and layer. give them"):
         fastsae.load_sae(folder).features_of(SENTENCE)
     other = fastsae.load_sae(folder, model_name="SmolLM2-135M-Instruct", layer=2)
     for found, expected in zip(other.features_of(SENTENCE), sae.features_of(SENTENCE)):
