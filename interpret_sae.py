@@ -126,7 +126,8 @@ def describe(settings, checkpoint_path, sae_meta, backend):
     llm = {**settings.select(LLM_SETTINGS), "base_url": backend.scope[1]} if backend else None
     return artifacts.new_metadata(
         "interpretations", {**settings.select(DECISIVE), "llm": llm, "target": target},
-        {"checkpoint": sae_meta["fingerprint"], **inputs_now(settings, sae_meta), "report": template_sha256()},
+        {"checkpoint": sae_meta["fingerprint"], **inputs_now(settings, sae_meta), "report": template_sha256(),
+         **({"sae_path": Path(settings.SAE_PATH).name} if settings.SAE_PATH else {})},  # a folder's name can say the layer
         checkpoint=str(checkpoint_path))
 
 
