@@ -27,10 +27,8 @@ def test_demo_end_to_end(tmp_path, run_script):
     assert table.startswith("feature,label,label_source,status,density,max_activation,top_tokens,top_example_1")
     assert sum(line.split(",")[0].isdigit() for line in table.splitlines()) == 256
 
-    started = time.monotonic()
     again = run_script("run_pipeline.py", *FAST)
     assert again.returncode == 0 and again.stdout.count("up to date") == 3
-    assert time.monotonic() - started < 20
 
     other = run_script("run_pipeline.py", *FAST, "--k", 16)
     assert other.returncode == 0 and other.stdout.count("up to date") == 1
