@@ -218,7 +218,6 @@ def summarise(written, table, metadata, timing):
           f"{metadata['compute_dtype']})")
     shards = f" and {len(written) - 1} more shards" if len(written) > 1 else ""
     print(f"wrote {written[0]}{shards} ({sum(p.stat().st_size for p in written) / 1e6:.1f} MB)")
-    return timing
 
 
 if __name__ == "__main__":

@@ -83,26 +83,27 @@ def main():
     if todo:
         train_all(todo, source, settings)
     if parallel.world()[0] == 0:
+        metas = {each.path: artifacts.read_checkpoint_metadata(each.path) for each in plans}  # once: reading checks every byte
         for each in plans:
-            point_to(each.beside("metrics.json"), each.path)
+            let_say(each.beside("metrics.json"), {"checkpoint": each.path.name, **metas[each.path]["metrics"]})
             storage.remove(each.path.with_suffix(".resume.pt"))
-        point_to(settings.run_dir / "metrics.json", plans[0].path)
         if len(plans) > 1:
+            let_say(settings.run_dir / "metrics.json", json.loads(plans[0].beside("metrics.json").read_text()))
             print(f"stage 3 reads {plans[0].path.name}, the first of {len(plans)}")
-        hand_over(plans, settings)
-        metrics = artifacts.read_checkpoint_metadata(plans[0].path)["metrics"]
+        hand_over(metas, settings)
+        metrics = metas[plans[0].path]["metrics"]
         progress.summary("train_sae", plans[0].path, started, status="written" if todo else "unchanged", n_autoencoders=len(plans),
                          **{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")})
 
 
-def hand_over(plans, settings):
-    """What others need of the autoencoders: folders for other libraries, and the model card."""
+def hand_over(metas, settings):
+    """What others need of the autoencoders {path: metadata}: folders for other libraries, and the model card."""
     from fastsae.export import bring_up_to_date
     from fastsae.model_card import write_card
 
-    for each in plans:
-        bring_up_to_date(each.path, settings.EXPORT or ())
-    write_card(settings.run_dir, [each.path for each in plans])
+    for path in metas:
+        bring_up_to_date(path, settings.EXPORT or ())
+    write_card(settings.run_dir, metas)
 
 
 def train_all(plans, source, settings):
@@ -357,9 +358,9 @@ def report(metrics, timing, settings):
         print("warning: over 5 % of the features are dead. lower --m, raise --aux-k, or give more data.")
 
 
-def point_to(metrics_path, path):
-    """Let metrics.json speak of the checkpoint at `path` (the one that stage 3 reads) if it speaks of another one, or of an older."""
-    right = json.loads(artifacts.to_json({"checkpoint": path.name, **artifacts.read_checkpoint_metadata(path)["metrics"]}))
+def let_say(metrics_path, figures):
+    """Write `figures` to metrics.json if it says something else: it may speak of another checkpoint, or of an older one."""
+    right = json.loads(artifacts.to_json(figures))
     try:
         found = json.loads(metrics_path.read_text())
         same = all(found.get(name) == value for name, value in right.items())

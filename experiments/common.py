@@ -1,5 +1,4 @@
 """What every experiment needs: the project on the import path, stages as subprocesses, and results with their provenance."""
-import io
 import json
 import os
 import platform
@@ -71,11 +70,21 @@ def write_result(name, settings, result):
 
 
 def write_figure(path, figure):
-    """A matplotlib figure as a PNG, whole or not at all."""
+    """A matplotlib figure as a PNG, and say so."""
+    from fastsae.monitoring import save_figure
+
+    save_figure(path, figure)
+    print(f"wrote {path}")
+
+
+def remembered(path, key, compute):
+    """What `compute()` returned, JSON-able, when `key` was asked for before, from the journal at `path`; else computes and appends."""
     from fastsae import artifacts
 
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    with artifacts.committed(path) as file:
-        file.write(content.getvalue())
-    print(f"wrote {path}")
+    name = artifacts.fingerprint("study", key, {})
+    for line in artifacts.read_lines(path):
+        if line.get("key") == name:
+            return line["value"]
+    value = compute()
+    artifacts.append_line(Path(path), {"key": name, "value": value})
+    return value

@@ -14,8 +14,8 @@ import importlib.util
 import sys
 
 import numpy as np
-from common import RESULTS, write_figure, write_result
-from model_inputs import STAGES, example_ids, load_model, meant_for, remembered, require, some_dialogues, subjects
+from common import RESULTS, remembered, write_figure, write_result
+from model_inputs import STAGES, example_ids, load_model, meant_for, require, some_dialogues, subjects
 
 import config
 from fastsae.errors import run_stage

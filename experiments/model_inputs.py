@@ -10,7 +10,7 @@ import numpy as np
 from common import PROJECT, run_stage
 
 import config
-from fastsae import artifacts, language_model
+from fastsae import language_model
 from fastsae.errors import InputError
 from fastsae.examples import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
 from fastsae.sources import Deduplicator, identity, stream_examples
@@ -158,14 +158,3 @@ def meant_for(subject, stream, table):
     usable, _ = usable_tokens(stream.norm(dim=1).numpy(), table.kind, exclude_shared_prefix=own.get("EXCLUDE_SHARED_PREFIX", True),
                               max_norm_ratio=own.get("MAX_NORM_RATIO", 10.0), max_norm=subject.meta.get("max_norm"))
     return usable & chosen_tokens(own.get("USE_TOKENS", "all"), table.kind, table.role)
-
-
-def remembered(path, key, compute):
-    """What `compute()` returned, JSON-able, when `key` was asked for before, from the journal at `path`; else computes and appends."""
-    name = artifacts.fingerprint("study", key, {})
-    for line in artifacts.read_lines(path):
-        if line.get("key") == name:
-            return line["value"]
-    value = compute()
-    artifacts.append_line(Path(path), {"key": name, "value": value})
-    return value

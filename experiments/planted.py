@@ -17,12 +17,11 @@ import math
 import sys
 
 import numpy as np
-from common import RESULTS, write_figure, write_result
+from common import RESULTS, remembered, write_figure, write_result
 from directions import absolute_cosines, matched_mean, mean_max, principal_directions, random_directions, unit
 from many_runs import quick_settings
 
 import config
-from fastsae import artifacts
 
 ARCHITECTURES: str = "topk,batchtopk,jumprelu,standard,gated"
 LARGE_ARCHITECTURES: str = "topk,batchtopk"         # of the first part
@@ -74,17 +73,6 @@ def measured(settings, case, names):
               for name, rows in runs.items()}
     print(described, {name: r["mean"]["mean_max_cosine"] for name, r in result.items()}, flush=True)
     return {**described, "methods": result}
-
-
-def remembered(path, key, make):
-    """What `make()` returned when it was called with this key before, from the journal at `path`; else it is called and noted there."""
-    key = artifacts.fingerprint("planted", key, {})
-    for line in artifacts.read_lines(path):
-        if line["key"] == key:
-            return line["value"]
-    value = make()
-    artifacts.append_line(path, {"key": key, "value": value})
-    return value
 
 
 def planted_tokens(n_directions, d, active, noise, n, seed):

@@ -22,8 +22,8 @@ import sys
 import numpy as np
 import side_by_side
 from ablate import ablation
-from common import RESULTS, write_result
-from model_inputs import STAGES, example_ids, load_model, meant_for, remembered, require, some_dialogues, subjects
+from common import RESULTS, remembered, write_result
+from model_inputs import STAGES, example_ids, load_model, meant_for, require, some_dialogues, subjects
 
 import config
 from fastsae import artifacts, language_model

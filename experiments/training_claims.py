@@ -77,8 +77,7 @@ def on_the_demo(output_dir, runs):
             (Path(folder) / "activations").symlink_to(Path(output_dir).resolve() / "activations")
             started = time.perf_counter()
             run_stage("train_sae.py", "--output-dir", folder, "--run-name", "claims", *flags)
-            run_dir = Path(folder) / "checkpoints" / "claims"  # a pass of several has its times beside each checkpoint only
-            metrics = json.loads(min([*run_dir.glob("SAE*.metrics.json"), run_dir / "metrics.json"]).read_text())
+            metrics = json.loads((Path(folder) / "checkpoints" / "claims" / "metrics.json").read_text())
             rows[name] = {key: metrics[key] for key in ("normalized_mse", "l0", "dead_fraction", "dead_fraction_training", "seconds")}
             rows[name]["seconds_with_start"] = round(time.perf_counter() - started, 1)
         print(name, rows[name])

@@ -18,10 +18,9 @@ DOES = {"topk": "the K largest pre-activations of each token, those below 0 left
         "gated": "trained as a gated autoencoder, kept as the JumpReLU one it equals"}
 
 
-def write_card(folder, paths):
-    """Write README.md for the checkpoints at `paths`, all of one run, unless it is there with the same text."""
-    entries = [(path, artifacts.read_checkpoint_metadata(path)) for path in paths]
-    text, path = card(entries), folder / "README.md"
+def write_card(folder, metas):
+    """Write README.md for checkpoints {path: metadata}, all of one run, unless it is there with the same text."""
+    text, path = card(list(metas.items())), folder / "README.md"
     if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
         artifacts.write_text(path, text)
 

@@ -33,6 +33,11 @@ def write_figure(path, history):
         panel.legend(frameon=False)
     for panel in panels[2:]:
         panel.set_xlabel("epoch")
+    save_figure(path, figure)
+
+
+def save_figure(path, figure):
+    """A matplotlib figure as a PNG, whole or not at all."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     with artifacts.committed(path) as file:

@@ -51,10 +51,6 @@ class Entries:
         """(n_rows, M) @ (M, d) -> (n_rows, d)."""
         return self._csr(self.value) @ dense
 
-    def times_less(self, dense, other):
-        """`times(dense) - other` (n_rows, d) in one pass."""
-        return torch.addmm(other, self._csr(self.value), dense, beta=-1)
-
     def dots(self, left, right):
         """<left[row], right[column]> for each entry, (nnz,): left (n_rows, d), right (M, d)."""
         return torch.sparse.sampled_addmm(self._csr(torch.zeros_like(self.value)), left, right.t(), beta=0.0).values()
@@ -209,13 +205,10 @@ def sparse_step(sae, x, dead, *, aux_coef, select=torch.float32):
         update_threshold(sae, active.value)
     leveled = _by_level(active, prefixes)
 
-    if n_levels == 1:
-        error = leveled.times_less(decoder, x_centred).view(n, 1, d)
-    else:
-        error = leveled.times(decoder).view(n, n_levels, d)  # (B, L, d), each level's part of the reconstruction
-        error[:, 0] -= x_centred
-        for i in range(1, n_levels):
-            error[:, i] += error[:, i - 1]                   # now (reconstruction from the prefix) - x
+    error = leveled.times(decoder).view(n, n_levels, d)  # (B, L, d), each level's part of the reconstruction
+    error[:, 0] -= x_centred
+    for i in range(1, n_levels):
+        error[:, i] += error[:, i - 1]                   # now (reconstruction from the prefix) - x
     variance = _variance(x_centred)
     loss = torch.linalg.vector_norm(error).square() / (n_all * n_levels * d * variance)  # mean over levels of their normalised MSE
     residual = -error[:, -1] if sae.aux_k and aux_coef and bool(dead.any()) else None

@@ -14,6 +14,10 @@ METRICS = {"normalized_mse": 0.25, "explained_variance": 0.75, "l0": 4.0, "dead_
            "n_train_tokens": 1000, "n_validation_tokens": 100}
 
 
+def metas(folder, *names):
+    return {folder / name: artifacts.read_checkpoint_metadata(folder / name) for name in names}
+
+
 def written(folder, *, kind="topk", names=("SAE_M=40_K=4.pt",), **source):
     """The text of the card for checkpoints as train_sae.py leaves them."""
     for name in names:
@@ -21,7 +25,7 @@ def written(folder, *, kind="topk", names=("SAE_M=40_K=4.pt",), **source):
         metadata = artifacts.new_metadata("sae", settings, {"activations": "f"}, activations={**SOURCE, **source}, metrics=METRICS,
                                           max_norm=12.5)
         save_sae(folder / name, trained(kind), metadata)
-    model_card.write_card(folder, [folder / name for name in names])
+    model_card.write_card(folder, metas(folder, *names))
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -77,7 +81,7 @@ def test_names_stay_names(tmp_path, field, name):
 def test_a_card_is_written_once(tmp_path, monkeypatch):
     written(tmp_path)
     monkeypatch.setattr(artifacts, "write_text", lambda *_, **__: pytest.fail("written again"))
-    model_card.write_card(tmp_path, [tmp_path / "SAE_M=40_K=4.pt"])
+    model_card.write_card(tmp_path, metas(tmp_path, "SAE_M=40_K=4.pt"))
 
 
 def test_settings_are_json(tmp_path):
