@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-RESULTS = PROJECT / "experiments" / "results"
+RESULTS = Path(os.environ.get("FASTSAE_RESULTS") or PROJECT / "experiments" / "results").absolute()
 sys.path.insert(0, str(PROJECT))
 
 

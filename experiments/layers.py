@@ -74,7 +74,7 @@ def one_seed(settings, root, layer, seed):
             "n_above_auc_bound": head["summary"].get("n_above_auc_bound"),
             "n_above_auc_bound_shuffled": head["summary"].get("n_above_auc_bound_shuffled"),
             "median_category_auc": float(np.median(auc)) if auc else None,
-            "mean_token_purity": float(np.nanmean(purity)), "share_purity_above_half": float(np.nanmean(purity > 0.5)),
+            "mean_token_purity": float(np.nanmean(purity)), "share_purity_above_half": float(np.mean(purity[~np.isnan(purity)] > 0.5)),
             "mean_special_token_share": float(np.mean([r["special_token_share"] for r in rows if r["special_token_share"] is not None]))}
 
 

@@ -135,13 +135,16 @@ def refusing_damage(path, made_by):
 
 
 def read_foreign_npz(path):
-    """The arrays of an .npz of another project, its checksums looked at, without pickles. Raises EnvironmentFailure if it is damaged."""
+    """The arrays of numbers of another project's .npz, its checksums looked at, without pickles. EnvironmentFailure if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if (bad := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of {bad}")
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            found = {name: arrays[name] for name in arrays.files}
+        if text := [name for name, value in found.items() if value.dtype.kind not in "fiu"]:
+            raise ValueError(f"{text[0]} holds no numbers")
+        return found
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise EnvironmentFailure(f"{path}: damaged, or no plain .npz ({_brief(error)}). get another copy.") from None
 

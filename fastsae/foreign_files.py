@@ -4,6 +4,7 @@ Only safetensors, .npz without pickles and `torch.load(weights_only=True)` are u
 and finite, and every setting of its type; else one line names the file and the key.
 """
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,7 +92,8 @@ class Config:
             value = int(value)
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        wrong = isinstance(value, bool) and kind is not bool or isinstance(value, float) and not math.isfinite(value)
+        if wrong or not isinstance(value, kind):
             raise InputError(f"{self.path}: {name} is {str(value)[:60]!r}, no {kind.__name__}. get another copy of the file.")
         return value
 

@@ -138,7 +138,7 @@ def read_sparsify(path):
 
 def read_gemma_scope(path):
     """`Parts` of Gemma Scope's params.npz (JumpReLU without b_dec in front, arXiv 2408.05147); the layer stands in the folders' names."""
-    weights = Tensors(path, {name: torch.from_numpy(np.array(value)) for name, value in artifacts.read_foreign_npz(path).items()})
+    weights = Tensors(path, {name: torch.from_numpy(value.astype(np.float32)) for name, value in artifacts.read_foreign_npz(path).items()})
     w_enc = weights.take("W_enc", None, None)
     d, m = w_enc.shape
     parts = Parts(w_enc.t().contiguous(), weights.take("W_dec", m, d), weights.take("b_enc", m), weights.take("b_dec", d), "jumprelu",

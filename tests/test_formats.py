@@ -388,7 +388,7 @@ def test_gemma_scope(tmp_path):
     folder = tmp_path / "layer_20" / "width_16k" / "average_l0_71"
     folder.mkdir(parents=True)
     state = dictionary_state("JumpReluAutoEncoder")
-    np.savez(folder / "params.npz", **{name: value.numpy() for name, value in state.items()})
+    np.savez(folder / "params.npz", **{name: value.numpy().astype(">f4") for name, value in state.items()})  # of another machine
     ours, meta = load_sae(folder)
     x = tokens()
     for found, value in zip(dense(ours, x), dictionary_features("JumpReluAutoEncoder", state, x), strict=True):
@@ -419,6 +419,22 @@ REFUSED = [({"normalize_activations": "expected_average_only_in"}, "normalize_ac
 def test_what_cannot_be_held_is_named(tmp_path, config, message):
     with pytest.raises(InputError, match=message):
         load_sae(saelens_folder(tmp_path / "s", trained("topk"), **config))
+
+
+@pytest.mark.parametrize(("architecture", "name"), [("topk", "k"), ("matryoshka_batchtopk", "k"), ("topk", "d_in")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_of_a_config_are_finite(tmp_path, architecture, name, value):
+    threshold = {} if architecture == "topk" else {"topk_threshold": torch.tensor(0.1)}
+    folder = saelens_folder(tmp_path / "s", trained("topk"), keys=threshold.items(), **{"architecture": architecture, name: value})
+    with pytest.raises(InputError, match=rf"cfg.json: {name} is '(nan|inf)', no (int|float)"):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize("value", [np.array(["a"]), np.array([1j]), np.array([True])])
+def test_arrays_that_hold_no_numbers(tmp_path, value):
+    np.savez(tmp_path / "params.npz", W_enc=value)
+    with pytest.raises(EnvironmentFailure, match="W_enc holds no numbers"):
+        load_sae(tmp_path / "params.npz")
 
 
 def test_unknown_tensors_and_files(tmp_path):
