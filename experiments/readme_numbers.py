@@ -1,7 +1,9 @@
 """Write the parts of the README that come from files: the settings table, and the figures under experiments/results/.
 
-    python experiments/readme_numbers.py           # rewrite the README
-    python experiments/readme_numbers.py --check   # exit 1 if it would change
+Also writes experiments/results/STUDIES.md, what the studies found in full.
+
+    python experiments/readme_numbers.py           # rewrite both
+    python experiments/readme_numbers.py --check   # exit 1 if either would change
 """
 import argparse
 import json
@@ -9,6 +11,7 @@ import re
 import sys
 
 import readme_studies
+import studies_page
 from common import PROJECT, RESULTS
 
 import config
@@ -18,17 +21,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    path = PROJECT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = old
-    for name, make in (("TREE", tree), ("SETTINGS", settings_table), ("MEASURED", measured),
-                       ("STUDIES", lambda: "\n\n".join(readme_studies.sentences()))):
-        block = f"<!-- {name.lower()}: written by experiments/readme_numbers.py -->\n{make()}\n<!-- end -->"
-        new = re.sub(rf"@@{name}@@|<!-- {name.lower()}: .*?<!-- end -->", lambda _, block=block: block, new, flags=re.S)
+    texts = {PROJECT / "README.md": readme(), RESULTS / "STUDIES.md": studies_page.whole()}
     if args.check:
-        return int(new != old)
-    path.write_text(new, encoding="utf-8")
+        return int(any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in texts.items()))
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     return 0
+
+
+def readme():
+    """The README as it should be."""
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    for name, make in (("TREE", tree), ("SETTINGS", settings_table), ("MEASURED", measured), ("STUDIES", readme_studies.table)):
+        block = f"<!-- {name.lower()}: written by experiments/readme_numbers.py -->\n{make()}\n<!-- end -->"
+        text = re.sub(rf"@@{name}@@|<!-- {name.lower()}: .*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
+    return text
 
 
 def result(name):

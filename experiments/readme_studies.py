@@ -1,203 +1,150 @@
-"""The README's paragraphs on the studies, one function each, from their files under experiments/results/."""
+"""The README's table of the studies: what the paper says, and what came out here, from the files under experiments/results/."""
 import json
 
+import numpy as np
 from common import RESULTS
-from readme_fast import fast_vs_block, pareto
+from studies_page_fast import PAPER_MSE_ST, PAPER_SCORED, SOURCES, count_orderings
+
+PAPER_MSE = {"standard": (1.3892, 1.4749, 2.0024), "jumprelu": (-9.1659, -6.8466, -6.5926)}  # log2 MSE where PAPER_MSE_ST is
+WITH, WITHOUT = "all tokens", "without prefix and sinks"
 
 
-def sentences():
-    """[Markdown paragraph] of the studies that have a result."""
-    found = [(study, RESULTS / f"{study.__name__}.json") for study in
-             (fast_vs_block, loss_recovered, pareto, steer, layers, stability, modular_arithmetic, planted)]
-    return [study(json.loads(path.read_text())) for study, path in found if path.exists()]
+def table():
+    """The rows of the studies that have a result; "" if none has."""
+    studies = (fast_vs_block, loss_recovered, steer, layers, pareto, stability, modular_arithmetic, planted)
+    rows = [row for study in studies if (r := read(study.__name__)) for row in study(r)]
+    if not rows:
+        return ""
+    lines = ["| | paper | here | replicated? |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join([*lines, *(["", note] if (note := conditions()) else [])])
+
+
+def conditions():
+    """What the comparison with block training was made of, and how long the quick forms take."""
+    parts = []
+    if r := read("fast_vs_block"):
+        s = r["settings"]
+        parts.append(f"FAST against block training: {len(r['runs'])} autoencoders of {s['MODEL_NAME'].rpartition('/')[2]} (M = {s['M']}, "
+                     f"K = {s['K']}, {len(s['SEEDS'])} seeds, layers {', '.join(map(str, s['LAYERS']))}), {r['train_tokens']:,} tokens "
+                     f"each, {r['data']['held out']['examples']} held-out dialogues of `{s['DATASET_PATH']}`.")
+    if r := read("quick_studies"):
+        times = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in r["seconds"].items())
+        parts.append(f"Minutes that `--quick` takes from nothing on {r['machine']['cores']} cores ({r['machine']['device']}): {times}.")
+    return " ".join(parts)
+
+
+def read(name):
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def triple(values, digits=2):
+    return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
+def fast_vs_block(r):
+    """FAST against block training: the errors, the part of the sinks, and the features."""
+    s, rows = r["settings"], []
+    middle = s["LAYERS"][len(s["LAYERS"]) // 2]
+    here = {(c["architecture"], c["sinks_in_training"]): c for c in r["comparisons"] if c["layer"] == middle}
+    for what, title, paper in (("mse_special", "log2 MSE_st", PAPER_MSE_ST), ("mse", "log2 MSE", PAPER_MSE)):
+        for architecture in paper:
+            if (architecture, True) in here:
+                name = f"{what}, {WITH}"
+                values = here[architecture, True][name]["log2"]
+                rows.append((f"{title}, {architecture}: FAST / BT(F) / BT(P)", f"{triple(paper[architecture])} (Qwen2.5-7B, layer 18)",
+                             f"{triple(values[source] for source in SOURCES)} (layer {middle})",
+                             orderings([c for c in r["comparisons"] if c["architecture"] == architecture], name, True)))
+    name = f"mse_special, {WITHOUT}"
+    if ("topk", False) in here:
+        values = here["topk", False][name]["log2"]
+        rows.append(("log2 MSE_st, topk, without prefix and sinks", "-", f"{triple(values[source] for source in SOURCES)} (layer {middle})",
+                     orderings([c for c in r["comparisons"] if c["architecture"] == "topk"], name, False)))
+    shares = [c["gap of BT(F) on sinks"]["share"] for c in r["comparisons"] if c["sinks_in_training"]]
+    shares = [100 * share for share in shares if share is not None]
+    if shares:
+        rows.append(("gap BT(F) - FAST in MSE_st that lies on attention sinks", "not looked at",
+                     f"{np.median(shares):.0f} % (median; {min(shares):.0f} to {max(shares):.0f} %)", "-"))
+    return [*rows, *features(r, middle)]
+
+
+def orderings(comparisons, name, sinks):
+    """How often the ordering FAST < BT(F) < BT(P) holds, in words."""
+    confirmed, refuted, unclear = count_orderings({"comparisons": comparisons}, name, sinks)
+    n = confirmed + refuted + unclear
+    rest = [f"{count} {word}" for count, word in ((refuted, "refuted"), (unclear, "open")) if count]
+    return f"in {confirmed} of {n} layers" + "".join(f", {each}" for each in rest)
+
+
+def features(r, middle):
+    """The features' quality: the paper's scores by a language model, beside ours if there are any, and category AUC."""
+    rows = [row for row in r["interpretability"] if not row["sinks_in_training"]]
+    paper = f"{triple(PAPER_SCORED, 1)} % (Llama-3.2-3B, GPT-4o)"
+    found = []
+    for name, title, scale, theirs in (("share_scored_4_or_5", "features scored 4 or 5", 100, paper),
+                                       ("category_auc", "category AUC of features, topk", 1, "not looked at")):
+        mine = {row["source"]: row[name] for row in rows if row["layer"] == middle and row["architecture"] == "topk" and name in row}
+        if len(mine) == len(SOURCES):
+            clear = {other: sum(row[name]["below_fast_by"][0] > 0 for row in rows if row["source"] == other) for other in SOURCES[1:]}
+            n = len(rows) // len(SOURCES)
+            values = triple((scale * mine[source]["value"] for source in SOURCES), 1 if scale == 100 else 3)
+            found.append((title, theirs, f"{values}{' %' * (scale == 100)} (layer {middle})",
+                          f"FAST clearly above BT(F) in {clear['BT(F)']} of {n} cases, above BT(P) in {clear['BT(P)']}"))
+        elif theirs == paper:
+            found.append((title, theirs, "no language model at hand", "not tried"))
+    return found
 
 
 def loss_recovered(r):
-    """What the model loses when its stream is replaced by reconstructions."""
-    parts = []
     for row in r["autoencoders"].values():
-        usable, every = row["kinds"]["all"], row["kinds_every_token_replaced"]["all"]
-        ce, zero, mean = usable["ce"], usable["loss_recovered_zero"], usable["loss_recovered_mean"]
+        zero = row["kinds"]["all"]["loss_recovered_zero"]
         low, high = (100 * q for q in zero["interval"])
-        parts.append(
-            f"M = {row['m']:,}, K = {row['k']} (normalised MSE {row['normalized_mse']:.3f}): the loss rises from {ce['clean']:.2f} to "
-            f"{ce['spliced']:.2f} nats a token, KL {usable['kl']['spliced']:.2f}; {100 * zero['value']:.1f} % [{low:.1f}, {high:.1f}] "
-            f"of the loss is recovered against zeros, {100 * mean['value']:.1f} % against the mean; with every token replaced "
-            f"{100 * every['loss_recovered_zero']['value']:.1f} %")
-    row = next(iter(r["autoencoders"].values()))
-    kinds = {name: 100 * row["kinds"][name]["loss_recovered_zero"]["value"] for name in ("content", "template") if name in row["kinds"]}
-    return (f"**Loss recovered** ([table](experiments/results/loss_recovered.json), [figure](experiments/results/loss_recovered.png); "
-            f"layer {row['layer']}, {row['n_examples']} held-out examples, 95 % intervals over examples). {'. '.join(parts)}. The first "
-            "figures leave the shared prefix and attention sinks as they are, as training does: an autoencoder that never saw them "
-            f"reconstructs them wrongly, and every later token attends to them. By token predicted, for the first: "
-            f"{', '.join(f'{name} {value:.1f} %' for name, value in kinds.items())}.")
+        yield (f"loss recovered, M = {row['m']:,}, K = {row['k']}", "-", f"{100 * zero['value']:.1f} % [{low:.1f}, {high:.1f}]", "-")
 
 
 def steer(r):
-    """What steering did, beside what FAST reports."""
-    alphas, over = r["alphas"], r["alphas_over_mean_norm"]
     feature = next(t for t in r["targets"] if t["feature"] is not None)
-    random = [t for t in r["targets"] if t["feature"] is None]
-    lines = []
-    for i, alpha in enumerate(alphas):
-        p, others = feature["curves"][i], [t["curves"][i] for t in random]
-        words, by_chance = (["" if c["expected_word"] is None else f"{100 * c['expected_word']:.0f} %" for c in cs] for cs in ([p], others))
-        perplexities = ", ".join(f"{c['perplexity']:.1f}" for c in others)
-        lines.append(f"| {alpha:g} | {over[i]:.2f} | {100 * p['changed']:.0f} % | {p['tokens']:.0f} | {100 * p['repetition']:.0f} % | "
-                     f"{p['perplexity']:.1f} ({perplexities}) | {words[0]} ({', '.join(by_chance)}) |")
-    base = r["unsteered"]["expected_word"]
-    verdict = ""
-    if base is not None:
-        best, best_random = (max((p["expected_word"], -alpha) for t in ts for alpha, p in zip(alphas, t["curves"]) if alpha)
-                             for ts in ([feature], random or [feature]))
-        failed = best[0] <= max(base, best_random[0])
-        verdict = (f"Of the {r['n_with_expected_word']} questions with an expected word the unsteered model answers {100 * base:.0f} % "
-                   f"with it, the steered at best {100 * best[0]:.0f} % (alpha {-best[1]:g}), with a random direction "
-                   f"{100 * best_random[0]:.0f} % (alpha {-best_random[1]:g}): " + ("that moderate steering improves answers did not "
-                   "replicate on this model and these questions." if failed else "more than by chance."))
-    limits, fluent = r["settings"], feature["fluent_up_to_alpha"]
-    same = "gives the unsteered answers token for token" if feature["alpha_0_equals_unsteered"] else "DIFFERS from the unsteered answers"
-    bounds = ", ".join("none" if t["fluent_up_to_alpha"] is None else f"{t['fluent_up_to_alpha']:g}" for t in random)
-    effect = f" {ablated(r['ablation'])}" if "ablation" in r else ""
-    return "\n".join([
-        f"**Steering** ([answers](experiments/results/steer.md), [table](experiments/results/steer.json), "
-        f"[figure](experiments/results/steer.png); layer {r['autoencoder']['layer']}, {r['n_prompts']} questions, mean norm of the stream "
-        f"{r['mean_norm']:.0f}). {feature['name'].capitalize()} is the strongest on `{limits['SPECIAL_TOKEN']}` in {r['n_dialogues']} "
-        f"dialogues, found as in FAST ({feature['how'].split(' on ')[0]}). alpha = 0 {same}.",
-        "", "| alpha | over the norm | answers changed | tokens | repetition | perplexity (random) | expected word (random) |",
-        "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
-        (f"By the rule of `steer.py` (perplexity below {limits['PERPLEXITY_LIMIT']:g} times and repetition within "
-         f"{limits['REPETITION_LIMIT']:g} of the unsteered answers') answers stay fluent up to alpha {fluent:g}" if fluent is not None else
-         "Answers are fluent at no alpha") + f"; random directions of the same length up to {bounds}. FAST reports 25 to 100 as useful for "
-        f"Qwen2.5-7B. {verdict}{effect}"])
-
-
-def ablated(r):
-    """One sentence on the ablation of the steered feature and of others."""
-    own, others = [f for f in r["features"] if not f["by_lot"]], [f for f in r["features"] if f["by_lot"]]
-    low, high = own[0]["interval"] or (float("nan"),) * 2
-    elsewhere = {f["change_elsewhere"] for f in r["features"]} - {None}
-    changes = sorted(f["change_where_it_fires"] for f in others)
-    return (f"**Ablation**: without feature {own[0]['feature']} the loss changes by {own[0]['change_where_it_fires']:+.4f} nats a token "
-            f"[{low:+.4f}, {high:+.4f}] in the examples where it fires ({100 * own[0]['share_of_examples']:.0f} %); without one of "
-            f"{len(others)} features by lot by {changes[0]:+.4f} to {changes[-1]:+.4f}; elsewhere by "
-            f"{'exactly 0' if elsewhere <= {0} else max(elsewhere, key=abs)}.")
+    alpha = feature["fluent_up_to_alpha"]
+    here = "at no alpha" if alpha is None else f"up to alpha {alpha:g}, {alpha / r['mean_norm']:.2f} of the stream's mean norm"
+    best, base = max((p["expected_word"] or 0) for a, p in zip(r["alphas"], feature["curves"]) if a), r["unsteered"]["expected_word"] or 0
+    by_chance = max([p["expected_word"] or 0 for t in r["targets"] if t["feature"] is None
+                     for a, p in zip(r["alphas"], t["curves"]) if a], default=0)
+    better = best > max(base, by_chance)
+    yield ("steering: fluent answers", "alpha 25 to 100 (Qwen2.5-7B)", here, "yes" if (alpha or 0) >= 100 else "no")
+    yield ("steering: questions answered with the expected word, steered / unsteered / random direction", "better, by examples",
+           f"{100 * best:.0f} / {100 * base:.0f} / {100 * by_chance:.0f} %", "yes" if better else "no")
 
 
 def layers(r):
-    """The table "which layer?"."""
-    rows, s = r["layers"], r["settings"]
-    lines = [f"| {x['layer']} | {x['median_norm']:.0f} | {x['n_sinks']} | {x['normalized_mse']:.3f} | "
-             f"{x['n_above_auc_bound']:.1f} ({x['n_above_auc_bound_shuffled']:.1f}) | {x['median_category_auc']:.3f} | "
-             f"{x['mean_token_purity']:.3f} |" for x in rows]
+    rows = r["layers"]
     most = max(rows, key=lambda x: x["n_above_auc_bound"])
-    best, worst = min(rows, key=lambda x: x["normalized_mse"]), max(rows, key=lambda x: x["normalized_mse"])
-    counts, purity = ([x[name] for x in rows] for name in ("n_above_auc_bound", "mean_token_purity"))
     middle = rows[0]["layer"] < most["layer"] < rows[-1]["layer"]
-    chance = " With one seed a layer, differences of this size are not told from chance." if s["N_SEEDS"] == 1 else ""
-    examples = f"{s['MAX_EXAMPLES']} examples, " if s.get("MAX_EXAMPLES") else ""
-    return "\n".join([
-        "**Which layer** ([table](experiments/results/layers.json), [figure](experiments/results/layers.png); one extraction pass, "
-        f"{examples}M = {s['M']}, K = {s['K']}, seeds per layer: {s['N_SEEDS']}):", "",
-        "| layer | median norm | sinks | normalised MSE | features with AUC > 0.8 (shuffled labels) | median AUC | token purity |",
-        "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
-        f"Normalised MSE is lowest at layer {best['layer']} and highest at layer {worst['layer']}. Of {s['M']} features {min(counts):.0f} "
-        f"to {max(counts):.0f} separate a category, most at layer {most['layer']}, and token purity is {min(purity):.2f} to "
-        f"{max(purity):.2f}.{chance} That middle layers hold the most meaning "
-        + ("agrees with this." if middle else "does not show here.")])
+    here = ", ".join(f"{x['n_above_auc_bound']:.0f} at {x['layer']}" for x in rows)
+    yield ("features with category AUC above 0.8, by layer", "middle layers are the semantic ones (a tutorial's rule)", here,
+           "yes" if middle else "no")
 
 
-def modular_arithmetic(r):
-    """Which directions of a transformer that adds modulo p are found, by autoencoders, principal components and at random."""
-    s, t = r["settings"], r["transformer"]
-    lines = [
-        f"**Ground truth: modular addition** (`results/modular_arithmetic.json`, [figure](experiments/results/modular_arithmetic.png)): a "
-        f"transformer of one block learns a + b modulo {s['P']} from {100 * s['TRAIN_FRACTION']:.0f} % of the pairs; "
-        f"{100 * t['test_accuracy']:.2f} % of its answers to the other {t['n_test_pairs']:,} are right. {len(r['key_frequencies'])} key "
-        f"frequencies ({', '.join(map(str, r['key_frequencies']))}) hold {100 * s['KEY_SHARE']:.0f} % of the variance of its embedding. "
-        "MCC of the directions of their cosines and sines (Hungarian matching, |cosine|); in brackets how much of the matched directions "
-        f"lies in the right planes, which does not depend on phases. Mean of {len(s['SEEDS'])} seeds.", "",
-        "| | embedding | normalised MSE | answer | normalised MSE |", "|---|---|---|---|---|"]
-    for part in ("autoencoders", "baselines"):
-        for name in r["sites"]["embedding"][part]:
-            cells = []
-            for site in r["sites"].values():
-                row = site[part][name]["mean"] if part == "autoencoders" else site[part][name]
-                cells += [f"{row['mcc']:.3f} ({row['plane_mcc']:.3f})", f"{row['normalized_mse']:.3f}" if "normalized_mse" in row else ""]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(against_pca(name, site) for name, site in r["sites"].items()), *why(r)])
-
-
-def against_pca(name, site):
-    runs = [run for rows in site["autoencoders"].values() for run in rows["runs"]]
-    best, pca = max(run["mcc"] for run in runs), site["baselines"]["principal components"]["mcc"]
-    word = "does better than" if best > pca else "does not reach"
-    like = site["baselines"]["random, covariance of the data"]["mcc"]
-    return (f"- {name}: the best autoencoder of {len(runs)} has an MCC of {best:.3f} and {word} principal components ({pca:.3f}); "
-            f"directions drawn with the data's covariance, which know nothing else of it, have {like:.3f}.")
-
-
-def why(r):
-    """Why principal components win, if they do."""
-    sites = r["sites"].values()
-    if any(run["mcc"] > site["baselines"]["principal components"]["mcc"] for site in sites for rows in site["autoencoders"].values()
-           for run in rows["runs"]):
-        return []
-    rows = [row["mean"] for site in sites for row in site["autoencoders"].values()]
-    lengths, shares = ([row[name] for row in rows] for name in ("mean_length_in_best_plane", "share_of_numbers"))
-    variance = 100 * min(site["variance_in_known_directions"] for site in sites)
-    return [f"- Why: every number uses every frequency, so nothing here is sparse. The known directions are a few nearly orthogonal planes "
-            f"of unequal variance with {variance:.0f} % of it or more, which is what principal components are made for. Features mix the "
-            f"planes ({min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in its best one): each fires for some of the "
-            f"numbers ({100 * min(shares):.0f} to {100 * max(shares):.0f} %), along an arc of one circle that the others break up."]
-
-
-def planted(r):
-    """How well known directions are found again, by architecture."""
-    large, small, s = r["large"][0], r["active"][0], r["settings"]
-    lines = [
-        f"**Ground truth: planted directions** (`results/planted.json`, [figure](experiments/results/planted.png)): tokens are sums of "
-        f"{large['active']} of {large['directions']:,} directions in {large['dimensions']} dimensions, noise {large['noise']:g}. Mean max "
-        "cosine: " + ", ".join(f"{name} {row['mean']['mean_max_cosine']:.3f}" for name, row in large["methods"].items())
-        + f" ({len(s['SEEDS'])} seed{'s' * (len(s['SEEDS']) > 1)}). {bar(large)} MCC with {small['directions']} directions in "
-        f"{small['dimensions']} dimensions, against the number active and against the noise:", "",
-        "| | " + " | ".join([*(f"{case['active']} active" for case in r["active"]), *(f"noise {case['noise']:g}" for case in r["noise"])])
-        + " |",
-        "|---|" + "---|" * len(r["active"] + r["noise"])]
-    return "\n".join(lines + [
-        f"| {name} | " + " | ".join(f"{case['methods'][name]['mean']['mcc']:.3f}" for case in r["active"] + r["noise"]) + " |"
-        for name in small["methods"]])
-
-
-def bar(large):
-    reached = {name: min(run["mean_max_cosine"] for run in row["runs"]) > 0.95 for name, row in large["methods"].items()
-               if "l0" in row["mean"]}
-    missed = [name for name, good in reached.items() if not good]
-    return (f"Above 0.95 in every seed: {', '.join(name for name, good in reached.items() if good) or 'none'}"
-            + (f"; not: {', '.join(missed)}" if missed else "") + ".")
+def pareto(r):
+    s = r["settings"]
+    l0 = str(s["AT_L0"][len(s["AT_L0"]) // 2])
+    there = {name: cells[l0]["mean"] for name, cells in r["at_l0"]["normalized_mse"].items() if l0 in cells}
+    yield (f"normalised MSE at L0 {l0}", "-", ", ".join(f"{name} {there[name]:.3f}" for name in sorted(there, key=there.get)), "-")
 
 
 def stability(r):
-    """How far autoencoders that differ in their seed agree."""
-    s = r["settings"]
-    lines = [
-        f"**Stability** (`results/stability.json`, [figure](experiments/results/stability.png)): {s['ARCHITECTURE']} autoencoders of "
-        f"the demo's activations that differ in their first weights only, {len(s['SEEDS'])} seeds, {s['N_EPOCHS']} epochs. Cosines of "
-        "decoder directions of two seeds: mean of the largest, and under the best one-to-one matching; share of features that all seeds "
-        "have (cosine above "
-        f"{s['THRESHOLD']:g}). Tokens by lot are as many activations less their mean.", "",
-        "| M | K | mean max cosine | tokens by lot | matched | random directions | tokens by lot | found by all | normalised MSE |",
-        "|---|---|---|---|---|---|---|---|---|"]
-    for row in r["runs"]:
-        base = r["baselines"][str(row["m"])]
-        lines.append(f"| {row['m']:,} | {row['k']} | {row['mean_max_cosine']:.3f} | {base['tokens']['mean_max_cosine']:.3f} | "
-                     f"{row['mcc']:.3f} | {base['random']['mcc']:.3f} | {base['tokens']['mcc']:.3f} | "
-                     f"{100 * row['found_by_all']:.0f} % | {row['normalized_mse']:.3f} |")
-    first, last = min(r["runs"], key=lambda row: row["found_by_all"]), max(r["runs"], key=lambda row: row["found_by_all"])
-    below = [f"M = {row['m']:,}, K = {row['k']}" for row in r["runs"]
-             if row["mean_max_cosine"] < 1.05 * r["baselines"][str(row["m"])]["tokens"]["mean_max_cosine"]]
-    doubt = (f" By the mean of the largest cosines two seeds agree less, or hardly more, than two draws of tokens at {'; '.join(below)}."
-             if below else "")
-    return "\n".join([*lines, "", f"Between {100 * first['found_by_all']:.0f} % (M = {first['m']:,}, K = {first['k']}) and "
-            f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the features are found by every seed: the others "
-            "are one choice of many, so check a feature that matters under another seed (`train_sae.py --seeds 0,1,2`)." + doubt])
+    shares = [100 * row["found_by_all"] for row in r["runs"]]
+    yield (f"features that {len(r['settings']['SEEDS'])} seeds all find", "-", f"{min(shares):.0f} to {max(shares):.0f} %, by M and K", "-")
+
+
+def modular_arithmetic(r):
+    site = r["sites"]["embedding"]
+    best = max(run["mcc"] for rows in site["autoencoders"].values() for run in rows["runs"])
+    yield ("modular addition, Fourier directions: MCC of the best autoencoder / principal components", "-",
+           f"{best:.3f} / {site['baselines']['principal components']['mcc']:.3f}; the model is right on "
+           f"{100 * r['transformer']['test_accuracy']:.2f} % of unseen pairs", "-")
+
+
+def planted(r):
+    large = r["large"][0]
+    found = ", ".join(f"{name} {row['mean']['mean_max_cosine']:.3f}" for name, row in large["methods"].items())
+    yield (f"{large['directions']:,} planted directions in {large['dimensions']}: mean max cosine", "-", found, "-")

@@ -15,7 +15,7 @@ import fast_vs_block
 import heldout
 import many_runs
 import pareto
-import readme_fast
+import studies_page_fast
 
 from fastsae.autoencoder import new_sae
 from fastsae.examples import SHARED_PREFIX, ChatTokenizer, mark_shared_prefix, tokenise
@@ -236,7 +236,7 @@ def test_fast_against_block_training_from_end_to_end(tmp_path, study, capsys):
     assert not trained & set((tmp_path / "out/checkpoints/fast_vs_block/held_out.jsonl").read_text().splitlines())
     assert all(0 < row["token_purity"]["value"] <= 1 and 0 <= row["category_auc"]["value"] <= 1 for row in result["interpretability"])
     assert (tmp_path / "fast_vs_block.png").stat().st_size > 10_000
-    lines = readme_fast.fast_vs_block(result).splitlines()
+    lines = studies_page_fast.fast_vs_block(result).splitlines()
     assert sum(line.startswith("| topk") for line in lines) == 2 + 1 and "0.65 | 1.51 | 5.20 | 0.86 | 3.69" in "\n".join(lines)
     capsys.readouterr()
     again, _ = study(fast_vs_block, *flags)
@@ -252,7 +252,7 @@ def test_the_frontier_from_end_to_end(tmp_path, study):
         assert run["ce_clean"] != run["ce_zero"]
         assert run["loss_recovered"] == pytest.approx((run["ce_zero"] - run["ce"]) / (run["ce_zero"] - run["ce_clean"]))
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
-    assert sum(line.startswith(("| topk", "| gated")) for line in readme_fast.pareto(result).splitlines()) == 2
+    assert sum(line.startswith(("| topk", "| gated")) for line in studies_page_fast.pareto(result).splitlines()) == 2
 
 
 def test_a_language_model_scores_where_an_endpoint_is_configured(tmp_path, study, monkeypatch):

@@ -360,8 +360,8 @@ def test_layers_of_a_tiny_model(tiny, study, run_main, tmp_path, monkeypatch):
     assert study("layers", *study_flags)[1]["layers"] == result["layers"]  # up to date, the same again
 
 
-def test_the_readmes_paragraphs_come_from_the_results(study, tmp_path, monkeypatch):
-    module = importlib.import_module("readme_studies")
+def test_the_readmes_table_and_the_page_come_from_the_results(study, tmp_path, monkeypatch):
+    module = importlib.import_module("studies_page")
     results = PROJECT / "experiments" / "results"
     written = [name for name in ("loss_recovered", "steer", "layers") if (results / f"{name}.json").exists()]
     monkeypatch.setattr(module, "RESULTS", results)
@@ -369,5 +369,10 @@ def test_the_readmes_paragraphs_come_from_the_results(study, tmp_path, monkeypat
     assert len(found) >= len(written) and all((results / f"{name}.png").exists() for name in written)
     for text in found:
         assert "nan" not in text and "None" not in text
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    assert module.sentences() == []
+    table = importlib.import_module("readme_studies")
+    monkeypatch.setattr(table, "RESULTS", results)
+    rows = table.table().splitlines()
+    assert len(rows) >= 2 + len(written) and {row.count(" | ") for row in rows if "---" not in row} == {3}
+    for each in (module, table):
+        monkeypatch.setattr(each, "RESULTS", tmp_path)
+    assert module.sentences() == [] and table.table() == ""

@@ -117,9 +117,9 @@ def test_planted_tokens_are_sums_of_the_stated_number_of_directions():
 
 def words(name, result):
     """What the README would say of a result."""
-    import readme_studies
+    import studies_page
 
-    return getattr(readme_studies, name)(result)
+    return getattr(studies_page, name)(result)
 
 
 def run_study(monkeypatch, tmp_path, name, *flags):
