@@ -1,4 +1,6 @@
 """What every experiment needs: the project on the import path, stages as subprocesses, and results with their provenance."""
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -77,11 +79,20 @@ def write_figure(path, figure):
     print(f"wrote {path}")
 
 
+@functools.cache
+def code_version():
+    """sha256 (hex) of the project's Python files: what other code computed is not remembered."""
+    digest = hashlib.sha256()
+    for path in sorted([*PROJECT.glob("*.py"), *PROJECT.glob("fastsae/*.py"), *PROJECT.glob("experiments/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def remembered(path, key, compute):
-    """What `compute()` returned, JSON-able, when `key` was asked for before, from the journal at `path`; else computes and appends."""
+    """What `compute()` returned, JSON-able, when this code was asked for `key` before, from the journal at `path`; else that, appended."""
     from fastsae import artifacts
 
-    name = artifacts.fingerprint("study", key, {})
+    name = artifacts.fingerprint("study", key, {"code": code_version()})
     for line in artifacts.read_lines(path):
         if line.get("key") == name:
             return line["value"]

@@ -8,18 +8,19 @@ import heldout
 import numpy as np
 
 AUC_BOUND = 0.8
+MIN_FIRINGS = 10  # a feature that fires once has purity 1 and one that fires seldom AUC 0.5, whatever it means: such are left out
 N_TOP_EXAMPLES = 5
 
 
-def token_purity(name_mass):
-    """(M,) share of each feature's activation on the token name with the largest part; nan for features that never fire.
+def token_purity(name_mass, count):
+    """(M,) share of each feature's activation on the token name with the largest part; nan where it fires less than MIN_FIRINGS times.
 
-    name_mass: CSR (M, n_names), each feature's activation by token name.
+    name_mass: CSR (M, n_names), each feature's activation by token name; count: (M,) tokens on which it fires.
     """
     total = np.asarray(name_mass.sum(1)).ravel()
     largest = np.asarray(name_mass.max(1).todense()).ravel()
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total > 0, largest / total, np.nan)
+        return np.where(count >= MIN_FIRINGS, largest / total, np.nan)
 
 
 class Labelled:
@@ -44,15 +45,15 @@ class Labelled:
         return Evidence(sae, self.data, self.examples, self.tokenizer, bounds, n_top=N_TOP_EXAMPLES, seed=self.settings.SEED)
 
     def per_feature(self, evidence):
-        """{token_purity: (M,), category_auc: (M,) or None without labels}, nan for features that are dead here."""
+        """{token_purity: (M,), category_auc: (M,) or None without labels}, nan for features that fire less than MIN_FIRINGS times here."""
         from fastsae.categories import best_category
 
         s, auc = evidence.statistics, None
         names, labels = np.unique([str(e.label) for e in self.examples], return_inverse=True)
         if len(names) > 1:
             auc = best_category(s.pooled_max, labels[s.pooled_examples], len(names), self.settings.SEED)[1]
-            auc = np.where(s.count > 0, auc, np.nan)
-        return {"token_purity": token_purity(s.name_mass.sums), "category_auc": auc}
+            auc = np.where(s.count >= MIN_FIRINGS, auc, np.nan)
+        return {"token_purity": token_purity(s.name_mass.sums, s.count), "category_auc": auc}
 
     def scores(self, evidence, journal):
         """The language model's scores of N_SCORED_FEATURES features by lot; None without an endpoint."""
@@ -86,6 +87,7 @@ def study(cells, labelled):
     rows = []
     for group, found in groups.items():
         row = dict(zip(("source", "architecture", "layer", "sinks_in_training"), group))
+        row["features_counted"] = float(np.mean([np.isfinite(each["token_purity"]).sum() for each in found]))
         for name, (feature, statistic) in STATISTICS.items():
             values = [np.asarray(each[feature], float) for each in found if each[feature] is not None and len(each[feature])]
             if len(values) == len(found):
@@ -109,8 +111,8 @@ STATISTICS = {"token_purity": ("token_purity", np.mean), "category_auc": ("categ
 def resampled(by_seed, statistic, seed=0, n=heldout.N_BOOTSTRAP):
     """(value, (n,) draws) of a statistic of features, [(n_features,) of each seed], nan left out: seeds and features are resampled."""
     by_seed = [values[~np.isnan(values)] for values in by_seed]
-    random, draws = np.random.default_rng(seed), np.empty(n)
+    random, of_features, of_both = np.random.default_rng(seed), np.empty(n), np.empty(n)
     for i in range(n):
-        chosen = [by_seed[j] for j in random.integers(0, len(by_seed), len(by_seed))]
-        draws[i] = np.mean([statistic(values[random.integers(0, len(values), len(values))]) for values in chosen])
-    return float(np.mean([statistic(values) for values in by_seed])), draws
+        found = np.array([statistic(values[random.integers(0, len(values), len(values))]) for values in by_seed])
+        of_features[i], of_both[i] = found.mean(), found[random.integers(0, len(found), len(found))].mean()
+    return float(np.mean([statistic(values) for values in by_seed])), heldout.widened(of_features, of_both, len(by_seed))

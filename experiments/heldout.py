@@ -99,7 +99,7 @@ def per_example(values, example, chosen, n):
 
 
 def resampled(errors, seeds_drawn):
-    """((N_BOOTSTRAP,) means of errors (n_seeds, n_dialogues) under resampling of both, the mean itself).
+    """(N_BOOTSTRAP,) means of errors (n_seeds, n_dialogues) under resampling of the dialogues, the same of dialogues and seeds, the mean.
 
     seeds_drawn: (N_BOOTSTRAP, n_seeds). The dialogues drawn are the same in every call; those without such a token are left out.
     """
@@ -107,7 +107,17 @@ def resampled(errors, seeds_drawn):
     n = errors.shape[1]
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), len(seeds_drawn)) / n  # (N_BOOTSTRAP, n_dialogues)
     by_seed = weights @ errors.T                                                                # (N_BOOTSTRAP, n_seeds)
-    return np.take_along_axis(by_seed, seeds_drawn, axis=1).mean(1), float(errors.mean())
+    return by_seed.mean(1), np.take_along_axis(by_seed, seeds_drawn, axis=1).mean(1), float(errors.mean())
+
+
+def seed_factor(n_seeds):
+    """How far the seeds' part of a bootstrap has to be widened, since so few seeds vary less among each other than all would.
+
+    Their spread is that of Student's t with n - 1 degrees of freedom, and the bootstrap's variance is (n - 1) / n of the right one.
+    """
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, n_seeds - 1) / 1.96 * np.sqrt(n_seeds / (n_seeds - 1))) if n_seeds > 1 else 1.0
 
 
 def draw_seeds(n_seeds, stream):
@@ -116,26 +126,33 @@ def draw_seeds(n_seeds, stream):
 
 
 def interval(values):
-    return [round(float(v), 4) for v in np.quantile(values, (0.025, 0.975))]
+    return [float(v) for v in np.quantile(values, (0.025, 0.975))]
 
 
 def ordering(arrays):
     """Means of the three sources' errors, {source: (n_seeds, n_dialogues)}, log2 of their ratios with intervals, and the verdict.
 
-    The dialogues drawn are the same for all sources, the seeds are drawn for each. confirmed: both intervals of log2 BT(F) / FAST and
-    log2 BT(P) / BT(F) are above 0; refuted: one of them is below 0; otherwise open.
+    The dialogues drawn are the same for all sources, the seeds are drawn for each, their part widened by `seed_factor` (in logarithms,
+    where errors stay above 0). confirmed: both intervals of log2 BT(F) / FAST and log2 BT(P) / BT(F) are above 0; refuted: one of them
+    is below 0; otherwise open.
     """
     drawn, means = {}, {}
     for stream, (source, errors) in enumerate(arrays.items()):
-        drawn[source], means[source] = resampled(errors, draw_seeds(len(errors), stream))
+        of_dialogues, of_both, means[source] = resampled(errors, draw_seeds(len(errors), stream))
+        drawn[source] = np.log2(of_dialogues) + seed_factor(len(errors)) * np.log2(of_both / of_dialogues)
     result = {"mean": {source: float(mean) for source, mean in means.items()},
               "log2": {source: float(np.log2(mean)) for source, mean in means.items()}}
     intervals = []
     for better, worse in (("FAST", "BT(F)"), ("BT(F)", "BT(P)")):
-        intervals.append(interval(np.log2(drawn[worse] / drawn[better])))
+        intervals.append(interval(drawn[worse] - drawn[better]))
         result[f"log2 {worse} / {better}"] = {"value": float(np.log2(means[worse] / means[better])), "interval": intervals[-1]}
     result["ordering"] = "confirmed" if min(i[0] for i in intervals) > 0 else "refuted" if min(i[1] for i in intervals) < 0 else "open"
     return result
+
+
+def widened(of_dialogues, of_both, n_seeds):
+    """(N_BOOTSTRAP,) draws of `resampled` with the seeds' part widened by `seed_factor`."""
+    return of_dialogues + seed_factor(n_seeds) * (of_both - of_dialogues)
 
 
 def gap_on_sinks(fast, other):
@@ -144,8 +161,8 @@ def gap_on_sinks(fast, other):
     fast, other: {name: (n_seeds, n_dialogues)}. share is part / gap, None where the gap's interval holds 0.
     """
     names, draws = ("mse_special, all tokens", "mse_special, part on sinks"), [draw_seeds(len(fast[PER_DIALOGUE[0]]), s) for s in (0, 1)]
-    (gaps, gap), (parts, part) = ((b[0] - a[0], b[1] - a[1]) for a, b in
-                                  ((resampled(fast[name], draws[0]), resampled(other[name], draws[1])) for name in names))
+    (gaps, gap), (parts, part) = ((widened(*b[:2], n) - widened(*a[:2], n), b[2] - a[2]) for a, b, n in
+                                  ((resampled(fast[name], draws[0]), resampled(other[name], draws[1]), len(fast[name])) for name in names))
     low, high = interval(gaps)
     clear = low > 0 or high < 0
     return {"gap": float(gap), "gap_interval": [low, high], "on_sinks": float(part), "share": float(part / gap) if clear else None,

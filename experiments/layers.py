@@ -12,12 +12,13 @@ Writes experiments/results/layers.json and .png.
 """
 import importlib.util
 import json
-import os
 import sys
+from pathlib import Path
 
 import evidence
 import numpy as np
 from common import PROJECT, RESULTS, run_stage, write_figure, write_result
+from many_runs import quick_settings
 from model_inputs import require
 
 import config
@@ -30,32 +31,40 @@ RESULT_NAME: str = "layers"   # of the files under experiments/results/
 QUICK: bool = False           # 1 seed, 160 examples, 8 epochs
 
 STAGES = [PROJECT / name for name in config.STAGES]
-QUICK_EXAMPLES, QUICK_EPOCHS = 160, 8
+QUICK_VALUES = {"N_SEEDS": 1, "MAX_EXAMPLES": 160, "N_EPOCHS": 8}
 
 
 def main():
-    settings = config.resolve(*STAGES, __file__)
+    settings = quick_settings(config.resolve(*STAGES, __file__), QUICK_VALUES)
     settings.show()
     require(settings, {"COMPARED_LAYERS": 1, "N_SEEDS": 1})
     root = settings.output_dir / "layers"
-    quick = ["--max-examples", QUICK_EXAMPLES] if settings.QUICK and settings.MAX_EXAMPLES is None else []
-    run_stage("extract_activations.py", *settings.flags_for("extract_activations.py"), *quick, "--output-dir", root, "--layers",
-              ",".join(map(str, settings.COMPARED_LAYERS)))
+    run_stage("extract_activations.py", *settings.flags_for("extract_activations.py"), *quick_flag(settings, "MAX_EXAMPLES"),
+              "--output-dir", root, "--layers", ",".join(map(str, settings.COMPARED_LAYERS)))
     rows = []
     for layer in settings.COMPARED_LAYERS:
-        seeds = [one_seed(settings, root, layer, settings.SEED + i) for i in range(1 if settings.QUICK else settings.N_SEEDS)]
+        seeds = [one_seed(settings, root, layer, settings.SEED + i) for i in range(settings.N_SEEDS)]
         norms = json.loads((root / "activations" / f"activations_layer{layer}.json").read_text())
         rows.append({"layer": layer, **{name: norms[name] for name in ("median_norm", "max_norm", "n_sinks", "n_sinks_outside_prefix")},
                      **{name: float(np.mean([s[name] for s in seeds])) for name in seeds[0] if seeds[0][name] is not None}, "seeds": seeds})
     show(rows)
     used = ["COMPARED_LAYERS", "QUICK", "MODEL_NAME", "DATASET_PATH", "MAX_EXAMPLES", "ARCHITECTURE", "M", "K", "USE_MATRYOSHKA",
-            "N_EPOCHS", "PATIENCE", "BATCH_SIZE", "LEARNING_RATE", "POOLING", "SEED"]
-    chosen = settings.select(used) | {"DATASET_PATH": os.path.relpath(settings.DATASET_PATH, PROJECT), "N_SEEDS": len(rows[0]["seeds"])}
-    if settings.QUICK:
-        chosen |= {"N_EPOCHS": QUICK_EPOCHS, "MAX_EXAMPLES": settings.MAX_EXAMPLES or QUICK_EXAMPLES}
-    write_result(settings.RESULT_NAME, chosen, {"layers": rows})
+            "N_EPOCHS", "PATIENCE", "BATCH_SIZE", "LEARNING_RATE", "POOLING", "SEED", "N_SEEDS"]
+    chosen = settings.select(used) | {"DATASET_PATH": Path(settings.DATASET_PATH).name}
+    write_result(settings.RESULT_NAME, chosen, {"n_blocks": n_blocks(settings), "layers": rows})
     if importlib.util.find_spec("matplotlib"):
         draw(RESULTS / f"{settings.RESULT_NAME}.png", rows)
+
+
+def quick_flag(settings, name):
+    """The flag that gives a stage the value of --quick, where that is the one in force."""
+    return [f"--{config.flag_name(name)}", settings.values[name]] if settings.source[name] == "QUICK" else []
+
+
+def n_blocks(settings):
+    from fastsae.language_model import load_config
+
+    return load_config(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR).num_hidden_layers
 
 
 def one_seed(settings, root, layer, seed):
@@ -63,8 +72,7 @@ def one_seed(settings, root, layer, seed):
     folder = root / f"layer{layer}-seed{seed}"
     share_activations(root, folder, layer)
     flags = ["--output-dir", folder, "--layer-idx", layer, "--seed", seed, "--run-name", "sae"]
-    epochs = ["--n-epochs", QUICK_EPOCHS] if settings.QUICK else []
-    run_stage("train_sae.py", *settings.flags_for("train_sae.py"), *epochs, *flags)
+    run_stage("train_sae.py", *settings.flags_for("train_sae.py"), *quick_flag(settings, "N_EPOCHS"), *flags)
     run_stage("interpret_sae.py", *settings.flags_for("interpret_sae.py"), *flags, "--n-top-neurons", 0)
     metrics = json.loads((folder / "checkpoints" / "sae" / "metrics.json").read_text())
     head, *rows = artifacts.read_lines(folder / "interpretations.jsonl")
@@ -88,7 +96,7 @@ def share_activations(root, folder, layer):
 
 
 def purity_of(checkpoint, folder, layer, settings):
-    """(M,) of each feature, the share of its activation on its commonest token (by name); nan for those that never fire."""
+    """(M,) of each feature, the share of its activation on its commonest token (by name); nan for those that hardly ever fire."""
     from fastsae.autoencoder import load_sae
     from fastsae.feature_statistics import collect
     from fastsae.language_model import load_tokenizer
@@ -98,9 +106,9 @@ def purity_of(checkpoint, folder, layer, settings):
     tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)
     name_of_token, names = token_names(tokenizer, data["token_ids"])
     sae, meta = load_sae(checkpoint)
-    mass = collect(sae, data["activations"], data["seq_lengths"], data["token_kind"], data["token_role"], name_of_token, len(names),
-                   max_norm=meta["max_norm"], exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, use=settings.USE_TOKENS).name_mass.sums
-    return evidence.token_purity(mass)
+    found = collect(sae, data["activations"], data["seq_lengths"], data["token_kind"], data["token_role"], name_of_token, len(names),
+                   max_norm=meta["max_norm"], exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, use=settings.USE_TOKENS)
+    return evidence.token_purity(found.name_mass.sums, found.count)
 
 
 def show(rows):

@@ -15,7 +15,8 @@ import sys
 
 import numpy as np
 from common import RESULTS, remembered, write_figure, write_result
-from model_inputs import STAGES, example_ids, load_model, meant_for, require, some_dialogues, subjects
+from many_runs import quick_settings
+from model_inputs import STAGES, example_ids, load_model, meant_for, require, scope, some_dialogues, subjects
 
 import config
 from fastsae.errors import run_stage
@@ -27,20 +28,19 @@ N_BOOTSTRAP: int = 1000       # resamples of the examples for the intervals
 RESULT_NAME: str = "loss_recovered"  # of the files under experiments/results/
 QUICK: bool = False           # 12 examples
 
+QUICK_VALUES = {"N_EXAMPLES": 12}
 KIND_NAMES = {"content": CONTENT, "template": TEMPLATE}
 ABLATIONS = ("zero", "mean")
 COLOURS = ("#3b6ea5", "#c8553d", "#5a9367", "#8d6cab", "#b8860b")
-DECISIVE = ("N_EXAMPLES", "N_BOOTSTRAP", "QUICK", "SEED", "DTYPE", "MAX_LENGTH", "DATASET_PATH")
 
 
 def main():
-    settings = config.resolve(*STAGES, __file__)
+    settings = quick_settings(config.resolve(*STAGES, __file__), QUICK_VALUES)
     settings.show()
     require(settings, {"N_EXAMPLES": 1, "N_BOOTSTRAP": 1})
     rows = {}
     for subject in subjects(settings):
-        key = {**settings.select(DECISIVE), "path": subject.path, "sae": subject.meta.get("fingerprint"), "layer": subject.layer,
-               "model": subject.model_name}
+        key = {**scope(subject, settings), **settings.select(("N_EXAMPLES", "N_BOOTSTRAP")), "path": subject.path}
         journal = settings.output_dir / "experiments" / "loss_recovered.jsonl"
         name = subject.path if subject.name in rows else subject.name  # runs in different folders may be named alike
         rows[name] = remembered(journal, key, lambda: measure(subject, settings))
@@ -58,7 +58,7 @@ def measure(subject, settings):
     from fastsae import intervention
     from fastsae.intervention import constant, only, reconstruction
 
-    table = some_dialogues(subject, settings, min(12, settings.N_EXAMPLES) if settings.QUICK else settings.N_EXAMPLES, held_out=True)
+    table = some_dialogues(subject, settings, settings.N_EXAMPLES, held_out=True)
     model, examples = load_model(subject, settings), example_ids(table)
     batch_tokens = settings.BATCH_TOKENS or {"cuda": 4096}.get(model.device.type, 1024)
     stream = intervention.residual_stream(model, subject.layer, examples, batch_tokens=batch_tokens)  # (n_tokens, d)

@@ -2,13 +2,16 @@
 
     python experiments/many_runs.py train_sae.py < jobs.jsonl    # a JSON list of flags on each line
 
-Each run is the script's own `main()` with those flags, as from the command line; what it prints is shown only when it fails. Ends
+Each run is the script's own `main()` with those flags, as from the command line; what it prints is shown when it fails, else only its
+warnings, alike ones once, in the end. Ends
 with the exit code of the first run that failed. `run_many` does this from an experiment.
 """
+import collections
 import contextlib
 import importlib
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -58,6 +61,7 @@ def main():
         sys.exit(__doc__)
     script = importlib.import_module(sys.argv[1].removesuffix(".py"))
     jobs = [json.loads(line) for line in sys.stdin]
+    warnings = collections.Counter()
     for number, flags in enumerate(jobs, 1):
         sys.argv = [script.__file__, "--no-print-settings", *flags]
         printed = io.StringIO()
@@ -66,8 +70,11 @@ def main():
         if code:
             print(f"{printed.getvalue()}{' '.join(flags)}: exit code {code}", file=sys.stderr)
             return code
+        warnings.update(re.sub(r"\d+\.\d+", "...", line) for line in printed.getvalue().splitlines() if line.startswith("warning:"))
         if number == len(jobs) or number % 10 == 0:
             print(f"{script.__name__}: {number} of {len(jobs)} runs", flush=True)
+    for line, times in warnings.items():
+        print(f"{line} ({times} of {len(jobs)} runs)", flush=True)
     return 0
 
 

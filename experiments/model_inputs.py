@@ -57,14 +57,23 @@ def require(settings, least):
 
 
 def subjects(settings):
-    """The autoencoders that SAE names, or the one of the run, which is trained first if there is none."""
+    """The autoencoders that SAE names, or the one of the run, which is trained first if there is none.
+
+    Raises InputError where a flag says something else than the run was trained with.
+    """
     if settings.SAE:
         return [open_subject(path.strip(), settings) for path in settings.SAE.split(",")]
     metrics = settings.run_dir / "metrics.json"
     if not metrics.exists():
         for script in config.STAGES[:2]:
             run_stage(script, *settings.flags_for(script))
-    return [open_subject(str(settings.run_dir / json.loads(metrics.read_text())["checkpoint"]), settings)]
+    subject = open_subject(str(settings.run_dir / json.loads(metrics.read_text())["checkpoint"]), settings)
+    trained = subject.meta["settings"]
+    asked = settings.select(name for name in trained if settings.source.get(name) == "flag" and name != "SEED")  # it also draws examples
+    if other := [name for name, value in asked.items() if value != trained[name]]:
+        raise InputError("\n".join(f"{name}: the autoencoder in {settings.run_dir} was trained with {trained[name]}, not {asked[name]}. "
+                                   "leave the flag out, or train another one under another --run-name." for name in other))
+    return [subject]
 
 
 def open_subject(path, settings):
@@ -78,6 +87,9 @@ def open_subject(path, settings):
     layer = source.get("settings", {}).get("LAYER_IDX") if settings.source["LAYER_IDX"] != "flag" else None
     if model_name and "inputs" not in source and short(model_name) == short(settings.MODEL_NAME):
         model_name = None  # another library's name for the model that is set here, perhaps at hand without the hub
+    known = source.get("settings", {}).get("LAYER_IDX")
+    if known and layer is None and settings.LAYER_IDX != known:
+        raise InputError(f"LAYER_IDX: {path} was trained on layer {known}, not {settings.LAYER_IDX}. leave --layer-idx out.")
     if layer is None and settings.source["LAYER_IDX"] != "flag":
         print(f"{path}: does not name its layer; LAYER_IDX {settings.LAYER_IDX} is taken")
     subject = Subject(sae, meta, str(path), layer or settings.LAYER_IDX, model_name or settings.MODEL_NAME,
@@ -107,6 +119,21 @@ def load_model(subject, settings):
     return model
 
 
+def dataset_of(subject, settings):
+    """(what decides its content, its path) of the dataset that --dataset-path names, else of the autoencoder's own."""
+    by_flag = settings.source["DATASET_PATH"] == "flag"
+    return identity(settings.DATASET_PATH if by_flag else subject.source.get("dataset_path") or settings.DATASET_PATH)
+
+
+def scope(subject, settings):
+    """What every remembered figure of an autoencoder depends on: itself, the model, how it is computed, and the data."""
+    device = language_model.choose_device(settings.DEVICE)
+    return {"sae": subject.meta.get("fingerprint") or subject.path, "layer": subject.layer, "device": str(device),
+            "model": language_model.identity(subject.model_name, subject.revision), "dtype":
+            str(language_model.choose_dtype(settings.DTYPE, device)), "dataset": dataset_of(subject, settings)[0],
+            **settings.select(("MAX_LENGTH", "MAX_EXAMPLES", "TEXT_FIELD", "USE_CHAT_TEMPLATE", "TEMPLATE_DATE", "DEDUP_NGRAM", "SEED"))}
+
+
 def some_dialogues(subject, settings, n_examples, *, held_out):
     """A TokenTable of up to `n_examples` examples by lot of the autoencoder's own dataset, or of the one named with --dataset-path.
 
@@ -114,9 +141,7 @@ def some_dialogues(subject, settings, n_examples, *, held_out):
     it as a whole.
     """
     own = subject.source.get("settings", {})
-    by_flag = settings.source["DATASET_PATH"] == "flag"
-    path = settings.DATASET_PATH if by_flag else subject.source.get("dataset_path") or settings.DATASET_PATH
-    dataset, path = identity(path)
+    dataset, path = dataset_of(subject, settings)
     is_own = subject.source.get("inputs", {}).get("dataset") == dataset
     if held_out and is_own and own.get("PROCESSING") == "block":
         raise InputError(f"DATASET_PATH: {subject.path} was trained on blocks of {path}, whose examples cannot be told apart. name other "

@@ -133,8 +133,8 @@ def train_flags(settings, site, architecture, m):
     """What train_sae.py is told for all autoencoders of one architecture and size."""
     sparsities = ["--k", 1, "--l1-coefficient-list"] if architecture == "standard" else ["--k-list"]
     values = settings.L1_COEFFICIENTS if architecture == "standard" else settings.KS
-    return ["--output-dir", work_folder(settings) / site, "--run-name", architecture, "--layer-idx", 1, "--architecture", architecture,
-            "--m", m, *sparsities, joined(values), "--seeds", joined(settings.SEEDS), "--no-use-matryoshka",
+    return ["--output-dir", work_folder(settings) / site, "--run-name", architecture, "--layer-idx", 1, "--seed", settings.SEED,
+            "--architecture", architecture, "--m", m, *sparsities, joined(values), "--seeds", joined(settings.SEEDS), "--no-use-matryoshka",
             "--n-epochs", settings.N_EPOCHS, "--patience", settings.N_EPOCHS, "--learning-rate", 1e-3, "--lr-schedule", "linear",
             "--max-norm-ratio", "none", "--normalize-activations", "both", "--device", "cpu"]
 
@@ -150,10 +150,12 @@ def examine(settings, site, x, n, keys):
     basis = np.linalg.qr(truth.T)[0]
     runs = {title(*variant): [autoencoder(settings, site, variant, seed, x, n, keys, truth) for seed in settings.SEEDS]
             for variant in variants(settings)}
-    m = max(settings.MS)
-    compared = {"principal components": [principal_directions(x, m)],
-                "random": [random_directions(m, x.shape[1], i) for i in range(settings.N_RANDOM)],
-                "random, covariance of the data": [random_like(x, m, i) for i in range(settings.N_RANDOM)]}
+    compared = {}
+    for m in settings.MS:  # a matching gains by every direction there is to choose from, so baselines have as many as autoencoders
+        compared |= {f"{name}, M = {m}": sets for name, sets in (
+            ("principal components", [principal_directions(x, m)]),
+            ("random", [random_directions(m, x.shape[1], i) for i in range(settings.N_RANDOM)]),
+            ("random, covariance of the data", [random_like(x, m, i) for i in range(settings.N_RANDOM)]))}
     baselines = {name: means([recovery(rows, centred @ rows.T, n, keys, truth, settings.P) for rows in sets])
                  for name, sets in compared.items()}
     return {"n_tokens": len(x), "n_distinct": len(np.unique(x, axis=0)),

@@ -41,15 +41,16 @@ def main():
     work = settings.output_dir / "checkpoints" / settings.NAME
     run_stage("extract_activations.py", *passed_on(settings, DATA_FLAGS), "--output-dir", work)
     run_many("train_sae.py", [train_flags(settings, work, name) for name in settings.ARCHITECTURES.split(",")])
-    runs = measure(settings, work)
-    result = {"at_l0": {name: at_equal_l0(runs, name, settings.AT_L0) for name in ("normalized_mse", "loss_recovered")},
+    runs, n_loss_examples = measure(settings, work)
+    result = {"n_loss_examples": n_loss_examples,
+              "at_l0": {name: at_equal_l0(runs, name, settings.AT_L0) for name in ("normalized_mse", "loss_recovered")},
               "frontier": {name: frontier(runs, name) for name in ("normalized_mse", "loss_recovered")}, "runs": runs}
     write_result(settings.NAME, told(settings), rounded(result))
     figure(runs, settings, RESULTS / f"{settings.NAME}.png")
 
 
 DATA_FLAGS = ("PRESET", "MODEL_NAME", "MODEL_REVISION", "CACHE_DIR", "DEVICE", "MAX_LENGTH", "LAYER_IDX", "DATASET_PATH", "MAX_EXAMPLES",
-              "TEXT_FIELD", "LABEL_FIELD")
+              "TEXT_FIELD", "LABEL_FIELD", "SEED")
 
 
 def grid(settings):
@@ -74,7 +75,7 @@ def listed(values):
 
 
 def measure(settings, work):
-    """The figures of every autoencoder, one dict each; all have the same validation examples."""
+    """(figures of every autoencoder, one dict each, number of validation examples, the same for all, that the losses are over)."""
     from fastsae.autoencoder import load_sae
 
     saes, metadata = {}, {}
@@ -88,7 +89,8 @@ def measure(settings, work):
         cell = path.parent.name, s["L1_COEFFICIENT"] if path.parent.name in BY_COEFFICIENT else s["K"], s["INIT_SEED"]
         saes[cell], metadata[cell] = sae, meta
     cells = grid(settings)
-    losses = spliced_losses(settings, work, {cell: saes[cell] for cell in cells}, metadata[cells[0]])
+    examples = metadata[cells[0]]["validation_examples"][:settings.N_LOSS_EXAMPLES]
+    losses = spliced_losses(settings, work, {cell: saes[cell] for cell in cells}, examples, metadata[cells[0]]["max_norm"])
     clean, zero, mean = (losses[name]["ce"] for name in ("clean", "zero", "mean"))
     runs = []
     for cell in cells:
@@ -98,13 +100,13 @@ def measure(settings, work):
                      **{name: metadata[cell]["metrics"][name] for name in kept}, "ce": ce, "ce_clean": clean, "ce_zero": zero,
                      "ce_mean": mean, "kl": losses[cell]["kl"], "loss_recovered": (zero - ce) / (zero - clean),
                      "loss_recovered_against_mean": (mean - ce) / (mean - clean)})
-    return runs
+    return runs, len(examples)
 
 
-def spliced_losses(settings, work, saes, meta):
+def spliced_losses(settings, work, saes, chosen, max_norm):
     """{name: mean cross entropy and KL} of the model as it is, with zeros, the mean, and each autoencoder's reconstruction spliced in.
 
-    Over the predicted tokens of the first N_LOSS_EXAMPLES validation examples that come after a replaced token.
+    Over the predicted tokens of the examples `chosen` (positions in the activations file) that come after a replaced token.
     """
     from fastsae import intervention, language_model
     from fastsae.activations_file import open_activations
@@ -113,8 +115,7 @@ def spliced_losses(settings, work, saes, meta):
     data = open_activations(work / "activations" / f"activations_layer{settings.LAYER_IDX}.npz")
     starts = np.concatenate([[0], np.cumsum(data["seq_lengths"])])
     usable, _ = usable_tokens(token_norms(data["activations"]), data["token_kind"], exclude_shared_prefix=True, max_norm_ratio=None,
-                              max_norm=meta["max_norm"])
-    chosen = meta["validation_examples"][:settings.N_LOSS_EXAMPLES]
+                              max_norm=max_norm)
     rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
     device = language_model.choose_device(settings.DEVICE)
     model = language_model.load_model(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR,
@@ -174,7 +175,7 @@ def figure(runs, settings, path):
     for number, architecture in enumerate(settings.ARCHITECTURES.split(",")):
         mine = [run for run in runs if run["architecture"] == architecture]
         for ax, (name, label) in zip(axes, (("normalized_mse", "normalised MSE"), ("loss_recovered", "loss recovered"),
-                                            ("dead_fraction", "dead features"))):
+                                            ("dead_fraction", "features unused on validation"))):
             lines = [[(run["l0"], run[name]) for run in mine if run["sparsity"] == sparsity]
                      for sparsity in dict.fromkeys(run["sparsity"] for run in mine)]
             points = np.array(sorted(np.mean(values, axis=0).tolist() for values in lines))

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import PROJECT, RESULTS, write_result
+from common import PROJECT, RESULTS, commit, machine, write_result
 
 STUDIES = ("fast_vs_block", "loss_recovered", "steer", "layers", "pareto", "stability", "planted", "modular_arithmetic")
 FLAGS = {"steer": ["--ablate"]}
@@ -23,14 +23,14 @@ def main():
     if unknown := [name for name in sys.argv[1:] if name not in STUDIES]:
         sys.exit(f"error: {', '.join(unknown)}: no such study. choose from {', '.join(STUDIES)}.")
     known = RESULTS / "quick_studies.json"
-    seconds = json.loads(known.read_text())["seconds"] if known.exists() else {}
+    studies = json.loads(known.read_text())["studies"] if known.exists() else {}
     for name in sys.argv[1:] or STUDIES:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             run(name, folder, "--quick", *FLAGS.get(name, ()))
-            seconds[name] = round(time.perf_counter() - started)
-        print(f"{name}: {seconds[name]} s", flush=True)
-        write_result("quick_studies", {"FLAGS": FLAGS}, {"seconds": {name: seconds[name] for name in STUDIES if name in seconds}})
+            studies[name] = {"seconds": round(time.perf_counter() - started), "commit": commit(), **machine()}
+        print(f"{name}: {studies[name]['seconds']} s", flush=True)
+        write_result("quick_studies", {"FLAGS": FLAGS}, {"studies": {name: studies[name] for name in STUDIES if name in studies}})
 
 
 def run(study, folder, *flags):

@@ -3,7 +3,8 @@ import json
 
 import numpy as np
 from common import RESULTS
-from studies_page_fast import PAPER_MSE_ST, PAPER_SCORED, SOURCES, count_orderings
+from studies_page import CLEAR_GAIN, best_by_m, middle_wins
+from studies_page_fast import PAPER_MSE_ST, PAPER_SCORED, SOURCES, clear_cases, count_orderings, l0_of
 
 PAPER_MSE = {"standard": (1.3892, 1.4749, 2.0024), "jumprelu": (-9.1659, -6.8466, -6.5926)}  # log2 MSE where PAPER_MSE_ST is
 WITH, WITHOUT = "all tokens", "without prefix and sinks"
@@ -28,7 +29,7 @@ def conditions():
                      f"K = {s['K']}, {len(s['SEEDS'])} seeds, layers {', '.join(map(str, s['LAYERS']))}), {r['train_tokens']:,} tokens "
                      f"each, {r['data']['held out']['examples']} held-out dialogues of `{s['DATASET_PATH']}`.")
     if r := read("quick_studies"):
-        times = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in r["seconds"].items())
+        times = ", ".join(f"{name} {study['seconds'] / 60:.1f}" for name, study in r["studies"].items())
         parts.append(f"Minutes that `--quick` takes from nothing on {r['machine']['cores']} cores ({r['machine']['device']}): {times}.")
     return " ".join(parts)
 
@@ -53,7 +54,7 @@ def fast_vs_block(r):
                 name = f"{what}, {WITH}"
                 values = here[architecture, True][name]["log2"]
                 rows.append((f"{title}, {architecture}: FAST / BT(F) / BT(P)", f"{triple(paper[architecture])} (Qwen2.5-7B, layer 18)",
-                             f"{triple(values[source] for source in SOURCES)} (layer {middle})",
+                             f"{triple(values[source] for source in SOURCES)} (layer {middle}, L0 {l0_of(here[architecture, True])})",
                              orderings([c for c in r["comparisons"] if c["architecture"] == architecture], name, True)))
     name = f"mse_special, {WITHOUT}"
     if ("topk", False) in here:
@@ -85,11 +86,12 @@ def features(r, middle):
                                        ("category_auc", "category AUC of features, topk", 1, "not looked at")):
         mine = {row["source"]: row[name] for row in rows if row["layer"] == middle and row["architecture"] == "topk" and name in row}
         if len(mine) == len(SOURCES):
-            clear = {other: sum(row[name]["below_fast_by"][0] > 0 for row in rows if row["source"] == other) for other in SOURCES[1:]}
-            n = len(rows) // len(SOURCES)
+            topk = [row for row in rows if row["architecture"] == "topk"]
+            clear = {other: clear_cases([row for row in topk if row["source"] == other], name) for other in SOURCES[1:]}
+            verdict = "; ".join(f"against {other} above in {above}, below in {below}" for other, (above, below) in clear.items())
             values = triple((scale * mine[source]["value"] for source in SOURCES), 1 if scale == 100 else 3)
             found.append((title, theirs, f"{values}{' %' * (scale == 100)} (layer {middle})",
-                          f"FAST clearly above BT(F) in {clear['BT(F)']} of {n} cases, above BT(P) in {clear['BT(P)']}"))
+                          f"of {len(topk) // len(SOURCES)} layers FAST clearly {verdict}"))
         elif theirs == paper:
             found.append((title, theirs, "no language model at hand", "not tried"))
     return found
@@ -109,19 +111,19 @@ def steer(r):
     best, base = max((p["expected_word"] or 0) for a, p in zip(r["alphas"], feature["curves"]) if a), r["unsteered"]["expected_word"] or 0
     by_chance = max([p["expected_word"] or 0 for t in r["targets"] if t["feature"] is None
                      for a, p in zip(r["alphas"], t["curves"]) if a], default=0)
-    better = best > max(base, by_chance)
-    yield ("steering: fluent answers", "alpha 25 to 100 (Qwen2.5-7B)", here, "yes" if (alpha or 0) >= 100 else "no")
+    gain = round((best - max(base, by_chance)) * r["n_with_expected_word"])
+    yield ("steering: fluent answers", "alpha 25 to 100 (Qwen2.5-7B, whose norms are others)", here, "not comparable")
     yield ("steering: questions answered with the expected word, steered / unsteered / random direction", "better, by examples",
-           f"{100 * best:.0f} / {100 * base:.0f} / {100 * by_chance:.0f} %", "yes" if better else "no")
+           f"{100 * best:.0f} / {100 * base:.0f} / {100 * by_chance:.0f} % of {r['n_with_expected_word']}",
+           "yes" if gain >= CLEAR_GAIN else "no")
 
 
 def layers(r):
-    rows = r["layers"]
-    most = max(rows, key=lambda x: x["n_above_auc_bound"])
-    middle = rows[0]["layer"] < most["layer"] < rows[-1]["layer"]
-    here = ", ".join(f"{x['n_above_auc_bound']:.0f} at {x['layer']}" for x in rows)
-    yield ("features with category AUC above 0.8, by layer", "middle layers are the semantic ones (a tutorial's rule)", here,
-           "yes" if middle else "no")
+    if "n_above_auc_bound" not in r["layers"][0]:
+        return
+    here = ", ".join(f"{x['n_above_auc_bound'] - x['n_above_auc_bound_shuffled']:.0f} at {x['layer']}" for x in r["layers"])
+    yield ("features with category AUC above 0.8, less those under shuffled labels, by layer",
+           "middle layers are the semantic ones (a tutorial's rule)", here, middle_wins(r))
 
 
 def pareto(r):
@@ -138,10 +140,10 @@ def stability(r):
 
 def modular_arithmetic(r):
     site = r["sites"]["embedding"]
-    best = max(run["mcc"] for rows in site["autoencoders"].values() for run in rows["runs"])
-    yield ("modular addition, Fourier directions: MCC of the best autoencoder / principal components", "-",
-           f"{best:.3f} / {site['baselines']['principal components']['mcc']:.3f}; the model is right on "
-           f"{100 * r['transformer']['test_accuracy']:.2f} % of unseen pairs", "-")
+    found = ", ".join(f"{best:.3f} / {site['baselines'][f'principal components, M = {m}']['mcc']:.3f} (M = {m})"
+                      for m, best in best_by_m(site).items())
+    yield ("modular addition, Fourier directions of the embedding: MCC of the best autoencoder / principal components", "-",
+           f"{found}; the model is right on {100 * r['transformer']['test_accuracy']:.2f} % of unseen pairs", "-")
 
 
 def planted(r):

@@ -36,7 +36,7 @@ QUICK: bool = False                       # two sizes and two K, fewer epochs
 
 QUICK_VALUES = {"MS": (64, 256), "KS": (4, 8), "N_EPOCHS": 5}
 DATA_FLAGS = ("PRESET", "MODEL_NAME", "MODEL_REVISION", "CACHE_DIR", "DEVICE", "MAX_LENGTH", "LAYER_IDX", "DATASET_PATH", "MAX_EXAMPLES",
-              "TEXT_FIELD", "OUTPUT_DIR")
+              "TEXT_FIELD", "SEED", "OUTPUT_DIR")
 MEASURES = {"mcc": "matched mean cosine", "mean_max_cosine": "mean max cosine", "found_by_all": "found by all seeds"}
 
 
@@ -96,7 +96,8 @@ def baseline(settings, m):
     x, norms = data["activations"], token_norms(data["activations"])
     usable = np.flatnonzero(usable_tokens(norms, data["token_kind"], exclude_shared_prefix=True, max_norm_ratio=10.0)[0])
     mean = np.asarray(x[np.sort(np.random.default_rng(0).permutation(usable)[:8192])], np.float64).mean(0)
-    tokens = [unit(x[np.sort(np.random.default_rng(seed).permutation(usable)[:m])] - mean) for seed in settings.SEEDS]
+    by_lot = np.random.default_rng(0).permutation(usable)[:m * len(settings.SEEDS)]  # no token is in two draws
+    tokens = [unit(x[np.sort(rows)] - mean) for rows in np.array_split(by_lot, len(settings.SEEDS))]
     random = [random_directions(m, x.shape[1], seed) for seed in settings.SEEDS]
     return {"random": agreement(random, settings.THRESHOLD), "tokens": agreement(tokens, settings.THRESHOLD)}
 

@@ -23,7 +23,8 @@ import numpy as np
 import side_by_side
 from ablate import ablation
 from common import RESULTS, remembered, write_result
-from model_inputs import STAGES, example_ids, load_model, meant_for, require, some_dialogues, subjects
+from many_runs import quick_settings
+from model_inputs import STAGES, example_ids, load_model, meant_for, require, scope, some_dialogues, subjects
 
 import config
 from fastsae import artifacts, language_model
@@ -47,21 +48,22 @@ ABLATE: bool = False                 # also take each feature, and N_ABLATED oth
 N_ABLATED: int = 8                   # features by lot for that comparison
 N_ABLATION_EXAMPLES: int = 100       # held-out examples for it
 RESULT_NAME: str = "steer"           # of the files under experiments/results/
-QUICK: bool = False                  # 4 questions, 1 random direction, every other alpha, 24 tokens, 60 dialogues, 12 examples
+QUICK: bool = False                  # 4 questions, 1 random direction, 4 alphas, 24 tokens, 60 dialogues, 12 examples
 
-QUICK_VALUES = {"N_RANDOM": 1, "N_NEW_TOKENS": 24, "N_DIALOGUES": 60, "N_ABLATED": 3, "N_ABLATION_EXAMPLES": 12}
-N_QUICK_PROMPTS = 4
+QUICK_VALUES = {"N_RANDOM": 1, "N_NEW_TOKENS": 24, "N_DIALOGUES": 60, "N_ABLATED": 3, "N_ABLATION_EXAMPLES": 12,
+                "ALPHAS": (0, 25, 100, 200)}
+N_QUICK_PROMPTS = 4  # of the questions in side_by_side.py
 RECORDED = ("FEATURES", "LABEL_SEARCH", "SPECIAL_TOKEN", "ALPHA_PERCENT", "ANSWER_ONLY", "PERPLEXITY_LIMIT", "REPETITION_LIMIT", "QUICK",
             "SEED", "DTYPE")
 
 
 def main():
-    settings = config.resolve(*STAGES, __file__)
+    settings = quick_settings(config.resolve(*STAGES, __file__), QUICK_VALUES)
     settings.show()
     require(settings, {"N_FEATURES": 1, "N_DIALOGUES": 1, "N_RANDOM": 0, "N_NEW_TOKENS": 1, "N_ABLATED": 0, "N_ABLATION_EXAMPLES": 1})
     work = Work(settings)
     targets = [*work.chosen_features(), *work.random_directions()]
-    prompts = side_by_side.read_prompts(settings.PROMPTS)[:N_QUICK_PROMPTS if settings.QUICK else None]
+    prompts = side_by_side.read_prompts(settings.PROMPTS)[:N_QUICK_PROMPTS if settings.QUICK and not settings.PROMPTS else None]
     unsteered = [work.unsteered(question) for question, _ in prompts]
     results = []
     for target in targets:
@@ -71,7 +73,7 @@ def main():
         show(results[-1], work)
     result = {"autoencoder": work.subject.describe(), "mean_norm": work.norm, "n_dialogues": work.n_dialogues, "alphas": work.alphas,
               "alphas_over_mean_norm": [a / work.norm for a in work.alphas], "n_prompts": len(prompts),
-              "n_with_expected_word": sum(bool(word) for _, word in prompts), "n_new_tokens": work.n("N_NEW_TOKENS"),
+              "n_with_expected_word": sum(bool(word) for _, word in prompts), "n_new_tokens": settings.N_NEW_TOKENS,
               "unsteered": curves([[a] for a in unsteered], unsteered, prompts)[0],
               "targets": [{name: value for name, value in r.items() if name != "answers"} for r in results]}
     if settings.ABLATE:
@@ -93,24 +95,17 @@ class Work:
         self.tokenizer = language_model.load_tokenizer(self.subject.model_name, revision=self.subject.revision,
                                                        cache_dir=settings.CACHE_DIR)
         self.journal = settings.output_dir / "experiments" / "steer.jsonl"
-        self.scope = {"sae": self.subject.meta.get("fingerprint") or self.subject.path, "layer": self.subject.layer,
-                      "dtype": settings.DTYPE, "model": language_model.identity(self.subject.model_name, self.subject.revision)}
-        found = remembered(self.journal, {**self.scope, **settings.select(["SPECIAL_TOKEN", "DATASET_PATH", "SEED", "MAX_LENGTH"]),
-                                          "n": self.n("N_DIALOGUES")}, lambda: self.look_at_dialogues(residual_stream))
+        self.scope = scope(self.subject, settings)
+        found = remembered(self.journal, {**self.scope, **settings.select(("SPECIAL_TOKEN", "N_DIALOGUES"))},
+                           lambda: self.look_at_dialogues(residual_stream))
         self.norm, self.n_dialogues, self.strength = found["mean_norm"], found["n_dialogues"], found["strength"]
-        alphas = settings.ALPHAS[::2] if settings.QUICK else settings.ALPHAS
-        self.alphas = [a * self.norm / 100 if settings.ALPHA_PERCENT else float(a) for a in alphas]
+        self.alphas = [a * self.norm / 100 if settings.ALPHA_PERCENT else float(a) for a in settings.ALPHAS]
         eos = self.model.generation_config.eos_token_id
         self.stop_ids = [*(eos if isinstance(eos, list) else [] if eos is None else [eos]), self.tokenizer.eos_token_id]
 
-    def n(self, name):
-        """A setting that counts something, in its --quick form if that is asked for."""
-        value = self.settings.values[name]
-        return min(value, QUICK_VALUES[name]) if self.settings.QUICK else value
-
     def look_at_dialogues(self, residual_stream):
         """Mean norm of the stream, and every feature's average maximum on SPECIAL_TOKEN: {mean_norm, n_dialogues, strength [M]}."""
-        table = some_dialogues(self.subject, self.settings, self.n("N_DIALOGUES"), held_out=False)
+        table = some_dialogues(self.subject, self.settings, self.settings.N_DIALOGUES, held_out=False)
         stream = residual_stream(self.model, self.subject.layer, example_ids(table))
         usable = meant_for(self.subject, stream, table)
         token = self.tokenizer.convert_tokens_to_ids(self.settings.SPECIAL_TOKEN)
@@ -152,7 +147,7 @@ class Work:
         import torch
 
         draws = [torch.randn(self.sae.input_dim, generator=torch.Generator().manual_seed(self.settings.SEED + i))
-                 for i in range(self.n("N_RANDOM"))]
+                 for i in range(self.settings.N_RANDOM)]
         return [{"name": f"random direction {i}", "how": "normal numbers", "feature": None, "direction": self.unit(draw)}
                 for i, draw in enumerate(draws, 1)]
 
@@ -170,8 +165,8 @@ class Work:
 
         def write():
             ids = self.prompt(question)
-            return self.measure(ids, generate(self.model, as_batch([ids]), n_new=self.n("N_NEW_TOKENS"), stop_ids=self.stop_ids))[0]
-        return remembered(self.journal, {**self.scope, "prompt": self.prompt(question), "n_new": self.n("N_NEW_TOKENS")}, write)
+            return self.measure(ids, generate(self.model, as_batch([ids]), n_new=self.settings.N_NEW_TOKENS, stop_ids=self.stop_ids))[0]
+        return remembered(self.journal, {**self.scope, "prompt": self.prompt(question), "n_new": self.settings.N_NEW_TOKENS}, write)
 
     def answers(self, target, question):
         """The measured answers to one question, one per alpha; all alphas go through the model as one batch."""
@@ -180,18 +175,16 @@ class Work:
         def write():
             ids = self.prompt(question)
             function = steering(target["direction"], self.alphas, answer_only=self.settings.ANSWER_ONLY)
-            return self.measure(ids, generate(self.model, as_batch([ids] * len(self.alphas)), n_new=self.n("N_NEW_TOKENS"),
+            return self.measure(ids, generate(self.model, as_batch([ids] * len(self.alphas)), n_new=self.settings.N_NEW_TOKENS,
                                               stop_ids=self.stop_ids, layer=self.subject.layer, function=function))
-        return remembered(self.journal, {**self.scope, "prompt": self.prompt(question), "n_new": self.n("N_NEW_TOKENS"), "target":
-                                         target["name"], "alphas": self.alphas, "answer_only": self.settings.ANSWER_ONLY,
-                                         "seed": self.settings.SEED}, write)
+        return remembered(self.journal, {**self.scope, "prompt": self.prompt(question), "n_new": self.settings.N_NEW_TOKENS, "target":
+                                         target["name"], "alphas": self.alphas, "answer_only": self.settings.ANSWER_ONLY}, write)
 
     def ablation(self, features):
         settings = self.settings
-        key = {**self.scope, **settings.select(["DATASET_PATH", "SEED", "MAX_LENGTH"]), "ablated": features, "n": self.n("N_ABLATED"),
-               "n_examples": self.n("N_ABLATION_EXAMPLES")}
-        return remembered(self.journal, key, lambda: ablation(self.subject, self.model, settings, features, n_others=self.n("N_ABLATED"),
-                                                              n_examples=self.n("N_ABLATION_EXAMPLES")))
+        key = {**self.scope, **settings.select(("N_ABLATED", "N_ABLATION_EXAMPLES")), "ablated": features}
+        return remembered(self.journal, key, lambda: ablation(self.subject, self.model, settings, features, n_others=settings.N_ABLATED,
+                                                              n_examples=settings.N_ABLATION_EXAMPLES))
 
     def measure(self, prompt, written):
         """[{ids, text, stopped, repetition, nll (summed, nats)}] of answers to `prompt`, by the model as it is."""
@@ -245,10 +238,10 @@ def curves(answers, unsteered, prompts):
 
 
 def summary(answers, unsteered, prompts, work, settings):
-    """The curves of one direction, up to which alpha answers stay fluent, and whether alpha = 0 gave the unsteered answers."""
+    """The curves of one direction, up to which alpha from 0 on answers stay fluent, and whether alpha = 0 gave the unsteered answers."""
     found, base = curves(answers, unsteered, prompts), curves([[a] for a in unsteered], unsteered, prompts)[0]
     fluent = None
-    for alpha, point in sorted(zip(work.alphas, found), key=lambda pair: pair[0]):
+    for alpha, point in sorted((pair for pair in zip(work.alphas, found) if pair[0] >= 0), key=lambda pair: pair[0]):
         if (point["perplexity"] > settings.PERPLEXITY_LIMIT * base["perplexity"]
                 or point["repetition"] > base["repetition"] + settings.REPETITION_LIMIT):
             break

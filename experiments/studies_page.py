@@ -12,6 +12,9 @@ def whole():
     return "\n\n".join(["# What the studies found", intro, *sentences()]) + "\n"
 
 
+CLEAR_GAIN = 5  # questions: five of five that change for the better have a chance of 3 % by a sign test
+
+
 def sentences():
     """[Markdown paragraph] of the studies that have a result."""
     found = [(study, RESULTS / f"{study.__name__}.json") for study in
@@ -57,20 +60,23 @@ def steer(r):
     if base is not None:
         best, best_random = (max((p["expected_word"], -alpha) for t in ts for alpha, p in zip(alphas, t["curves"]) if alpha)
                              for ts in ([feature], random or [feature]))
-        failed = best[0] <= max(base, best_random[0])
+        gain = round((best[0] - max(base, best_random[0])) * r["n_with_expected_word"])
+        what = (f"a gain of {gain} questions, which is more than chance would give." if gain >= CLEAR_GAIN else
+                "that moderate steering improves answers does not show on this model and these questions.")
         verdict = (f"Of the {r['n_with_expected_word']} questions with an expected word the unsteered model answers {100 * base:.0f} % "
                    f"with it, the steered at best {100 * best[0]:.0f} % (alpha {-best[1]:g}), with a random direction "
-                   f"{100 * best_random[0]:.0f} % (alpha {-best_random[1]:g}): " + ("that moderate steering improves answers did not "
-                   "replicate on this model and these questions." if failed else "more than by chance."))
+                   f"{100 * best_random[0]:.0f} % (alpha {-best_random[1]:g}): {what}")
     limits, fluent = r["settings"], feature["fluent_up_to_alpha"]
-    same = "gives the unsteered answers token for token" if feature["alpha_0_equals_unsteered"] else "DIFFERS from the unsteered answers"
+    same = {None: "was not tried", True: "gives the unsteered answers token for token", False: "DIFFERS from the unsteered answers"}
+    how = feature["how"].split(" on ")[0]
+    named = feature["name"].capitalize() + (f" is the strongest on `{limits['SPECIAL_TOKEN']}` in {r['n_dialogues']} dialogues, found as "
+                                            f"in FAST ({how})" if how.startswith("average maximum") else f" ({how})")
     bounds = ", ".join("none" if t["fluent_up_to_alpha"] is None else f"{t['fluent_up_to_alpha']:g}" for t in random)
     effect = f" {ablated(r['ablation'])}" if "ablation" in r else ""
     return "\n".join([
         f"**Steering** ([answers](steer.md), [table](steer.json), "
         f"[figure](steer.png); layer {r['autoencoder']['layer']}, {r['n_prompts']} questions, mean norm of the stream "
-        f"{r['mean_norm']:.0f}). {feature['name'].capitalize()} is the strongest on `{limits['SPECIAL_TOKEN']}` in {r['n_dialogues']} "
-        f"dialogues, found as in FAST ({feature['how'].split(' on ')[0]}). alpha = 0 {same}.",
+        f"{r['mean_norm']:.0f}). {named}. alpha = 0 {same[feature['alpha_0_equals_unsteered']]}.",
         "", "| alpha | over the norm | answers changed | tokens | repetition | perplexity (random) | expected word (random) |",
         "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
         (f"By the rule of `steer.py` (perplexity below {limits['PERPLEXITY_LIMIT']:g} times and repetition within "
@@ -85,33 +91,51 @@ def ablated(r):
     low, high = own[0]["interval"] or (float("nan"),) * 2
     elsewhere = {f["change_elsewhere"] for f in r["features"]} - {None}
     changes = sorted(f["change_where_it_fires"] for f in others)
+    if own[0]["change_where_it_fires"] is None:
+        return f"**Ablation**: feature {own[0]['feature']} fires in none of the {r['n_examples']} examples."
+    by_lot = f"; without one of {len(others)} features by lot by {changes[0]:+.4f} to {changes[-1]:+.4f}" if others else ""
     return (f"**Ablation**: without feature {own[0]['feature']} the loss changes by {own[0]['change_where_it_fires']:+.4f} nats a token "
-            f"[{low:+.4f}, {high:+.4f}] in the examples where it fires ({100 * own[0]['share_of_examples']:.0f} %); without one of "
-            f"{len(others)} features by lot by {changes[0]:+.4f} to {changes[-1]:+.4f}; elsewhere by "
+            f"[{low:+.4f}, {high:+.4f}] in the examples where it fires ({100 * own[0]['share_of_examples']:.0f} %){by_lot}; elsewhere by "
             f"{'exactly 0' if elsewhere <= {0} else max(elsewhere, key=abs)}.")
 
 
 def layers(r):
     """The table "which layer?"."""
     rows, s = r["layers"], r["settings"]
-    lines = [f"| {x['layer']} | {x['median_norm']:.0f} | {x['n_sinks']} | {x['normalized_mse']:.3f} | "
-             f"{x['n_above_auc_bound']:.1f} ({x['n_above_auc_bound_shuffled']:.1f}) | {x['median_category_auc']:.3f} | "
-             f"{x['mean_token_purity']:.3f} |" for x in rows]
-    most = max(rows, key=lambda x: x["n_above_auc_bound"])
+    labelled = "n_above_auc_bound" in rows[0]
+    evidence = [f"{x['n_above_auc_bound']:.1f} ({x['n_above_auc_bound_shuffled']:.1f}) | {x['median_category_auc']:.3f}" if labelled else
+                "no labels |" for x in rows]
+    lines = [f"| {x['layer']} | {x['median_norm']:.0f} | {x['n_sinks']} | {x['normalized_mse']:.3f} | {of_layer} | "
+             f"{x['mean_token_purity']:.3f} |" for x, of_layer in zip(rows, evidence)]
     best, worst = min(rows, key=lambda x: x["normalized_mse"]), max(rows, key=lambda x: x["normalized_mse"])
-    counts, purity = ([x[name] for x in rows] for name in ("n_above_auc_bound", "mean_token_purity"))
-    middle = rows[0]["layer"] < most["layer"] < rows[-1]["layer"]
-    chance = " With one seed a layer, differences of this size are not told from chance." if s["N_SEEDS"] == 1 else ""
+    purity = [x["mean_token_purity"] for x in rows]
     examples = f"{s['MAX_EXAMPLES']} examples, " if s.get("MAX_EXAMPLES") else ""
+    counts = ""
+    if labelled:
+        excess = [[seed["n_above_auc_bound"] - seed["n_above_auc_bound_shuffled"] for seed in x["seeds"]] for x in rows]
+        means = [sum(values) / len(values) for values in excess]
+        verdict = {"yes": "agrees with this", "no": "does not agree with this", "open": "is not told from chance by these seeds"}
+        counts = (f" Of {s['M']} features {min(means):.0f} to {max(means):.0f} more than under shuffled labels separate a category, most "
+                  f"at layer {rows[means.index(max(means))]['layer']}. That middle layers hold the most meaning {verdict[middle_wins(r)]}.")
     return "\n".join([
         "**Which layer** ([table](layers.json), [figure](layers.png); one extraction pass, "
         f"{examples}M = {s['M']}, K = {s['K']}, seeds per layer: {s['N_SEEDS']}):", "",
         "| layer | median norm | sinks | normalised MSE | features with AUC > 0.8 (shuffled labels) | median AUC | token purity |",
         "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
-        f"Normalised MSE is lowest at layer {best['layer']} and highest at layer {worst['layer']}. Of {s['M']} features {min(counts):.0f} "
-        f"to {max(counts):.0f} separate a category, most at layer {most['layer']}, and token purity is {min(purity):.2f} to "
-        f"{max(purity):.2f}.{chance} That middle layers hold the most meaning "
-        + ("agrees with this." if middle else "does not show here.")])
+        f"Normalised MSE is lowest at layer {best['layer']} and highest at layer {worst['layer']}; token purity is {min(purity):.2f} to "
+        f"{max(purity):.2f}.{counts}"])
+
+
+def middle_wins(r):
+    """Do layers of the middle third separate categories better than the others: "yes" if one does so in all its seeds, "no", or "open"."""
+    excess = {x["layer"]: [seed["n_above_auc_bound"] - seed["n_above_auc_bound_shuffled"] for seed in x["seeds"]] for x in r["layers"]}
+    middle = [values for layer, values in excess.items() if r["n_blocks"] / 3 <= layer <= 2 * r["n_blocks"] / 3]
+    outer = [values for layer, values in excess.items() if not r["n_blocks"] / 3 <= layer <= 2 * r["n_blocks"] / 3]
+    if not middle or not outer:
+        return "open"
+    if max(min(values) for values in middle) > max(max(values) for values in outer):
+        return "yes"
+    return "no" if max(min(values) for values in outer) > max(max(values) for values in middle) else "open"
 
 
 def modular_arithmetic(r):
@@ -120,10 +144,12 @@ def modular_arithmetic(r):
     lines = [
         f"**Ground truth: modular addition** ([table](modular_arithmetic.json), [figure](modular_arithmetic.png)): a "
         f"transformer of one block learns a + b modulo {s['P']} from {100 * s['TRAIN_FRACTION']:.0f} % of the pairs; "
-        f"{100 * t['test_accuracy']:.2f} % of its answers to the other {t['n_test_pairs']:,} are right. {len(r['key_frequencies'])} key "
-        f"frequencies ({', '.join(map(str, r['key_frequencies']))}) hold {100 * s['KEY_SHARE']:.0f} % of the variance of its embedding. "
+        f"{100 * t['test_accuracy']:.2f} % of its answers to the other {t['n_test_pairs']:,} are right. "
+        f"{len(r['key_frequencies'])} key frequencies ({', '.join(map(str, r['key_frequencies']))}) hold at least "
+        f"{100 * s['KEY_SHARE']:.0f} % of its embedding's variance. "
         "MCC of the directions of their cosines and sines (Hungarian matching, |cosine|); in brackets how much of the matched directions "
-        f"lies in the right planes, which does not depend on phases. Mean of {len(s['SEEDS'])} seeds.", "",
+        f"lies in the right planes, which does not depend on phases. Mean of {len(s['SEEDS'])} seeds. Errors are on validation pairs, but "
+        f"there are only {r['sites']['embedding']['n_distinct']} different embeddings, so all of these were seen in training.", "",
         "| | embedding | normalised MSE | answer | normalised MSE |", "|---|---|---|---|---|"]
     for part in ("autoencoders", "baselines"):
         for name in r["sites"]["embedding"][part]:
@@ -132,23 +158,34 @@ def modular_arithmetic(r):
                 row = site[part][name]["mean"] if part == "autoencoders" else site[part][name]
                 cells += [f"{row['mcc']:.3f} ({row['plane_mcc']:.3f})", f"{row['normalized_mse']:.3f}" if "normalized_mse" in row else ""]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(against_pca(name, site) for name, site in r["sites"].items()), *why(r)])
+    return "\n".join([*lines, "", *(line for name, site in r["sites"].items() for line in against_pca(name, site)), *why(r)])
 
 
 def against_pca(name, site):
-    runs = [run for rows in site["autoencoders"].values() for run in rows["runs"]]
-    best, pca = max(run["mcc"] for run in runs), site["baselines"]["principal components"]["mcc"]
-    word = "does better than" if best > pca else "does not reach"
-    like = site["baselines"]["random, covariance of the data"]["mcc"]
-    return (f"- {name}: the best autoencoder of {len(runs)} has an MCC of {best:.3f} and {word} principal components ({pca:.3f}); "
-            f"directions drawn with the data's covariance, which know nothing else of it, have {like:.3f}.")
+    """The best autoencoder beside the baselines with as many directions, for each M."""
+    lines = []
+    for m, best in best_by_m(site).items():
+        pca, like = (site["baselines"][f"{baseline}, M = {m}"]["mcc"]
+                     for baseline in ("principal components", "random, covariance of the data"))
+        word = "does better than" if best > pca else "does not reach"
+        lines.append(f"- {name}, M = {m}: the best autoencoder has an MCC of {best:.3f} and {word} principal components ({pca:.3f}); "
+                     f"as many directions drawn with the data's covariance, which know nothing else of it, have {like:.3f}.")
+    return lines
+
+
+def best_by_m(site):
+    """{M: the largest MCC of an autoencoder of that size}."""
+    found = {}
+    for rows in site["autoencoders"].values():
+        for run in rows["runs"]:
+            found[run["variant"][1]] = max(run["mcc"], found.get(run["variant"][1], 0))
+    return found
 
 
 def why(r):
     """Why principal components win, if they do."""
     sites = r["sites"].values()
-    if any(run["mcc"] > site["baselines"]["principal components"]["mcc"] for site in sites for rows in site["autoencoders"].values()
-           for run in rows["runs"]):
+    if any(best > site["baselines"][f"principal components, M = {m}"]["mcc"] for site in sites for m, best in best_by_m(site).items()):
         return []
     rows = [row["mean"] for site in sites for row in site["autoencoders"].values()]
     lengths, shares = ([row[name] for row in rows] for name in ("mean_length_in_best_plane", "share_of_numbers"))
@@ -172,8 +209,14 @@ def planted(r):
         + " |",
         "|---|" + "---|" * len(r["active"] + r["noise"])]
     return "\n".join(lines + [
-        f"| {name} | " + " | ".join(f"{case['methods'][name]['mean']['mcc']:.3f}" for case in r["active"] + r["noise"]) + " |"
+        f"| {name}{at_most(name, small)} | "
+        + " | ".join(f"{case['methods'][name]['mean']['mcc']:.3f}" for case in r["active"] + r["noise"]) + " |"
         for name in small["methods"]])
+
+
+def at_most(name, case):
+    """There are only as many principal components as dimensions, and directions without a partner count 0."""
+    return f" (at most {case['dimensions'] / case['directions']:.2f})" if name == "principal components" else ""
 
 
 def bar(large):
@@ -189,7 +232,7 @@ def stability(r):
     s = r["settings"]
     lines = [
         f"**Stability** ([table](stability.json), [figure](stability.png)): {s['ARCHITECTURE']} autoencoders of "
-        f"the demo's activations that differ in their first weights only, {len(s['SEEDS'])} seeds, {s['N_EPOCHS']} epochs. Cosines of "
+        f"`{s['dataset']}` that differ in their first weights only, {len(s['SEEDS'])} seeds, {s['N_EPOCHS']} epochs. Cosines of "
         "decoder directions of two seeds: mean of the largest, and under the best one-to-one matching; share of features that all seeds "
         "have (cosine above "
         f"{s['THRESHOLD']:g}). Tokens by lot are as many activations less their mean.", "",

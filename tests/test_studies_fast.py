@@ -103,6 +103,27 @@ def test_the_ordering_is_confirmed_refuted_or_open():
     assert heldout.ordering({"FAST": wide, "BT(F)": random.exponential(size=(3, 40)), "BT(P)": 8 * wide})["ordering"] == "open"
 
 
+@pytest.mark.parametrize("n_seeds", [3, 5])
+def test_intervals_over_few_seeds_hold_the_truth_as_often_as_they_say(n_seeds):
+    """With nothing but seeds that vary, in 400 trials; a plain bootstrap of three values holds the mean in about four of five."""
+    random = np.random.default_rng(0)
+    plain, ours = [], []
+    for _ in range(400):
+        errors = np.repeat(random.normal(10, 1, (n_seeds, 1)), 2, axis=1)
+        of_dialogues, of_both, _ = heldout.resampled(errors, random.integers(0, n_seeds, (400, n_seeds)))
+        for found, draws in ((plain, of_both), (ours, heldout.widened(of_dialogues, of_both, n_seeds))):
+            low, high = heldout.interval(draws)
+            found.append(low <= 10 <= high)
+    assert 0.93 <= np.mean(ours) <= 1 and np.mean(plain) < 0.9
+
+
+def test_cases_clear_in_either_direction_are_counted():
+    rows = [{"x": {"below_fast_by": interval}} for interval in ([0.1, 0.2], [-0.2, -0.1], [-0.1, 0.1])]
+    assert studies_page_fast.clear_cases([*rows, {"x": {"value": 1}}, {}], "x") == (1, 1)
+    assert studies_page_fast.l0_of({"l0": {"FAST": 8.0, "BT(F)": 8.01, "BT(P)": 8}}) == "8.0"
+    assert studies_page_fast.l0_of({"l0": {"FAST": 8.0, "BT(F)": 15, "BT(P)": 31.2}}) == "8 / 15 / 31"
+
+
 def test_constant_errors_have_intervals_without_width_and_missing_dialogues_do_not_count():
     ones = np.ones((2, 5))
     ones[:, 3] = np.nan
@@ -118,13 +139,15 @@ def test_the_gap_on_sinks_by_hand():
         others = {name: np.ones((2, 6)) for name in heldout.PER_DIALOGUE}
         return {**others, names[0]: np.full((2, 6), whole), names[1]: np.full((2, 6), part)}
     result = heldout.gap_on_sinks(errors(3.0, 2.0), errors(11.0, 8.0))
-    assert (result["gap"], result["on_sinks"], result["share"], result["share_interval"]) == (8, 6, 0.75, [0.75, 0.75])
+    assert (result["gap"], result["on_sinks"], result["share"]) == (8, 6, 0.75)
+    assert result["share_interval"] == pytest.approx([0.75, 0.75])
     assert heldout.gap_on_sinks(errors(3.0, 2.0), errors(3.0, 1.0))["share"] is None
 
 
 def test_token_purity_by_hand():
     mass = sparse.csr_matrix(np.array([[3.0, 1, 0], [0, 0, 0], [1, 1, 2]], np.float32))
-    assert np.allclose(evidence.token_purity(mass), [0.75, np.nan, 0.5], equal_nan=True)
+    assert np.allclose(evidence.token_purity(mass, np.array([10, 0, 99])), [0.75, np.nan, 0.5], equal_nan=True)
+    assert np.isnan(evidence.token_purity(mass, np.array([9, 0, 99]))[0])  # too seldom to say anything
 
 
 def test_resampled_features_leave_out_the_dead_and_keep_the_mean():
@@ -153,10 +176,12 @@ def test_results_are_rounded_and_name_no_folder():
     assert many_runs.rounded({"a": [1.23456789, 2, "x", None], "b": (1234567.8,)}) == {"a": [1.23457, 2, "x", None], "b": [1234570.0]}
 
 
-def test_many_runs_are_the_scripts_own_and_a_failure_is_raised(tmp_path):
+def test_many_runs_are_the_scripts_own_and_a_failure_is_raised(tmp_path, capfd):
     flags = put_activations(tmp_path, np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32), [10] * 10)
-    common_flags = [*flags, "--m", 8, "--k", 2, "--no-use-matryoshka", "--n-epochs", 1, "--device", "cpu"]
+    common_flags = [*flags, "--m", 8, "--k", 2, "--no-use-matryoshka", "--n-epochs", 1, "--device", "cpu", "--init-encoder-scale", 30]
     many_runs.run_many("train_sae.py", [[*common_flags, "--run-name", name] for name in ("one", "two")])
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning:")]
+    assert sum("normalised MSE is not below 1" in line and "(2 of 2 runs)" in line for line in lines) == 1
     assert (tmp_path / "checkpoints" / "one" / "SAE_M=8_K=2.pt").exists() and (tmp_path / "checkpoints" / "two" / "metrics.json").exists()
     with pytest.raises(SystemExit) as end:
         many_runs.run_many("train_sae.py", [[*common_flags, "--layer-idx", 3]])
@@ -229,6 +254,7 @@ def test_fast_against_block_training_from_end_to_end(tmp_path, study, capsys):
     flags = [*FAST_FLAGS, "--plain-text", tmp_path / "plain.txt"]
     result, stages = study(fast_vs_block, *flags)
     assert len(result["runs"]) == 3 * 2 * 2 and {run["n_train_tokens"] for run in result["runs"]} == {result["train_tokens"]}
+    assert all(set(c["l0"]) == {"FAST", "BT(F)", "BT(P)"} and c["l0"]["FAST"] == 2 for c in result["comparisons"])  # topk's K
     assert len(result["comparisons"]) == 2 and len(result["interpretability"]) == 3
     assert {c["mse_special, all tokens"]["ordering"] for c in result["comparisons"]} <= {"confirmed", "refuted", "open"}
     assert result["data"]["held out"]["examples"] == 12 and result["data"]["FAST"]["examples"] == 28

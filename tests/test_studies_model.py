@@ -224,6 +224,39 @@ def test_loss_recovered_of_a_tiny_model(tiny, study, tmp_path, monkeypatch):
     assert study("loss_recovered", *flags, "--n-examples", 3)[1]["autoencoders"] == result["autoencoders"]
 
 
+def test_quick_leaves_flags_alone(tiny, study, tmp_path):
+    folder, flags = tiny
+    _, result = study("loss_recovered", *flags, "--quick", "--n-examples", 3, "--n-bootstrap", 5)
+    assert next(iter(result["autoencoders"].values()))["n_examples"] == result["settings"]["N_EXAMPLES"] == 3
+    _, result = study("steer", *flags, "--quick", "--alphas", "0,3,60", "--n-new-tokens", 4, "--features", "1")
+    assert result["alphas"] == [0, 3, 60] and result["n_new_tokens"] == 4 and result["n_prompts"] == 4 and len(result["targets"]) == 2
+    _, result = study("steer", *flags, "--alphas", "3", "--n-new-tokens", 2, "--features", "1", "--n-random", 0, "--ablate",
+                      "--n-ablated", 0, "--n-ablation-examples", 2)  # what it leaves out its page leaves out
+    words = importlib.import_module("studies_page").steer(result)
+    assert "was not tried" in words and "Feature 1 (named)" in words and "by lot" not in words
+
+
+@pytest.mark.parametrize("flags, where", [(["--k", 3], "K"), (["--layer-idx", 1], "LAYER_IDX")])
+def test_a_flag_that_the_run_contradicts_is_one_line(tiny, study, capsys, flags, where):
+    assert study("loss_recovered", *tiny[1], *flags)[0] == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith(f"error: {where}: ") and "leave" in error[0]
+
+
+def test_what_other_code_or_data_computed_is_not_remembered(tiny, study, tmp_path, monkeypatch):
+    common = importlib.import_module("common")
+    journal, calls = tmp_path / "journal.jsonl", []
+    for version in ("a", "a", "b"):
+        monkeypatch.setattr(common, "code_version", lambda version=version: version)
+        common.remembered(journal, {"x": 1}, lambda: calls.append(1))
+    assert len(calls) == 2
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"Number {i} is new."}) + "\n" for i in range(9)))
+    for n in (2, 5):
+        _, result = study("loss_recovered", *tiny[1], "--dataset-path", other, "--max-examples", n, "--n-bootstrap", 5)
+        assert next(iter(result["autoencoders"].values()))["n_examples"] == n
+
+
 def test_held_out_examples_are_the_validation_examples(tiny, study):
     import config
     from fastsae.activations_file import open_activations

@@ -122,6 +122,17 @@ def words(name, result):
     return getattr(studies_page, name)(result)
 
 
+@pytest.mark.parametrize("counts, verdict", [
+    ({4: [10, 12], 15: [20, 21], 28: [18, 19]}, "yes"), ({4: [10, 12], 15: [20, 21], 28: [18, 20]}, "open"),
+    ({4: [10, 12], 15: [11, 12], 28: [18, 20]}, "no"), ({4: [10, 12], 28: [18, 20]}, "open")])
+def test_middle_layers_win_only_beyond_their_seeds(counts, verdict):
+    import studies_page
+
+    rows = [{"layer": layer, "seeds": [{"n_above_auc_bound": n + 3, "n_above_auc_bound_shuffled": 3} for n in values]}
+            for layer, values in counts.items()]
+    assert studies_page.middle_wins({"n_blocks": 30, "layers": rows}) == verdict
+
+
 def run_study(monkeypatch, tmp_path, name, *flags):
     """The result of a study run in this process, its outputs under tmp_path."""
     import importlib
@@ -161,17 +172,19 @@ def test_planted_study_finds_directions_and_remembers(monkeypatch, tmp_path):
 
 def test_modular_study_runs_on_tiny_settings(monkeypatch, tmp_path):
     result = run_study(monkeypatch, tmp_path, "modular_arithmetic", "--p", 13, "--model-epochs", 3, "--seeds", "0,1", "--n-epochs", 1,
-                       "--ms", "12", "--ks", "2", "--l1-coefficients", "1", "--n-random", 2, "--architectures", "standard,topk")
+                       "--ms", "12,16", "--ks", "2", "--l1-coefficients", "1", "--n-random", 2, "--architectures", "standard,topk")
     assert sum(result["embedding_power"]) == pytest.approx(1, abs=1e-3)
     for site, n_distinct in (("embedding", 26), ("answer", 169)):
         examined = result["sites"][site]
-        assert examined["n_distinct"] == n_distinct and set(examined["autoencoders"]) == {"standard, M = 12, L1 = 1", "topk, M = 12, K = 2"}
+        assert examined["n_distinct"] == n_distinct and set(examined["autoencoders"]) == {
+            f"{kind}, M = {m}, {sparsity}" for kind, sparsity in (("standard", "L1 = 1"), ("topk", "K = 2")) for m in (12, 16)}
         for row in [*examined["baselines"].values(), *(r["mean"] for r in examined["autoencoders"].values())]:
             assert all(0 <= row[name] <= 1 for name in ("mcc", "plane_mcc", "mean_max_cosine", "correlation"))
             assert row["plane_mcc"] >= row["mcc"]
-        pca = examined["baselines"]["principal components"]["mcc"]
-        best = max(run["mcc"] for rows in examined["autoencoders"].values() for run in rows["runs"])
-        assert (f"MCC of {best:.3f} and {'does better than' if best > pca else 'does not reach'} principal components ({pca:.3f})"
+        pca = examined["baselines"]["principal components, M = 12"]["mcc"]
+        best = max(run["mcc"] for name, rows in examined["autoencoders"].items() if "M = 12" in name for run in rows["runs"])
+        word = "does better than" if best > pca else "does not reach"
+        assert (f"{site}, M = 12: the best autoencoder has an MCC of {best:.3f} and {word} principal components ({pca:.3f})"
                 in words("modular_arithmetic", result))
 
 
