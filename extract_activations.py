@@ -48,17 +48,17 @@ def main():
         wanted = {layer: describe(settings, layer, inputs) for layer in settings.LAYERS or (settings.LAYER_IDX,)}
         for layer in sorted(wanted):
             storage.claim(path_of(settings, layer), "--output-dir")
-        metadata = {layer: m for layer, m in wanted.items() if not up_to_date(path_of(settings, layer), m)}
-        if not metadata:
+        missing = {layer: about for layer, about in wanted.items() if not up_to_date(path_of(settings, layer), about)}
+        if not missing:
             if world.rank == 0:
                 storage.remove(parts_folder(settings, wanted))
-                report(settings, wanted, started, "unchanged")
+                print_summary(settings, wanted, started, "unchanged")
             return
-        computed = wanted if parts_folder(settings, wanted).exists() else metadata  # parts of an interrupted run hold all of its layers
+        computed = wanted if parts_folder(settings, wanted).exists() else missing  # parts of an interrupted run hold all of its layers
 
         source = {"revision": settings.MODEL_REVISION, "cache_dir": settings.CACHE_DIR}
         model_config = language_model.load_config(settings.MODEL_NAME, **source)
-        language_model.check_layer(model_config, max(metadata), settings.MODEL_NAME)
+        language_model.check_layer(model_config, max(missing), settings.MODEL_NAME)
         table, counts = read_tokens(settings, dataset_path, language_model.load_tokenizer(settings.MODEL_NAME, **source))
         n_shared = 0 if settings.PROCESSING == "block" else mark_shared_prefix(table)
         n_values = len(table.ids) * model_config.hidden_size * len(computed)
@@ -67,19 +67,19 @@ def main():
         device = world.device(language_model.choose_device(settings.DEVICE))
         model = language_model.ResidualModel(settings.MODEL_NAME, computed, device=device,
                                              dtype=language_model.choose_dtype(settings.DTYPE, device), **source)
-        for block in metadata.values():
-            block.update(n_examples=len(table.lengths), n_tokens=len(table.ids), d_model=model.d_model, n_shared_prefix=n_shared,
+        for about in missing.values():
+            about.update(n_examples=len(table.lengths), n_tokens=len(table.ids), d_model=model.d_model, n_shared_prefix=n_shared,
                          **counts, compute_dtype=str(model.dtype).removeprefix("torch."), device=device.partition(":")[0],
                          resolved_revision=model.revision)
         parts = run_model(model, table, n_shared, settings, world, computed)
         if world.rank == 0:
-            for layer, block in metadata.items():
-                timing = write_layer(path_of(settings, layer), parts, table, block, settings, world.size)
+            for layer, about in missing.items():
+                timing = write_layer(path_of(settings, layer), parts, table, about, settings, world.size)
             storage.remove(parts[0].parent)
-            report(settings, wanted, started, "written", tokens_per_second=timing["tokens_per_second"])
+            print_summary(settings, wanted, started, "written", tokens_per_second=timing["tokens_per_second"])
 
 
-def report(settings, layers, started, status, **more):
+def print_summary(settings, layers, started, status, **more):
     """The summary line; it names the first layer's file."""
     path = path_of(settings, next(iter(layers)))
     about = activations_file.read_metadata(path)
@@ -101,9 +101,9 @@ def describe(settings, layer, inputs):
                                   dataset_path=settings.DATASET_PATH)
 
 
-def parts_folder(settings, metadata):
-    """Where the parts of an unfinished run lie that computes these layers."""
-    content = hashlib.sha256("".join(block["fingerprint"] for block in metadata.values()).encode()).hexdigest()[:16]
+def parts_folder(settings, by_layer):
+    """Where the parts of an unfinished run lie that computes these layers, {layer: metadata}."""
+    content = hashlib.sha256("".join(about["fingerprint"] for about in by_layer.values()).encode()).hexdigest()[:16]
     return settings.activations_path.parent / f".parts-{content}"
 
 
@@ -150,17 +150,17 @@ def labelled(settings, examples):
                          "--label-field none.")
 
 
-def run_model(model, table, n_shared, settings, world, metadata):
-    """The part files with the activations of all examples, in order."""
+def run_model(model, table, n_shared, settings, world, by_layer):
+    """The part files with the activations of all examples, in order, at the layers of `by_layer` {layer: metadata}."""
     kind = model.device.partition(":")[0]
     batch_tokens = settings.BATCH_TOKENS or extraction.BATCH_TOKENS[kind]
-    chunk_tokens = extraction.chunk_tokens_for(settings.CHUNK_TOKENS, model.d_model, len(metadata), settings.STORAGE_DTYPE)
+    chunk_tokens = extraction.chunk_tokens_for(settings.CHUNK_TOKENS, model.d_model, len(by_layer), settings.STORAGE_DTYPE)
     chunks = extraction.split_chunks(table.lengths, chunk_tokens)
     forward = extraction.Forward(model, table, n_shared=n_shared, batch_tokens=batch_tokens, storage_dtype=settings.STORAGE_DTYPE,
                                  dataset_name=settings.DATASET_PATH, pin=kind == "cuda")
     # What an interrupted run was doing decides whether its parts may be used: batches change the last bits.
     plan = hashlib.sha256(repr((batch_tokens, chunks, str(model.dtype), kind, forward.n_prefix)).encode()).hexdigest()[:8]
-    return extraction.extract_parts(forward, chunks, parts_folder(settings, metadata), plan, world)
+    return extraction.extract_parts(forward, chunks, parts_folder(settings, by_layer), plan, world)
 
 
 def write_layer(path, parts, table, metadata, settings, n_processes):
@@ -184,7 +184,7 @@ def write_layer(path, parts, table, metadata, settings, n_processes):
         }, keep_old=True)
         written.append(target)
     artifacts.set_aside([old for old in before if old not in written])  # of an earlier run with another number of shards
-    summarise(written, table, metadata, timing)
+    print_results(written, table, metadata, timing)
     return timing
 
 
@@ -201,7 +201,7 @@ def timing_of(parts, table, metadata, n_processes):
             "max_norm": float(norms.max()), "n_sinks": int(sinks.sum()), "n_sinks_outside_prefix": int((sinks & own).sum())}
 
 
-def summarise(written, table, metadata, timing):
+def print_results(written, table, metadata, timing):
     kind, lengths = table.kind, table.lengths
     dropped = f", {metadata['n_duplicates']:,} duplicates dropped" if metadata["n_duplicates"] else ""
     left = f"; {metadata['n_left_over']} tokens left over" if "n_left_over" in metadata else ""

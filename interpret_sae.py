@@ -4,12 +4,13 @@
     OPENAI_API_KEY=... python interpret_sae.py --n-top-neurons 50 --interpreter-model gpt-5-mini
     python interpret_sae.py --target-value remembering
     python interpret_sae.py --text "Where did I leave the key?"
-    python interpret_sae.py --layer-idx 21 --sae-path gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71
+    python interpret_sae.py --layer-idx 21 --sae-path gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71  # stage 1 came first
 
 Reads the activations, the checkpoint that `checkpoints/<run>/metrics.json` names, and the dataset. Writes `interpretations.html`
-(a report for people), `interpretations.csv`, one row per feature, and its exact twin `interpretations.jsonl` (first line:
-settings and provenance); with a target, `hypotheses.csv`. Without an LLM every label is made of the feature's most
-characteristic tokens; nothing is sent anywhere.
+(a report for people), `interpretations.csv`, one row per feature, and `interpretations.jsonl` (the same and more, unrounded; first
+line: settings and provenance); with a target `hypotheses.csv`, with NEURONPEDIA_SET `neuronpedia/`. Where a variable named at
+INTERPRETER_MODEL is set, excerpts of the data go to that endpoint and the answers to `checkpoints/<run>/llm_replies.jsonl`; without
+an LLM every label is made of the feature's most characteristic tokens, and nothing is sent anywhere.
 """
 import json
 import sys
@@ -62,9 +63,10 @@ def main():
         from fastsae.trained_sae import describe_text
 
         named = settings.MODEL_NAME if settings.source["MODEL_NAME"] == "flag" else None  # else the model that the file names
-        return print(describe_text(settings.TEXT, settings.SAE_PATH or named_checkpoint(settings.run_dir),
-                                   settings.output_dir / "interpretations.jsonl", device=settings.DEVICE,
-                                   model_name=named, layer=settings.LAYER_IDX, cache_dir=settings.CACHE_DIR))
+        print(describe_text(settings.TEXT, settings.SAE_PATH or named_checkpoint(settings.run_dir),
+                            settings.output_dir / "interpretations.jsonl", device=settings.DEVICE, model_name=named,
+                            layer=settings.LAYER_IDX, cache_dir=settings.CACHE_DIR))
+        return 0
     checkpoint_path, sae_meta = chosen_sae(settings)
     backend = None
     if settings.N_TOP_NEURONS:
@@ -74,7 +76,8 @@ def main():
     if not settings.DRY_RUN:
         storage.claim(jsonl_path, "--output-dir")
         if done(folder, jsonl_path, metadata):
-            return report(folder, artifacts.read_lines(jsonl_path)[1:], started, "unchanged")
+            print_summary(folder, artifacts.read_lines(jsonl_path)[1:], started, "unchanged")
+            return 0
 
     features = Features(settings, checkpoint_path, sae_meta)
     labelled = features.choose(settings.N_TOP_NEURONS)
@@ -83,15 +86,16 @@ def main():
     if backend or settings.DRY_RUN:
         work = labelling(features, backend, list(dict.fromkeys([*labelled, *(h["feature"] for h in hypotheses)])), settings)
         if settings.DRY_RUN:
-            return work.print_plan(features.evidence.tokenizer)
+            work.print_plan(features.evidence.tokenizer)
+            return 0
     scored = add_llm_labels(features.rows, work.run(), work) if work else []
     write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settings)
-    say(features, work, folder)
-    report(folder, features.rows, started, "incomplete" if incomplete_rows(features.rows) else "written")
+    print_results(features, work, folder)
+    print_summary(folder, features.rows, started, "incomplete" if incomplete_rows(features.rows) else "written")
     return incomplete(features.rows) if work else 0
 
 
-def report(folder, rows, started, status):
+def print_summary(folder, rows, started, status):
     progress.summary("interpret_sae", folder / "interpretations.html", started, status=status, n_features=len(rows),
                      n_dead=sum(row["status"] == "dead" for row in rows),
                      n_labelled_by_llm=sum(row["label_source"] not in ("", "tokens") for row in rows))
@@ -282,11 +286,12 @@ def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settin
     from fastsae.report_run import describe_run
 
     rows, evidence = features.rows, features.evidence
-    shown = sorted(features.choose(len(rows)), key=lambda j: rows[j]["label_source"] in ("", "tokens"))[:settings.N_REPORT_FEATURES]
-    dead = [row["feature"] for row in rows if row["status"] == "dead"]
-    run = describe_run(features, metadata, scored, {name: settings.values[name] for name in settings.values}, len(shown))
+    shown = sorted(features.choose(len(rows)), key=lambda j: rows[j]["label_source"] in ("", "tokens"))  # an LLM's labels were paid for
+    shown = shown[:settings.N_REPORT_FEATURES]
+    dead = [row["feature"] for row in rows if row["status"] == "dead"][:settings.N_REPORT_FEATURES - len(shown)]
+    run = describe_run(features, metadata, scored, settings.values, len(shown))
     texts = {"interpretations.csv": tables.csv_text(rows, COLUMNS),
-             "interpretations.html": render(evidence, rows, sorted([*shown, *dead[:settings.N_REPORT_FEATURES]]), features.lens, run)}
+             "interpretations.html": render(evidence, rows, sorted([*shown, *dead]), features.lens, run)}
     if hypotheses:
         filled = [{**h, "hypothesis": row["label"], "source": row["label_source"],
                    **{name: row[name] for name in ("fidelity_f1", "top_tokens")}} for h in hypotheses for row in (rows[h["feature"]],)]
@@ -317,7 +322,7 @@ def incomplete(rows):
     return 0
 
 
-def say(features, work, folder):
+def print_results(features, work, folder):
     counts, rows = features.summary(), features.rows
     alive = [row for row in rows if row["status"] != "dead"]
     print(f"features: {counts['n_features']}, {counts['n_dead']} dead on these tokens; "

@@ -67,7 +67,7 @@ SAVE_EVERY: float = 60.0                           # seconds between saves of an
 LOGGER: str = "none"                               # none, tensorboard or wandb: where the figures of each epoch go as well
 
 NOT_DECISIVE = ("ENGINE", "SAVE_EVERY", "LOGGER", "SEEDS", "K_LIST", "L1_COEFFICIENT_LIST", "EXPORT", "INIT_FROM")
-INIT_SAMPLE = 32768  # tokens whose median initialises b_dec
+INIT_SAMPLE = 32768  # tokens from which centre, directions, encoder scale and normalisation start
 
 
 def main():
@@ -75,9 +75,10 @@ def main():
     started = progress.start(quiet=settings.QUIET)
     settings.show()
     source = read_metadata(settings.activations_path)
+    require_named_dataset(settings, source)
     from fastsae import parallel  # after the settings: loading torch takes seconds
 
-    plans = plan(settings, source)
+    plans = make_plans(settings, source)
     storage.claim(settings.run_dir, "--run-name")
     todo = [each for each in plans if not artifacts.matches(each.path, each.metadata, artifacts.read_checkpoint_metadata)]
     if todo:
@@ -85,15 +86,24 @@ def main():
     if parallel.world()[0] == 0:
         metas = {each.path: artifacts.read_checkpoint_metadata(each.path) for each in plans}  # once: reading checks every byte
         for each in plans:
-            let_say(each.beside("metrics.json"), {"checkpoint": each.path.name, **metas[each.path]["metrics"]})
+            write_if_different(each.beside("metrics.json"), {"checkpoint": each.path.name, **metas[each.path]["metrics"]})
             storage.remove(each.path.with_suffix(".resume.pt"))
         if len(plans) > 1:
-            let_say(settings.run_dir / "metrics.json", json.loads(plans[0].beside("metrics.json").read_text()))
+            write_if_different(settings.run_dir / "metrics.json", json.loads(plans[0].beside("metrics.json").read_text()))
             print(f"stage 3 reads {plans[0].path.name}, the first of {len(plans)}")
         hand_over(metas, settings)
         metrics = metas[plans[0].path]["metrics"]
         progress.summary("train_sae", plans[0].path, started, status="written" if todo else "unchanged", n_autoencoders=len(plans),
                          **{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")})
+
+
+def require_named_dataset(settings, source):
+    """The run's folder has the name of a dataset unless RUN_NAME is set: refuse activations of another one."""
+    named, used = (str(path).rpartition("@")[0] or str(path) if str(path).startswith("hf:") else str(path)
+                   for path in (settings.DATASET_PATH, source["dataset_path"]))
+    if settings.RUN_NAME is None and Path(named).stem != Path(used).stem:
+        raise InputError(f"DATASET_PATH: {settings.activations_path} was made from {Path(used).name}, not from {Path(named).name}. give "
+                         f"--dataset-path {used}, or a name for the run with --run-name.")
 
 
 def hand_over(metas, settings):
@@ -128,7 +138,7 @@ def train_all(plans, source, settings):
 
 
 class Plan(NamedTuple):
-    """One autoencoder to train: its own settings, where it goes, its metadata, and the name of its files if there are several."""
+    """One autoencoder to train: its own settings, where it goes, its metadata, whether the pass trains others too."""
     settings: config.Settings
     path: Path
     metadata: dict
@@ -139,7 +149,7 @@ class Plan(NamedTuple):
         return self.path.with_suffix(f".{name}") if self.several else self.path.with_name(name)
 
 
-def plan(settings, source):
+def make_plans(settings, source):
     """A Plan for each of SEEDS x K_LIST x L1_COEFFICIENT_LIST, or the one that the settings without lists describe."""
     from fastsae.autoencoder import checkpoint_name
     from fastsae.formats import start_inputs
@@ -173,7 +183,7 @@ def train(plans, tokens, settings, device):
     bar = progress.bar(settings.N_EPOCHS, "training", "epoch", initial=min(run.epoch for run in runs) - 1)
     with deferred_stop(), bar:
         try:
-            while unfinished(runs, tokens, device):
+            while runs := write_finished(runs, tokens, device):
                 epoch, first = min((run.epoch, run.batch) for run in runs)  # where the one that is furthest behind goes on
                 for batch, x in enumerate(data.batches(epoch, first), first):  # (batch, d)
                     x = x.to(device)
@@ -193,7 +203,8 @@ def train(plans, tokens, settings, device):
                         failed.append(str(error))
                 bar.update()
                 if runs:
-                    bar.set_postfix({name: f"{runs[0].history[-1][name]:.4g}" for name in ("loss", "normalized_mse", "dead_fraction")})
+                    bar.set_postfix({name: f"{runs[0].history[-1][name]:.4g}" for name in
+                                     ("loss", "normalized_mse", "dead_fraction_training")})
         except (KeyboardInterrupt, Terminated):
             if stopping or stop_asked():  # between steps, or while measuring, which changes nothing of the runs
                 save(runs)
@@ -202,12 +213,12 @@ def train(plans, tokens, settings, device):
         raise InputError("\n".join(failed))
 
 
-def unfinished(runs, tokens, device):
-    """`runs` less those whose training is over, which are written and taken out."""
-    for run in [run for run in runs if is_over(run)]:
-        finish(run, tokens, device)
-        runs.remove(run)
-    return runs
+def write_finished(runs, tokens, device):
+    """Write the runs whose training is over; returns the others."""
+    for run in runs:
+        if is_over(run):
+            finish(run, tokens, device)
+    return [run for run in runs if not is_over(run)]
 
 
 def save(runs):
@@ -271,7 +282,7 @@ def finish(run, tokens, device):
     save_sae(plan.path, sae, {**plan.metadata, "max_norm": tokens.max_norm, "metrics": metrics,
                               "validation_examples": np.flatnonzero(tokens.is_validation).tolist()})
     artifacts.write_json(plan.beside("metrics.json"), {"checkpoint": plan.path.name, **metrics, **timing})
-    report(metrics, timing, plan.settings)
+    print_results(metrics, timing, plan.settings)
     print(f"wrote {plan.path}")
 
 
@@ -335,7 +346,7 @@ def epoch_line(run, tokens, settings):
     result = evaluate(run.result(), tokens.activations, tokens.validation, tokens.example, tokens.special)
     line = {"epoch": run.epoch, "loss": float(run.loss_sum) / len(tokens.train), "normalized_mse": result["normalized_mse"],
             "prefix_normalized_mse": result["prefix_normalized_mse"], "l0": result["l0"],
-            "dead_fraction": float((run.tokens_since_fired >= settings.DEAD_AFTER_TOKENS).double().mean())}
+            "dead_fraction_training": float((run.tokens_since_fired >= settings.DEAD_AFTER_TOKENS).double().mean())}
     if settings.ARCHITECTURE in DENSE:
         blocks = (run.normalisation(tokens.rows(rows).to(run.loss_sum.device)) for rows in
                   np.array_split(tokens.validation, -(-len(tokens.validation) // 4096)))
@@ -343,7 +354,7 @@ def epoch_line(run, tokens, settings):
     return line
 
 
-def report(metrics, timing, settings):
+def print_results(metrics, timing, settings):
     print(f"epochs: {metrics['epochs']}, best {metrics['best_epoch']}; {timing['seconds']} s"
           + (f", {timing['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in timing else "") + f" ({timing['device']})")
     prefixes = ", ".join(f"{end} features {value:.3f}" for end, value in metrics["prefix_normalized_mse"].items())
@@ -358,8 +369,8 @@ def report(metrics, timing, settings):
         print("warning: over 5 % of the features are dead. lower --m, raise --aux-k, or give more data.")
 
 
-def let_say(metrics_path, figures):
-    """Write `figures` to metrics.json if it says something else: it may speak of another checkpoint, or of an older one."""
+def write_if_different(metrics_path, figures):
+    """Write `figures` to metrics.json unless they are there: it may speak of another checkpoint, or of an older one."""
     right = json.loads(artifacts.to_json(figures))
     try:
         found = json.loads(metrics_path.read_text())

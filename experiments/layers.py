@@ -27,7 +27,7 @@ from fastsae.errors import run_stage as run_main
 
 COMPARED_LAYERS: tuple[int, ...] = (2, 6, 12, 18, 24, 28)  # residual stream after so many blocks
 N_SEEDS: int = 3              # SAEs per layer, with SEED, SEED + 1 ... (of the split, the weights and the data order)
-RESULT_NAME: str = "layers"   # of the files under experiments/results/
+NAME: str = "layers"          # of the files under experiments/results/
 QUICK: bool = False           # 1 seed, 160 examples, 8 epochs
 
 STAGES = [PROJECT / name for name in config.STAGES]
@@ -51,9 +51,9 @@ def main():
     used = ["COMPARED_LAYERS", "QUICK", "MODEL_NAME", "DATASET_PATH", "MAX_EXAMPLES", "ARCHITECTURE", "M", "K", "USE_MATRYOSHKA",
             "N_EPOCHS", "PATIENCE", "BATCH_SIZE", "LEARNING_RATE", "POOLING", "SEED", "N_SEEDS"]
     chosen = settings.select(used) | {"DATASET_PATH": Path(settings.DATASET_PATH).name}
-    write_result(settings.RESULT_NAME, chosen, {"n_blocks": n_blocks(settings), "layers": rows})
+    write_result(settings.NAME, chosen, {"n_blocks": n_blocks(settings), "layers": rows})
     if importlib.util.find_spec("matplotlib"):
-        draw(RESULTS / f"{settings.RESULT_NAME}.png", rows)
+        draw(RESULTS / f"{settings.NAME}.png", rows)
 
 
 def quick_flag(settings, name):

@@ -25,7 +25,7 @@ from fastsae.examples import CONTENT, ROLES, SHARED_PREFIX, TEMPLATE
 SAE: str | None = None        # checkpoints or SAELens folders, with commas between; none = the one that the run's metrics.json names
 N_EXAMPLES: int = 200         # held-out examples, by lot
 N_BOOTSTRAP: int = 1000       # resamples of the examples for the intervals
-RESULT_NAME: str = "loss_recovered"  # of the files under experiments/results/
+NAME: str = "loss_recovered"  # of the files under experiments/results/
 QUICK: bool = False           # 12 examples
 
 QUICK_VALUES = {"N_EXAMPLES": 12}
@@ -45,9 +45,9 @@ def main():
         name = subject.path if subject.name in rows else subject.name  # runs in different folders may be named alike
         rows[name] = remembered(journal, key, lambda: measure(subject, settings))
         show(name, rows[name])
-    write_result(settings.RESULT_NAME, settings.select(["N_EXAMPLES", "N_BOOTSTRAP", "QUICK", "SEED", "DTYPE"]), {"autoencoders": rows})
+    write_result(settings.NAME, settings.select(["N_EXAMPLES", "N_BOOTSTRAP", "QUICK", "SEED", "DTYPE"]), {"autoencoders": rows})
     if importlib.util.find_spec("matplotlib"):
-        draw(RESULTS / f"{settings.RESULT_NAME}.png", rows)
+        draw(RESULTS / f"{settings.NAME}.png", rows)
 
 
 def measure(subject, settings):

@@ -47,7 +47,7 @@ REPETITION_LIMIT: float = 0.1        # see above
 ABLATE: bool = False                 # also take each feature, and N_ABLATED others by lot, out of the stream, and compare the losses
 N_ABLATED: int = 8                   # features by lot for that comparison
 N_ABLATION_EXAMPLES: int = 100       # held-out examples for it
-RESULT_NAME: str = "steer"           # of the files under experiments/results/
+NAME: str = "steer"                  # of the files under experiments/results/
 QUICK: bool = False                  # 4 questions, 1 random direction, 4 alphas, 24 tokens, 60 dialogues, 12 examples
 
 QUICK_VALUES = {"N_RANDOM": 1, "N_NEW_TOKENS": 24, "N_DIALOGUES": 60, "N_ABLATED": 3, "N_ABLATION_EXAMPLES": 12,
@@ -78,10 +78,10 @@ def main():
               "targets": [{name: value for name, value in r.items() if name != "answers"} for r in results]}
     if settings.ABLATE:
         result["ablation"] = work.ablation([t["feature"] for t in targets if t["feature"] is not None])
-    write_result(settings.RESULT_NAME, settings.select(RECORDED), result)
-    side_by_side.write(RESULTS / settings.RESULT_NAME, results, prompts, unsteered, result)
+    write_result(settings.NAME, settings.select(RECORDED), result)
+    side_by_side.write(RESULTS / settings.NAME, results, prompts, unsteered, result)
     if importlib.util.find_spec("matplotlib"):
-        side_by_side.draw(RESULTS / f"{settings.RESULT_NAME}.png", result)
+        side_by_side.draw(RESULTS / f"{settings.NAME}.png", result)
 
 
 class Work:

@@ -111,7 +111,7 @@ class _Output:
 
 
 def run_stage(main):
-    """Call `main()` and return the exit code of DESIGN.md: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete, 130/143."""
+    """Call `main()` and return the exit code: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete, 130/143."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
     end_with_parent()
@@ -192,6 +192,6 @@ def _bug(error):
 
 def _out_of_memory(error):
     brief = (str(error) or "out of memory").splitlines()[0][:150]
-    print(f"error: memory: {brief}. lower --batch-tokens (stage 1) or --batch-size and --max-examples (stage 2), then run again: "
+    print(f"error: memory: {brief}. lower --batch-tokens (stage 1) or --buffer-tokens and --batch-size (stage 2), then run again: "
           "what was finished is kept.", file=sys.stderr)
     return EXIT_ENVIRONMENT

@@ -83,7 +83,7 @@ def final_metrics(sae, tokens, history):
     n_validation = metrics.pop("n_tokens")
     everything = evaluate(sae, tokens.activations, tokens.all_validation, tokens.example, tokens.special)
     best = best_epoch(history)
-    return {**metrics, "dead_fraction_training": history[best - 1]["dead_fraction"],
+    return {**metrics, "dead_fraction_training": history[best - 1]["dead_fraction_training"],
             "n_train_tokens": len(tokens.train), "n_validation_tokens": n_validation, "epochs": len(history), "best_epoch": best,
             "n_excluded_shared_prefix": tokens.n_prefix, "n_excluded_sinks": tokens.n_sinks, "max_norm": tokens.max_norm,
             "with_prefix_and_sinks": {name: everything[name] for name in

@@ -24,7 +24,7 @@ def write_figure(path, history):
     for end in history[0]["prefix_normalized_mse"]:
         panels[1].plot(epochs, [line["prefix_normalized_mse"][end] for line in history], label=f"{end} features")
     panels[2].plot(epochs, [line["l0"] for line in history])
-    panels[3].plot(epochs, [100 * line["dead_fraction"] for line in history])
+    panels[3].plot(epochs, [100 * line["dead_fraction_training"] for line in history])
     for panel, title in zip(panels, ("loss", "normalised MSE, validation", "L0, validation", "dead features, %")):
         panel.set_title(title)
         panel.grid(alpha=0.3)

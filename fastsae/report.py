@@ -21,7 +21,7 @@ def render(evidence, rows, shown, lens, run):
     """The report as text.
 
     rows: one dict per feature (all of them); shown: numbers of the features to include; lens: {feature: (promoted, suppressed)} of
-    [(token, value)]; run: what the run page says, see `interpret_sae.describe_run`.
+    [(token, value)]; run: what the run page says, see `report_run.describe_run`.
     """
     import jinja2
     from markupsafe import Markup

@@ -1,10 +1,13 @@
 """What the report says of the run as a whole: its story in a few sentences, charts, settings and provenance."""
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 
 from fastsae import artifacts, report_charts as charts
+from fastsae.export import dataset_name
+from fastsae.formats import short_name
 
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("mse", "MSE (FAST, eq. 7)"),
            ("mse_special_tokens", "MSE on special tokens"), ("cosine_similarity", "cosine similarity"), ("l0", "L0"),
@@ -61,19 +64,25 @@ def run_tables(sae_meta, source, metadata, settings):
     metrics = sae_meta.get("metrics", {})
     figures = [(name, _shown(metrics[key])) for key, name in METRICS if metrics.get(key) is not None]
     figures += [(f"normalised MSE from the first {end}", _shown(v)) for end, v in metrics.get("prefix_normalized_mse", {}).items()]
-    provenance = [("model", source["model_name"]),
+    provenance = [("model", named(source["model_name"])),
                   ("revision", source.get("resolved_revision") or source.get("model_revision") or "as named"),
-                  ("layer", f"residual stream after {source['settings']['LAYER_IDX']} blocks"), ("dataset", source["dataset_path"]),
-                  ("dataset sha256", source["inputs"]["dataset"]), ("checkpoint", metadata["checkpoint"]),
+                  ("layer", f"residual stream after {source['settings']['LAYER_IDX']} blocks"),
+                  ("dataset", dataset_name(source["dataset_path"])),
+                  ("dataset sha256", source["inputs"]["dataset"]), ("checkpoint", short_name(metadata["checkpoint"])),
                   ("fingerprints", f"activations {source['fingerprint'][:16]}, autoencoder {sae_meta['fingerprint'][:16]}, "
                                    f"interpretation {metadata['fingerprint'][:16]}"),
                   ("device, type", f"{source.get('device', '')}, {source.get('compute_dtype', '')}"),
                   ("versions", ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()))]
     every = [("Settings of stage 1, extraction", source["settings"]), ("Settings of stage 2, training", sae_meta["settings"]),
-             ("Settings of stage 3, interpretation", settings)]
+             ("Settings of stage 3, interpretation", {name: named(value) for name, value in settings.items()})]
     return [("How well the autoencoder reconstructs", "On validation examples it was not trained on.", figures, True),
             ("Where this comes from", "", provenance, True),
             *((name, "", [(key, _shown(value)) for key, value in values.items()], False) for name, values in every)]
+
+
+def named(value):
+    """`value`; of a path on this machine only its last part: the report is made to be sent on, the tables' first line has it all."""
+    return short_name(value) if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _shown(value):

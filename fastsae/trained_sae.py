@@ -62,7 +62,7 @@ class TrainedSae:
 
     def encode(self, x) -> torch.Tensor:
         """Features (..., M) of activations x (..., d), array or tensor, as they come from the model."""
-        x = torch.as_tensor(x).to(self.sae.input_bias)
+        x = torch.as_tensor(np.array(x) if isinstance(x, np.ndarray) else x).to(self.sae.input_bias)  # arrays of files are read-only
         if x.shape[-1] != self.d:
             raise InputError(f"activations: are {x.shape[-1]} wide and this autoencoder takes {self.d}. check the model and the layer.")
         entries = autoencoder.encode(self.sae, x.reshape(-1, self.d))

@@ -1,6 +1,7 @@
 """`from fastsae import load_sae` in a notebook, the README's example, and `interpret_sae.py --text`."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -146,6 +147,37 @@ def test_the_readmes_example_runs(checkpoint, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "layer 2 of SmolLM2-135M-Instruct" in out and re.search(r"^' key': \d+ \(\d+\.\d\d\)", out, re.M)
     assert len(names["error"]) == len(names["features"]) == len(names["activations"]) and bool(names["error"].isfinite().all())
+
+
+def test_the_readmes_example_for_a_whole_dataset_runs(checkpoint, run_folder, monkeypatch, recwarn):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.S)
+                if "open_activations" in block)
+    sae = fastsae.load_sae(checkpoint)
+    names = {"sae": sae}
+    monkeypatch.chdir(run_folder)
+    exec(code.replace("layer12", "layer2"), names)
+    assert len(names["features"]) == names["data"]["seq_lengths"][-1] and names["features"].shape[1] == sae.n_features
+    assert (names["features"] > 0).any() and not [w for w in recwarn if "writable" in str(w.message)]
+
+
+def test_a_forgotten_dataset_path_does_not_train_under_another_name(run_folder, run_main, capsys):
+    before = tree_of(run_folder)
+    flags = ["--output-dir", run_folder, "--layer-idx", 2, "--m", 64, "--matryoshka-prefixes", "16,64", "--k", 4, "--n-epochs", 1]
+    assert run_main("train_sae", *flags) == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert "made from texts.jsonl, not from cognitive_actions.jsonl" in error and f"--dataset-path {run_folder / 'texts.jsonl'}" in error
+    assert tree_of(run_folder) == before
+    assert run_main("train_sae", *flags, "--run-name", "mine") == 0
+
+
+def test_the_report_shows_as_many_features_as_asked_and_names_no_folder(run_folder, run_main, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "copy")
+    folder = tmp_path / "copy"
+    assert run_main("interpret_sae", "--output-dir", folder, "--dataset-path", folder / "texts.jsonl", "--layer-idx", 2, "--n-top-neurons", 0,
+                    "--device", "cpu", "--n-report-features", 3) == 0
+    text = (folder / "interpretations.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    assert len(data["features"]) == 3 and str(tmp_path) not in text and str(run_folder) not in text and "texts.jsonl" in text
 
 
 def tree_of(folder):
