@@ -173,8 +173,8 @@ def test_a_forgotten_dataset_path_does_not_train_under_another_name(run_folder, 
 def test_the_report_shows_as_many_features_as_asked_and_names_no_folder(run_folder, run_main, tmp_path):
     shutil.copytree(run_folder, tmp_path / "copy")
     folder = tmp_path / "copy"
-    assert run_main("interpret_sae", "--output-dir", folder, "--dataset-path", folder / "texts.jsonl", "--layer-idx", 2, "--n-top-neurons", 0,
-                    "--device", "cpu", "--n-report-features", 3) == 0
+    assert run_main("interpret_sae", "--output-dir", folder, "--dataset-path", folder / "texts.jsonl", "--layer-idx", 2,
+                    "--n-top-neurons", 0, "--device", "cpu", "--n-report-features", 3) == 0
     text = (folder / "interpretations.html").read_text(encoding="utf-8")
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
     assert len(data["features"]) == 3 and str(tmp_path) not in text and str(run_folder) not in text and "texts.jsonl" in text
