@@ -196,3 +196,27 @@ def test_stability_study_runs_on_tiny_settings(monkeypatch, tmp_path):
         assert row["mcc"] <= row["mean_max_cosine"] + 1e-9 and 0 <= row["found_by_all"] <= 1
     assert result["baselines"]["8"]["random"]["found_by_all"] == 0
     assert f"| 16 | 2 | {result['runs'][1]['mean_max_cosine']:.3f} |" in words("stability", result)
+
+
+def test_quick_studies_time_each_study_in_a_folder_of_its_own(monkeypatch, tmp_path, capsys):
+    import common
+    import quick_studies
+
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "good.py").write_text(
+        "import os, sys\nfolder = sys.argv[2]\nassert sys.argv[1] == '--output-dir' and sys.argv[3:] == ['--quick', '--x']\n"
+        "assert os.environ['FASTSAE_RESULTS'] == folder != '' and os.listdir(folder) == ['printed.log']\n")
+    (tmp_path / "experiments" / "bad.py").write_text("print('why it failed')\nraise SystemExit(3)\n")
+    for module in (common, quick_studies):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(quick_studies, "PROJECT", tmp_path)
+    monkeypatch.setattr(quick_studies, "STUDIES", ("good", "bad"))
+    monkeypatch.setattr(quick_studies, "FLAGS", {"good": ["--x"]})
+    monkeypatch.setattr(sys, "argv", ["quick_studies.py", "good"])
+    quick_studies.main()
+    found = json.loads((tmp_path / "results" / "quick_studies.json").read_text())["studies"]
+    assert set(found) == {"good"} and found["good"]["seconds"] >= 0 and found["good"]["cores"]
+    for name, message in (("bad", "why it failed\n\nerror: bad --quick ended with exit code 3"), ("none", "no such study")):
+        monkeypatch.setattr(sys, "argv", ["quick_studies.py", name])
+        with pytest.raises(SystemExit, match=message):
+            quick_studies.main()
