@@ -9,7 +9,8 @@ def whole():
     """STUDIES.md."""
     intro = ("Written by `experiments/readme_numbers.py` from the files here; each names its settings, seeds, commit and machine. "
              "The README has the table that sets them beside the paper.")
-    return "\n\n".join(["# What the studies found", intro, *sentences()]) + "\n"
+    figures = [f"![{name}]({name}.png)" for name in present()]
+    return "\n\n".join(["# What the studies found", intro, *(part for pair in zip(sentences(), figures) for part in pair)]) + "\n"
 
 
 CLEAR_GAIN = 5  # questions: five of five that change for the better have a chance of 3 % by a sign test
@@ -17,9 +18,13 @@ CLEAR_GAIN = 5  # questions: five of five that change for the better have a chan
 
 def sentences():
     """[Markdown paragraph] of the studies that have a result."""
-    found = [(study, RESULTS / f"{study.__name__}.json") for study in
-             (fast_vs_block, loss_recovered, pareto, steer, layers, stability, modular_arithmetic, planted)]
-    return [study(json.loads(path.read_text())) for study, path in found if path.exists()]
+    return [study(json.loads((RESULTS / f"{name}.json").read_text())) for name, study in present().items()]
+
+
+def present():
+    """{name: function} of the studies that have a result."""
+    studies = (fast_vs_block, loss_recovered, pareto, steer, layers, stability, modular_arithmetic, planted)
+    return {study.__name__: study for study in studies if (RESULTS / f"{study.__name__}.json").exists()}
 
 
 def loss_recovered(r):
@@ -36,7 +41,7 @@ def loss_recovered(r):
             f"{100 * every['loss_recovered_zero']['value']:.1f} %")
     row = next(iter(r["autoencoders"].values()))
     kinds = {name: 100 * row["kinds"][name]["loss_recovered_zero"]["value"] for name in ("content", "template") if name in row["kinds"]}
-    return (f"**Loss recovered** ([table](loss_recovered.json), [figure](loss_recovered.png); "
+    return (f"**Loss recovered** ([table](loss_recovered.json); "
             f"layer {row['layer']}, {row['n_examples']} held-out examples, 95 % intervals over examples). {'. '.join(parts)}. The first "
             "figures leave the shared prefix and attention sinks as they are, as training does: an autoencoder that never saw them "
             f"reconstructs them wrongly, and every later token attends to them. By token predicted, for the first: "
@@ -74,8 +79,8 @@ def steer(r):
     bounds = ", ".join("none" if t["fluent_up_to_alpha"] is None else f"{t['fluent_up_to_alpha']:g}" for t in random)
     effect = f" {ablated(r['ablation'])}" if "ablation" in r else ""
     return "\n".join([
-        f"**Steering** ([answers](steer.md), [table](steer.json), "
-        f"[figure](steer.png); layer {r['autoencoder']['layer']}, {r['n_prompts']} questions, mean norm of the stream "
+        f"**Steering** ([answers](steer.md), [table](steer.json); "
+        f"layer {r['autoencoder']['layer']}, {r['n_prompts']} questions, mean norm of the stream "
         f"{r['mean_norm']:.0f}). {named}. alpha = 0 {same[feature['alpha_0_equals_unsteered']]}.",
         "", "| alpha | over the norm | answers changed | tokens | repetition | perplexity (random) | expected word (random) |",
         "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
@@ -118,7 +123,7 @@ def layers(r):
         counts = (f" Of {s['M']} features {min(means):.0f} to {max(means):.0f} more than under shuffled labels separate a category, most "
                   f"at layer {rows[means.index(max(means))]['layer']}. That middle layers hold the most meaning {verdict[middle_wins(r)]}.")
     return "\n".join([
-        "**Which layer** ([table](layers.json), [figure](layers.png); one extraction pass, "
+        "**Which layer** ([table](layers.json); one extraction pass, "
         f"{examples}M = {s['M']}, K = {s['K']}, seeds per layer: {s['N_SEEDS']}):", "",
         "| layer | median norm | sinks | normalised MSE | features with AUC > 0.8 (shuffled labels) | median AUC | token purity |",
         "|---:|---:|---:|---:|---:|---:|---:|", *lines, "",
@@ -142,7 +147,7 @@ def modular_arithmetic(r):
     """Which directions of a transformer that adds modulo p are found, by autoencoders, principal components and at random."""
     s, t = r["settings"], r["transformer"]
     lines = [
-        f"**Ground truth: modular addition** ([table](modular_arithmetic.json), [figure](modular_arithmetic.png)): a "
+        f"**Ground truth: modular addition** ([table](modular_arithmetic.json)): a "
         f"transformer of one block learns a + b modulo {s['P']} from {100 * s['TRAIN_FRACTION']:.0f} % of the pairs; "
         f"{100 * t['test_accuracy']:.2f} % of its answers to the other {t['n_test_pairs']:,} are right. "
         f"{len(r['key_frequencies'])} key frequencies ({', '.join(map(str, r['key_frequencies']))}) hold at least "
@@ -200,7 +205,7 @@ def planted(r):
     """How well known directions are found again, by architecture."""
     large, small, s = r["large"][0], r["active"][0], r["settings"]
     lines = [
-        f"**Ground truth: planted directions** ([table](planted.json), [figure](planted.png)): tokens are sums of "
+        f"**Ground truth: planted directions** ([table](planted.json)): tokens are sums of "
         f"{large['active']} of {large['directions']:,} directions in {large['dimensions']} dimensions, noise {large['noise']:g}. Mean max "
         "cosine: " + ", ".join(f"{name} {row['mean']['mean_max_cosine']:.3f}" for name, row in large["methods"].items())
         + f" ({len(s['SEEDS'])} seed{'s' * (len(s['SEEDS']) > 1)}). {bar(large)} MCC with {small['directions']} directions in "
@@ -231,7 +236,7 @@ def stability(r):
     """How far autoencoders that differ in their seed agree."""
     s = r["settings"]
     lines = [
-        f"**Stability** ([table](stability.json), [figure](stability.png)): {s['ARCHITECTURE']} autoencoders of "
+        f"**Stability** ([table](stability.json)): {s['ARCHITECTURE']} autoencoders of "
         f"`{s['dataset']}` that differ in their first weights only, {len(s['SEEDS'])} seeds, {s['N_EPOCHS']} epochs. Cosines of "
         "decoder directions of two seeds: mean of the largest, and under the best one-to-one matching; share of features that all seeds "
         "have (cosine above "

@@ -17,8 +17,8 @@ def fast_vs_block(r):
     own = (PROJECT / "data" / s["DATASET_PATH"]).exists()
     data = f"`{s['DATASET_PATH']}`" + ("" if own else " (not part of the project; `--dataset-path` takes yours)")
     return "\n".join([
-        "**FAST against block training** ([table](fast_vs_block.json), "
-        f"[figure](fast_vs_block.png)): {len(r['runs'])} autoencoders (M = {s['M']}, K = {s['K']}, {len(s['SEEDS'])} "
+        "**FAST against block training** ([table](fast_vs_block.json)): "
+        f"{len(r['runs'])} autoencoders (M = {s['M']}, K = {s['K']}, {len(s['SEEDS'])} "
         f"seeds) on {r['train_tokens']:,} tokens each, measured on {r['data']['held out']['examples']} held-out dialogues of "
         f"{data}. log2 of MSE_st, the MSE (eq. 7) on the template's control tokens and role names; 95 % intervals over dialogues and "
         "seeds. The paper trains and measures with sinks. standard and jumprelu have the same coefficients for all sources, as in the "
@@ -122,7 +122,7 @@ def pareto(r):
     s, at = r["settings"], r["at_l0"]
     l0s = [str(l0) for l0 in s["AT_L0"]]
     heads = [f"{title}, L0 {l0}" for title in ("normalised MSE", "loss recovered") for l0 in l0s]
-    lines = ["**Sparsity against reconstruction** ([table](pareto.json), [figure](pareto.png)): "
+    lines = ["**Sparsity against reconstruction** ([table](pareto.json)): "
              f"layer {s['LAYER_IDX']}, M = {s['M']}, {r['runs'][0]['n_train_tokens']:,} tokens, {s['N_EPOCHS']} epochs, mean of "
              f"{len(s['SEEDS'])} seeds, at equal L0 by interpolation between the sparsities trained. Loss recovered: 1 is the model's own "
              "cross entropy, 0 that with zeros in place of the residual stream. The paper has no such figure.", "",
