@@ -61,6 +61,12 @@ EXIT_CODES = """exit codes: 0 done; 1 a bug; 2 bad input or setting; 3 disk, net
             4 done, with features unlabelled; 130, 143 interrupted"""
 
 
+def run_name_of(dataset_path):
+    """The name of a run on a dataset: its file's, or a hub dataset's with its revision."""
+    name = Path(dataset_path).name
+    return name.rpartition(".")[0] if name.endswith((".jsonl", ".json", ".txt")) else name
+
+
 class Settings:
     """The resolved settings of one run, frozen: `settings.M`, `settings.source["M"]`, `settings.values`."""
 
@@ -93,7 +99,7 @@ class Settings:
 
     @property
     def run_dir(self):
-        return self.output_dir / "checkpoints" / (self.RUN_NAME or Path(self.DATASET_PATH).stem)
+        return self.output_dir / "checkpoints" / (self.RUN_NAME or run_name_of(self.DATASET_PATH))
 
     def flags_for(self, script):
         """The flags of this run that `script` understands, as command-line arguments."""
@@ -386,6 +392,8 @@ def check_features(values, require):
         several = values.get(name)
         require(several is None or 0 < len(several) == len(set(several)), name, f"{several} are not different values",
                 "name each once, or give none")
+    require(values.get("SELECT_DTYPE") != "bfloat16" or (values.get("ARCHITECTURE") == "topk" and not values.get("USE_BATCH_TOPK")),
+            "SELECT_DTYPE", "only topk can choose from bfloat16", "set it to float32, or give --architecture topk")
     require((values["AUX_K"] or 0) <= m, "AUX_K", f"{values['AUX_K']} is more than M={m}", "lower --aux-k")
     dense = values.get("ARCHITECTURE") in ("standard", "jumprelu", "gated")
     require(not (dense and values["USE_MATRYOSHKA"]), "USE_MATRYOSHKA", f"{values.get('ARCHITECTURE')} has no prefixes",

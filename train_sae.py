@@ -21,7 +21,7 @@ import numpy as np
 import config
 from fastsae import artifacts, progress, storage
 from fastsae.activations_file import read_metadata
-from fastsae.errors import InputError, Terminated, deferred_stop, end, run_stage, stop, stop_asked
+from fastsae.errors import EnvironmentFailure, InputError, Terminated, deferred_stop, end, run_stage, stop, stop_asked
 
 ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
 M: int = 256                                       # features
@@ -81,27 +81,29 @@ def main():
     plans = make_plans(settings, source)
     storage.claim(settings.run_dir, "--run-name")
     todo = [each for each in plans if not artifacts.matches(each.path, each.metadata, artifacts.read_checkpoint_metadata)]
-    if todo:
-        train_all(todo, source, settings)
-    if parallel.world()[0] == 0:
+    failed = train_all(todo, source, settings) if todo else {}
+    plans = [each for each in plans if each.path not in failed]
+    if plans and parallel.world()[0] == 0:
         metas = {each.path: artifacts.read_checkpoint_metadata(each.path) for each in plans}  # once: reading checks every byte
         for each in plans:
-            write_if_different(each.beside("metrics.json"), {"checkpoint": each.path.name, **metas[each.path]["metrics"]})
-            storage.remove(each.path.with_suffix(".resume.pt"))
-        if len(plans) > 1:
+            write_beside(each, metas[each.path])
+        if len(plans) + len(failed) > 1:
             write_if_different(settings.run_dir / "metrics.json", json.loads(plans[0].beside("metrics.json").read_text()))
             print(f"stage 3 reads {plans[0].path.name}, the first of {len(plans)}")
         hand_over(metas, settings)
         metrics = metas[plans[0].path]["metrics"]
         progress.summary("train_sae", plans[0].path, started, status="written" if todo else "unchanged", n_autoencoders=len(plans),
                          **{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")})
+    if failed:
+        raise InputError("\n".join(failed.values()))
 
 
 def require_named_dataset(settings, source):
     """The run's folder has the name of a dataset unless RUN_NAME is set: refuse activations of another one."""
-    named, used = (str(path).rpartition("@")[0] or str(path) if str(path).startswith("hf:") else str(path)
-                   for path in (settings.DATASET_PATH, source["dataset_path"]))
-    if settings.RUN_NAME is None and Path(named).stem != Path(used).stem:
+    named, used = settings.DATASET_PATH, source["dataset_path"]
+    of_hub = named.startswith("hf:")  # whose revision is pinned in the metadata only
+    names = [config.run_name_of(path).partition("@")[0] if of_hub else config.run_name_of(path) for path in (named, used)]
+    if settings.RUN_NAME is None and names[0] != names[1]:
         raise InputError(f"DATASET_PATH: {settings.activations_path} was made from {Path(used).name}, not from {Path(named).name}. give "
                          f"--dataset-path {used}, or a name for the run with --run-name.")
 
@@ -117,24 +119,27 @@ def hand_over(metas, settings):
 
 
 def train_all(plans, source, settings):
-    """Open the activations of stage 1, say what is in them, and train."""
+    """Open the activations of stage 1, say what is in them, and train; returns as `train`."""
     from fastsae import parallel
     from fastsae.language_model import choose_device
     from fastsae.training_data import Tokens
 
     print(f"activations: {source['model_name']}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
-    device = parallel.start(choose_device(settings.DEVICE))
+    device = choose_device(settings.DEVICE)
+    device = parallel.start("cpu" if device == "mps" else device)  # mps has no sparse products
     for name, refused in (("RESAMPLE_EVERY", settings.RESAMPLE_EVERY), ("ENGINE", settings.ENGINE == "reference")):
         if refused and parallel.together():
             raise InputError(f"{name}: looks at one process's tokens only. leave it out under torchrun, or train without torchrun.")
     tokens = Tokens(settings.activations_path, validation_fraction=settings.VALIDATION_FRACTION, seed=settings.SEED,
                     use=settings.USE_TOKENS, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, max_norm_ratio=settings.MAX_NORM_RATIO,
                     max_train_tokens=settings.MAX_TRAIN_TOKENS)
+    if tokens.fingerprint != source["fingerprint"]:
+        raise EnvironmentFailure(f"{settings.activations_path}: was replaced while this run began. run again.")
     print(f"training on {len(tokens.train):,} tokens, validating on {len(tokens.validation):,} of {int(tokens.is_validation.sum())} other "
           f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks"
           + (f", {tokens.n_filtered:,} tokens that are not {settings.USE_TOKENS}" if tokens.n_filtered else ""))
-    train(plans, tokens, settings, device)
+    return train(plans, tokens, settings, device)
 
 
 class Plan(NamedTuple):
@@ -160,7 +165,8 @@ def make_plans(settings, source):
                                          settings.L1_COEFFICIENT_LIST or [settings.L1_COEFFICIENT]):
         one = settings.replace(K=k, L1_COEFFICIENT=l1)
         name = checkpoint_name(one.M, k, list(one.MATRYOSHKA_PREFIXES) if one.USE_MATRYOSHKA else None, one.ARCHITECTURE)
-        name = name.removesuffix(".pt") + f"_L1={l1:g}" * bool(settings.L1_COEFFICIENT_LIST) + f"_seed={seed}" * bool(settings.SEEDS)
+        l1_name = f"_L1={l1:g}" if float(f"{l1:g}") == l1 else f"_L1={l1!r}"
+        name = name.removesuffix(".pt") + l1_name * bool(settings.L1_COEFFICIENT_LIST) + f"_seed={seed}" * bool(settings.SEEDS)
         path = settings.run_dir / f"{name}.pt"
         inputs = {"activations": source["fingerprint"], **start_inputs(settings.INIT_FROM, path)}
         metadata = artifacts.new_metadata("sae", {**one.select([*own, "SEED"]), "INIT_SEED": seed}, inputs, activations=source)
@@ -169,12 +175,15 @@ def make_plans(settings, source):
 
 
 def train(plans, tokens, settings, device):
-    """Train all `plans` from one reading of the data; each is written as soon as it is finished."""
+    """Train all `plans` from one reading of the data; each is written as soon as it is finished.
+
+    Returns {path: what to say} of those that came to no number.
+    """
     from fastsae import parallel
     from fastsae.training_data import TrainingRows
 
     sample = tokens.rows(np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE]))  # (n, d)
-    runs, failed = [start_run(each, tokens, sample, device) for each in plans], []
+    runs, failed = [start_run(each, tokens, sample, device) for each in plans], {}
     parallel.wait_for_all()  # until all have read the states that rank 0 may soon remove
     data = TrainingRows(tokens.activations, tokens.train, batch_size=settings.BATCH_SIZE, buffer_tokens=settings.BUFFER_TOKENS,
                         seed=settings.SEED)
@@ -200,7 +209,7 @@ def train(plans, tokens, settings, device):
                         run.log(end_epoch(run, tokens))
                     except InputError as error:  # the others go on
                         runs.remove(run)
-                        failed.append(str(error))
+                        failed[run.plan.path] = str(error)
                 bar.update()
                 if runs:
                     bar.set_postfix({name: f"{runs[0].history[-1][name]:.4g}" for name in
@@ -209,8 +218,7 @@ def train(plans, tokens, settings, device):
             if stopping or stop_asked():  # between steps, or while measuring, which changes nothing of the runs
                 save(runs)
             raise
-    if failed:
-        raise InputError("\n".join(failed))
+    return failed
 
 
 def write_finished(runs, tokens, device):
@@ -280,7 +288,7 @@ def finish(run, tokens, device):
     metrics = final_metrics(sae, tokens, run.history)
     write_figure(plan.beside("training.png"), run.history)
     save_sae(plan.path, sae, {**plan.metadata, "max_norm": tokens.max_norm, "metrics": metrics,
-                              "validation_examples": np.flatnonzero(tokens.is_validation).tolist()})
+                              "history": run.history, "validation_examples": np.flatnonzero(tokens.is_validation).tolist()})
     artifacts.write_json(plan.beside("metrics.json"), {"checkpoint": plan.path.name, **metrics, **timing})
     print_results(metrics, timing, plan.settings)
     print(f"wrote {plan.path}")
@@ -291,7 +299,7 @@ def sae_config(d, settings):
     prefixes = list(settings.MATRYOSHKA_PREFIXES) if settings.USE_MATRYOSHKA else None
     architecture = "batchtopk" if settings.USE_BATCH_TOPK else settings.ARCHITECTURE
     return {"input_dim": d, "m_total_neurons": settings.M, "k_active_neurons": settings.K, "prefix_lengths": prefixes,
-            "aux_k": 2 * settings.K if settings.AUX_K is None else settings.AUX_K, "architecture": architecture,
+            "aux_k": min(2 * settings.K, settings.M) if settings.AUX_K is None else settings.AUX_K, "architecture": architecture,
             "dead_neuron_threshold_steps": -(-settings.DEAD_AFTER_TOKENS // settings.BATCH_SIZE)}
 
 
@@ -312,7 +320,7 @@ def step_function(settings, device, n_done):
     if settings.ARCHITECTURE in DENSE:
         warmup = min(1.0, (n_done + 1) / settings.SPARSITY_WARMUP_STEPS) if settings.SPARSITY_WARMUP_STEPS else 1.0
         return functools.partial(dense_step, **penalty(settings, warmup))
-    if settings.ENGINE == "reference" or device == "mps":  # mps has no sparse products
+    if settings.ENGINE == "reference":
         return functools.partial(reference_step, aux_coef=settings.AUX_COEF)
     return functools.partial(sparse_step, aux_coef=settings.AUX_COEF, select=getattr(torch, settings.SELECT_DTYPE))
 
@@ -330,11 +338,11 @@ def end_epoch(run, tokens):
 
     line = parallel.from_rank_0(lambda: epoch_line(run, tokens, run.plan.settings))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
-        which = f" of {run.plan.path.name}" * run.plan.several
-        raise InputError(f"LEARNING_RATE: the loss{which} is no number after epoch {run.epoch}. lower --learning-rate.")
+        which, remedy = (f" of {run.plan.path.name}", ", or leave this one out") if run.plan.several else ("", "")
+        raise InputError(f"LEARNING_RATE: the loss{which} is no number after epoch {run.epoch}. lower --learning-rate{remedy}.")
     run.end_epoch(line)
     if parallel.world()[0] == 0:
-        artifacts.write_text(run.plan.beside("metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in run.history))
+        artifacts.write_text(run.plan.beside("metrics.jsonl"), lines_of(run.history))
     return line
 
 
@@ -367,6 +375,22 @@ def print_results(metrics, timing, settings):
         print(f"warning: L0 {metrics['l0']:.2f} is not near K = {settings.K}. with BatchTopK or JumpReLU train longer; else lower --k.")
     if metrics["dead_fraction"] > 0.05:
         print("warning: over 5 % of the features are dead. lower --m, raise --aux-k, or give more data.")
+
+
+def write_beside(plan, meta):
+    """What stands beside a checkpoint, where it is of another one or of an earlier time; an unfinished state goes."""
+    from fastsae.monitoring import write_figure
+
+    write_if_different(plan.beside("metrics.json"), {"checkpoint": plan.path.name, **meta["metrics"]})
+    curves, history = plan.beside("metrics.jsonl"), meta.get("history", [])
+    if history and not (curves.exists() and curves.read_text() == lines_of(history)):
+        write_figure(plan.beside("training.png"), history)
+        artifacts.write_text(curves, lines_of(history))
+    storage.remove(plan.path.with_suffix(".resume.pt"))
+
+
+def lines_of(history):
+    return "".join(json.dumps(line) + "\n" for line in history)
 
 
 def write_if_different(metrics_path, figures):

@@ -1,6 +1,7 @@
 """Activations of stage 1 as other stages read them: one .npz or numbered shards, their rows mapped rather than loaded."""
 import json
 import mmap
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ def find_shards(path):
     path = Path(path)
     if path.is_file():
         return [path]
-    found = sorted(path.parent.glob(f"{path.stem}-[0-9]*-of-[0-9]*{path.suffix}"))
-    found = [p for p in found if p.stem.split("-")[-1].isdigit()]
+    found = sorted(p for p in path.parent.glob(f"{path.stem}-*{path.suffix}")  # those that were set aside end in .old-1
+                   if re.fullmatch(r"\d+-of-\d+", p.stem.removeprefix(f"{path.stem}-")))
     if not found:
         return []
     n = int(found[-1].stem.split("-")[-1])
@@ -79,8 +80,8 @@ def map_member(path, name):
                 in_member = member.tell()
                 while member.read(CHUNK_BYTES):  # zipfile compares the CRC at the end
                     pass
-            if dtype.hasobject or fortran:
-                raise ValueError(f"{name} is no plain array")
+            if dtype.hasobject or fortran or not dtype.isnative:
+                raise ValueError(f"{name} is no plain array of this machine's byte order")
             if info.file_size != in_member + dtype.itemsize * int(np.prod(shape)):
                 raise ValueError(f"{name} has another size than its header says")
         with open(path, "rb") as file:

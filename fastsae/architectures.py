@@ -100,6 +100,8 @@ def dense_step(sae, x, dead, *, sparsity, bandwidth, target_l0):
 def validation_loss(sae, x_blocks, **options):
     """The loss on the tokens of `x_blocks`, (B, d) each, normalised as in training; `options` as for `dense_step`."""
     total, n = 0.0, 0
+    if sae.architecture == "jumprelu":
+        sae.threshold.clamp_(min=0)  # as the next step would
     for x in x_blocks:
         total += float(LOSSES[sae.architecture](sae, x, **options)[0]) * len(x)
         n += len(x)

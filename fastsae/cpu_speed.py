@@ -16,6 +16,8 @@ def quicken(stack):
     """Replace the linear layers, gated MLPs and attention of a decoder stack, in place, where that changes no result beyond rounding."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return
+    if any(p.dtype == torch.bfloat16 for p in stack.layers.parameters()) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
     for block in stack.layers:
         for name, module in list(block.named_children()):
             if GatedMlp.fits(module) and same_result(fast := GatedMlp(module), module):

@@ -1,7 +1,9 @@
 """How a stage ends: errors a user can cause or meet are one line and an exit code; all others are bugs, and their traceback is kept."""
 import contextlib
 import errno
+import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -36,13 +38,17 @@ class Terminated(BaseException):
     """SIGTERM arrived. A BaseException, like KeyboardInterrupt, so that no handler swallows it."""
 
 
-_waiting = {"deferred": False, "asked": None}
+_waiting: dict[str, Any] = {"deferred": False, "asked": None, "at": -math.inf}
+SAME_STOP = 1.0  # seconds in which a second signal is the first one once more: a service manager sends it to all, and the pipeline on
 
 
 def _on_signal(signum, frame):
-    if _waiting["deferred"] and _waiting["asked"] is None:  # asked twice: stop at once
+    if time.monotonic() - _waiting["at"] < SAME_STOP:
+        return
+    _waiting["at"] = time.monotonic()
+    if _waiting["deferred"] and _waiting["asked"] is None:
         _waiting["asked"] = signum
-    else:
+    else:  # asked twice: stop at once
         _waiting["asked"] = None
         raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
@@ -112,6 +118,7 @@ class _Output:
 
 def run_stage(main):
     """Call `main()` and return the exit code: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete, 130/143."""
+    _waiting["at"] = -math.inf
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
     end_with_parent()
@@ -125,6 +132,8 @@ def run_stage(main):
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, Terminated) as stop:
+        for number in (signal.SIGTERM, signal.SIGINT):  # it is ending
+            signal.signal(number, signal.SIG_IGN)
         print("stopped: what was finished is kept; the same command continues.", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     except Exception as error:
@@ -163,7 +172,7 @@ def _wait_for_parent():
 def _environment(error):
     """EXIT_ENVIRONMENT, and its line, for errors of memory, disk and rights; None for others."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-            isinstance(error, RuntimeError) and "not enough memory" in str(error)):  # torch's own, of a GPU or of the CPU's allocator
+            isinstance(error, RuntimeError) and re.search("not enough memory|DefaultCPUAllocator", str(error))):  # torch's own
         return _out_of_memory(error)
     remedy = isinstance(error, OSError) and next((what for what, numbers in REMEDIES.items() if error.errno in numbers), None)
     if not remedy:

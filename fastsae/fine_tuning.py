@@ -60,6 +60,8 @@ def start_from(sae, source, normalisation):
     bias, threshold = parts.b_enc * normalisation.scale, parts.threshold.clamp_min(0) * normalisation.scale
     sae.encoder.weight.copy_(parts.w_enc)
     sae.decoder.weight.copy_(parts.w_dec.t())
+    nothing = torch.linalg.vector_norm(sae.decoder.weight, dim=0) < 1e-6  # a feature that was taken out, and that has no direction
+    sae.decoder.weight[:, nothing] = parts.w_dec.shape[1] ** -0.5
     sae.input_bias.copy_((parts.b_dec - mean) * normalisation.scale)
     sae.neuron_bias.copy_(bias)
     if sae.architecture == "gated":  # its magnitudes are the projections themselves, its gates open above the threshold

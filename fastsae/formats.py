@@ -72,6 +72,8 @@ def start_inputs(init_from, output):
         return {}
     if any(file.resolve() == Path(output).resolve() for file in locate(init_from)[1]):
         raise InputError(f"INIT_FROM: {init_from} is what this run writes. copy it first, or give another --run-name.")
+    if Path(init_from).resolve() == Path(output).resolve().parent:  # after this run it would name what this run wrote
+        raise InputError(f"INIT_FROM: {init_from} is this run's own folder. name the .pt in it, or give another --run-name.")
     return {"init_from": content_sha256(init_from)}
 
 

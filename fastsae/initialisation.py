@@ -29,10 +29,11 @@ def initialise(sae, sample, seed, *, directions="xavier", centre="median", encod
     sae.normalize_decoder_()
     sae.encoder.weight.copy_(sae.decoder.weight.t())
     sae.neuron_bias.zero_()
+    some = sample[::math.ceil(len(sample) / 4096)]  # from all of the file, whose examples may be sorted
     if sae.architecture == "jumprelu":
-        start_threshold(sae, sample[:4096])
+        start_threshold(sae, some)
     if encoder_scale is None:
-        encoder_scale = best_scale(sae, sample[:4096])
+        encoder_scale = best_scale(sae, some)
     sae.encoder.weight.mul_(encoder_scale)
     sae.threshold.mul_(encoder_scale)
 
@@ -47,7 +48,7 @@ def draw_directions(kind, m, sample, seed):
             rows = sample[chosen.to(sample.device)]
             noise = torch.randn(m, d).to(sample)
             if kind == "data":
-                return rows + noise * sample.std() * 1e-2  # no two rows alike, and none 0
+                return rows + noise * sample.std().clamp_min(1e-6) * 1e-2  # no two rows alike, and none 0
             return torch.nn.functional.normalize(noise, dim=1) + LEAN * torch.nn.functional.normalize(rows, dim=1)
         if kind == "orthogonal":  # blocks of d directions at right angles to each other
             blocks = [torch.nn.init.orthogonal_(torch.empty(d, d)) for _ in range(math.ceil(m / d))]

@@ -3,7 +3,9 @@
 Names of models and datasets are other people's text. In the header they are JSON strings, which YAML reads literally; in the page they
 stand in code spans, in which neither Markdown nor HTML means anything. No such name goes into a table or a command.
 """
+import hashlib
 import json
+import re
 
 from fastsae import artifacts
 from fastsae.export import dataset_name, folder_of, hub_id
@@ -19,10 +21,21 @@ DOES = {"topk": "the K largest pre-activations of each token, those below 0 left
 
 
 def write_card(folder, metas):
-    """Write README.md for checkpoints {path: metadata}, all of one run, unless it is there with the same text."""
-    text, path = card(list(metas.items())), folder / "README.md"
-    if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
+    """Write README.md for checkpoints {path: metadata}, all of one run, unless somebody has worked on the one that is there."""
+    text, path = signed(card(list(metas.items()))), folder / "README.md"
+    found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+    if found is not None and found != signed(SIGNATURE.sub("", found, count=1)):
+        print(f"{path}: was edited, and is left as it is. delete it to have it written anew.")
+    elif found != text:
         artifacts.write_text(path, text)
+
+
+SIGNATURE = re.compile(r"^# as written by train_sae\.py: [0-9a-f]{64}\n", re.M)  # a comment of the header
+
+
+def signed(text):
+    """A card with the checksum of the rest in its header, by which an edited one is known."""
+    return text.replace("---\n", f"---\n# as written by train_sae.py: {hashlib.sha256(text.encode()).hexdigest()}\n", 1)
 
 
 def card(entries):

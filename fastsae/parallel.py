@@ -18,15 +18,19 @@ def world():
 def start(device):
     """Join the others, and return this process's device."""
     size = world()[1]
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30))
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and size > 1 else device
+    if device == "cuda" and size > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():  # counts and flags are kept on the CPU, which NCCL does not serve
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30))
+    return device
 
 
 def wait_for_all():
     """Go on when all processes have come here."""
     if together():
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))
 
 
 def together():
@@ -80,5 +84,5 @@ def from_rank_0(make):
     if not together():
         return make()
     box = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, device=None if dist.get_backend() == "gloo" else torch.device("cuda", torch.cuda.current_device()))
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
     return box[0]

@@ -1,11 +1,10 @@
 """What the report says of the run as a whole: its story in a few sentences, charts, settings and provenance."""
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 
-from fastsae import artifacts, report_charts as charts
+from fastsae import report_charts as charts
 from fastsae.export import dataset_name
 from fastsae.formats import short_name
 
@@ -24,7 +23,6 @@ def describe_run(features, metadata, scored, settings, n_shown):
     dataset = source["dataset_path"].rsplit("/", 1)[-1]
     n_examples, n_llm = len(evidence.examples), sum(row["label_source"] not in ("", "tokens") for row in rows)
     imported = "source" in sae_meta  # from another library: its training is not known here
-    history = [] if imported else history_of(features.checkpoint_path, sae_meta["metrics"])
     left_out = len(s.kept) - s.n_kept
     others = {"content": ", and the chat template", "assistant": ", and all but the assistant's text"}.get(
         sae_meta["settings"].get("USE_TOKENS"), "")
@@ -42,21 +40,8 @@ def describe_run(features, metadata, scored, settings, n_shown):
     return {"title": f"{m:,} features of {model}", "subtitle": f"after layer {layer} · {n_examples:,} examples of {dataset} · "
             f"{s.n_kept:,} tokens · {m - n_alive:,} dead", "story": story, "notice": notice,
             "chance": None if features.shuffled is None else round(float(np.nanquantile(features.shuffled, 0.95)), 3),
-            "charts": run_charts(evidence, history, sae_meta["max_norm"], features.auc, features.shuffled, scored),
+            "charts": run_charts(evidence, sae_meta.get("history"), sae_meta["max_norm"], features.auc, features.shuffled, scored),
             "tables": run_tables(sae_meta, source, metadata, settings)}
-
-
-def history_of(path, metrics):
-    """The lines of metrics.jsonl about the training that gave these `metrics`; [] if a later or another training wrote over them.
-
-    An autoencoder that was trained among others has a file of its own.
-    """
-    for name in (path / "metrics.jsonl", path.with_suffix(".metrics.jsonl"), path.with_name("metrics.jsonl")):
-        lines = artifacts.read_lines(name)
-        best = metrics["best_epoch"] - 1
-        if len(lines) == metrics["epochs"] and math.isclose(lines[best]["normalized_mse"], metrics["normalized_mse"], rel_tol=1e-4):
-            return lines
-    return []
 
 
 def run_tables(sae_meta, source, metadata, settings):

@@ -1,7 +1,6 @@
 """Dead features begin again in the direction of what the autoencoder fails to reconstruct."""
 import torch
 
-from fastsae.architectures import DENSE
 from fastsae.autoencoder import decode, encode
 
 PER_FEATURE = ("neuron_bias", "gate_bias", "log_magnitude", "threshold")
@@ -13,7 +12,7 @@ def resample(run, x, *, dead_after, seed):
 
     A token is drawn for each with probability proportional to its squared error squared (transformer-circuits.pub/2023/
     monosemantic-features, "neuron resampling"); the feature points along what is left of it. Its encoder row is as long as the
-    mean of the live ones, or a fifth of that where nothing limits how many features fire, and Adam forgets it.
+    mean of the live ones, or a fifth of that where neither K nor a threshold limits what fires, and Adam forgets it.
     """
     sae, dead = run.sae, (run.tokens_since_fired >= dead_after).nonzero().squeeze(1)
     if not len(dead):
@@ -29,7 +28,7 @@ def resample(run, x, *, dead_after, seed):
     live[dead] = False
     length = sae.encoder.weight[live].norm(dim=1).mean() if live.any() else torch.tensor(1.0)
     sae.decoder.weight[:, dead] = direction.t()
-    sae.encoder.weight[dead] = direction * length * (0.2 if sae.architecture in DENSE else 1)
+    sae.encoder.weight[dead] = direction * length * (0.2 if sae.architecture in ("standard", "gated") else 1)
     for name, parameter in sae.named_parameters():
         if name in PER_FEATURE:
             parameter[dead] = parameter[live].mean() if name == "threshold" and live.any() else 0

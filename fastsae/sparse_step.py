@@ -22,6 +22,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 
 TINY = 1e-12       # floor of a batch's variance, so that constant batches divide by something
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not on CPUs without AVX-512
 BLOCK_ROWS = 512   # rows of pre-activations at a time on a CPU: 512 x 4,608 floats are 9 MB
 
 
@@ -115,13 +116,13 @@ def _blocks(sae, x_centred, dtype):
     """(first row, pre-activations) of consecutive blocks of rows."""
     size = len(x_centred) if x_centred.is_cuda else BLOCK_ROWS
     weight, bias, x = (tensor.detach().to(dtype) for tensor in (sae.encoder.weight, sae.neuron_bias, x_centred))
-    for first in range(0, len(x), size):
+    for first in range(0, max(len(x), 1), max(size, 1)):  # one block of no rows where there are none
         yield first, linear(x[first:first + size], weight, bias)
 
 
 def linear(x, weight, bias):
     """x @ weight.T + bias. On a CPU by oneDNN where PyTorch has it, twice as fast as MKL on processors that are not Intel's."""
-    if x.device.type != "cpu" or not HAS_ONEDNN:
+    if x.device.type != "cpu" or not HAS_ONEDNN or (x.dtype == torch.bfloat16 and not HAS_BFLOAT16):
         return torch.addmm(bias, x, weight.t())
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -161,7 +162,7 @@ def _above(sae, x_centred, bound):
     """The entries above `bound`, in the order of rows."""
     rows, columns, values = [], [], []
     for first, pre in _blocks(sae, x_centred, torch.float32):
-        row, column = (pre > bound).nonzero(as_tuple=True)
+        row, column = (~(pre <= bound)).nonzero(as_tuple=True)  # NaN too, which the loss then shows
         rows.append((row + first).int())
         columns.append(column.int())
         values.append(pre[row, column])
@@ -172,7 +173,7 @@ def _batch_top_k(sae, x_centred):
     """The K * B largest entries of the batch. A bound a little under the usual threshold leaves few candidates to sort."""
     n_rows = int(parallel.total(torch.tensor([len(x_centred)])))
     n_wanted = min(sae.k_active_neurons, sae.m_total_neurons) * n_rows
-    candidates = _above(sae, x_centred, 0.8 * sae.threshold if sae.threshold > 0 else -torch.inf)
+    candidates = _above(sae, x_centred, 0.8 * sae.threshold if sae.threshold > 0 else _first_bound(sae, x_centred))
     values = parallel.joined(candidates.value)
     if len(values) < n_wanted:
         candidates = _above(sae, x_centred, -torch.inf)
@@ -184,6 +185,14 @@ def _batch_top_k(sae, x_centred):
     entries = candidates.keep(chosen)
     entries.value.relu_()
     return entries
+
+
+def _first_bound(sae, x_centred):
+    """A bound for a start without a threshold, from the first block: without one all pre-activations would be candidates."""
+    _, pre = next(_blocks(sae, x_centred, torch.float32))
+    largest = pre.flatten().topk(min(sae.k_active_neurons * len(pre), pre.numel()), sorted=False).values
+    bound = 0.8 * largest.min() if len(largest) else pre.new_tensor(0.0)
+    return parallel.least(torch.where(bound > 0, bound, -torch.inf))
 
 
 @torch.no_grad()

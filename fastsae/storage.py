@@ -71,6 +71,9 @@ def _sync_folder(folder):
     handle = os.open(folder, os.O_RDONLY)
     try:
         _sync(handle, folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
     finally:
         os.close(handle)
 

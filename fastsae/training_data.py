@@ -1,4 +1,5 @@
 """The tokens that train and validate, and the order in which they come: from memory, or through a mixing buffer from the disk."""
+import json
 import threading
 
 import numpy as np
@@ -20,9 +21,10 @@ class Tokens:
         data = open_activations(path)
         lengths, kind = data["seq_lengths"], data["token_kind"]
         self.activations = data["activations"]                                # (n_tokens, d) on the disk
+        self.fingerprint = json.loads(str(data["metadata"]))["fingerprint"]
         norms = np.concatenate([token_norms(block) for block in self._blocks()])
         if not np.isfinite(norms).all():
-            raise InputError(f"{path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity. "
+            raise InputError(f"{path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity, or is too long. "
                              "delete the file and run extract_activations.py with --dtype float32.")
         usable, self.max_norm = usable_tokens(norms, kind, exclude_shared_prefix=exclude_shared_prefix, max_norm_ratio=max_norm_ratio)
         in_prefix, _ = usable_tokens(norms, kind, exclude_shared_prefix=exclude_shared_prefix, max_norm_ratio=None)
@@ -37,6 +39,9 @@ class Tokens:
         self.all_validation = np.flatnonzero(for_validation)
         if use != "all" and not chosen.any():
             raise InputError(f"USE_TOKENS: {path} has no token that is {use}. set --use-tokens all.")
+        if not usable.any():
+            raise InputError(f"{path}: every token is of the prefix that all examples share, or an attention sink. raise --max-length, or "
+                             "give stage 2 --no-exclude-shared-prefix.")
         if len(self.train) < 2 or len(self.validation) < 2:
             raise InputError(f"VALIDATION_FRACTION: {len(self.train)} tokens are left for training and {len(self.validation)} for "
                              f"validation (USE_TOKENS {use}). give more examples, or longer ones.")
@@ -104,14 +109,24 @@ class TrainingRows:
                 self._read(np.sort(pool), slot_of[np.sort(pool)])
                 free = np.arange(len(pool), len(self.buffer))
             staged, served = free[:len(new)], slot_of[pool[:n_served]]
-            thread = threading.Thread(target=self._read, args=(new, staged), daemon=True)
+            failed: list[BaseException] = []
+            thread = threading.Thread(target=self._read_ahead, args=(new, staged, failed), daemon=True)
             thread.start()
             for start in range(skip, n_served, self.batch_size):
                 yield self.buffer[served[start:min(start + self.batch_size, n_served)]]
             skip = 0
             thread.join()
+            if failed:
+                raise failed[0]
             slot_of[new] = staged
             free = np.concatenate([free[len(new):], served])
+
+    def _read_ahead(self, rows, slots, failed):
+        """`_read` in a thread, whose exception would otherwise end nothing but the thread."""
+        try:
+            self._read(rows, slots)
+        except BaseException as error:
+            failed.append(error)
 
     def _read(self, rows, slots):
         for start in range(0, len(rows), 16 * CHUNK_ROWS):

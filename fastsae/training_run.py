@@ -30,7 +30,7 @@ class TrainingRun:
         self.sae, sample = new_sae(config, device).eval(), sample.to(device)
         self.normalisation = choose_normalisation(normalise, sample)  # a function of the sample, so it needs no saving
         initialise(self.sae, self.normalisation(sample), seed, **start)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=learning_rate, fused=not device.startswith("mps"))
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=learning_rate, fused=True)
         self.tokens_since_fired = torch.zeros(config["m_total_neurons"], dtype=torch.long, device=device)
         self.loss_sum = torch.zeros((), device=device)  # over the tokens of this epoch
         self.epoch, self.batch, self.trained_tokens, self.seconds = 1, 0, 0, 0.0
