@@ -54,6 +54,11 @@ def no_key_anywhere(folder):
     ("[[four]] [[x]]", None), ("[[4]]", None), ("[[4]] [[]]", None), ("[[4]] [[NAME]]", None), ("4, fruit", None), ("", None),
     ("[[3]] [[x]] or [[4]] [[x]]", None), ("[[3]] [[x]] so [[3]] [[x]]", (3, "x")), ("<think>" + VERDICT, None),
     ("[[3]] [[<b>x</b>]]", (3, "<b>x</b>")),
+    ("score [[4]] overall.\n" + VERDICT, (4, "words for fruit")), ("[[SCORE]] and [[NAME]] are asked.\n" + VERDICT, (4, "words for fruit")),
+    ("Score is: **[[4]]**, feature name is **[[x]]**", (4, "x")), (VERDICT.replace("words", "a[[0]]"), (4, "a[[0]] for fruit")),
+    (VERDICT.replace("words for fruit", "a[[0]]"), (4, "a[[0]]")), (VERDICT.replace("words for fruit", "a[0]"), (4, "a[0]")),
+    (VERDICT + " as in [[0]]", (4, "words for fruit")), (VERDICT + "\n" + VERDICT.replace("4", "5"), None), (VERDICT[:-2], None),
+    (VERDICT.replace("4", "four"), None), (VERDICT.replace("words for fruit", "NAME"), None),
     ("[[x]] [[3]]", None), ("[[3]] [[" + "x" * 301 + "]]", None), ('```json\n{"score": 4}\n```', None)])
 def test_verdicts_are_parsed_strictly(reply, expected):
     if reply == "[[3]] [[<b>x</b>]]":
@@ -64,7 +69,9 @@ def test_verdicts_are_parsed_strictly(reply, expected):
 @pytest.mark.parametrize("reply, expected", [
     ("Yes", True), ("yes. It does.", True), ("**No**", False), ("Output: No.", False), ('"Yes"', True), ("<think>yes</think>\nNo", False),
     ("Yesterday", None), ("Nobody knows", None), ("Yes/No", None), ("yes or no?", None), ("I think yes", None), ("", None),
-    ("<think>yes", None), ("1", None)])
+    ("<think>yes", None), ("1", None), ("Answer: Yes", True), ("Response: No", False), ("**Answer:** no", False), ("(Yes)", True),
+    ("“Yes.”", True), ("# Yes", True), ("> No", False), ("[Yes]", True), ('Output ("Yes" or "No" only): Yes', None), ("Answer yes", None),
+    ('"Yes" or "No"', None), ("Nope", None), ("The answer: yes", None)])
 def test_yes_and_no_are_parsed_strictly(reply, expected):
     assert llm_labels.parse_yes_no(reply) is expected
 
@@ -72,7 +79,18 @@ def test_yes_and_no_are_parsed_strictly(reply, expected):
 @pytest.mark.parametrize("reply, expected", [
     ('- "mentions fruit"', "mentions fruit"), ('mentions fruit"', "mentions fruit"),
     ("<think>a</think>\n- mentions fruit", "mentions fruit"), ("mentions\nmore", "mentions"), ("<think>hmm", None),
-    ("<html>502</html>", None), ("x" * 301, None), ("```\nx", None), ('{"label": 1}', None), ('""', None)])
+    ("<html>502</html>", None), ("x" * 301, None), ("```\nx", None), ('{"label": 1}', None), ('""', None),
+    ("I'm sorry, but I can't help with that.", None), ("Sorry, no.", None), ("I cannot do this", None), ("As an AI model, I do not", None),
+    ("I am unable to tell", None), ("The samples do not share an obvious pattern, so I cannot identify one.", None), ('- "None"', None),
+    ("N/A", None), ("None", None), ('- "I\u2019m sorry, I can\u2019t"', None), ("Feature:", None), ("Sure! Here is the feature:\nmentions", None),
+    ('Sure! Here is the feature:\n- "mentions food"', "mentions food"), ('Feature:\n- "mentions food"', "mentions food"),
+    ('Here it is: "mentions food"', "mentions food"), ("Feature: mentions food", "mentions food"), ("**mentions food**", "mentions food"),
+    ('- **"mentions food"**', "mentions food"), ('```\n- "mentions food"\n```', "mentions food"), ('```json\n{\n"label": "a"\n}', None),
+    ('mentions food"\n\nFor example:\n- "bread"', "mentions food"), ("<thinking>a</thinking>\nmentions", "mentions"),
+    ('- "says "hello" twice"', 'says "hello" twice'), ('- "yes" or "no"', '"yes" or "no"'), ('mentions "bread"', 'mentions "bread"'),
+    ('- "describes a person who cannot identify a feeling"', "describes a person who cannot identify a feeling"),
+    ('- "apologises, for example sorry or I\'m sorry"', "apologises, for example sorry or I'm sorry"), ("nonetheless", "nonetheless"),
+    ('- "sorry as a filler"', "sorry as a filler"), ("-2+3", "2+3"), ('"- mentions food"', "mentions food")])
 def test_labels_are_parsed_strictly(reply, expected):
     assert llm_labels.parse_label(reply) == expected
 
