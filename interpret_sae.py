@@ -263,9 +263,10 @@ def labelling(features, backend, labelled, settings):
                              retry_unusable=settings.RETRY_UNUSABLE)
     alive = [row["feature"] for row in features.rows if row["status"] != "dead"]
     sample = [alive[i] for i in np.random.default_rng((settings.SEED, 4)).permutation(len(alive))]
+    asked = settings.N_TOP_NEURONS > 0  # else a dry run has nothing to count
     return Labelling(Shown(features.evidence, [plain_text(example) for example in features.examples], settings.SEED), asker,
-                     protocol=settings.LLM_PROTOCOL, labelled=labelled, candidates=sample, n_scored=settings.N_SCORED_FEATURES,
-                     n_fidelity=settings.N_FIDELITY_EXAMPLES)
+                     protocol=settings.LLM_PROTOCOL, labelled=labelled if asked else [], candidates=sample,
+                     n_scored=settings.N_SCORED_FEATURES if asked else 0, n_fidelity=settings.N_FIDELITY_EXAMPLES)
 
 
 def add_llm_labels(rows, outcome, work):

@@ -175,9 +175,10 @@ class Asker:
 
     def open(self, prompts, usable=lambda reply: True):
         """Those of the prompts that are still to be asked, each once."""
-        return [prompt for prompt in dict.fromkeys(prompts) if self._answer(prompt, usable) is None]
+        return [prompt for prompt in dict.fromkeys(prompts) if self.answered(prompt, usable) is None]
 
-    def _answer(self, prompt, usable):
+    def answered(self, prompt, usable=lambda reply: True):
+        """The journalled line of a prompt that needs no (second) try, or None."""
         line = self.journal.get(prompt)
         if line is None or (self.retry_unusable and (line["reply"] is None or not usable(line["reply"]))):
             return None

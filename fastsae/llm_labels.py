@@ -4,20 +4,23 @@ contrastive: HypotheSAEs' prompt, the strongest examples against those where the
 fast: the tokens of the five strongest examples with their activations, a score from 1 to 5 and a name (FAST, arXiv 2506.07691).
 fidelity: HypotheSAEs' annotator says of held-out examples whether the label fits; precision, recall and F1 against the feature.
 
-Half of the examples, drawn once by the seed, may be shown to the labeller; validation uses the other half only.
+Half of the texts, drawn once by the seed, may be shown to the labeller; validation uses the other half only.
 """
 import contextlib
 import io
+import json
 import re
 
 import numpy as np
 
+from fastsae.examples import CONTENT, ROLES
+
 MAX_LABEL = 300
-MAX_WORDS = 256           # of an example in a prompt; longer ones are cut around the feature's strongest token
+MAX_TOKENS = 384          # of an example in a prompt, HypotheSAEs' 256 words; longer ones are cut around the feature's strongest token
 N_CONTRASTED = 20         # examples in a contrastive prompt, half of them positive (HypotheSAEs' default)
 FAST_EXAMPLES = 5         # strongest examples in a FAST prompt; a feature must fire in all of them
 FAST_WIDTH = 24           # tokens shown on each side of the strongest one
-MIN_HELD_OUT = 3          # positive and negative held-out examples, at least
+MIN_HELD_OUT = 3          # positive examples of a label, positive and negative held-out ones of its test, at least
 ANSWERED = 0.9            # share of an annotator's replies that must be a clear yes or no
 
 VERDICT = re.compile(r"score is[\W_]*\[\[\s*([1-5])\s*\]\][\W_]*feature name is[^\w\[]*\[\[", re.I)
@@ -26,8 +29,8 @@ NOTHING = re.compile(r"(?:none|null|nothing|n\s*/?\s*a|no (?:clear|common|obviou
 REFUSAL = re.compile(r"""(?:unfortunately\W+)?(?:(?:(?:i['’]?m|i\sam)\s(?:\w+\s)?sorry|sorry)\s*(?:[,.!;:–—-]|but\b|i\b|$)|as\san\sai\b|
     (?:i|we)\s(?:can['’]t|cannot|can\snot|could\snot|couldn['’]t|am\s(?:unable|not\sable)|are\sunable|won['’]t)\b|i['’]m\s(?:unable|not\sable)\b|
     (?:cannot|unable\sto)\s(?:identify|determine)\b)""", re.I | re.X)
-NO_PATTERN = re.compile(r"(?:do not|don['’]t|does not|doesn['’]t) (?:appear to |seem to )?(?:share|have) (?:an?|any) (?:\w+ )?(?:pattern|feature)|"
-                        r"\bi (?:cannot|can['’]t|could not) (?:identify|determine)", re.I)
+NO_PATTERN = re.compile(r"(?:do not|don['’]t|does not|doesn['’]t) (?:appear to |seem to )?(?:share|have) (?:an?|any) (?:\w+ )?"
+                        r"(?:pattern|feature)|\bi (?:cannot|can['’]t|could not) (?:identify|determine)", re.I)
 
 FAST_PROMPT = """You judge how well one feature of a language model can be understood. On every token of a text the feature has an \
 activation: 0 where it is silent, larger where it is stronger. Below are the {n} text passages in which it is strongest, written as \
@@ -49,49 +52,85 @@ My final verdict score is: [[SCORE]], feature name is [[NAME]]"""
 
 
 class Shown:
-    """Which examples the labeller may see, and the texts and activations that prompts are made of."""
+    """Which examples the labeller may see, and the texts and activations that prompts are made of.
+
+    Equal texts count once, and the halves are drawn by text: what the labeller saw is never what its label is tested on.
+    """
 
     def __init__(self, evidence, texts, seed):
-        self.evidence, self.texts = evidence, texts
+        self.evidence, self.texts, self.seed = evidence, texts, seed
+        metadata = evidence.data.get("metadata")
+        self.max_length = json.loads(str(metadata))["settings"].get("MAX_LENGTH") if metadata is not None else None
         self.examples = evidence.statistics.pooled_examples                     # (n_pooled,) example numbers
         self.pooled = evidence.statistics.pooled_max.tocsc()                    # (n_pooled, M)
-        order = np.random.default_rng((seed, 3)).permutation(len(self.examples))
-        self.may_show = np.zeros(len(self.examples), bool)
-        self.may_show[order[:(len(order) + 1) // 2]] = True
+        numbers: dict[str | bytes, int] = {}
+        text_of = np.array([numbers.setdefault(self._content(int(e)), len(numbers)) for e in self.examples], np.int64)  # (n_pooled,)
+        order = np.random.default_rng((seed, 3)).permutation(len(numbers))
+        shown = np.zeros(len(numbers), bool)
+        shown[order[:(len(order) + 1) // 2]] = True
+        self.may_show = shown[text_of]                                          # (n_pooled,) bool
+        self.first = np.zeros(len(self.examples), bool)                         # (n_pooled,) the first example of each text
+        self.first[np.unique(text_of, return_index=True)[1]] = True
 
     def ranked(self, feature, shown):
-        """(rows, values): pooled rows of the shown or of the held-out examples, strongest first, ties by number."""
+        """(rows, values): pooled rows of the shown or of the held-out texts, strongest first, ties by number."""
         column = self.pooled[:, feature].toarray().ravel()
-        rows = np.flatnonzero(self.may_show == shown)
+        rows = np.flatnonzero(self.first & (self.may_show == shown))
         rows = rows[np.argsort(-column[rows], kind="stable")]
         return rows, column[rows]
 
-    def contrast(self, feature, n, shown, seed=0):
-        """(positive, negative) example numbers, n // 2 each: the strongest, and silent ones by lot (if too few, the weakest)."""
+    def contrast(self, feature, n, shown):
+        """(positive, negative) example numbers, at most n // 2 each: the strongest, and by lot those where the feature is silent."""
         rows, values = self.ranked(feature, shown)
-        n_positive = min(n // 2, int((values > 0).sum()), len(rows) // 2)
-        silent = np.flatnonzero(values == 0)
-        n_negative = min(n // 2, len(rows) - n_positive)
-        if len(silent) >= n_negative:
-            negative = np.sort(np.random.default_rng((seed, feature)).permutation(silent)[:n_negative])
-        else:
-            negative = np.arange(len(rows) - n_negative, len(rows))
-        return self.examples[rows[:n_positive]], self.examples[rows[negative]]
+        silent = rows[values == 0]
+        negative = np.random.default_rng((self.seed, feature)).permutation(silent)[:n // 2]
+        return self.examples[rows[values > 0][:n // 2]], self.examples[np.sort(negative)]
 
     def text(self, feature, example):
-        """An example's text; a long one is cut to about MAX_WORDS words around the feature's strongest token."""
-        text = self.texts[example]
-        if len(text.split()) <= MAX_WORDS:
-            return text
+        """An example as the labeller reads it: its text, or what the model read of it if that is long or was cut by MAX_LENGTH.
+
+        Of the latter at most MAX_TOKENS, around the feature's strongest token, or any where it is silent; markup is left out.
+        """
+        start, end = self.evidence.own_start(example), self._n_tokens(example)
+        if self._whole(example) and end - start <= MAX_TOKENS:
+            return self.texts[example]
+        row = self.evidence.offsets[example]
+        kind = self.evidence.data["token_kind"][row + start:row + end]
+        places = start + (np.flatnonzero(kind == CONTENT) if (kind == CONTENT).any() else np.arange(end - start))
         positions, values = self.evidence.token_values([(feature, int(example))])[feature, int(example)]
-        tokens = self.evidence.token_texts(int(example))
-        peak = int(positions[np.argmax(values)]) if len(values) else 0
-        left = max(0, min(peak - MAX_WORDS // 2, len(tokens) - MAX_WORDS))
-        return "… " * (left > 0) + "".join(tokens[left:left + MAX_WORDS]) + " …" * (left + MAX_WORDS < len(tokens))
+        peak = (np.searchsorted(places, positions[np.argmax(values)]) if len(values) else
+                np.random.default_rng((self.seed, feature, int(example))).integers(len(places)))
+        left = int(max(0, min(peak - MAX_TOKENS // 2, len(places) - MAX_TOKENS)))
+        ends_early = left + MAX_TOKENS < len(places) or not self._whole(example)
+        return "… " * (left > 0) + self._joined(example, places[left:left + MAX_TOKENS]) + " …" * ends_early
+
+    def _joined(self, example, places):
+        """The texts of tokens of an example; where the template cut turns apart, each begins with its role, as in `plain_text`."""
+        tokens, row = self.evidence.token_texts(int(example)), self.evidence.offsets[example]
+        if self.evidence.examples[example].is_text:
+            return "".join(tokens[i] for i in places)
+        starts = np.flatnonzero(np.diff(places, prepend=-1) > 1) if len(places) else []
+        turns = [f"{ROLES[self.evidence.data['token_role'][row + turn[0]]]}: {''.join(tokens[i] for i in turn).strip()}"
+                 for turn in np.split(places, starts) if len(turn)]
+        return "\n\n".join(turns)
+
+    def _n_tokens(self, example):
+        return int(self.evidence.offsets[example + 1] - self.evidence.offsets[example])
+
+    def _whole(self, example):
+        """Whether the model surely read all of an example."""
+        return self.max_length is None or self._n_tokens(example) < self.max_length
+
+    def _content(self, example):
+        """What makes two examples the same: their text, or the tokens of one that was cut."""
+        if self._whole(example):
+            return self.texts[example]
+        first, last = self.evidence.offsets[example:example + 2]
+        return np.asarray(self.evidence.data["token_ids"][first:last]).tobytes()
 
 
 def contrastive_prompts(shown, features):
-    """{feature: HypotheSAEs' contrastive prompt}."""
+    """{feature: HypotheSAEs' contrastive prompt} for the features that fire in MIN_HELD_OUT examples that may be shown."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a warning for every feature with few examples
         from hypothesaes.interpret_neurons import InterpretConfig, NeuronInterpreter
 
@@ -103,7 +142,8 @@ def contrastive_prompts(shown, features):
         config = InterpretConfig()
         config.sampling.function = sample
         builder, everywhere = NeuronInterpreter(), _Firing()
-        return {j: builder._build_interpretation_prompt(None, everywhere, j, 0, config) for j in features}
+        return {j: builder._build_interpretation_prompt(None, everywhere, j, 0, config) for j in features
+                if len(shown.contrast(j, N_CONTRASTED, shown=True)[0]) >= MIN_HELD_OUT}
 
 
 class _Firing:
@@ -131,26 +171,45 @@ def can_score(shown, feature):
 
 
 def _token_lines(evidence, example, positions, values):
+    """Token and activation in turn; what a feature has on a later part of a character cut into tokens counts for its first part."""
     tokens = evidence.token_texts(example)
-    activations = np.zeros(len(tokens))
-    activations[positions] = values
+    places = np.array([i for i, text in enumerate(tokens) if text] or [0])   # (n_shown,) of the tokens that show something
+    activations = np.zeros(len(places))
+    np.maximum.at(activations, np.maximum(np.searchsorted(places, positions, "right") - 1, 0), values)
     peak = int(np.argmax(activations))
-    first = max(min(evidence.own_start(example), peak), peak - FAST_WIDTH)
-    last = min(len(tokens), peak + FAST_WIDTH + 1)
-    return "\n".join(f"{tokens[i]!r} {activations[i]:.1f}" if activations[i] else f"{tokens[i]!r} 0" for i in range(first, last))
+    first = max(min(int(np.searchsorted(places, evidence.own_start(example))), peak), peak - FAST_WIDTH)
+    return "\n".join(f"{tokens[places[i]]!r} {_figure(activations[i])}" for i in range(first, min(len(places), peak + FAST_WIDTH + 1)))
+
+
+def _figure(value):
+    """A number with three significant digits, but a large one as a whole number."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def fidelity_prompts(shown, labels, n_examples):
-    """{feature: [(prompt, should it be yes), ...]} over held-out examples; features with too few of them are left out."""
+    """{feature: [(prompt, should it be yes), ...]} over held-out examples; features that `untestable` names are left out.
+
+    There are no more positive than negative ones, so that an annotator who always says yes gets an F1 of at most 2/3.
+    """
     from hypothesaes.utils import load_prompt
 
     template, result = load_prompt("annotate"), {}
     for j, label in labels.items():
-        positive, negative = shown.contrast(j, n_examples, shown=False)
-        if min(len(positive), len(negative)) >= MIN_HELD_OUT:
+        if not untestable(shown, j, n_examples):
+            positive, negative = shown.contrast(j, n_examples, shown=False)
             result[j] = [(template.format(hypothesis=label, text=shown.text(j, e)), yes)
-                         for examples, yes in ((positive, True), (negative, False)) for e in examples]
+                         for examples, yes in ((positive[:len(negative)], True), (negative, False)) for e in examples]
     return result
+
+
+def untestable(shown, feature, n_examples):
+    """Why a label of the feature cannot be tested on held-out examples, or None."""
+    positive, negative = shown.contrast(feature, n_examples, shown=False)
+    if n_examples // 2 < MIN_HELD_OUT:
+        return f"N_FIDELITY_EXAMPLES is below {2 * MIN_HELD_OUT}: too few to validate the label"
+    if len(positive) < MIN_HELD_OUT:
+        return "fires in too few held-out examples to validate the label"
+    return "fires in nearly all held-out examples: too few are silent to validate the label" if len(negative) < MIN_HELD_OUT else None
 
 
 def without_thinking(reply):
@@ -234,6 +293,11 @@ def parse_yes_no(reply):
     return match and match[1].lower() == "yes"
 
 
+def fits(parse):
+    """A test of replies: whether there is something to `parse`."""
+    return lambda reply: parse(reply) is not None
+
+
 def fidelity(answers):
     """{fidelity_precision, fidelity_recall, fidelity_f1, n_held_out} of [(said yes or None, fires)], or None if too few are clear."""
     clear = [(said, fires) for said, fires in answers if said is not None]
@@ -261,13 +325,28 @@ class Labelling:
         self.labelled, self.scored, self.protocol = labelled, [j for j in scored if j in self.fast], protocol
 
     def plan(self, count_tokens):
-        """[(what, calls, prompt tokens)] still to be paid for; validation is counted with a label of ordinary length."""
-        stand_in = "describes a person who hesitates before an everyday decision"
-        validation = [p for pairs in fidelity_prompts(self.shown, dict.fromkeys(self.labelled, stand_in), self.n_fidelity).values()
-                      for p, _ in pairs] if self.n_fidelity else []
-        parts = [("contrastive labels", self.asker.open(self.contrastive.values())), ("FAST scores", self.asker.open(self.fast.values())),
-                 ("validation, at most", validation)]
+        """[(what, calls, prompt tokens)] still to be paid for; validation is counted with the label, where it is there already."""
+        parts = [("contrastive labels", self.asker.open(self.contrastive.values(), fits(parse_label))),
+                 ("FAST scores", self.asker.open(self.fast.values(), fits(parse_fast))),
+                 ("validation, at most", self._open_validation() if self.n_fidelity else [])]
         return [(what, len(prompts), sum(map(count_tokens, prompts))) for what, prompts in parts if prompts]
+
+    def _open_validation(self):
+        """Prompts of the validation still to be asked; a label that is yet to come has the ordinary length."""
+        labels, to_come = {}, []
+        for j in self.labelled:
+            for prompts, parse in ((self.contrastive, parse_label), (self.fast, parse_fast)):
+                if j in prompts:
+                    line = self.asker.answered(prompts[j], fits(parse))
+                    if line is None:
+                        to_come.append(j)
+                        break
+                    if line["reply"] is not None and (value := parse(line["reply"])) is not None:
+                        labels[j] = value if parse is parse_label else value[1]
+                        break
+        known, unknown = (fidelity_prompts(self.shown, some, self.n_fidelity).values() for some in (
+            labels, dict.fromkeys(to_come, "describes a person who hesitates before an everyday decision")))
+        return [*self.asker.open([p for pairs in known for p, _ in pairs], fits(parse_yes_no)), *(p for pairs in unknown for p, _ in pairs)]
 
     def print_plan(self, tokenizer):
         """Say what would be asked, in calls and prompt tokens as the examined model's own tokenizer counts them."""
@@ -280,16 +359,18 @@ class Labelling:
     def run(self):
         """{feature: {label, label_protocol, score, score_name, fidelity_..., problems}} of every feature asked about."""
         outcome: dict[int, dict] = {j: {"problems": []} for j in dict.fromkeys([*self.contrastive, *self.fast, *self.labelled])}
-        replies = self.asker.ask(list(self.contrastive.values()), "labels", lambda r: parse_label(r) is not None)
+        replies = self.asker.ask(list(self.contrastive.values()), "labels", fits(parse_label))
         for j, prompt in self.contrastive.items():
             if (label := self._parsed(outcome[j], replies[prompt], parse_label, "label")) is not None:
                 outcome[j].update(label=label, label_protocol="contrastive")
-        replies = self.asker.ask(list(self.fast.values()), "FAST scores", lambda r: parse_fast(r) is not None)
+        replies = self.asker.ask(list(self.fast.values()), "FAST scores", fits(parse_fast))
         for j, prompt in self.fast.items():
             if (verdict := self._parsed(outcome[j], replies[prompt], parse_fast, "score")) is not None:
                 outcome[j].update(score=verdict[0], score_name=verdict[1])
                 if "label" not in outcome[j]:
                     outcome[j].update(label=verdict[1], label_protocol="fast")
+        for j in [j for j in self.labelled if not (j in self.contrastive or j in self.fast)]:
+            outcome[j]["note"] = "fires in too few examples for a label by the LLM"
         if self.n_fidelity:
             self._validate(outcome)
         return outcome
@@ -306,8 +387,7 @@ class Labelling:
     def _validate(self, outcome):
         labels = {j: outcome[j]["label"] for j in self.labelled if "label" in outcome[j]}
         tasks = fidelity_prompts(self.shown, labels, self.n_fidelity) if labels else {}
-        replies = self.asker.ask([prompt for pairs in tasks.values() for prompt, _ in pairs], "validation",
-                                 lambda r: parse_yes_no(r) is not None)
+        replies = self.asker.ask([prompt for pairs in tasks.values() for prompt, _ in pairs], "validation", fits(parse_yes_no))
         for j, pairs in tasks.items():
             said = [parse_yes_no(reply) if (reply := replies[prompt][0]) is not None else None for prompt, _ in pairs]
             result = fidelity([(s, fires) for s, (_, fires) in zip(said, pairs)])
@@ -317,4 +397,4 @@ class Labelling:
                 reasons = [why for prompt, _ in pairs if (why := replies[prompt][1])]
                 outcome[j]["problems"].append(f"validation {reasons[0] if reasons else 'unusable: no clear yes or no'}")
         for j in labels.keys() - tasks.keys():
-            outcome[j]["note"] = "too few held-out examples to validate the label"
+            outcome[j]["note"] = untestable(self.shown, j, self.n_fidelity)

@@ -82,7 +82,8 @@ def test_yes_and_no_are_parsed_strictly(reply, expected):
     ("<html>502</html>", None), ("x" * 301, None), ("```\nx", None), ('{"label": 1}', None), ('""', None),
     ("I'm sorry, but I can't help with that.", None), ("Sorry, no.", None), ("I cannot do this", None), ("As an AI model, I do not", None),
     ("I am unable to tell", None), ("The samples do not share an obvious pattern, so I cannot identify one.", None), ('- "None"', None),
-    ("N/A", None), ("None", None), ('- "I\u2019m sorry, I can\u2019t"', None), ("Feature:", None), ("Sure! Here is the feature:\nmentions", None),
+    ("N/A", None), ("None", None), ('- "I\u2019m sorry, I can\u2019t"', None), ("Feature:", None),
+    ("Sure! Here is the feature:\nmentions", None),
     ('Sure! Here is the feature:\n- "mentions food"', "mentions food"), ('Feature:\n- "mentions food"', "mentions food"),
     ('Here it is: "mentions food"', "mentions food"), ("Feature: mentions food", "mentions food"), ("**mentions food**", "mentions food"),
     ('- **"mentions food"**', "mentions food"), ('```\n- "mentions food"\n```', "mentions food"), ('```json\n{\n"label": "a"\n}', None),
@@ -155,7 +156,7 @@ def Shown(tmp_path):
 
     values = np.random.default_rng(0).random((40, 3)) * (np.random.default_rng(1).random((40, 3)) < 0.6)
     statistics = SimpleNamespace(pooled_examples=np.arange(40) * 2, pooled_max=sparse.csr_matrix(values))
-    return llm_labels.Shown(SimpleNamespace(statistics=statistics), ["text"] * 80, seed=0)
+    return llm_labels.Shown(SimpleNamespace(statistics=statistics, data={}), [f"text {i}" for i in range(80)], seed=0)
 
 
 def test_busy_and_failing_servers_are_waited_for(tmp_path, planted, run_main, endpoint):
@@ -196,7 +197,32 @@ def test_a_dry_run_asks_and_writes_nothing(tmp_path, planted, run_main, endpoint
     assert f"dry run: {len(server.requests)} calls" in plan
     capsys.readouterr()
     assert run_main("interpret_sae", *flags, "--dry-run") == 0
-    assert "contrastive labels" not in capsys.readouterr().out  # these are paid for
+    assert "dry run: 0 calls with about 0 prompt tokens" in capsys.readouterr().out  # all are paid for
+    assert run_main("interpret_sae", *flags, "--n-fidelity-examples", 14, "--dry-run") == 0
+    plan = capsys.readouterr().out
+    n = len(server.requests)
+    assert run_main("interpret_sae", *flags, "--n-fidelity-examples", 14) == 0
+    assert f"dry run: {len(server.requests) - n} calls" in plan and len(server.requests) > n
+    server.reply = lambda prompt: completion("no such thing")
+    for journal in tmp_path.rglob("llm_replies.jsonl"):
+        journal.unlink()
+    assert run_main("interpret_sae", *flags) == 4
+    capsys.readouterr()
+    assert run_main("interpret_sae", *flags, "--dry-run") == 0
+    assert "dry run: 0 calls" in capsys.readouterr().out  # answered, if by nothing that can be used
+    n = len(server.requests)
+    assert run_main("interpret_sae", *flags, "--retry-unusable", "--dry-run") == 0
+    plan = capsys.readouterr().out
+    assert run_main("interpret_sae", *flags, "--retry-unusable") == 4
+    assert f"dry run: {len(server.requests) - n} calls" in plan and len(server.requests) > n
+
+
+@pytest.mark.parametrize("variables", [{}, {"OPENAI_API_KEY": KEY}])
+def test_a_dry_run_of_no_features_counts_nothing(planted, run_main, monkeypatch, capsys, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run_main("interpret_sae", *planted, "--n-top-neurons", 0, "--dry-run") == 0
+    assert "dry run: 0 calls" in capsys.readouterr().out
 
 
 def test_without_an_endpoint_nothing_is_asked(planted, run_main, monkeypatch):
