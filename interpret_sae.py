@@ -70,7 +70,8 @@ def main():
     checkpoint_path, sae_meta = chosen_sae(settings)
     backend = None
     if settings.N_TOP_NEURONS:
-        backend = llm_client.choose_backend(settings.INTERPRETER_MODEL, timeout=settings.LLM_TIMEOUT, device=settings.DEVICE)
+        backend = llm_client.choose_backend(settings.INTERPRETER_MODEL, timeout=settings.LLM_TIMEOUT, device=settings.DEVICE,
+                                            cache_dir=settings.CACHE_DIR)
     metadata = describe(settings, checkpoint_path, sae_meta, backend)
     folder, jsonl_path = settings.output_dir, settings.output_dir / "interpretations.jsonl"
     if not settings.DRY_RUN:

@@ -3,18 +3,27 @@
 A failure is a reason, never a text. Every reply is journalled before it is used, so that a second run asks only what is still
 open; a reply that was paid for and cannot be used counts as answered, unless the user wants it asked again.
 """
+import email.utils
 import hashlib
 import json
 import os
+import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastsae import artifacts, progress
-from fastsae.errors import InputError
+from fastsae.errors import InputError, StageError
 
 LOCAL = "local:"
+DEFAULT_URL = "https://api.openai.com/v1"
+UNFINISHED = ("length", "max_tokens", "content_filter", "tool_calls", "function_call")  # finish reasons; other servers' others are ends
+PASSING = (408, 409, 429)  # and 5xx: worth another try
+RETRIES = 3               # of a call that was not answered; none after a time-out, for that call may have been paid for
+FIRST_WAIT = 0.5          # seconds before the second try, where the server names none; doubled for each further one
+LONGEST_WAIT = 120        # seconds; a server that wants more is not asked again
 FATAL = (401, 403, 404)   # every further call would meet the same
 STOP_SECONDS = 2          # for replies that are on their way when the run is stopped
 BREAKER = 8               # so many failures in a row, and the rest is not asked
@@ -23,9 +32,25 @@ LOCAL_NEW_TOKENS = 160    # length of a local model's reply
 
 def endpoint() -> tuple[str, str | None] | None:
     """(api_key, base_url) from the environment, or None when no endpoint is configured."""
-    key = os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_KEY_SAE")
-    base_url = os.environ.get("OPENAI_BASE_URL") or None
-    return (key or "none", base_url) if key or base_url else None
+    key, other_key, base_url = (os.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"))
+    key = key or other_key
+    if base_url:
+        check_url(base_url)
+    return (key or "none", base_url or None) if key or base_url else None
+
+
+def check_url(base_url):
+    """Raise InputError for what is no http address; the address is not shown, for it may hold a password."""
+    remedy = "set it to an address such as http://localhost:8000/v1, or unset it."
+    try:
+        parts = urlsplit(base_url)
+        host, port = parts.hostname, parts.port
+    except ValueError:  # also of brackets without a partner
+        raise InputError(f"OPENAI_BASE_URL: its host or port cannot be read. {remedy}") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise InputError(f"OPENAI_BASE_URL: does not begin with http:// or https:// and a host. {remedy}")
+    if port == 0:
+        raise InputError(f"OPENAI_BASE_URL: there is no port 0. {remedy}")
 
 
 def public_url(base_url):
@@ -36,10 +61,10 @@ def public_url(base_url):
     return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
-def choose_backend(model, *, timeout, device):
+def choose_backend(model, *, timeout, device, cache_dir=None):
     """The interpreter that INTERPRETER_MODEL and the environment name, or None when there is none."""
     if model.startswith(LOCAL):
-        return LocalModel(model.removeprefix(LOCAL), device)
+        return LocalModel(model.removeprefix(LOCAL), device, cache_dir)
     found = endpoint()
     return ChatEndpoint(*found, model, timeout=timeout) if found else None
 
@@ -67,7 +92,7 @@ class ChatEndpoint:
         """(text or None, why there is none, usage) of one reply; raises CallFailed."""
         openai = self._openai()
         try:
-            answer = self.client.chat.completions.create(model=self.model, messages=[{"role": "user", "content": prompt}])
+            answer = self._create(openai, prompt)
         except openai.APIStatusError as error:
             raise CallFailed(f"HTTP {error.status_code} {self.without_key(error.message)[:80]}", error.status_code in FATAL) from None
         except (openai.OpenAIError, ValueError) as error:  # no connection, time-out, a reply that is no JSON
@@ -77,21 +102,36 @@ class ChatEndpoint:
             text, reason, refusal = choice.message.content, choice.finish_reason, getattr(choice.message, "refusal", None)
         except (AttributeError, IndexError, TypeError):
             raise CallFailed("the reply is no chat completion") from None
-        usage = {name: getattr(answer.usage, name, None) or 0 for name in ("prompt_tokens", "completion_tokens")}
+        usage = {name: as_count(getattr(answer.usage, name, None)) for name in ("prompt_tokens", "completion_tokens")}
+        text = joined(text)
         if refusal:
             return None, "refused", usage
-        if reason not in (None, "stop"):
-            return None, f"unfinished ({self.without_key(reason)[:30]})", usage
-        if not isinstance(text, str) or not text.strip():
+        if str(reason).lower() in UNFINISHED:
+            return None, f"unfinished ({reason.lower()})", usage
+        if not text.strip():
             return None, "empty", usage
         return self.without_key(text, keep_lines=True), None, usage
+
+    def _create(self, openai, prompt):
+        """The server's answer, asked for again after failures that pass."""
+        for n_before in range(RETRIES + 1):
+            try:
+                return self.client.chat.completions.create(model=self.model, messages=[{"role": "user", "content": prompt}])
+            except openai.APITimeoutError:
+                raise
+            except (openai.APIConnectionError, openai.APIStatusError) as error:
+                seconds = seconds_to_wait(error, n_before)
+                if seconds is None:
+                    raise
+            time.sleep(seconds)
 
     def _openai(self):
         with self.lock:  # imported late and once: it takes a second
             import openai
 
             if self.client is None:
-                self.client = openai.OpenAI(api_key=self.key, base_url=self.base_url, timeout=self.timeout, max_retries=3)
+                self.client = openai.OpenAI(api_key=self.key, base_url=self.base_url or DEFAULT_URL, timeout=self.timeout,
+                                            max_retries=0)  # `_create` does it
             return openai
 
     def without_key(self, text, keep_lines=False):
@@ -99,15 +139,53 @@ class ChatEndpoint:
         return text if keep_lines else " ".join(text.split())
 
 
+def seconds_to_wait(error, n_before):
+    """Seconds before another try after an `openai` error and `n_before` earlier ones; None if there should be none."""
+    status, headers = getattr(error, "status_code", None), getattr(getattr(error, "response", None), "headers", {})
+    wanted = retry_after(headers)
+    passing = status is None or status in PASSING or status >= 500
+    if n_before >= RETRIES or wanted > LONGEST_WAIT or not {"true": True, "false": False}.get(headers.get("x-should-retry"), passing):
+        return None
+    return wanted if wanted > 0 else FIRST_WAIT * 2 ** n_before * random.uniform(0.75, 1)
+
+
+def retry_after(headers):
+    """Seconds that a server asks its client to wait, 0 if it does not say."""
+    for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            return max(0.0, float(headers[name]) / per_second)
+        except (KeyError, ValueError):
+            pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return 0.0
+
+
+def joined(content):
+    """The text of a message whose content is a text or a list of parts; "" if it is neither."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)
+                   and part.get("type", "text") in ("text", "output_text"))
+
+
+def as_count(value):
+    """A count of tokens as a server gave it; 0 if it is none."""
+    try:
+        return max(0, int(value))
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
 class LocalModel:
     """A model in this process, greedy decoding, one call at a time."""
 
     parallel = False
 
-    def __init__(self, name, device):
+    def __init__(self, name, device, cache_dir=None):
         if not name:
             raise InputError("INTERPRETER_MODEL: local: names no model. write for example local:SmolLM2-135M-Instruct.")
-        self.model, self.device, self.loaded = LOCAL + name, device, None
+        self.model, self.device, self.cache_dir, self.loaded = LOCAL + name, device, cache_dir, None
         self.scope = [self.model, None, {"max_new_tokens": LOCAL_NEW_TOKENS, "do_sample": False}]
 
     def complete(self, prompt):
@@ -132,14 +210,17 @@ class LocalModel:
 
             from fastsae import language_model as source
 
-            transformers, name = source._transformers(), self.model.removeprefix(LOCAL)
-            located, self.device = source.locate(name), source.choose_device(self.device)
-            options = source._gguf_options(transformers) if located.endswith(".gguf") else {}
+            name, self.device = self.model.removeprefix(LOCAL), source.choose_device(self.device)
             dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
-            model = source._load(transformers.AutoModelForCausalLM.from_pretrained, located, name, dtype=dtype, **options)
-            self.loaded = source.load_tokenizer(name), model.to(self.device).eval()
-            if not self.loaded[0].chat_template:
+            try:
+                model = source.load_model(name, cache_dir=self.cache_dir, dtype=dtype, device=self.device)
+                tokenizer = source.load_tokenizer(name, cache_dir=self.cache_dir)
+            except StageError as error:
+                raise type(error)(str(error).replace("MODEL_NAME:", "INTERPRETER_MODEL:").replace(
+                    "--model-name", "--interpreter-model local:...")) from None
+            if not tokenizer.chat_template:
                 raise InputError(f"INTERPRETER_MODEL: {name} has no chat template. choose an instruct model.")
+            self.loaded = tokenizer, model
         return self.loaded
 
 

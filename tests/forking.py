@@ -55,17 +55,17 @@ def serve():
 
 def preload():
     """All that stages import, and tokenizers that are read once for all forks."""
-    import openai._base_client
+    import openai  # noqa: F401
     import torch
 
     sys.modules["matplotlib"] = None  # as where it is not installed: its figure takes longer than the rest of a tiny run
     modules = [f"fastsae.{path.stem}" for path in (PROJECT / "fastsae").glob("*.py") if path.stem != "__init__"]
     for name in (*LATE, *modules, "extract_activations", "train_sae", "interpret_sae"):
         importlib.import_module(name)
-    from fastsae import language_model
+    from fastsae import language_model, llm_client
 
     torch.set_num_threads(1)
-    openai._base_client.BaseClient._calculate_retry_timeout = lambda *args, **kwargs: 0.01  # no waiting between retries
+    llm_client.FIRST_WAIT = 0.01  # hardly any waiting between tries
     plain, loaded = language_model.load_tokenizer, {}
 
     def load_tokenizer(name, **source):

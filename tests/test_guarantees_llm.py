@@ -10,6 +10,8 @@ FAULTS = {  # reply, whether it is paid for, requests for three features
     "null content": ((200, completion(None)), True, 3), "empty": ((200, completion("")), True, 3),
     "blank": ((200, completion(" \n ")), True, 3), "cut off": ((200, completion("mentions", "length")), True, 3),
     "filtered": ((200, completion("mentions", "content_filter")), True, 3), "refusal": ((200, completion("no", refusal="no")), True, 3),
+    "refusal in words": ((200, completion("I'm sorry, but I can't help with that.")), True, 3),
+    "preamble": ((200, completion("Here is the feature:")), True, 3), "no pattern": ((200, completion("None")), True, 3),
     "thinking only": ((200, completion("<think>hmm")), True, 3), "markup": ((200, completion("<html>502</html>")), True, 3),
     "fenced JSON": ((200, completion('```json\n{"label": "a"}\n```')), True, 3), "JSON": ((200, completion('{"label": "a"}')), True, 3),
     "essay": ((200, completion("x" * 400)), True, 3), "no choices": ((200, {"choices": []}), False, 3),
@@ -18,7 +20,8 @@ FAULTS = {  # reply, whether it is paid for, requests for three features
     "404": ((404, {"error": {"message": "no such model"}}), False, 1),
     "429": ((429, {"error": {"message": "slow down"}}, {"Retry-After": "0"}), False, 12),  # each is tried four times
     "500": ((500, {"error": {"message": f"oops {KEY}"}}), False, 12), "503": ((503, "busy"), False, 12),
-    "reset": ((200, None), False, 12), "slow": ((0, 0.6), False, 12),
+    "reset": ((200, None), False, 12), "slow": ((0, 0.6), False, 3),  # not made again: it may have been paid for
+    "503 for long": ((503, "busy", {"Retry-After": "3600"}), False, 3),
     **{f"score {score}": ((200, completion(VERDICT.format(score))), True, 3) for score in ("0", "6", "7/10", "4.5", "-3", "five")},
     "two scores": ((200, completion(VERDICT.format(1) + "\n" + VERDICT.format(5))), True, 3),
     "no name": ((200, completion("[[4]] [[]]")), True, 3)}
