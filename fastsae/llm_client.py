@@ -143,8 +143,10 @@ def seconds_to_wait(error, n_before):
     """Seconds before another try after an `openai` error and `n_before` earlier ones; None if there should be none."""
     status, headers = getattr(error, "status_code", None), getattr(getattr(error, "response", None), "headers", {})
     wanted = retry_after(headers)
-    passing = status is None or status in PASSING or status >= 500
-    if n_before >= RETRIES or wanted > LONGEST_WAIT or not {"true": True, "false": False}.get(headers.get("x-should-retry"), passing):
+    again = status is None or status in PASSING or status >= 500
+    if (order := headers.get("x-should-retry")) in ("true", "false"):
+        again = order == "true"
+    if not again or n_before >= RETRIES or wanted > LONGEST_WAIT:
         return None
     return wanted if wanted > 0 else FIRST_WAIT * 2 ** n_before * random.uniform(0.75, 1)
 

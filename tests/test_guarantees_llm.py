@@ -27,13 +27,25 @@ FAULTS = {  # reply, whether it is paid for, requests for three features
     "no name": ((200, completion("[[4]] [[]]")), True, 3)}
 
 
+@pytest.fixture(scope="module")
+def n_top(world):
+    """So many features must be asked for that three of them fire in enough examples to be labelled."""
+    worker = world.idle.get()
+    try:
+        flags = ["--n-scored-features", 0, "--n-fidelity-examples", 0, "--llm-protocol", "contrastive", "--dry-run"]
+        return next(n for n in range(3, 24) if "contrastive labels: 3 calls" in replay(
+            world, worker, "interpret_sae", "--n-top-neurons", n, *flags, url="http://localhost:9/v1")["out"])
+    finally:
+        world.idle.put(worker)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_failure_is_a_status_and_never_a_label(world, worker, fault, tally):
+def test_a_failure_is_a_status_and_never_a_label(world, worker, fault, tally, n_top):
     """The fault for all of three features; then the endpoint recovers, and the same command asks only for what was not paid for."""
     reply, paid, n_requests = FAULTS[fault]
     is_score = fault in ("two scores", "no name") or fault.startswith("score")
     good = completion(VERDICT.format(4)) if is_score else completion("mentions bread")
-    flags = ["--n-top-neurons", 3, "--n-scored-features", 9 if is_score else 0, "--n-fidelity-examples", 0,
+    flags = ["--n-top-neurons", n_top, "--n-scored-features", 9 if is_score else 0, "--n-fidelity-examples", 0,
              "--llm-timeout", 0.3 if fault == "slow" else 30, "--llm-protocol", "fast" if is_score else "contrastive"]
     server = Endpoint([reply])
     try:
