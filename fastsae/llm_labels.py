@@ -25,10 +25,13 @@ ANSWERED = 0.9            # share of an annotator's replies that must be a clear
 
 VERDICT = re.compile(r"score is[\W_]*\[\[\s*([1-5])\s*\]\][\W_]*feature name is[^\w\[]*\[\[", re.I)
 ANNOUNCED = re.compile(r"""^(?:(?:sure|certainly|of course|okay|here|the feature|feature|label|answer)\b[^:"“]*:\s*)(?=\S)""", re.I)
-NOTHING = re.compile(r"(?:none|null|nothing|n\s*/?\s*a|no (?:clear|common|obvious|consistent|single)?\s*(?:feature|pattern))\W*", re.I)
-REFUSAL = re.compile(r"""(?:unfortunately\W+)?(?:(?:(?:i['’]?m|i\sam)\s(?:\w+\s)?sorry|sorry)\s*(?:[,.!;:–—-]|but\b|i\b|$)|as\san\sai\b|
-    (?:i|we)\s(?:can['’]t|cannot|can\snot|could\snot|couldn['’]t|am\s(?:unable|not\sable)|are\sunable|won['’]t)\b|i['’]m\s(?:unable|not\sable)\b|
-    (?:cannot|unable\sto)\s(?:identify|determine)\b)""", re.I | re.X)
+NOTHING = re.compile(r"(?:none|null|nothing|n\s*/?\s*a|(?:there (?:is|are|seems to be|appears to be) )?no "
+                     r"(?:(?:clear|common|obvious|consistent|single|shared)\s)*(?:features?|patterns?)(?: to be found| here)?)\W*", re.I)
+REFUSAL = re.compile(r"""(?:(?:unfortunately|(?:my\s)?apologies)\W+(?:but\s)?)?(?:
+    (?:(?:(?:i['’]?m|i\sam)\s(?:\w+\s)?)?sorry)\s*(?:[,.!;:–—-]|but\b|i\b|$)|as\san\sai\b|
+    (?:i|we)['’]?(?:m|re)?\s(?:(?:am|was|are|were)\s)?
+    (?:can['’]t|cannot|can\snot|could\snot|couldn['’]t|won['’]t|unable|not\sable|(?:do\snot|don['’]t)\s(?:see|find))\b|
+    (?:it\sis\s)?(?:cannot|can['’]t|unable\sto|not\spossible\sto)\s(?:identify|determine|find)\b)""", re.I | re.X)
 NO_PATTERN = re.compile(r"(?:do not|don['’]t|does not|doesn['’]t) (?:appear to |seem to )?(?:share|have) (?:an?|any) (?:\w+ )?"
                         r"(?:pattern|feature)|\bi (?:cannot|can['’]t|could not) (?:identify|determine)", re.I)
 
@@ -239,9 +242,9 @@ def parse_label(reply):
 
 def _bare(line):
     """A line without list mark, emphasis and an announcement of what follows."""
-    line = re.sub(r"^(?:[-•]\s*|\*\s+)(?=\S)", "", line.strip())
+    line = re.sub(r"^(?:[-•]\s*|\*\s+|\d{1,2}[.)]\s+)(?=\S)", "", line.strip())
     for _ in range(2):
-        line = re.sub(r"^(\*\*|__|`)(?!\1)(.+)\1$", r"\2", line).strip()
+        line = re.sub(r"^(\*\*|__|\*|`)(?!\1)(.+)\1$", r"\2", line).strip()
         line = ANNOUNCED.sub("", line)
     return line
 
@@ -264,7 +267,7 @@ def parse_fast(reply):
     if verdicts and len({score for score, _ in verdicts}) > 1:
         return None
     if not verdicts:
-        found = [part.strip() for part in re.findall(r"\[\[(.*?)\]\]", reply, re.S)]
+        found = [part.strip() for part in re.findall(r"\[\[((?:(?!\[\[).)*?)\]\]", reply, re.S)]
         verdicts = list(zip(found[::2], found[1::2]))
         if not verdicts or len(found) % 2 or len(set(verdicts)) > 1:
             return None

@@ -81,7 +81,11 @@ def test_yes_and_no_are_parsed_strictly(reply, expected):
     ("<think>a</think>\n- mentions fruit", "mentions fruit"), ("mentions\nmore", "mentions"), ("<think>hmm", None),
     ("<html>502</html>", None), ("x" * 301, None), ("```\nx", None), ('{"label": 1}', None), ('""', None),
     ("I'm sorry, but I can't help with that.", None), ("Sorry, no.", None), ("I cannot do this", None), ("As an AI model, I do not", None),
-    ("I am unable to tell", None), ("The samples do not share an obvious pattern, so I cannot identify one.", None), ('- "None"', None),
+    ("I am unable to tell", None), ("Apologies, but I cannot", None), ("There is no clear pattern.", None), ("I don't see a pattern", None),
+    ("I was not able to find one", None), ("It is not possible to identify a feature", None), ("We're unable to", None),
+    ("1. mentions food", "mentions food"), ("*mentions food*", "mentions food"), ("no features of a person", "no features of a person"),
+    ("I-statements about food", "I-statements about food"), ("apologies between friends", "apologies between friends"),
+    ("The samples do not share an obvious pattern, so I cannot identify one.", None), ('- "None"', None),
     ("N/A", None), ("None", None), ('- "I\u2019m sorry, I can\u2019t"', None), ("Feature:", None),
     ("Sure! Here is the feature:\nmentions", None),
     ('Sure! Here is the feature:\n- "mentions food"', "mentions food"), ('Feature:\n- "mentions food"', "mentions food"),
@@ -94,6 +98,13 @@ def test_yes_and_no_are_parsed_strictly(reply, expected):
     ('- "sorry as a filler"', "sorry as a filler"), ("-2+3", "2+3"), ('"- mentions food"', "mentions food")])
 def test_labels_are_parsed_strictly(reply, expected):
     assert llm_labels.parse_label(reply) == expected
+
+
+@pytest.mark.parametrize("reply", ["[[" * 20000, "output" + ":" * 20000, "score is: [[4]] feature name is [[" * 2000, '"' * 20000,
+                                   "sorry " * 9000, "score is: [[4]], feature name is [[" + "[[" * 20000])
+def test_overlong_replies_are_unusable(reply):
+    for parse in (llm_labels.parse_label, llm_labels.parse_fast, llm_labels.parse_yes_no):
+        assert parse(reply) is None
 
 
 def test_fidelity_by_hand():
