@@ -139,3 +139,12 @@ def test_a_local_interpreter_uses_the_cache_folder_and_its_own_name(tmp_path, mo
     assert seen == [("some-model", str(tmp_path))]
     with pytest.raises(InputError, match="^INTERPRETER_MODEL: /no/such does not exist"):
         llm_client.choose_backend("local:/no/such", timeout=1, device="cpu").complete("hi")
+
+
+def test_stage_3_hands_the_cache_folder_on(tmp_path, planted, run_main, monkeypatch, capsys):
+    def choose_backend(model, **more):
+        raise InputError(f"seen: {model} {more['cache_dir']}. done.")
+
+    monkeypatch.setattr(llm_client, "choose_backend", choose_backend)
+    assert run_main("interpret_sae", *planted, "--cache-dir", tmp_path / "cache", "--interpreter-model", "local:a") == 2
+    assert f"seen: local:a {tmp_path / 'cache'}." in capsys.readouterr().err

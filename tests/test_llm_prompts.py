@@ -9,6 +9,7 @@ from scipy import sparse
 from fastsae import llm_labels
 from fastsae.examples import ChatTokenizer, Example, mark_shared_prefix, tokenise
 from fastsae.feature_evidence import Evidence
+from fastsae.llm_client import Asker
 from fastsae.llm_labels import MAX_TOKENS, MIN_HELD_OUT, Labelling, Shown, plain_text
 from fastsae.token_text import TokenTexts
 
@@ -139,6 +140,30 @@ def test_a_feature_that_fires_everywhere_is_not_tested(shown):
             assert outcome["fidelity_f1"] == pytest.approx(2 / 3) and outcome["n_held_out"] == 2 * min(n_silent, 6) == len(asked) - 1
         else:
             assert len(asked) == 1 and "fires in nearly all" in outcome["note"] and not outcome["problems"]
+
+
+@pytest.mark.parametrize("protocol", ["contrastive", "fast", "both"])
+@pytest.mark.parametrize("label", ['- "bread"', "None"])
+def test_a_plan_counts_the_calls_that_are_made(shown, tmp_path, protocol, label):
+    """Before the run, after a run without validation, and after all."""
+    def complete(prompt):
+        asked.append(prompt)
+        if "[[SCORE]]" in prompt:
+            return "My final verdict score is: [[4]], feature name is [[words]]", None, usage
+        return ("Yes" if "PROPERTY" in prompt else label), None, usage
+
+    some = shown([user(i, f"{WORDS[i % 16]} number {i}") for i in range(60)], {e: 40 for e in range(30)})
+    asked, usage = [], {"prompt_tokens": 1, "completion_tokens": 1}
+    backend = SimpleNamespace(parallel=False, scope=["m", None, {}], model="m", complete=complete)
+    for n_fidelity in (0, 12, 12):
+        asker = Asker(backend, tmp_path / "journal.jsonl", n_workers=1)
+        work = Labelling(some, asker, protocol=protocol, labelled=[0], candidates=[], n_scored=0, n_fidelity=n_fidelity)
+        planned = sum(n for _, n, _ in work.plan(len))
+        asked.clear()
+        outcome = work.run()[0]
+        assert len(asked) == planned and outcome.get("label") == (
+            "bread" if label != "None" and protocol != "fast" else "words" if protocol != "contrastive" else None)
+    assert planned == 0 and ("fidelity_f1" in outcome) == ("label" in outcome)
 
 
 def test_small_activations_are_told_from_silence():
