@@ -31,7 +31,7 @@ def place(world):
         names.mkdir()
         name = text.replace("/", "_").strip()
         dataset, model = names / f"{name}.jsonl", names / f"{name}-model"
-        rows = [{"text": f"{text} {('bread ', 'rain ', 'road ')[i % 3] * (3 + i % 5)}{text}", text: f"{text}{i % 3}"} for i in range(30)]
+        rows = [{"text": f"{text} {('bread ', 'rain ', 'road ')[i % 3] * (3 + i // 3)}{text}", text: f"{text}{i % 3}"} for i in range(30)]
         dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.symlink(world.folder / "model", model)
         label = text if parse_label(text) == text.strip() else f"mentions {text}"
