@@ -49,7 +49,7 @@ def world(tmp_path_factory, smol_tokenizer):
         "extract_activations": [*shared, "--model-name", folder / "model", "--layers", "1,2", "--chunk-tokens", 180],
         "train_sae": [*shared, "--m", 24, "--k", 2, "--matryoshka-prefixes", "8,24", "--n-epochs", 2, "--batch-size", 64,
                       "--dead-after-tokens", 190, "--save-every", 1e-9, "--learning-rate", 0.01, "--max-norm-ratio", "none"],
-        "interpret_sae": [*shared, "--model-name", folder / "model", "--label-field", "topic", "--n-top-neurons", 5,
+        "interpret_sae": [*shared, "--model-name", folder / "model", "--label-field", "topic", "--n-top-neurons", 16,
                           "--n-scored-features", 4, "--n-fidelity-examples", 6, "--n-llm-workers", 1, "--interpreter-model", "m"]}
     older = {"extract_activations": ["--max-length", 40], "train_sae": ["--seed", 7],
              "interpret_sae": ["--n-top-neurons", 0, "--pooling", "mean"]}
