@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsae import artifacts, storage
+from fastsae.token_text import seen_values
 
 BATCH = 128          # features per file
 MAX_TOKENS = 1024    # per activation
@@ -91,8 +92,9 @@ def activation(evidence, j, quantile, example, peak, positions, strengths):
     texts = evidence.token_texts(example)
     left = max(0, min(peak - MAX_TOKENS // 2, len(texts) - MAX_TOKENS))
     dense = np.zeros(len(texts))
+    positions, strengths = seen_values(texts, positions, strengths)
     dense[positions] = strengths
-    largest, width = float(strengths.max()), float(evidence.statistics.maximum[j]) / 10
+    largest, width = float(strengths.max(initial=0)), float(evidence.statistics.maximum[j]) / 10
     tenth = min(int(largest / width), 9)
     sampled = evidence.statistics.sample.value[j]
     sampled = sampled[sampled > 0]

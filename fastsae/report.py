@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsae.examples import ROLES
+from fastsae.token_text import seen_values, with_text
 
 DIALOGUE_TOKENS = 1024  # of an example kept in the report; longer ones are cut around the place shown
 KIND_LETTERS = "ctp"    # content, chat template, prefix shared by all examples
@@ -72,10 +73,11 @@ def report_data(evidence, rows, shown, lens, order, chance):
     for j in shown:
         entries = []
         for quantile, example, peak in examples[j]:
-            positions, activations = values[j, example]
-            place, start, stop = dialogues.place(example, peak)
+            texts = evidence.token_texts(example)
+            positions, activations = seen_values(texts, *values[j, example])
+            place, start, stop = dialogues.place(example, peak := int(with_text(texts)[peak]))
             inside = (positions >= start) & (positions < stop)
-            entries.append({"quantile": quantile, "dialogue": place, "peak": peak - start, "top": number(activations.max()),
+            entries.append({"quantile": quantile, "dialogue": place, "peak": peak - start, "top": number(activations.max(initial=0)),
                             "at": (positions[inside] - start).tolist(), "values": [number(v) for v in activations[inside]]})
         features.append(feature_data(evidence, rows[j], entries, lens.get(j, ([], [])), near[j], together[j]))
     return {"sort": order, "chance": chance, "strings": dialogues.strings, "dialogues": dialogues.list, "features": features}

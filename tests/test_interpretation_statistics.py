@@ -189,6 +189,46 @@ def test_excerpt_marks_the_strongest_token(smol_tokenizer):
     assert token_text.excerpt(texts, 2, start=1, width=3) == "old «clock» in the hall…"
 
 
+def test_a_peak_inside_a_character_is_seen_on_the_character(smol_tokenizer):
+    """A parrot is several tokens; its text stands at the first of them, and so does what fires on the others."""
+    ids = smol_tokenizer("a 🦜 b", add_special_tokens=False)["input_ids"]
+    texts = token_text.TokenTexts(smol_tokenizer)(ids)
+    first = next(i for i, text in enumerate(texts) if "🦜" in text)
+    last = first + texts[first + 1:].count("")
+    assert last > first and token_text.excerpt(texts, last) == token_text.excerpt(texts, first) == "a «🦜» b"
+    positions, values = token_text.seen_values(texts, np.array([0, first, last]), np.array([1., 2., 3.]))
+    assert positions.tolist() == [0, first] and values.tolist() == [1, 3]
+
+
+def test_report_and_batches_show_that_peak_too(smol_tokenizer):
+    from types import SimpleNamespace
+
+    from fastsae import neuronpedia, report
+    from fastsae.examples import Example
+
+    sae, data = made_up()
+    ids = smol_tokenizer("a 🦜", add_special_tokens=False)["input_ids"]
+    data["token_ids"] = np.resize(np.array(ids, np.int32), len(data["token_ids"]))
+    examples = [Example(i + 1, [{"role": "user", "content": "x"}], True) for i in range(len(data["seq_lengths"]))]
+    evidence = Evidence(sae, data, examples, smol_tokenizer, {"max_norm": None, "exclude_shared_prefix": True}, n_top=5)
+    rows = [{**row, **dict.fromkeys(("best_category", "category_auc", "score", "fidelity_f1"))} for row in evidence.rows(3)]
+    shown = report.report_data(evidence, rows, [0, 1, 2], {}, "mass", None)
+    n_moved = 0
+    for feature in shown["features"]:
+        for example, (_, number, peak) in zip(feature["examples"], evidence.shown_examples([feature["id"]])[feature["id"]]):
+            place = shown["dialogues"][example["dialogue"]]["ids"]
+            assert shown["strings"][place[example["peak"]]] and example["peak"] in example["at"]
+            assert example["values"][example["at"].index(example["peak"])] == example["top"]
+            n_moved += peak != example["peak"]
+            where, strengths = evidence.token_values([(feature["id"], number)])[feature["id"], number]
+            batch = neuronpedia.activation(evidence, feature["id"], None, number, peak, where, strengths)
+            assert batch["tokens"][int(np.argmax(batch["values"]))]
+    assert n_moved
+    nothing = SimpleNamespace(token_texts=lambda e: ["a"], statistics=SimpleNamespace(maximum=np.ones(1), sample=SimpleNamespace(
+        value=np.ones((1, 1)))))
+    assert neuronpedia.activation(nothing, 0, None, 0, 0, np.zeros(0, int), np.zeros(0))["values"] == [0]  # a rounded-away encoding
+
+
 def test_levels_by_hand():
     assert [level_name(j, [4, 8, 16]) for j in (0, 3, 4, 8, 15)] == ["coarse", "coarse", "level 2", "fine", "fine"]
     assert level_name(0, None) == "" and level_name(0, [16]) == ""
