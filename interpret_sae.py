@@ -238,7 +238,7 @@ class Features:
             return []
         field = settings.TARGET_FIELD or settings.LABEL_FIELD
         s, values = self.evidence.statistics, self.labels(field) or [None] * len(self.examples)
-        rows = np.array([values[i] is not None for i in s.pooled_examples])
+        rows = np.array([values[i] is not None for i in s.pooled_examples], bool)
         target = target_numbers([values[i] for i in s.pooled_examples[rows]], field, settings.TARGET_VALUE)
         pooled = (s.pooled_max if settings.POOLING == "max" else s.pooled_mean)[rows]
         found = select_features(pooled, target, settings.N_HYPOTHESES, settings.SELECTION_METHOD, settings.SEED)

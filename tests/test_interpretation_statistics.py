@@ -54,6 +54,22 @@ def test_tokens_that_training_left_out_are_left_out_here():
     assert s.n_kept == expected.sum() > 0
 
 
+def test_examples_without_a_kept_token_are_no_evidence():
+    """Half of the examples have no assistant's text: as rows of zeros they would tell their category from any other."""
+    from fastsae.categories import add_categories
+
+    sae, data = made_up(n_examples=400)
+    half, ends = np.arange(400) % 2, np.cumsum(data["seq_lengths"])
+    data["token_kind"][:] = 0
+    data["token_role"] = np.repeat(np.where(half, 3, 0), data["seq_lengths"]).astype(np.uint8)
+    data["activations"][ends[0]:ends[1]] = 1000  # all of example 1 are sinks
+    s = collect(sae, data["activations"], data["seq_lengths"], data["token_kind"], data["token_role"], data["token_ids"], 9, max_norm=300,
+                use="assistant")
+    assert s.pooled_examples.tolist() == list(range(3, 400, 2)) and s.pooled_max.shape[0] == s.pooled_mean.shape[0] == 199
+    rows = [{"status": "ok"} for _ in range(s.m)]
+    assert add_categories(rows, s, [("other", "assistant")[h] for h in half], "max", 0) == (None, None)  # one category is left
+
+
 @pytest.mark.parametrize("batch_topk", [False, True])
 @pytest.mark.parametrize("block_tokens", [7, 64, 8192])
 def test_streaming_equals_dense(monkeypatch, block_tokens, batch_topk):
@@ -86,8 +102,10 @@ def check_examples(s, features, keep, example):
     n_examples = example.max() + 1
     pooled = np.stack([features[example == i].max(0) for i in range(n_examples)])
     means = np.stack([features[example == i].sum(0) / max(keep[example == i].sum(), 1) for i in range(n_examples)])
-    np.testing.assert_allclose(s.pooled_max.toarray(), pooled, rtol=1e-4)
-    np.testing.assert_allclose(s.pooled_mean.toarray(), means, rtol=1e-4, atol=1e-6)
+    heard = [i for i in range(n_examples) if keep[example == i].any()]
+    assert s.pooled_examples.tolist() == heard
+    np.testing.assert_allclose(s.pooled_max.toarray(), pooled[heard], rtol=1e-4)
+    np.testing.assert_allclose(s.pooled_mean.toarray(), means[heard], rtol=1e-4, atol=1e-6)
     for j in range(s.m):
         order = [i for i in np.argsort(-pooled[:, j], kind="stable") if pooled[i, j] > 0]
         top = [i for i in s.top.example[j] if i >= 0]
