@@ -363,6 +363,7 @@ def check_paths(values, require):
         require(from_hub or os.path.isfile(values["DATASET_PATH"]), "DATASET_PATH", f"{values['DATASET_PATH']} is no file",
                 "give your data with --dataset-path FILE.jsonl")
     for name in ("OUTPUT_DIR", "CACHE_DIR"):
+        require(values.get(name) != "", name, "is empty", f"name a folder, or leave --{flag_name(name)} out")
         nearest = values.get(name) or "/"
         while not os.path.lexists(nearest) and os.path.dirname(nearest) != nearest:
             nearest = os.path.dirname(nearest)

@@ -286,9 +286,10 @@ def finish(run, tokens, device):
         return
     plan, sae = run.plan, run.best()
     metrics = final_metrics(sae, tokens, run.history)
+    history = json.loads(json.dumps(run.history))  # the same objects, hence bytes, whether the run was interrupted or not
     write_figure(plan.beside("training.png"), run.history)
     save_sae(plan.path, sae, {**plan.metadata, "max_norm": tokens.max_norm, "metrics": metrics,
-                              "history": run.history, "validation_examples": np.flatnonzero(tokens.is_validation).tolist()})
+                              "history": history, "validation_examples": np.flatnonzero(tokens.is_validation).tolist()})
     artifacts.write_json(plan.beside("metrics.json"), {"checkpoint": plan.path.name, **metrics, **timing})
     print_results(metrics, timing, plan.settings)
     print(f"wrote {plan.path}")

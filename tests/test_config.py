@@ -140,6 +140,7 @@ def test_flags_reach_the_stages_that_know_them(monkeypatch, tmp_path):
     (["--matryoshka-prefixes", "64,128"], "MATRYOSHKA_PREFIXES"), (["--matryoshka-prefixes", "64,64,256"], "MATRYOSHKA_PREFIXES"),
     (["--matryoshka-prefixes", "256,64"], "MATRYOSHKA_PREFIXES"), (["--matryoshka-prefixes", "0,256"], "MATRYOSHKA_PREFIXES"),
     (["--matryoshka-prefixes=-4,256"], "MATRYOSHKA_PREFIXES"),
+    (["--output-dir="], "OUTPUT_DIR"), (["--select-dtype", "bfloat16", "--architecture", "batchtopk"], "SELECT_DTYPE"),
     (["--device", "tpu"], "DEVICE"), (["--device", "cuda:"], "DEVICE"), (["--dtype", "float64"], "DTYPE"),
     (["--storage-dtype", "bfloat16"], "STORAGE_DTYPE"), (["--pooling", "sum"], "POOLING"), (["--engine", "fast"], "ENGINE"),
     (["--layer-idx", "0"], "LAYER_IDX"), (["--max-length", "1"], "MAX_LENGTH"), (["--max-examples", "1"], "MAX_EXAMPLES"),
@@ -330,3 +331,9 @@ def test_files_and_functions_stay_short(path):
 
 def test_a_flag_without_a_value_hides_no_other_problem(refused):
     assert names(refused("--m", "--k", "999", "--device", "tpu")) == ["DEVICE", "M"]  # K is not measured against a default M
+
+
+@pytest.mark.parametrize("path, name", [("/a/my.texts.jsonl", "my.texts"), ("x.json", "x"), ("hf:org/data-v1.5", "data-v1.5"),
+                                        ("hf:org/data@v1.2", "data@v1.2"), ("hf:org/data-v1.6", "data-v1.6")])
+def test_runs_are_named_by_their_dataset(path, name):
+    assert config.run_name_of(path) == name

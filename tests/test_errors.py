@@ -153,6 +153,43 @@ def test_sigterm(outcome):
         143, ["stopped: what was finished is kept; the same command continues."])
 
 
+def test_one_stop_that_arrives_twice_stops_once(outcome):
+    """A service manager signals every process, and the pipeline passes its own signal on."""
+    def body():
+        with errors.deferred_stop():
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+            saved.append(errors.stop_asked())
+            errors.stop()
+    saved = []
+    assert outcome(body)[0] == 143 and saved == [True]
+
+
+def test_asked_again_later_it_stops_at_once(outcome, monkeypatch):
+    def body():
+        with errors.deferred_stop():
+            signal.raise_signal(signal.SIGTERM)
+            monkeypatch.setattr(errors, "SAME_STOP", 0)
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("still running")
+    assert outcome(body)[0] == 143
+
+
+def test_a_second_signal_does_not_disturb_the_ending(outcome):
+    def body():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            errors.at_end(lambda: signal.raise_signal(signal.SIGTERM))
+    assert outcome(body) == (143, ["stopped: what was finished is kept; the same command continues."])
+
+
+def test_torchs_allocator_is_out_of_memory(outcome):
+    text = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    code, lines = outcome(fail_with(RuntimeError(text)))
+    assert code == 3 and lines[0].startswith("error: memory: ")
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError(), KeyError("a"), FileNotFoundError(errno.ENOENT, "x"), RuntimeError("x")])
 def test_a_bug_is_not_hidden(outcome, error, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -589,6 +589,14 @@ def test_training_goes_on_from_an_export(tmp_path, write_activations, run_main, 
     assert run_main("train_sae", *flags, *more) == 0 and "changed: init_from changed" in capsys.readouterr().out
     assert run_main("train_sae", *flags, *more, "--init-from", tuned / "SAE_M=48_K=3.pt") == 2
     assert "is what this run writes" in capsys.readouterr().err
+    assert run_main("train_sae", *flags, *more, "--k", 2, "--init-from", tuned) == 2
+    assert "is this run's own folder" in capsys.readouterr().err
+    weights = start / "sae_weights.safetensors"
+    state = load_file(weights)
+    state["W_dec"][3], state["b_enc"][3] = 0, -1000  # a feature that was taken out
+    save_file(state, weights)
+    assert run_main("train_sae", *flags, *more[:-1], 1e-2, "--init-from", start) == 0
+    assert np.isfinite(json.loads((tuned / "metrics.json").read_text())["normalized_mse"])
     assert run_main("train_sae", *flags, *more, "--m", 40, "--init-from", start) == 2
     assert "give --m 48" in capsys.readouterr().err
 

@@ -9,7 +9,6 @@ import pytest
 from conftest import put_activations
 
 from fastsae import report, report_charts
-from fastsae.report_run import history_of
 
 HOSTILE = ('<img src="http://evil.example/x.png" onerror="document.title=\'pwned\'">', "</script><script>document.title='pwned'</script>",
            "{{ 7 * 7 }} ${7*7} `x`", "'\"><svg onload=alert(1)>", "\u2028\u2029 <!-- --> ]]> &lt;b&gt; javascript:alert(1)",
@@ -72,20 +71,6 @@ def assert_inert(text):
     policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy and report.csp_hash(parsed.scripts[1]) in policy
     return parsed
-
-
-def test_the_curves_are_of_the_training_that_is_shown(tmp_path):
-    def write(name, values):
-        (tmp_path / name).write_text("".join(json.dumps({"normalized_mse": value}) + "\n" for value in values))
-
-    path, metrics = tmp_path / "SAE_M=8_K=2_seed=0.pt", {"epochs": 3, "best_epoch": 2, "normalized_mse": 0.2}
-    assert history_of(path, metrics) == []
-    write("metrics.jsonl", (0.5, 0.4, 0.6))  # of another autoencoder in this folder
-    assert history_of(path, metrics) == []
-    write("SAE_M=8_K=2_seed=0.metrics.jsonl", (0.5, 0.2, 0.3))
-    assert [line["normalized_mse"] for line in history_of(path, metrics)] == [0.5, 0.2, 0.3]
-    write("metrics.jsonl", (0.9, 0.1))
-    assert len(history_of(tmp_path / "alone.pt", {"epochs": 2, "best_epoch": 2, "normalized_mse": 0.1})) == 2
 
 
 def test_the_report_holds_no_code_but_its_own(hostile):

@@ -84,6 +84,15 @@ def test_a_card_is_written_once(tmp_path, monkeypatch):
     model_card.write_card(tmp_path, metas(tmp_path, "SAE_M=40_K=4.pt"))
 
 
+def test_what_somebody_wrote_stays(tmp_path, capsys):
+    text = written(tmp_path)
+    edited = text.replace("---\n", "---\nlicense: mit\n", 1)
+    (tmp_path / "README.md").write_text(edited, encoding="utf-8")
+    assert written(tmp_path) == edited and "was edited, and is left as it is" in capsys.readouterr().out
+    (tmp_path / "README.md").unlink()
+    assert written(tmp_path) == text
+
+
 def test_settings_are_json(tmp_path):
     block = re.search(r"```json\n(.*?)\n```", written(tmp_path), re.DOTALL)[1]
     assert json.loads(block) == {"ARCHITECTURE": "topk", "M": 40, "K": 4, "EXCLUDE_SHARED_PREFIX": True}

@@ -8,9 +8,8 @@ import torch
 from conftest import planted_tokens
 
 from fastsae import artifacts
-from fastsae.autoencoder import checkpoint_name, load_sae
+from fastsae.autoencoder import checkpoint_name, encode, load_sae
 from fastsae.metrics import evaluate
-from fastsae.report_run import history_of
 from fastsae.tokens import split_examples, usable_tokens
 
 SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--device", "cpu", "--run-name", "test"]
@@ -305,12 +304,102 @@ def test_several_autoencoders_in_one_pass_equal_those_trained_alone(tmp_path, wr
         assert (folder / f"SAE_M=16_K={k}_seed=0.training.png").exists()
     assert len(epochs) > 1 or min(epochs) < 12  # each stops when its own patience is at its end
     assert metrics_of(tmp_path)["checkpoint"] == "SAE_M=16_K=1_seed=0.pt"
-    shown = {path.stem: history_of(path, load_sae(path)[1]["metrics"]) for path in folder.glob("SAE_*.pt")}  # the report's curves
-    assert shown.pop("SAE_M=16_K=1") == []  # the folder's metrics.jsonl is that of K = 2
-    assert all(len(lines) == load_sae(folder / f"{name}.pt")[1]["metrics"]["epochs"] for name, lines in shown.items())
+    for path in folder.glob("SAE_*.pt"):  # the report's curves
+        meta = load_sae(path)[1]
+        assert len(meta["history"]) == meta["metrics"]["epochs"]
     capsys.readouterr()
     assert run_main("train_sae", *flags, "--seeds", "0,5,6", "--k-list", "1,2") == 0
     assert capsys.readouterr().out.count("up to date") == 4  # only the new seed is trained
+
+
+def test_what_stands_beside_a_checkpoint_is_its_own(tmp_path, write_activations, run_main):
+    """After another training in the same folder the first command, up to date, brings its figures and curves back."""
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    flags, folder = [*write_activations(tokens, [20] * 30), *SMALL], tmp_path / "checkpoints" / "test"
+    assert run_main("train_sae", *flags, "--k", 2, "--n-epochs", 3) == 0
+    first = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "training.png")}
+    assert run_main("train_sae", *flags, "--k", 4, "--n-epochs", 2) == 0
+    assert all((folder / name).read_bytes() != content for name, content in first.items())
+    assert run_main("train_sae", *flags, "--k", 2, "--n-epochs", 3) == 0
+    assert {name: (folder / name).read_bytes() for name in first} == first
+
+
+@pytest.mark.parametrize("more", [["--architecture", "batchtopk"], ["--architecture", "batchtopk", "--k-list", "2,4"],
+                                  ["--architecture", "topk"], ["--architecture", "standard"]])
+def test_a_loss_that_is_no_number_is_one_line(tmp_path, write_activations, run_main, capsys, more):
+    tokens, _ = planted_tokens(300, 8, 16, 2)
+    assert run_main("train_sae", *write_activations(tokens, [20] * 15), *SMALL, *more, "--learning-rate", 1e30, "--clip-grad", "none") == 2
+    assert all(line.startswith("error: LEARNING_RATE: the loss") for line in capsys.readouterr().err.splitlines())
+
+
+def test_of_several_the_good_ones_are_handed_over(tmp_path, write_activations, run_main, capsys):
+    tokens, _ = planted_tokens(600, 8, 16, 2)
+    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--l1-coefficient-list", "0.5,1e38", "--export",
+             "saelens"]
+    for _ in range(2):  # nor does the second run forget it
+        assert run_main("train_sae", *flags) == 2
+        assert "L1=1e+38" in capsys.readouterr().err
+    folder = tmp_path / "checkpoints" / "test"
+    assert metrics_of(tmp_path)["checkpoint"] == "SAE_standard_M=16_K=2_L1=0.5.pt" and (folder / "README.md").exists()
+    assert (folder / "SAE_standard_M=16_K=2_L1=0.5.saelens" / "cfg.json").exists()
+
+
+def test_coefficients_that_look_alike_have_names_of_their_own(tmp_path, write_activations, run_main):
+    tokens, _ = planted_tokens(300, 8, 16, 2)
+    assert run_main("train_sae", *write_activations(tokens, [20] * 15), *SMALL, "--architecture", "standard", "--l1-coefficient-list",
+                    "1.0000001,1.0000002,2") == 0
+    assert sorted(path.stem.partition("_L1=")[2] for path in (tmp_path / "checkpoints" / "test").glob("SAE*.pt")) == [
+        "1.0000001", "1.0000002", "2"]
+
+
+def test_k_of_all_features_and_no_rows(tmp_path, write_activations, run_main):
+    """HypotheSAEs takes 2 K dead features by default, of which there are no more than M; an empty batch has no features."""
+    from hypothesaes.sae import load_model
+
+    tokens, _ = planted_tokens(300, 8, 16, 2)
+    for architecture in ("topk", "batchtopk"):
+        assert run_main("train_sae", *write_activations(tokens, [20] * 15), *SMALL, "--m", 8, "--k", 8, "--architecture", architecture) == 0
+        theirs = load_model(str(checkpoint_of(tmp_path)))
+        assert theirs(torch.from_numpy(tokens[:5]))[0].isfinite().all()
+        assert len(encode(load_sae(checkpoint_of(tmp_path))[0], torch.zeros(0, 8)).value) == 0
+
+
+def test_batchtopk_starts_without_all_pre_activations(monkeypatch):
+    """The bound guessed for a threshold that is still 0 leaves exactly the entries that none would leave, from far fewer candidates."""
+    from fastsae import sparse_step
+    from fastsae.autoencoder import new_sae
+
+    torch.manual_seed(0)
+    sae = new_sae({"input_dim": 32, "m_total_neurons": 256, "k_active_neurons": 4, "aux_k": 0, "architecture": "batchtopk"})
+    x, counts = torch.randn(2000, 32), []
+    original = sparse_step._above
+    monkeypatch.setattr(sparse_step, "_above", lambda *args: counts.append(len((found := original(*args)).value)) or found)
+    with torch.no_grad():
+        guessed = sparse_step.active_entries(sae, x, training=True)
+        monkeypatch.setattr(sparse_step, "_first_bound", lambda *_: -torch.inf)
+        plain = sparse_step.active_entries(sae, x, training=True)
+    assert counts[-1] == 2000 * 256 and counts[0] < 3 * 4 * 2000
+    assert torch.equal(guessed.row, plain.row) and torch.equal(guessed.column, plain.column) and torch.equal(guessed.value, plain.value)
+
+
+def test_activations_replaced_while_training_begins(tmp_path, write_activations, run_main, monkeypatch, capsys):
+    import train_sae
+
+    tokens, _ = planted_tokens(300, 8, 16, 2)
+    flags = write_activations(tokens, [20] * 15)
+    read = train_sae.read_metadata
+    monkeypatch.setattr(train_sae, "read_metadata", lambda path: {**read(path), "fingerprint": "0" * 64})  # as they were a second ago
+    assert run_main("train_sae", *flags, *SMALL) == 3 and "was replaced while this run began" in capsys.readouterr().err
+    assert not list((tmp_path / "checkpoints").rglob("SAE*.pt"))
+
+
+def test_a_cpu_without_bfloat16(monkeypatch):
+    from fastsae import sparse_step
+
+    monkeypatch.setattr(sparse_step, "HAS_BFLOAT16", False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *_: pytest.fail("such a CPU refuses it"))
+    x, weight, bias = torch.randn(3, 8).bfloat16(), torch.randn(4, 8).bfloat16(), torch.randn(4).bfloat16()
+    torch.testing.assert_close(sparse_step.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
 
 
 def test_an_interrupted_pass_of_several_ends_in_the_same_bytes(tmp_path, write_activations, run_main, monkeypatch):

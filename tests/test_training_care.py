@@ -41,6 +41,8 @@ def test_resampled_features_point_at_what_is_left_over(architecture):
     assert torch.equal(after["input_bias"], before["input_bias"])
     torch.testing.assert_close(after["decoder.weight"][:, dead].norm(dim=0), torch.ones(2))
     torch.testing.assert_close(torch.cosine_similarity(after["decoder.weight"][:, dead].t(), after["encoder.weight"][dead]), torch.ones(2))
+    features = encode(run.result(), x)
+    assert set(dead.tolist()) <= set(features.column[features.value > 0].tolist())  # what begins again fires
     assert (after["neuron_bias"][dead] == 0).all() and (run.tokens_since_fired[dead] == 0).all()
     moments = run.optimizer.state[run.sae.encoder.weight]
     assert (moments["exp_avg"][dead] == 0).all() and (moments["exp_avg"][live] != 0).any()

@@ -114,3 +114,21 @@ def test_rows_beyond_the_buffer_stay_on_the_disk(tmp_path, write_activations):
                            "--batch-size", "4096"], cwd=PROJECT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.rsplit("grew ", 1)[1]) < 330  # MB: buffer 24, its sample of 32,768 tokens 64 and twice that for the median
+
+
+def test_an_error_while_reading_ahead_ends_the_run(monkeypatch):
+    """In a thread it would end nothing but the thread, and old rows would be served once more."""
+    from fastsae.training_data import TrainingRows
+
+    x = np.arange(4000, dtype=np.float32).reshape(1000, 4)
+    rows, calls = TrainingRows(x, np.arange(1000), batch_size=50, buffer_tokens=300, seed=0), []
+    original = TrainingRows._read
+
+    def read(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+        return original(self, *args)
+    monkeypatch.setattr(TrainingRows, "_read", read)
+    with pytest.raises(MemoryError, match="no room"):
+        list(rows.batches(1))
