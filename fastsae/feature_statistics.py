@@ -24,8 +24,8 @@ class Statistics:
     count (M,) tokens on which it fires; total (M,) its summed activation; maximum (M,); `top` and `sample` (Kept: strongest
     examples, random ones among those where it fires); kind_role_mass (M, 3, 5), its activation by token kind and role;
     name_mass, the activation by token name, and together, co-firing counts with co_count (M,) (PairSums); pooled_max and
-    pooled_mean, CSR (n_pooled, M) of the examples `pooled_examples`, all of which have kept tokens; norms (n_tokens,) of all tokens, kept (n_tokens,) bool;
-    name_count (n_names,), kept tokens of each name.
+    pooled_mean, CSR (n_pooled, M) of the examples `pooled_examples`, all of which have kept tokens; norms (n_tokens,) of all tokens,
+    kept (n_tokens,) bool; name_count (n_names,), kept tokens of each name.
     """
 
     def __init__(self, m, n_tokens, n_names, *, n_top, n_sampled):

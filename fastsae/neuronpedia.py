@@ -82,7 +82,11 @@ def feature(evidence, row, examples, values, lens):
 
 
 def logits(tokens):
-    return [{"token": token, "value": round(float(value), 5)} for token, value in tokens[:N_LOGITS]]
+    return [{"token": token, "value": figure(value)} for token, value in tokens[:N_LOGITS]]
+
+
+def figure(value):
+    return float(f"{value:.6g}")
 
 
 def activation(evidence, j, quantile, example, peak, positions, strengths):
@@ -99,6 +103,6 @@ def activation(evidence, j, quantile, example, peak, positions, strengths):
     sampled = evidence.statistics.sample.value[j]
     sampled = sampled[sampled > 0]
     inside = (np.minimum((sampled / width).astype(int), 9) == tenth).mean()
-    return {"tokens": texts[left:left + MAX_TOKENS], "values": [round(float(v), 4) for v in dense[left:left + MAX_TOKENS]],
-            "quantileMin": round(tenth * width, 4), "quantileMax": round((tenth + 1) * width, 4),
+    return {"tokens": texts[left:left + MAX_TOKENS], "values": [figure(v) for v in dense[left:left + MAX_TOKENS]],
+            "quantileMin": figure(tenth * width), "quantileMax": figure((tenth + 1) * width),
             "quantileFraction": round(float(inside), 4)}

@@ -100,7 +100,8 @@ def evidence_label(top_tokens, n_named=4, concentrated=0.3):
 def excerpt(texts: list[str], peak: int, start: int = 0, width: int = 14) -> str:
     """One example around the token `peak`, that token between « and », as one line of text.
 
-    texts: its tokens' texts (a token without one is marked where it is seen, see `with_text`); `width` tokens are shown on each side, none before `start` unless the peak is there.
+    texts: its tokens' texts (a peak without one is marked where it is seen, see `with_text`); `width` tokens are shown on each side,
+    none before `start` unless the peak is there.
     """
     peak = int(with_text(texts)[peak])
     left, right = max(min(start, peak), peak - width), min(len(texts), peak + width + 1)
