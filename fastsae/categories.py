@@ -72,11 +72,15 @@ def dense_blocks(pooled):
 
 
 def shuffled_aucs(pooled, labels, n_categories, seed, texts=None, repeats=10):
-    """(repeats, n) AUCs that `best_category` finds under shuffled labels, for all features or SHUFFLED_FEATURES of them by lot."""
+    """(repeats, n) AUCs that `best_category` finds under shuffled labels, for all features or SHUFFLED_FEATURES of them by lot.
+
+    Copies of a text keep one label, its first one's: shuffled apart they would average to an AUC of 0.5 more often than chance does.
+    """
     generator = np.random.default_rng((seed, 1))
+    _, first, of_text = np.unique(np.arange(len(labels)) if texts is None else texts, return_index=True, return_inverse=True)
     if pooled.shape[1] > SHUFFLED_FEATURES:
         pooled = pooled[:, np.sort(generator.permutation(pooled.shape[1])[:SHUFFLED_FEATURES])]
-    return np.stack([best_category(pooled, generator.permutation(labels), n_categories, seed + i, texts)[1] for i in range(repeats)])
+    return np.stack([best_category(pooled, generator.permutation(labels[first])[of_text], n_categories, seed + i, texts)[1] for i in range(repeats)])
 
 
 def shuffled_count(pooled, labels, n_categories, seed, above, repeats=10):

@@ -14,6 +14,7 @@ from fastsae.categories import (
     first_half,
     number_labels,
     select_features,
+    shuffled_aucs,
     shuffled_count,
     target_numbers,
 )
@@ -49,6 +50,8 @@ def test_copies_of_a_text_stand_in_one_half():
     texts, labels = np.repeat(np.arange(40), 5), np.repeat(np.arange(40) % 10, 5)
     leaked, fair = (best_category(pooled, labels, 10, 0, of)[1].mean() for of in (None, texts))
     assert leaked > 0.6 and abs(fair - 0.5) < 0.05
+    spread = best_category(pooled, labels, 10, 0, texts)[1].std()
+    assert shuffled_aucs(pooled, labels, 10, 0, texts).std() == pytest.approx(spread, rel=0.15)  # labels apart: half of it
     values = np.repeat(generator.random(40), 5)
     for target in ((labels < 5).astype(float), values):
         found = select_features(sparse.csr_matrix(pooled), target, 20, "correlation", 0, texts)

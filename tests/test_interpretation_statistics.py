@@ -242,6 +242,8 @@ def test_report_and_batches_show_that_peak_too(smol_tokenizer):
             batch = neuronpedia.activation(evidence, feature["id"], None, number, peak, where, strengths)
             assert batch["tokens"][int(np.argmax(batch["values"]))]
     assert n_moved
+    evidence.token_values = lambda pairs: {pair: (np.zeros(0, np.int64), np.zeros(0, np.float32)) for pair in pairs}
+    assert report.report_data(evidence, rows, [0], {}, "mass", None)["features"][0]["examples"][0]["top"] == 0
     nothing = SimpleNamespace(token_texts=lambda e: ["a"], statistics=SimpleNamespace(maximum=np.ones(1), sample=SimpleNamespace(
         value=np.ones((1, 1)))))
     assert neuronpedia.activation(nothing, 0, None, 0, 0, np.zeros(0, int), np.zeros(0))["values"] == [0]  # a rounded-away encoding
