@@ -76,7 +76,7 @@ def main():
     settings.show()
     source = read_metadata(settings.activations_path)
     require_named_dataset(settings, source)
-    from fastsae import parallel  # after the settings: loading torch takes seconds
+    from fastsae import monitoring, parallel  # after the settings: loading torch takes seconds
 
     plans = make_plans(settings, source)
     storage.claim(settings.run_dir, "--run-name")
@@ -86,9 +86,9 @@ def main():
     if plans and parallel.world()[0] == 0:
         metas = {each.path: artifacts.read_checkpoint_metadata(each.path) for each in plans}  # once: reading checks every byte
         for each in plans:
-            write_beside(each, metas[each.path])
+            monitoring.write_beside(each.path, metas[each.path], each.beside)
         if len(plans) + len(failed) > 1:
-            write_if_different(settings.run_dir / "metrics.json", json.loads(plans[0].beside("metrics.json").read_text()))
+            monitoring.write_if_different(settings.run_dir / "metrics.json", json.loads(plans[0].beside("metrics.json").read_text()))
             print(f"stage 3 reads {plans[0].path.name}, the first of {len(plans)}")
         hand_over(metas, settings)
         metrics = metas[plans[0].path]["metrics"]
@@ -335,7 +335,7 @@ def penalty(settings, warmup=1.0):
 
 def end_epoch(run, tokens):
     """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run. Returns its line."""
-    from fastsae import parallel
+    from fastsae import monitoring, parallel
 
     line = parallel.from_rank_0(lambda: epoch_line(run, tokens, run.plan.settings))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
@@ -343,7 +343,7 @@ def end_epoch(run, tokens):
         raise InputError(f"LEARNING_RATE: the loss{which} is no number after epoch {run.epoch}. lower --learning-rate{remedy}.")
     run.end_epoch(line)
     if parallel.world()[0] == 0:
-        artifacts.write_text(run.plan.beside("metrics.jsonl"), lines_of(run.history))
+        artifacts.write_text(run.plan.beside("metrics.jsonl"), monitoring.lines_of(run.history))
     return line
 
 
@@ -376,34 +376,6 @@ def print_results(metrics, timing, settings):
         print(f"warning: L0 {metrics['l0']:.2f} is not near K = {settings.K}. with BatchTopK or JumpReLU train longer; else lower --k.")
     if metrics["dead_fraction"] > 0.05:
         print("warning: over 5 % of the features are dead. lower --m, raise --aux-k, or give more data.")
-
-
-def write_beside(plan, meta):
-    """What stands beside a checkpoint, where it is of another one or of an earlier time; an unfinished state goes."""
-    from fastsae.monitoring import write_figure
-
-    write_if_different(plan.beside("metrics.json"), {"checkpoint": plan.path.name, **meta["metrics"]})
-    curves, history = plan.beside("metrics.jsonl"), meta.get("history", [])
-    if history and not (curves.exists() and curves.read_text() == lines_of(history)):
-        write_figure(plan.beside("training.png"), history)
-        artifacts.write_text(curves, lines_of(history))
-    storage.remove(plan.path.with_suffix(".resume.pt"))
-
-
-def lines_of(history):
-    return "".join(json.dumps(line) + "\n" for line in history)
-
-
-def write_if_different(metrics_path, figures):
-    """Write `figures` to metrics.json unless they are there: it may speak of another checkpoint, or of an older one."""
-    right = json.loads(artifacts.to_json(figures))
-    try:
-        found = json.loads(metrics_path.read_text())
-        same = all(found.get(name) == value for name, value in right.items())
-    except (OSError, ValueError, AttributeError):
-        same = False
-    if not same:
-        artifacts.write_json(metrics_path, right)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,41 @@
-"""What a run shows of itself besides metrics.jsonl: a figure of its curves, and TensorBoard or Weights & Biases if asked for."""
+"""What stands beside a checkpoint: figures and curves; and TensorBoard or Weights & Biases if asked for."""
 import importlib.util
 import io
+import json
 
 from fastsae import artifacts, storage
 from fastsae.errors import InputError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def write_beside(path, meta, beside):
+    """What stands beside the checkpoint at `path`, where it is of another one or of an earlier time; an unfinished state goes.
+
+    `beside(name)` is the path of metrics.json and the like.
+    """
+    write_if_different(beside("metrics.json"), {"checkpoint": path.name, **meta["metrics"]})
+    curves, history = beside("metrics.jsonl"), meta.get("history", [])
+    if history and not (curves.exists() and curves.read_text() == lines_of(history)):
+        write_figure(beside("training.png"), history)
+        artifacts.write_text(curves, lines_of(history))
+    storage.remove(path.with_suffix(".resume.pt"))
+
+
+def lines_of(history):
+    return "".join(json.dumps(line) + "\n" for line in history)
+
+
+def write_if_different(metrics_path, figures):
+    """Write `figures` to metrics.json unless they are there: it may speak of another checkpoint, or of an older one."""
+    right = json.loads(artifacts.to_json(figures))
+    try:
+        found = json.loads(metrics_path.read_text())
+        same = all(found.get(name) == value for name, value in right.items())
+    except (OSError, ValueError, AttributeError):
+        same = False
+    if not same:
+        artifacts.write_json(metrics_path, right)
 
 
 def write_figure(path, history):
