@@ -80,7 +80,8 @@ def shuffled_aucs(pooled, labels, n_categories, seed, texts=None, repeats=10):
     _, first, of_text = np.unique(np.arange(len(labels)) if texts is None else texts, return_index=True, return_inverse=True)
     if pooled.shape[1] > SHUFFLED_FEATURES:
         pooled = pooled[:, np.sort(generator.permutation(pooled.shape[1])[:SHUFFLED_FEATURES])]
-    return np.stack([best_category(pooled, generator.permutation(labels[first])[of_text], n_categories, seed + i, texts)[1] for i in range(repeats)])
+    return np.stack([best_category(pooled, generator.permutation(labels[first])[of_text], n_categories, seed + i, texts)[1]
+                     for i in range(repeats)])
 
 
 def shuffled_count(pooled, labels, n_categories, seed, above, repeats=10):
