@@ -22,7 +22,7 @@ OUTPUT_DIR: str | None = None       # folder for activations/, checkpoints/ and 
 RUN_NAME: str | None = None         # folder under checkpoints/; none = the dataset's name
 MODEL_REVISION: str | None = None   # branch, tag or commit of a hub model; none = its default
 CACHE_DIR: str | None = None        # where models are kept; none = FASTSAE_CACHE or ~/.cache/fastsae, and the hub's own cache
-TEXT_FIELD: str = "text"            # dataset field that holds a plain text (one user turn)
+TEXT_FIELD: str = "text"            # dataset field that holds a plain text (one user turn); another than text goes before messages
 MAX_EXAMPLES: int | None = None     # use only the first so many examples; none = all
 DEVICE: str = "auto"                # auto, cuda, cuda:1, mps or cpu; auto takes the first of these that is there
 PRINT_SETTINGS: bool = True         # say which settings are in force and where each came from

@@ -127,6 +127,9 @@ def read_tokens(settings, dataset_path, tokenizer):
                                                       max_examples=settings.MAX_EXAMPLES))
     duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
     table = tokenise(filter(duplicates.is_new, examples) if duplicates else examples, tokenizer)
+    if table.n_truncated and not (table.kind == CONTENT).any():
+        only = "the chat template" if tokenizer.chat_template else "what the tokenizer puts before it"
+        raise InputError(f"MAX_LENGTH: {settings.MAX_LENGTH} tokens hold no text, only {only}. raise it.")
     counts = {"n_truncated": table.n_truncated, "n_control_strings": table.n_control_strings,
               "n_duplicates": duplicates.n_dropped if duplicates else 0}
     if in_blocks:

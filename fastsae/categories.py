@@ -4,6 +4,7 @@ import io
 import warnings
 
 import numpy as np
+from scipy import sparse
 from scipy.stats import rankdata
 
 from fastsae.errors import InputError
@@ -16,31 +17,39 @@ LASSO_FEATURES = 4096  # lasso sees at most so many, those of largest correlatio
 def auc_matrix(pooled, labels, n_categories):
     """AUC of every feature for every category against the rest, (n_categories, M); nan where a category is empty or is all.
 
-    pooled: (n_examples, M); labels: (n_examples,) category numbers. Ties count half.
+    pooled: (n_examples, M); labels: (n_examples,) category numbers, -1 where an example is of the rest only. Ties count half.
     """
     ranks = rankdata(pooled, axis=0)                                                  # (n_examples, M)
-    member = (labels[None] == np.arange(n_categories)[:, None]).astype(np.float64)    # (n_categories, n_examples)
-    inside = member.sum(1, keepdims=True)
+    own = np.flatnonzero(labels >= 0)
+    member = sparse.csr_matrix((np.ones(len(own)), (labels[own], own)), shape=(n_categories, len(labels)))
+    inside = np.bincount(labels[own], minlength=n_categories)[:, None].astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (member @ ranks - inside * (inside + 1) / 2) / (inside * (len(labels) - inside))
 
 
-def first_half(labels, n_categories, seed):
-    """(n_examples,) bool: half of each category, drawn by the seed; odd ones go to either side in turn."""
+def first_half(labels, n_categories, seed, texts=None):
+    """(n_examples,) bool: half of each category, drawn by the seed; odd ones go to either side in turn.
+
+    texts: (n_examples,) numbers; examples of one number have equal texts and go to one side (None: all differ).
+    """
     generator = np.random.default_rng(seed)
-    first = np.zeros(len(labels), bool)
-    for category in range(n_categories):
-        members = generator.permutation(np.flatnonzero(labels == category))
-        first[members[:len(members) // 2 + (category % 2) * (len(members) % 2)]] = True
-    return first
+    texts = np.arange(len(labels)) if texts is None else texts
+    side = np.full(int(texts.max(initial=-1)) + 1, -1)                                # of each text
+    for category in (*range(n_categories), -1):
+        members = np.unique(texts[labels == category])
+        members = generator.permutation(members[side[members] < 0])
+        half = len(members) // 2 + (category % 2) * (len(members) % 2)
+        side[members[:half]], side[members[half:]] = 1, 0
+    return side[texts] == 1
 
 
-def best_category(pooled, labels, n_categories, seed):
+def best_category(pooled, labels, n_categories, seed, texts=None):
     """(category number (M,), AUC (M,)): the category is chosen on one half of the examples, its AUC computed on the other.
 
-    pooled: (n_examples, M), dense or CSR. Features and categories without evidence give AUC nan.
+    pooled: (n_examples, M), dense or CSR; labels as in `auc_matrix`, texts as in `first_half`. Features and categories without
+    evidence give AUC nan.
     """
-    first = first_half(labels, n_categories, seed)
+    first = first_half(labels, n_categories, seed, texts)
     chosen, auc = [], []
     for block in dense_blocks(pooled):
         choosing = auc_matrix(block[first], labels[first], n_categories)
@@ -62,31 +71,46 @@ def dense_blocks(pooled):
         yield block if isinstance(block, np.ndarray) else block.toarray()
 
 
-def shuffled_aucs(pooled, labels, n_categories, seed, repeats=10):
-    """(repeats, n) AUCs that `best_category` finds under shuffled labels, for all features or SHUFFLED_FEATURES of them by lot."""
+def shuffled_aucs(pooled, labels, n_categories, seed, texts=None, repeats=10):
+    """(repeats, n) AUCs that `best_category` finds under shuffled labels, for all features or SHUFFLED_FEATURES of them by lot.
+
+    Copies of a text keep one label, its first one's: shuffled apart they would average to an AUC of 0.5 more often than chance does.
+    """
     generator = np.random.default_rng((seed, 1))
+    _, first, of_text = np.unique(np.arange(len(labels)) if texts is None else texts, return_index=True, return_inverse=True)
     if pooled.shape[1] > SHUFFLED_FEATURES:
         pooled = pooled[:, np.sort(generator.permutation(pooled.shape[1])[:SHUFFLED_FEATURES])]
-    return np.stack([best_category(pooled, generator.permutation(labels), n_categories, seed + i)[1] for i in range(repeats)])
+    return np.stack([best_category(pooled, generator.permutation(labels[first])[of_text], n_categories, seed + i, texts)[1]
+                     for i in range(repeats)])
 
 
 def shuffled_count(pooled, labels, n_categories, seed, above, repeats=10):
     """How many features reach an AUC above the bound under shuffled labels, the mean over `repeats` shuffles."""
-    return float((shuffled_aucs(pooled, labels, n_categories, seed, repeats) > above).mean() * pooled.shape[1])
+    return float((shuffled_aucs(pooled, labels, n_categories, seed, repeats=repeats) > above).mean() * pooled.shape[1])
 
 
-def add_categories(rows, statistics, labels, pooling, seed):
+def number_labels(labels):
+    """(names, (n,) number of each label's name): names that one label alone has are left out, and their number is -1."""
+    names, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    shared = np.flatnonzero(counts > 1)
+    new = np.full(len(names), -1)
+    new[shared] = np.arange(len(shared))
+    return names[shared], new[numbers]
+
+
+def add_categories(rows, statistics, labels, pooling, seed, texts=None):
     """Give each row of a feature that fires its best category and AUC, by the `pooling` named; (AUCs (M,), shuffled AUCs) or Nones.
 
-    labels: one per example, None where it has none, or None instead of the list.
+    labels: one per example, None where it has none, or None instead of the list; texts: (n_examples,) as in `first_half`.
     """
     labels = [labels[i] for i in statistics.pooled_examples] if labels else []
     known = np.array([label is not None for label in labels], bool)
-    names, numbers = np.unique([label for label in labels if label is not None], return_inverse=True)
-    if len(names) < 2:
+    names, numbers = number_labels([label for label in labels if label is not None])
+    if not len(names) or (numbers == numbers[0]).all():
         return None, None
+    texts = None if texts is None else texts[statistics.pooled_examples][known]
     pooled = {"max": statistics.pooled_max[known], "mean": statistics.pooled_mean[known]}
-    found = {how: best_category(matrix, numbers, len(names), seed) for how, matrix in pooled.items()}
+    found = {how: best_category(matrix, numbers, len(names), seed, texts) for how, matrix in pooled.items()}
     chosen, auc = found[pooling]
     if np.isnan(auc).all():  # no category has two examples, one for either half
         return None, None
@@ -94,7 +118,7 @@ def add_categories(rows, statistics, labels, pooling, seed):
         if row["status"] != "dead" and not np.isnan(auc[j]):
             row.update(best_category=str(category), category_auc=float(auc[j]),
                        **{f"category_auc_{how}": _number(aucs[j]) for how, (_, aucs) in found.items()})
-    return auc, shuffled_aucs(pooled[pooling], numbers, len(names), seed)
+    return auc, shuffled_aucs(pooled[pooling], numbers, len(names), seed, texts)
 
 
 def target_numbers(values, field, value):
@@ -111,21 +135,28 @@ def target_numbers(values, field, value):
         raise InputError(f"TARGET_FIELD: {field} holds texts, not numbers. name one of them with --target-value.") from None
     if len(target) < 4 or not np.isfinite(target).all() or np.ptp(target) == 0:
         raise InputError(f"TARGET_FIELD: {field} needs at least four finite numbers that differ. name another field.")
+    if set(np.unique(target)) == {0, 1} and not 2 <= target.sum() <= len(target) - 2:
+        raise InputError(f"TARGET_FIELD: {int(target.sum())} of {len(values)} examples have {field} = 1. at least 2 must have 1 and 2 "
+                         "must have 0; name another field.")
     return target
 
 
-def select_features(pooled, target, n_select, method, seed):
+def select_features(pooled, target, n_select, method, seed, texts=None):
     """Features that predict a target, by HypotheSAEs' `select_neurons`: dicts of feature, score, held-out correlation and AUC.
 
     pooled: CSR (n_examples, M); target (n_examples,) of 0 and 1, or of numbers. Features are selected on one half of the
     examples; correlation and, for 0 and 1, AUC are computed on the other half. method: separation_score, correlation, lasso.
+    texts: as in `first_half`.
     """
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it prints, and warns about constant features
         warnings.simplefilter("ignore")
         from hypothesaes.select_neurons import select_neurons
 
-        binary = set(np.unique(target)) <= {0, 1}
-        first = first_half(target.astype(int), 2, seed) if binary else np.random.default_rng(seed).permutation(len(target)) % 2 == 0
+        binary, texts = set(np.unique(target)) <= {0, 1}, np.arange(len(target)) if texts is None else texts
+        first = (first_half(target.astype(int), 2, seed, texts) if binary else
+                 np.random.default_rng(seed).permutation(texts.max() + 1)[texts] % 2 == 0)
+        if len(np.unique(target[first])) < 2 or len(np.unique(target[~first])) < 2:  # all that differ are copies of one text
+            return []
         choosing = pooled[first].tocsc()
         correlation = correlations(choosing, target[first])
         candidates = np.flatnonzero(~np.isnan(correlation))

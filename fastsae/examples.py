@@ -29,7 +29,7 @@ class ChatTokenizer:
     """
 
     def __init__(self, tokenizer, *, chat_template=True, max_length=None, date="", dataset_name="dataset", special_tokens=True):
-        self.special_tokens = special_tokens and not chat_template  # BOS and the like; a template writes its own
+        self.around = added_tokens(tokenizer) if special_tokens and not chat_template else ([], [])  # a template writes its own
         self.tokenizer, self.max_length, self.date, self.dataset_name = tokenizer, max_length, date, dataset_name
         self.chat_template = chat_template
         if chat_template and not tokenizer.chat_template:
@@ -137,14 +137,15 @@ class ChatTokenizer:
         if not texts:
             return []
         options = {"split_special_tokens": True} if split_special else {}
-        out = self.tokenizer(texts, add_special_tokens=self.special_tokens and not split_special,
-                             return_offsets_mapping=True, return_attention_mask=False, **options)
+        out = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, **options)
         return [(np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
                 for ids, offsets in zip(out["input_ids"], out["offset_mapping"])]
 
     def _tokens(self, parts, spans):
-        ids = np.concatenate([ids for ids, _, _ in parts])
-        offsets = np.concatenate([offsets for _, offsets, _ in parts])
+        before, after = (np.array(added, np.int32) for added in self.around)
+        ids = np.concatenate([before, *(ids for ids, _, _ in parts), after])
+        nowhere = [np.zeros((len(added), 2), np.int64) for added in (before, after)]  # in the text
+        offsets = np.concatenate([nowhere[0], *(offsets for _, offsets, _ in parts), nowhere[1]])
         kind = np.full(len(ids), TEMPLATE, np.uint8)
         role = np.zeros(len(ids), np.uint8)
         for start, end, role_number in spans:
@@ -152,6 +153,13 @@ class ChatTokenizer:
             kind[inside], role[inside] = CONTENT, role_number
         n = self.max_length
         return Tokens(ids[:n], kind[:n], role[:n], n is not None and len(ids) > n, sum(is_control for *_, is_control in parts))
+
+
+def added_tokens(tokenizer):
+    """(ids before, ids after) that the tokenizer puts around a text: BOS and the like."""
+    out = tokenizer("a", return_special_tokens_mask=True)
+    own = np.flatnonzero(np.array(out["special_tokens_mask"]) == 0)
+    return out["input_ids"][:own[0]], out["input_ids"][own[-1] + 1:]
 
 
 @dataclass

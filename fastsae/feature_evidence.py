@@ -37,6 +37,11 @@ class Evidence:
             self._texts[example] = self.texts_of(self.data["token_ids"][self.offsets[example]:self.offsets[example + 1]])
         return self._texts[example]
 
+    def text_numbers(self):
+        """(n_examples,) numbers; examples of one number are the same tokens."""
+        numbers, ids = {}, self.data["token_ids"]
+        return np.array([numbers.setdefault(bytes(ids[a:b]), len(numbers)) for a, b in zip(self.offsets, self.offsets[1:])])
+
     def own_start(self, example):
         """Where an example's own tokens begin, after the prefix that all examples share."""
         kind = self.data["token_kind"][self.offsets[example]:self.offsets[example + 1]]

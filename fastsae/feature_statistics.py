@@ -24,8 +24,8 @@ class Statistics:
     count (M,) tokens on which it fires; total (M,) its summed activation; maximum (M,); `top` and `sample` (Kept: strongest
     examples, random ones among those where it fires); kind_role_mass (M, 3, 5), its activation by token kind and role;
     name_mass, the activation by token name, and together, co-firing counts with co_count (M,) (PairSums); pooled_max and
-    pooled_mean, CSR (n_pooled, M) of the examples `pooled_examples`; norms (n_tokens,) of all tokens, kept (n_tokens,) bool;
-    name_count (n_names,), kept tokens of each name.
+    pooled_mean, CSR (n_pooled, M) of the examples `pooled_examples`, all of which have kept tokens; norms (n_tokens,) of all tokens,
+    kept (n_tokens,) bool; name_count (n_names,), kept tokens of each name.
     """
 
     def __init__(self, m, n_tokens, n_names, *, n_top, n_sampled):
@@ -62,8 +62,7 @@ def collect(sae, activations, lengths, token_kind, token_role, name_of_token, n_
     """`Statistics` of the features of `sae` on activations (n_tokens, d), an array or memory map of examples one after the other.
 
     Tokens of the shared prefix, those whose norm is above `max_norm` and those that `use` (USE_TOKENS) does not name are left out, as
-    in training. name_of_token (n_tokens,)
-    numbers the tokens' names. `progress(n)` is called with the tokens done.
+    in training. name_of_token (n_tokens,) numbers the tokens' names. `progress(n)` is called with the tokens done.
     """
     import torch
 
@@ -71,7 +70,9 @@ def collect(sae, activations, lengths, token_kind, token_role, name_of_token, n_
     result = Statistics(m, int(offsets[-1]), n_names, n_top=n_top, n_sampled=n_sampled)
     k = sae.k_active_neurons
     stride = max(1, int(np.ceil(offsets[-1] * k * k / CO_PAIRS)))
-    pooled = choose_pooled(lengths, m, k, seed)
+    within, _ = usable_tokens(result.norms, token_kind, exclude_shared_prefix=exclude_shared_prefix, max_norm_ratio=None)
+    named = counts_per_example(within & chosen_tokens(use, token_kind, token_role), offsets)   # kept, but for the bound on norms
+    pooled = choose_pooled(lengths, np.flatnonzero(named), m, k, seed)
     is_pooled = np.zeros(len(lengths), bool)
     is_pooled[pooled] = True
     pooled_parts = []
@@ -103,8 +104,9 @@ def collect(sae, activations, lengths, token_kind, token_role, name_of_token, n_
         pooled_parts.append(pooled_rows(pairs, is_pooled[first:last], lengths[first:last], example, m))
         if progress:
             progress(rows.stop - rows.start)
-    result.pooled_examples = pooled
-    result.pooled_max, result.pooled_mean = (sparse.vstack(part, format="csr") for part in zip(*pooled_parts))
+    heard = counts_per_example(result.kept, offsets)[pooled] > 0   # not those of attention sinks alone
+    result.pooled_examples = pooled[heard]
+    result.pooled_max, result.pooled_mean = (sparse.vstack(part, format="csr")[heard] for part in zip(*pooled_parts))
     result.name_mass.fold(), result.together.fold()
     return result
 
@@ -161,11 +163,19 @@ def lottery(example, feature, seed):
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / (1 << 53) + 2.0 ** -54
 
 
-def choose_pooled(lengths, m, k, seed):
-    """Numbers of the examples whose pooled features are held: all, or as many by lot as POOLED_ENTRIES allows."""
+def counts_per_example(chosen, offsets):
+    """(n_examples,) how many of its tokens are chosen, bool (n_tokens,)."""
+    return np.diff(np.concatenate([[0], np.cumsum(chosen)])[offsets])
+
+
+def choose_pooled(lengths, examples, m, k, seed):
+    """Numbers of the examples whose pooled features are held: all of `examples`, or as many by lot as POOLED_ENTRIES allows.
+
+    `examples` have kept tokens: one without would be a row of zeros, and count as one where every feature is silent.
+    """
     per_example = min(m, int(np.mean(lengths) * k) + 1)
-    n = max(2, min(len(lengths), POOLED_ENTRIES // per_example))
-    return np.sort(np.random.default_rng((seed, 2)).permutation(len(lengths))[:n])
+    n = max(2, min(len(examples), POOLED_ENTRIES // per_example))
+    return np.sort(np.random.default_rng((seed, 2)).permutation(examples)[:n])
 
 
 def pooled_rows(pairs, is_pooled, lengths, example_of_token, m):

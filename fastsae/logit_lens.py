@@ -1,5 +1,5 @@
 """Tokens that a feature promotes and suppresses: its decoder direction read through the model's final norm and unembedding."""
-import json
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ BLOCK = 256  # features at a time
 HEAD = ("lm_head.weight",)
 EMBEDDING = ("embed_tokens.weight", "wte.weight")
 FINAL_NORM = ("model.norm.weight", "language_model.norm.weight", "transformer.ln_f.weight")
-ONE_PLUS_WEIGHT = ("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next")  # their norm multiplies by 1 + weight
 
 
 def add_lens(rows, evidence, located, source, n_top, n_column):
@@ -51,7 +50,8 @@ def promoted_and_suppressed(decoder_rows, unembedding, n_top):
 def load_unembedding(located, *, revision=None, cache_dir=None):
     """The unembedding (vocabulary, d) float32 times the final norm's weights, or None where the model's weights are not at hand.
 
-    Reads these two tensors only, from a folder or the hub's local cache; nothing is downloaded.
+    None too where the final norm is no RMSNorm: one that subtracts the mean or adds a bias does not fold into the matrix like
+    this. Reads these two tensors only, from a folder or the hub's local cache; nothing is downloaded.
     """
     folder = _folder(located, revision, cache_dir)
     if folder is None:
@@ -61,19 +61,40 @@ def load_unembedding(located, *, revision=None, cache_dir=None):
     norm = _find(files, FINAL_NORM)
     if not head or not norm:
         return None
-    scale = _read(files, norm).float()
-    if _model_type(folder) in ONE_PLUS_WEIGHT:
-        scale = scale + 1
+    offset = norm_offset(_final_norm(folder))
+    if offset is None:
+        return None
+    scale = _read(files, norm).float() + offset
     matrix = _read(files, head).float()
     return matrix * scale if matrix.shape[1] == len(scale) else None
 
 
-def _model_type(folder):
+@torch.no_grad()
+def norm_offset(norm):
+    """0 where a module computes x / rms(x) * weight, 1 where it computes x / rms(x) * (1 + weight), found by trying; else None."""
+    if norm is None or [name for name, _ in norm.named_parameters()] != ["weight"] or list(norm.buffers()):
+        return None
+    norm = copy.deepcopy(norm).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(norm.weight.shape, generator=generator)
+    norm.weight.copy_(weight)
+    x = 100 * torch.randn(4, len(weight), generator=generator) + 50      # large beside any eps, and with a mean
+    found, normed = norm(x), x / x.square().mean(1, keepdim=True).sqrt()
+    return next((offset for offset in (0, 1) if torch.allclose(found, normed * (weight + offset), rtol=1e-3, atol=1e-3)), None)
+
+
+def _final_norm(folder):
+    """The module of the model's final norm, without its values; None for a model that transformers does not know or that has none."""
+    import transformers
+
+    from fastsae.language_model import decoder_stack
+
     try:
-        config = json.loads((folder / "config.json").read_text())
-        return config.get("text_config", config).get("model_type", "")
-    except (OSError, ValueError, AttributeError):
-        return ""
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return decoder_stack(transformers.AutoModelForCausalLM.from_config(config)).norm
+    except Exception:  # configurations raise what their authors chose; the lens is an extra, the stage goes on without it
+        return None
 
 
 def _folder(located, revision, cache_dir):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsae import artifacts, storage
+from fastsae.token_text import seen_values
 
 BATCH = 128          # features per file
 MAX_TOKENS = 1024    # per activation
@@ -81,7 +82,11 @@ def feature(evidence, row, examples, values, lens):
 
 
 def logits(tokens):
-    return [{"token": token, "value": round(float(value), 5)} for token, value in tokens[:N_LOGITS]]
+    return [{"token": token, "value": figure(value)} for token, value in tokens[:N_LOGITS]]
+
+
+def figure(value):
+    return float(f"{value:.6g}")
 
 
 def activation(evidence, j, quantile, example, peak, positions, strengths):
@@ -91,12 +96,13 @@ def activation(evidence, j, quantile, example, peak, positions, strengths):
     texts = evidence.token_texts(example)
     left = max(0, min(peak - MAX_TOKENS // 2, len(texts) - MAX_TOKENS))
     dense = np.zeros(len(texts))
+    positions, strengths = seen_values(texts, positions, strengths)
     dense[positions] = strengths
-    largest, width = float(strengths.max()), float(evidence.statistics.maximum[j]) / 10
+    largest, width = float(strengths.max(initial=0)), float(evidence.statistics.maximum[j]) / 10
     tenth = min(int(largest / width), 9)
     sampled = evidence.statistics.sample.value[j]
     sampled = sampled[sampled > 0]
     inside = (np.minimum((sampled / width).astype(int), 9) == tenth).mean()
-    return {"tokens": texts[left:left + MAX_TOKENS], "values": [round(float(v), 4) for v in dense[left:left + MAX_TOKENS]],
-            "quantileMin": round(tenth * width, 4), "quantileMax": round((tenth + 1) * width, 4),
+    return {"tokens": texts[left:left + MAX_TOKENS], "values": [figure(v) for v in dense[left:left + MAX_TOKENS]],
+            "quantileMin": figure(tenth * width), "quantileMax": figure((tenth + 1) * width),
             "quantileFraction": round(float(inside), 4)}

@@ -28,13 +28,14 @@ function drawing(tag, properties, ...children) {
 
 const percent = x => x === 0 ? "0 %" : x < 0.001 ? `${(100 * x).toPrecision(1)} %` : `${(100 * x).toFixed(x < 0.1 ? 1 : 0)} %`;
 const round = (x, digits = 2) => x === null || x === undefined ? "–" : x.toFixed(digits);
+const figure = x => x === 0 ? "0" : Math.abs(x) < 999.5 ? x.toPrecision(3) : Math.round(x).toLocaleString("en");  // of any scale
 const visible = text => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍");
 const isMixed = f => f.label.startsWith("mixed contexts");
 
 // A label made of tokens as chips, one by a language model as it stands.
 function labelNodes(f, brief) {
   if (f.byLlm || f.dead || !f.tokens.length) return [labelOf(f)];
-  const chips = f.tokens.slice(0, 4).map(([name]) => make("span", { class: "chip" }, visible(name)));
+  const chips = f.tokens.slice(0, 4).map(([name]) => make("span", { class: "chip", dir: "auto" }, visible(name)));
   return isMixed(f) ? [make("span", { class: "mixed" }, brief ? "mixed " : "mixed contexts, some of "), ...chips] : chips;
 }
 
@@ -76,7 +77,7 @@ function tokens(feature, example, { width = WINDOW, whole = false, className = "
     first = Math.max(0, example.peak - width); last = Math.min(n, example.peak + width + 1);
     while (first < example.peak && dialogue.kinds[first] === "p") first++;  // the prefix that all examples share says nothing
   }
-  const node = make(whole ? "div" : "p", { class: whole ? className + " whole" : className });
+  const node = make(whole ? "div" : "p", { class: whole ? className + " whole" : className, dir: "auto" });
   if (first > 0 || dialogue.cut) node.append("… ");
   for (let i = first; i < last; i++)
     node.append(tokenNode(data.strings[dialogue.ids[i]], dialogue.kinds[i], values.get(i), feature.max, i === example.peak, whole));
@@ -151,7 +152,7 @@ function bars(items, className, far, scale) {
   return make("ul", { class: `bars ${className}` }, ...items.map(([what, value]) => {
     const bar = make("span", { class: "bar" });
     bar.style.width = `${Math.max(1, 100 * Math.abs(value) / top)}%`;
-    return make("li", {}, make("span", { class: "what", title: what }, visible(what).replace(/^ $/, "␠")), bar,
+    return make("li", {}, make("span", { class: "what", title: what, dir: "auto" }, visible(what).replace(/^ $/, "␠")), bar,
       make("span", { class: "far number" }, far(value)));
   }));
 }
@@ -171,13 +172,13 @@ function histogram(f) {
   f.histogram.forEach((count, i) => {
     const height = count ? Math.max(1.5, h * count / top) : 0;
     const bar = drawing("rect", { class: "bar", x: i * step + 1, y: h - height, width: Math.max(1, step - 2), height, rx: 1.5 });
-    const [from, to] = [i, i + 1].map(edge => (edge * f.histogramEnd / n).toFixed(1));
+    const [from, to] = [i, i + 1].map(edge => figure(edge * f.histogramEnd / n));
     bar.append(drawing("title", {}, `${from} to ${to}: ${count.toLocaleString("en")} tokens`));
     picture.append(bar);
   });
   picture.append(drawing("line", { class: "axis", x1: 0, x2: w, y1: h, y2: h }));
   for (const [part, anchor] of [[0, "start"], [0.5, "middle"], [1, "end"]])
-    picture.append(drawing("text", { x: part * w, y: h + 14, "text-anchor": anchor }, (part * f.histogramEnd).toFixed(part ? 1 : 0)));
+    picture.append(drawing("text", { x: part * w, y: h + 14, "text-anchor": anchor }, figure(part * f.histogramEnd)));
   return picture;
 }
 
@@ -191,7 +192,7 @@ function exampleNode(f, example) {
     if (open) body.querySelector(".peak")?.scrollIntoView({ block: "nearest" });
   } }, "whole text");
   const rank = example.quantile === null ? null : make("span", {}, `${100 * example.quantile}th percentile`);
-  return make("section", { class: "example" }, make("header", {}, make("b", { class: "number" }, example.top.toFixed(1)), rank,
+  return make("section", { class: "example" }, make("header", {}, make("b", { class: "number" }, figure(example.top)), rank,
     make("span", {}, `row ${dialogue.line}${dialogue.label ? " · " + dialogue.label : ""}`), button), body);
 }
 
@@ -201,11 +202,11 @@ function fact(name, value, note) {
 
 function origin(f) {
   const node = make("p", { class: "origin" });
-  if (f.dead) node.append("This feature did not fire on any token of the dataset.");
+  if (f.dead) node.append("This feature did not fire on any of the tokens counted here.");
   else if (f.byLlm) node.append(`Label by ${f.source}${f.protocol ? `, ${f.protocol} protocol` : ""}. `,
     f.f1 === null ? "Not validated on held-out examples." :
       `Validated on ${f.held} held-out examples: F1 ${round(f.f1)} (precision ${round(f.precision)}, recall ${round(f.recall)}).`);
-  else node.append("Label made of its own most characteristic tokens; no language model was asked.");
+  else node.append(`Label made of its own most characteristic tokens${f.status.startsWith("llm") ? "" : "; no language model was asked"}.`);
   if (f.scoreName && f.scoreName !== f.label) node.append(` The scoring model calls it “${f.scoreName}”.`);
   if (f.status !== "ok" && !f.dead) node.append(make("span", { class: "bad" }, ` ${f.status}.`));
   return node;
@@ -223,7 +224,7 @@ function panel(f) {
     make("h2", {}, ...labelNodes(f)), origin(f),
     ...(f.dead ? [] : [
       make("dl", { class: "facts" }, fact("fires on", percent(f.density), "of the tokens"),
-        fact("strongest", f.max.toFixed(1), `mean ${f.mean.toFixed(1)}`),
+        fact("strongest", figure(f.max), `mean ${figure(f.mean)}`),
         f.score ? fact("LLM score", dots(f.score), `${f.score} of 5`) : null,
         f.auc === null ? null : fact(`AUC for ${f.category}`, round(f.auc), data.chance ? `by chance up to ${round(data.chance)}` : null),
         fact("on template tokens", percent(f.special), "of its activation")),
@@ -234,8 +235,8 @@ function panel(f) {
         make("div", {}, make("h3", {}, "Where it fires", make("small", {}, "share of its activation")), bars(f.groups, "", percent, 1))),
       make("h3", {}, "Activations", make("small", {}, "tokens by strength, where it fires")), histogram(f),
       f.promoted.length ? make("div", { class: "two" },
-        make("div", {}, make("h3", {}, "Promotes", make("small", {}, "next tokens, logit lens")), bars(f.promoted, "", v => v.toFixed(2))),
-        make("div", {}, make("h3", {}, "Suppresses"), bars(f.suppressed, "down", v => v.toFixed(2)))) : null,
+        make("div", {}, make("h3", {}, "Promotes", make("small", {}, "next tokens, logit lens")), bars(f.promoted, "", figure)),
+        make("div", {}, make("h3", {}, "Suppresses"), bars(f.suppressed, "down", figure))) : null,
       make("div", { class: "two" },
         make("div", {}, make("h3", {}, "Similar direction", make("small", {}, "cosine")), links(f.near, v => round(v))),
         make("div", {}, make("h3", {}, "Fires together with", make("small", {}, "Jaccard")), links(f.together, v => round(v)))),
@@ -284,7 +285,7 @@ addEventListener("pointerover", event => {
   const mark = event.target.closest?.("mark[data-value]");
   tip.hidden = !mark;
   if (!mark) return;
-  tip.textContent = `${visible(mark.dataset.text)}  ${Number(mark.dataset.value).toFixed(1)}  (${mark.dataset.share} % of its maximum)`;
+  tip.textContent = `${visible(mark.dataset.text)}  ${figure(Number(mark.dataset.value))}  (${mark.dataset.share} % of its maximum)`;
   const box = mark.getBoundingClientRect();
   tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - 230))}px`;
   tip.style.top = `${box.top > 34 ? box.top - 30 : box.bottom + 6}px`;

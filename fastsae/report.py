@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsae.examples import ROLES
+from fastsae.token_text import seen_values, with_text
 
 DIALOGUE_TOKENS = 1024  # of an example kept in the report; longer ones are cut around the place shown
 KIND_LETTERS = "ctp"    # content, chat template, prefix shared by all examples
@@ -72,10 +73,11 @@ def report_data(evidence, rows, shown, lens, order, chance):
     for j in shown:
         entries = []
         for quantile, example, peak in examples[j]:
-            positions, activations = values[j, example]
-            place, start, stop = dialogues.place(example, peak)
+            texts = evidence.token_texts(example)
+            positions, activations = seen_values(texts, *values[j, example])
+            place, start, stop = dialogues.place(example, peak := int(with_text(texts)[peak]))
             inside = (positions >= start) & (positions < stop)
-            entries.append({"quantile": quantile, "dialogue": place, "peak": peak - start, "top": number(activations.max()),
+            entries.append({"quantile": quantile, "dialogue": place, "peak": peak - start, "top": number(activations.max(initial=0)),
                             "at": (positions[inside] - start).tolist(), "values": [number(v) for v in activations[inside]]})
         features.append(feature_data(evidence, rows[j], entries, lens.get(j, ([], [])), near[j], together[j]))
     return {"sort": order, "chance": chance, "strings": dialogues.strings, "dialogues": dialogues.list, "features": features}
@@ -87,14 +89,14 @@ def feature_data(evidence, row, entries, lens, near, together):
     by_llm = row["label_source"] not in ("", "tokens")
     return {
         "id": j, "label": row["label"], "source": row["label_source"], "byLlm": by_llm, "protocol": row.get("label_protocol"),
-        "status": row["status"], "dead": row["status"] == "dead", "density": number(row["density"], 6),
+        "status": row["status"], "dead": row["status"] == "dead", "density": number(row["density"]),
         "max": number(row["max_activation"]),
         "mean": number(s.total[j] / max(s.count[j], 1)), "mass": number(s.total[j]), "level": row["matryoshka_level"],
-        "category": row["best_category"], "auc": number(row["category_auc"], 4), "aucMean": number(row.get("category_auc_mean"), 4),
+        "category": row["best_category"], "auc": number(row["category_auc"]), "aucMean": number(row.get("category_auc_mean")),
         "score": row["score"], "scoreName": row.get("score_name"), "f1": number(row["fidelity_f1"]),
         "precision": number(row.get("fidelity_precision")), "recall": number(row.get("fidelity_recall")), "held": row.get("n_held_out"),
-        "special": number(row["special_token_share"] or 0, 4),
-        "tokens": [[name, number(share, 4)] for name, share in evidence.top_tokens[j]],
+        "special": number(row["special_token_share"] or 0),
+        "tokens": [[name, number(share)] for name, share in evidence.top_tokens[j]],
         "groups": token_groups(s.kind_role_mass[j]), "histogram": histogram.tolist(), "histogramEnd": number(end),
         "examples": entries, "promoted": pairs(lens[0]), "suppressed": pairs(lens[1]), "near": pairs(near), "together": pairs(together)}
 
@@ -104,16 +106,16 @@ def token_groups(kind_role_mass):
     total = max(kind_role_mass.sum(), 1e-30)
     content = [(f"{role} text" if role != "none" else "plain text", kind_role_mass[0, i]) for i, role in enumerate(ROLES)]
     parts = [*content, ("chat template", kind_role_mass[1].sum()), ("shared prefix", kind_role_mass[2].sum())]
-    return [[name, number(mass / total, 4)] for name, mass in sorted(parts, key=lambda part: -part[1]) if mass > 0]
+    return [[name, number(mass / total)] for name, mass in sorted(parts, key=lambda part: -part[1]) if mass > 0]
 
 
 def pairs(items):
     return [[name, number(value)] for name, value in items]
 
 
-def number(value, digits=3):
-    """A JSON number with few digits, or None for nothing."""
-    return None if value is None or not np.isfinite(value) else round(float(value), digits)
+def number(value, digits=4):
+    """A JSON number of few significant digits, or None for nothing."""
+    return None if value is None or not np.isfinite(value) else float(f"{value:.{digits}g}")
 
 
 class Dialogues:

@@ -21,18 +21,14 @@ def describe_run(features, metadata, scored, settings, n_shown):
     n_alive = sum(row["status"] != "dead" for row in rows)
     model, layer = source["model_name"].rsplit("/", 1)[-1], source["settings"]["LAYER_IDX"]
     dataset = source["dataset_path"].rsplit("/", 1)[-1]
-    n_examples, n_llm = len(evidence.examples), sum(row["label_source"] not in ("", "tokens") for row in rows)
+    n_examples = len(evidence.examples)
     imported = "source" in sae_meta  # from another library: its training is not known here
-    left_out = len(s.kept) - s.n_kept
-    others = {"content": ", and the chat template", "assistant": ", and all but the assistant's text"}.get(
-        sae_meta["settings"].get("USE_TOKENS"), "")
-    who = (f"{n_llm} labels were written by {features.settings.INTERPRETER_MODEL}, the others are the features' own tokens." if n_llm else
-           "No language model was asked: every label is made of the feature's own tokens.")
+    l0 = sae_meta.get("metrics", {}).get("l0", s.count.sum() / max(s.n_kept, 1))  # measured: K is not how many fire in every kind
     who_learned = f"from {sae_meta['source']['format']} writes" if imported else "then learned to write"
     story = (f"Each of the {n_examples:,} examples of {dataset} went through {model} alone. A sparse autoencoder {who_learned} "
-             f"the model's state after layer {layer} on every token as a sum of about {sae_meta['settings']['K']} of {m:,} features; "
-             f"{n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} tokens; {left_out:,} are left out, the prefix that "
-             f"all examples share and attention sinks{others}. {who}")
+             f"the model's state after layer {layer} on every token as a sum of about {l0:{',.0f' if l0 >= 1000 else '.3g'}} of "
+             f"{m:,} features; {n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} tokens"
+             f"{left_out(sae_meta, len(s.kept) - s.n_kept)}. {who_labelled(rows, metadata['settings']['llm'])}")
     notice = None
     if n_shown < n_alive:
         notice = (f"This report shows {n_shown:,} of {n_alive:,} features that fire: those with a language model's label and the highest "
@@ -42,6 +38,25 @@ def describe_run(features, metadata, scored, settings, n_shown):
             "chance": None if features.shuffled is None else round(float(np.nanquantile(features.shuffled, 0.95)), 3),
             "charts": run_charts(evidence, sae_meta.get("history"), sae_meta["max_norm"], features.auc, features.shuffled, scored),
             "tables": run_tables(sae_meta, source, metadata, settings)}
+
+
+def left_out(sae_meta, n_tokens):
+    """Which tokens the figures leave out, as the end of a sentence that counts the others."""
+    settings = sae_meta["settings"]
+    parts = [name for name, there in (
+        ("the prefix that all examples share", settings["EXCLUDE_SHARED_PREFIX"]), ("attention sinks", sae_meta["max_norm"] is not None),
+        ("the chat template", settings.get("USE_TOKENS") == "content"),
+        ("all but the assistant's text", settings.get("USE_TOKENS") == "assistant")) if there]
+    return f"; {n_tokens:,} are left out, {' and '.join(', '.join(parts).rsplit(', ', 1))}" if n_tokens and parts else ""
+
+
+def who_labelled(rows, llm):
+    """A sentence on who wrote the labels; llm: the settings of the language model, None where none was asked."""
+    n_llm = sum(row["label_source"] not in ("", "tokens") for row in rows)
+    if n_llm:
+        return f"{n_llm} labels were written by {llm['INTERPRETER_MODEL']}, the others are the features' own tokens."
+    asked = f"{llm['INTERPRETER_MODEL']} was asked and gave no usable label" if llm else "No language model was asked"
+    return f"{asked}: every label is made of the feature's own tokens."
 
 
 def run_tables(sae_meta, source, metadata, settings):
@@ -60,7 +75,8 @@ def run_tables(sae_meta, source, metadata, settings):
                   ("versions", ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()))]
     every = [("Settings of stage 1, extraction", source["settings"]), ("Settings of stage 2, training", sae_meta["settings"]),
              ("Settings of stage 3, interpretation", {name: named(value) for name, value in settings.items()})]
-    return [("How well the autoencoder reconstructs", "On validation examples it was not trained on.", figures, True),
+    measured = "On tokens of this dataset, by lot." if "source" in sae_meta else "On validation examples it was not trained on."
+    return [("How well the autoencoder reconstructs", measured, figures, True),
             ("Where this comes from", "", provenance, True),
             *((name, "", [(key, _shown(value)) for key, value in values.items()], False) for name, values in every)]
 
@@ -85,8 +101,10 @@ def run_charts(evidence, history, max_norm, aucs, shuffled, scored):
     if history:
         result.append(charts.curves("Training", "loss on training tokens and normalised MSE on held-out examples, by epoch", [
             (name, [line[key] for line in history]) for name, key in (("normalised MSE", "normalized_mse"), ("loss", "loss"))]))
-    result.append(charts.log_bars("Token norms", "tokens by the norm of their activation, heights as square roots; those beyond the line "
-                                  "are attention sinks, left out", s.norms, guide=max_norm, guide_name="bound"))
+    beyond = max_norm is not None and bool((s.norms > max_norm).any())
+    sinks = "; those beyond the line are attention sinks, left out" if beyond else ""
+    result.append(charts.log_bars("Token norms", f"tokens by the norm of their activation, heights as square roots{sinks}", s.norms,
+                                  guide=max_norm if beyond else None, guide_name="bound"))
     result.append(charts.log_bars("Density", "features by the share of tokens on which they fire, heights as square roots", s.density))
     if aucs is not None:
         edges = np.linspace(0.3, 1, 15)

@@ -17,6 +17,7 @@ SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistan
 MAX_REPORTED = 10
 PIECE_CHARACTERS = 1 << 16  # of a plain text, tokenised at a time
 HUB = "hf:"
+TEXT = "text"               # the field that is read unless another is named
 
 
 @dataclass
@@ -29,17 +30,18 @@ class Example:
     label: str | None = None
 
 
-def read_dataset(path, *, text_field="text", label_field=None, max_examples=None, only_lines=None):
+def read_dataset(path, *, text_field=TEXT, label_field=None, max_examples=None, only_lines=None):
     """A list of the examples that `stream_examples` yields, or of those with the given line numbers."""
     examples = stream_examples(path, text_field=text_field, label_field=label_field, max_examples=max_examples)
     if only_lines is None:
         return list(examples)
     wanted = set(map(int, only_lines))
-    until_last = itertools.takewhile(lambda example: example.line <= max(wanted), examples)
+    last = max(wanted, default=0)
+    until_last = itertools.takewhile(lambda example: example.line <= last, examples)
     return [example for example in until_last if example.line in wanted]
 
 
-def stream_examples(path, *, text_field="text", label_field=None, max_examples=None):
+def stream_examples(path, *, text_field=TEXT, label_field=None, max_examples=None):
     """Yield the examples of a dataset in order. Raises InputError naming file and line for up to ten bad rows, at the end."""
     n, problems = 0, []
     for number, row in hub_rows(path) if str(path).startswith(HUB) else _file_rows(Path(path)):
@@ -210,19 +212,29 @@ class Deduplicator:
 def _example(number, row, text_field, label_field):
     if not isinstance(row, dict):
         raise ValueError("the row is no JSON object. write {\"text\": ...}.")
-    if row.get("messages") is not None:
+    is_text = text_field != TEXT and row.get(text_field) is not None  # a field that was named goes before all others
+    if is_text:
+        messages = [{"role": "user", "content": _content(row[text_field], text_field)}]
+    elif row.get("messages") is not None:
         messages = _messages(row["messages"], "messages", "role", "content")
     elif row.get("conversations") is not None:
         messages = _messages(row["conversations"], "conversations", "from", "value")
     elif text_field in row:
+        is_text = True
         messages = [{"role": "user", "content": _content(row[text_field], text_field)}]
     else:
         fields = ", ".join(name if name.isprintable() else repr(name) for name in list(row)[:8]) or "none"
         raise ValueError(f"has no {text_field}, messages or conversations (its fields: {fields}). "
                          "add one, or name yours with --text-field.")
-    label = row.get(label_field) if label_field else None
-    is_text = row.get("messages") is None and row.get("conversations") is None
-    return Example(number, messages, is_text, None if label is None else _encodable(str(label), label_field))
+    return Example(number, messages, is_text, _label(row, label_field))
+
+
+def _label(row, field):
+    """The label as text; None where there is none, also where tables write an empty cell or NaN."""
+    label = row.get(field) if field else None
+    if label is None or label != label or not str(label).strip():
+        return None
+    return _encodable(str(label), field)
 
 
 def _messages(turns, name, role_key, content_key):

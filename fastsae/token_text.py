@@ -57,6 +57,19 @@ class TokenTexts:
         return texts + ["\ufffd"] * len(run)
 
 
+def with_text(texts):
+    """(n,) for each token the position where it is seen: its own, or that of the nearest earlier one where its own text is ""."""
+    return np.maximum.accumulate(np.array([i if text else 0 for i, text in enumerate(texts)], np.int64))
+
+
+def seen_values(texts, positions, values):
+    """(positions, values) of activations on tokens, moved to where the tokens are seen; where several meet, the largest stays."""
+    seen, of = np.unique(with_text(texts)[positions], return_inverse=True)
+    largest = np.zeros(len(seen), np.float32)
+    np.maximum.at(largest, of, values)
+    return seen, largest
+
+
 def characteristic_tokens(name_mass, name_count, names, n_top):
     """For each feature its most characteristic tokens, [(name, share of the feature's activation), ...], best first.
 
@@ -87,8 +100,10 @@ def evidence_label(top_tokens, n_named=4, concentrated=0.3):
 def excerpt(texts: list[str], peak: int, start: int = 0, width: int = 14) -> str:
     """One example around the token `peak`, that token between « and », as one line of text.
 
-    texts: its tokens' texts; `width` tokens are shown on each side, none before `start` unless the peak is there.
+    texts: its tokens' texts (a peak without one is marked where it is seen, see `with_text`); `width` tokens are shown on each side,
+    none before `start` unless the peak is there.
     """
+    peak = int(with_text(texts)[peak])
     left, right = max(min(start, peak), peak - width), min(len(texts), peak + width + 1)
     before, marked, after = "".join(texts[left:peak]), texts[peak], "".join(texts[peak + 1:right])
     space = marked[:len(marked) - len(marked.lstrip(" "))] if marked.strip() else ""

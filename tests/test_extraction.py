@@ -151,6 +151,31 @@ def test_plain_text_mode_has_no_template_and_no_turns(smol_tokenizer):
     assert smol_tokenizer.decode(plain.ids[plain.kind == CONTENT]) == "Hi <|im_start|> there"
 
 
+def test_what_the_tokenizer_adds_stands_around_the_whole_text(tmp_path, smol_tokenizer):
+    """A text with a control string in it is tokenised in pieces; BOS and EOS belong to none of them."""
+    from tokenizers.processors import TemplateProcessing
+
+    from fastsae.language_model import load_tokenizer
+
+    smol_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    bos, eos = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>"))
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A <|im_end|>",
+                                                             special_tokens=[("<|im_start|>", bos), ("<|im_end|>", eos)])
+    for text, n_control in (("one two", 0), ("one <|endoftext|> two", 1), ("<|endoftext|> two", 1)):
+        tokens, = ChatTokenizer(tokenizer, chat_template=False)([text_example(text)])
+        assert tokens.ids[0] == bos and tokens.ids[-1] == eos and not {bos, eos} & set(tokens.ids[1:-1].tolist())
+        assert tokens.kind.tolist() == [TEMPLATE] + [CONTENT] * (len(tokens.ids) - 2) + [TEMPLATE] and tokens.n_control_strings == n_control
+        assert tokenizer.decode(tokens.ids[1:-1]) == text
+    assert tokenizer("one two")["input_ids"] == ChatTokenizer(tokenizer, chat_template=False)([text_example("one two")])[0].ids.tolist()
+
+
+def test_a_length_that_holds_no_text_is_refused(tmp_path, dataset, run_main, capsys):
+    assert run_main("extract_activations", "--dataset-path", dataset, "--output-dir", tmp_path, "--device", "cpu", "--layer-idx", 1,
+                    "--max-length", 3) == 2
+    assert "error: MAX_LENGTH: 3 tokens hold no text, only the chat template. raise it." in capsys.readouterr().err
+
+
 def test_truncation_is_counted(tmp_path, dataset, run_main):
     assert run_main("extract_activations", "--dataset-path", dataset, "--output-dir", tmp_path, "--device", "cpu", "--layer-idx", 1,
                     "--max-length", 33) == 0

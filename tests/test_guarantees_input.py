@@ -122,6 +122,27 @@ def test_accepted_files(dataset, content, lines):
     assert read_dataset(dataset(content)) == [Example(line, [{"role": "user", "content": "one"}], is_text=True) for line in lines]
 
 
+def test_empty_labels_are_none(dataset):
+    rows = "".join(f'{{"text": "one", "topic": {label}}}\n' for label in ('""', '" "', "NaN", "null", "0", '"nan"', "false"))
+    labels = [example.label for example in read_dataset(dataset(rows), label_field="topic")]
+    assert labels == [None, None, None, None, "0", "nan", "False"]
+
+
+def test_a_text_field_that_was_named_goes_before_messages(dataset):
+    path = dataset('{"text": "t", "summary": "s", "messages": [{"role": "user", "content": "m"}]}\n'
+                   '{"summary": null, "messages": [{"role": "user", "content": "m"}]}\n')
+    for field, first in (("summary", "s"), ("text", "m")):
+        found = read_dataset(path, text_field=field)
+        assert [(e.messages[0]["content"], e.is_text) for e in found] == [(first, field == "summary"), ("m", False)]
+
+
+def test_the_last_line_wanted_is_found_once(dataset):
+    from unittest.mock import patch
+
+    with patch("fastsae.sources.max", wraps=max, create=True) as largest:
+        assert [e.line for e in read_dataset(dataset(GOOD * 50), only_lines=[2, 40])] == [2, 40] and largest.call_count <= 1
+
+
 def test_sharegpt_roles_are_mapped(dataset):
     row = {"conversations": [{"from": role, "value": "v"} for role, _ in MESSAGE_ROLES], "label": 7}
     example = read_dataset(dataset(f"{json.dumps(row)}\n{GOOD}"), label_field="label")[0]

@@ -7,7 +7,17 @@ from conftest import WORDS, read_table as table
 from scipy import sparse
 
 from fastsae import neuronpedia
-from fastsae.categories import auc_matrix, best_category, correlations, select_features, shuffled_count, target_numbers
+from fastsae.categories import (
+    auc_matrix,
+    best_category,
+    correlations,
+    first_half,
+    number_labels,
+    select_features,
+    shuffled_aucs,
+    shuffled_count,
+    target_numbers,
+)
 from fastsae.errors import InputError
 
 
@@ -28,6 +38,34 @@ def test_category_is_chosen_and_tested_on_different_halves():
     others = np.delete(auc, 7)
     assert abs(others.mean() - 0.5) < 0.05  # chosen on the test half itself, the mean would be about 0.65
     assert shuffled_count(pooled, labels, 10, 0, 0.8) < 1
+
+
+def test_copies_of_a_text_stand_in_one_half():
+    """Four texts of random features, 20 copies each, two texts per category: a copy must not be the test of what another one chose."""
+    generator = np.random.default_rng(0)
+    texts = np.repeat(np.arange(4), 20)
+    first = first_half(texts // 2, 2, 0, texts)
+    assert [set(first[texts == i]) for i in range(4)] in ([{a}, {not a}, {b}, {not b}] for a in (True, False) for b in (True, False))
+    pooled = generator.random((40, 2000))[np.repeat(np.arange(40), 5)]  # 40 texts, 5 copies each
+    texts, labels = np.repeat(np.arange(40), 5), np.repeat(np.arange(40) % 10, 5)
+    leaked, fair = (best_category(pooled, labels, 10, 0, of)[1].mean() for of in (None, texts))
+    assert leaked > 0.6 and abs(fair - 0.5) < 0.05
+    spread = best_category(pooled, labels, 10, 0, texts)[1].std()
+    assert shuffled_aucs(pooled, labels, 10, 0, texts).std() == pytest.approx(spread, rel=0.15)  # labels apart: half of it
+    values = np.repeat(generator.random(40), 5)
+    for target in ((labels < 5).astype(float), values):
+        found = select_features(sparse.csr_matrix(pooled), target, 20, "correlation", 0, texts)
+        assert abs(np.mean([abs(entry["held_out_correlation"]) for entry in found])) < 0.4
+    assert select_features(sparse.csr_matrix(pooled[:10]), np.repeat([0., 1.], 5), 20, "lasso", 0, texts[:10]) == []
+
+
+def test_labels_of_one_example_each_take_no_room():
+    names, numbers = number_labels(["b", "x", "a", "b", "a", "y"])
+    assert names.tolist() == ["a", "b"] and numbers.tolist() == [1, -1, 0, 1, 0, -1]
+    pooled = np.array([[9, 2, 1], [8, 0, 1], [1, 1, 1], [0, 3, 1]], float)  # the rest of the first test is in no category
+    np.testing.assert_allclose(auc_matrix(pooled, np.array([0, 0, -1, -1]), 1), [[1, 0.25, 0.5]])
+    first = first_half(np.array([0, 0, -1, -1, -1, -1]), 1, 0)
+    assert first[:2].sum() == 1 and first[2:].sum() == 2
 
 
 def test_sparse_and_dense_pooled_features_agree(monkeypatch):
@@ -59,7 +97,8 @@ def test_the_feature_that_predicts_the_target_is_selected(method):
 def test_targets_of_words_and_of_numbers():
     assert target_numbers(["a", "b", "a", "b"], "f", "a").tolist() == [1, 0, 1, 0]
     assert target_numbers(["1", "2.5", "3", "4"], "f", None).tolist() == [1, 2.5, 3, 4]
-    for values, value in ((["a", "b"], None), (["a", "b", "b"], "c"), (["1", "1", "1", "1"], None), (["1", "nan", "3", "4"], None)):
+    for values, value in ((["a", "b"], None), (["a", "b", "b"], "c"), (["1", "1", "1", "1"], None), (["1", "nan", "3", "4"], None),
+                          (["1", "0", "0", "0"], None), (["1", "1", "0.0", "1"], None)):
         with pytest.raises(InputError, match="TARGET_"):
             target_numbers(values, "f", value)
 
@@ -137,6 +176,12 @@ def test_columns_of_the_issue(tmp_path, planted, run_main):
     assert list(rows[0])[-6:] == ["score", "fidelity_f1", "matryoshka_level", "promoted_tokens", "suppressed_tokens", "special_token_share"]
     row = next(row for row in rows if row["label"].startswith("'apple'"))
     assert row["score"] == row["fidelity_f1"] == "" and float(row["special_token_share"]) == 0 and row["matryoshka_level"] == ""
+
+
+def test_no_hypothesis_is_said(planted, run_main, capsys, monkeypatch):
+    monkeypatch.setattr("fastsae.categories.correlations", lambda pooled, target: np.full(pooled.shape[1], np.nan))  # all constant
+    assert run_main("interpret_sae", *planted, "--target-value", "cat_river") == 0
+    assert "hypotheses: none, for no feature predicts category = cat_river" in capsys.readouterr().out
 
 
 def test_hypotheses_for_a_target(tmp_path, planted, run_main, capsys):

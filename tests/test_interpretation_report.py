@@ -9,6 +9,7 @@ import pytest
 from conftest import put_activations
 
 from fastsae import report, report_charts
+from fastsae.report_run import describe_run, left_out, who_labelled
 
 HOSTILE = ('<img src="http://evil.example/x.png" onerror="document.title=\'pwned\'">', "</script><script>document.title='pwned'</script>",
            "{{ 7 * 7 }} ${7*7} `x`", "'\"><svg onload=alert(1)>", "\u2028\u2029 <!-- --> ]]> &lt;b&gt; javascript:alert(1)",
@@ -71,6 +72,46 @@ def assert_inert(text):
     policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy and report.csp_hash(parsed.scripts[1]) in policy
     return parsed
+
+
+def test_the_story_says_what_was_done():
+    """An autoencoder without a fixed K, imported, nothing left out; a language model that was asked in vain."""
+    from types import SimpleNamespace
+
+    statistics = SimpleNamespace(kept=np.ones(4, bool), n_kept=4, count=np.array([4, 4, 3]), norms=np.arange(1., 5), density=np.ones(3))
+    about = {"settings": {"K": 64, "EXCLUDE_SHARED_PREFIX": True}, "max_norm": 9.0, "source": {"format": "SAELens"}, "fingerprint": "f",
+             "metrics": {}}
+    source = {"model_name": "m", "settings": {"LAYER_IDX": 1}, "dataset_path": "d.jsonl", "inputs": {"dataset": "x"}, "fingerprint": "g"}
+    features = SimpleNamespace(evidence=SimpleNamespace(statistics=statistics, examples=[1, 2]), sae_meta=about, source=source, auc=None,
+                               shuffled=None, rows=[{"status": "llm label unusable", "label_source": "tokens"}] * 3)
+    metadata = {"settings": {"llm": {"INTERPRETER_MODEL": "gpt"}}, "checkpoint": "c", "fingerprint": "h", "versions": {}}
+    run = describe_run(features, metadata, [], {}, 3)
+    assert "as a sum of about 2.75 of 3 features" in run["story"] and "The figures count 4 tokens. gpt was asked" in run["story"]
+    assert run["story"].endswith("gpt was asked and gave no usable label: every label is made of the feature's own tokens.")
+    assert "line" not in run["charts"][0]["note"] and "bound" not in run["charts"][0]["svg"]  # no norm lies beyond 9
+    assert run["tables"][0][1] == "On tokens of this dataset, by lot."
+    del about["source"]
+    about.update(metrics={"l0": 1234.4}, max_norm=3.5)
+    statistics.n_kept = 3
+    metadata["settings"]["llm"] = None
+    run = describe_run(features, metadata, [], {}, 3)
+    assert "about 1,234 of" in run["story"] and "1 are left out, the prefix that all examples share and attention sinks." in run["story"]
+    assert "No language model was asked: every" in run["story"] and "not trained on" in run["tables"][0][1]
+    assert "beyond the line" in run["charts"][0]["note"] and ">bound<" in run["charts"][0]["svg"]
+
+
+def test_what_is_left_out_and_who_labelled():
+    def said(n, max_norm, use):
+        return left_out({"settings": {"EXCLUDE_SHARED_PREFIX": True, "USE_TOKENS": use}, "max_norm": max_norm}, n)
+
+    assert said(0, 9.0, "content") == "" and said(1200, None, "all") == "; 1,200 are left out, the prefix that all examples share"
+    assert said(5, 9.0, "assistant") == ("; 5 are left out, the prefix that all examples share, attention sinks and all but the "
+                                         "assistant's text")
+    assert who_labelled([{"label_source": "gpt"}, {"label_source": "tokens"}], {"INTERPRETER_MODEL": "gpt"}).startswith("1 labels were")
+
+
+def test_numbers_keep_their_digits():
+    assert [report.number(x) for x in (0.000123456, 12.3456, 0, None, float("inf"))] == [0.0001235, 12.35, 0, None, None]
 
 
 def test_the_report_holds_no_code_but_its_own(hostile):
@@ -194,6 +235,30 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     assert "not in this report" in browser.find_element("id", "panel").text
     assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     assert [url for url in requested(browser) if not url.startswith("file://")] == []
+
+
+def test_small_numbers_and_states_in_a_browser(planted, run_main, tmp_path, browser):
+    assert run_main("interpret_sae", *planted) == 0
+    path = tmp_path / "interpretations.html"
+    before, data, after = re.split(r'(?<=id="data">)(.*?)(?=</script>)', path.read_text(encoding="utf-8"), maxsplit=1, flags=re.S)
+    data = json.loads(data)
+    small, asked, dead = [f for f in data["features"] if not f["dead"]][:2] + [next(f for f in data["features"] if f["dead"])]
+    for example in small["examples"]:
+        example.update(top=example["top"] / 200, values=[v / 200 for v in example["values"]])
+    small.update(max=0.0298, mean=0.0251, histogramEnd=0.0301)
+    asked.update(status="llm label unusable", label="x")
+    path.write_text(before + report.embed(data) + after, encoding="utf-8")
+    browser.get(f"{path.as_uri()}#feature={small['id']}")
+    text = browser.find_element("id", "panel").text
+    assert "0.0298" in text and "mean 0.0251" in text and "0.0301" in text and "no language model was asked" in text
+    shown = float(browser.find_element("css selector", "#panel .example header b").text)
+    assert shown == pytest.approx(small["examples"][0]["top"], rel=.01)
+    assert browser.find_element("css selector", "#panel .example .tokens").get_attribute("dir") == "auto"
+    browser.get(f"{path.as_uri()}#feature={asked['id']}")
+    text = browser.find_element("id", "panel").text
+    assert "its own most characteristic tokens. llm label unusable." in text and "was asked" not in text
+    browser.get(f"{path.as_uri()}#feature={dead['id']}")
+    assert "did not fire on any of the tokens counted here" in browser.find_element("id", "panel").text
 
 
 def test_hostile_texts_are_inert_in_a_browser(hostile, browser):

@@ -54,6 +54,22 @@ def test_tokens_that_training_left_out_are_left_out_here():
     assert s.n_kept == expected.sum() > 0
 
 
+def test_examples_without_a_kept_token_are_no_evidence():
+    """Half of the examples have no assistant's text: as rows of zeros they would tell their category from any other."""
+    from fastsae.categories import add_categories
+
+    sae, data = made_up(n_examples=400)
+    half, ends = np.arange(400) % 2, np.cumsum(data["seq_lengths"])
+    data["token_kind"][:] = 0
+    data["token_role"] = np.repeat(np.where(half, 3, 0), data["seq_lengths"]).astype(np.uint8)
+    data["activations"][ends[0]:ends[1]] = 1000  # all of example 1 are sinks
+    s = collect(sae, data["activations"], data["seq_lengths"], data["token_kind"], data["token_role"], data["token_ids"], 9, max_norm=300,
+                use="assistant")
+    assert s.pooled_examples.tolist() == list(range(3, 400, 2)) and s.pooled_max.shape[0] == s.pooled_mean.shape[0] == 199
+    rows = [{"status": "ok"} for _ in range(s.m)]
+    assert add_categories(rows, s, [("other", "assistant")[h] for h in half], "max", 0) == (None, None)  # one category is left
+
+
 @pytest.mark.parametrize("batch_topk", [False, True])
 @pytest.mark.parametrize("block_tokens", [7, 64, 8192])
 def test_streaming_equals_dense(monkeypatch, block_tokens, batch_topk):
@@ -86,8 +102,10 @@ def check_examples(s, features, keep, example):
     n_examples = example.max() + 1
     pooled = np.stack([features[example == i].max(0) for i in range(n_examples)])
     means = np.stack([features[example == i].sum(0) / max(keep[example == i].sum(), 1) for i in range(n_examples)])
-    np.testing.assert_allclose(s.pooled_max.toarray(), pooled, rtol=1e-4)
-    np.testing.assert_allclose(s.pooled_mean.toarray(), means, rtol=1e-4, atol=1e-6)
+    heard = [i for i in range(n_examples) if keep[example == i].any()]
+    assert s.pooled_examples.tolist() == heard
+    np.testing.assert_allclose(s.pooled_max.toarray(), pooled[heard], rtol=1e-4)
+    np.testing.assert_allclose(s.pooled_mean.toarray(), means[heard], rtol=1e-4, atol=1e-6)
     for j in range(s.m):
         order = [i for i in np.argsort(-pooled[:, j], kind="stable") if pooled[i, j] > 0]
         top = [i for i in s.top.example[j] if i >= 0]
@@ -187,6 +205,48 @@ def test_excerpt_marks_the_strongest_token(smol_tokenizer):
     texts = token_text.TokenTexts(smol_tokenizer)(ids)
     assert token_text.excerpt(texts, 2, width=3) == "The old «clock» in the hall…"
     assert token_text.excerpt(texts, 2, start=1, width=3) == "old «clock» in the hall…"
+
+
+def test_a_peak_inside_a_character_is_seen_on_the_character(smol_tokenizer):
+    """A parrot is several tokens; its text stands at the first of them, and so does what fires on the others."""
+    ids = smol_tokenizer("a 🦜 b", add_special_tokens=False)["input_ids"]
+    texts = token_text.TokenTexts(smol_tokenizer)(ids)
+    first = next(i for i, text in enumerate(texts) if "🦜" in text)
+    last = first + texts[first + 1:].count("")
+    assert last > first and token_text.excerpt(texts, last) == token_text.excerpt(texts, first) == "a «🦜» b"
+    positions, values = token_text.seen_values(texts, np.array([0, first, last]), np.array([1., 2., 3.]))
+    assert positions.tolist() == [0, first] and values.tolist() == [1, 3]
+
+
+def test_report_and_batches_show_that_peak_too(smol_tokenizer):
+    from types import SimpleNamespace
+
+    from fastsae import neuronpedia, report
+    from fastsae.examples import Example
+
+    sae, data = made_up()
+    ids = smol_tokenizer("a 🦜", add_special_tokens=False)["input_ids"]
+    data["token_ids"] = np.resize(np.array(ids, np.int32), len(data["token_ids"]))
+    examples = [Example(i + 1, [{"role": "user", "content": "x"}], True) for i in range(len(data["seq_lengths"]))]
+    evidence = Evidence(sae, data, examples, smol_tokenizer, {"max_norm": None, "exclude_shared_prefix": True}, n_top=5)
+    rows = [{**row, **dict.fromkeys(("best_category", "category_auc", "score", "fidelity_f1"))} for row in evidence.rows(3)]
+    shown = report.report_data(evidence, rows, [0, 1, 2], {}, "mass", None)
+    n_moved = 0
+    for feature in shown["features"]:
+        for example, (_, number, peak) in zip(feature["examples"], evidence.shown_examples([feature["id"]])[feature["id"]]):
+            place = shown["dialogues"][example["dialogue"]]["ids"]
+            assert shown["strings"][place[example["peak"]]] and example["peak"] in example["at"]
+            assert example["values"][example["at"].index(example["peak"])] == example["top"]
+            n_moved += peak != example["peak"]
+            where, strengths = evidence.token_values([(feature["id"], number)])[feature["id"], number]
+            batch = neuronpedia.activation(evidence, feature["id"], None, number, peak, where, strengths)
+            assert batch["tokens"][int(np.argmax(batch["values"]))]
+    assert n_moved
+    evidence.token_values = lambda pairs: {pair: (np.zeros(0, np.int64), np.zeros(0, np.float32)) for pair in pairs}
+    assert report.report_data(evidence, rows, [0], {}, "mass", None)["features"][0]["examples"][0]["top"] == 0
+    nothing = SimpleNamespace(token_texts=lambda e: ["a"], statistics=SimpleNamespace(maximum=np.ones(1), sample=SimpleNamespace(
+        value=np.ones((1, 1)))))
+    assert neuronpedia.activation(nothing, 0, None, 0, 0, np.zeros(0, int), np.zeros(0))["values"] == [0]  # a rounded-away encoding
 
 
 def test_levels_by_hand():

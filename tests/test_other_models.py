@@ -213,14 +213,29 @@ def test_a_device_that_computes_something_else_is_noticed(factor, dtype, agrees,
     assert model_checks.device_agrees(FakeModel(factor, dtype), model_checks.sample_ids(model), "cpu")[0] is True
 
 
-@pytest.mark.parametrize("family", ["gemma 3, window of 12", "gemma 3, tied and untied", "qwen2", "nested"])
+@pytest.mark.parametrize("family", ["gemma 3, window of 12", "gemma 3, tied and untied", "qwen2", "nested", "linear attention", "vault"])
 def test_the_logit_lens_reads_the_models_own_norm_and_head(tiny, family):
     """Gemma's norm multiplies by 1 + weight, its head is the unscaled embedding; logits of x / rms(x) must be the model's."""
     from fastsae.logit_lens import load_unembedding
 
-    folder, model = tiny("Gemma3Config", nested_gemma(), text_config=True) if family == "nested" else tiny(*FAMILIES[family][:2])
+    folder, model = tiny("Gemma3Config", nested_gemma(), text_config=True) if family == "nested" else tiny(
+        *(("VaultGemmaConfig", MIXED) if family == "vault" else FAMILIES[family][:2]))
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model.get_output_embeddings()(language_model.decoder_stack(model).norm(x))
     found = x / x.square().mean(1, keepdim=True).sqrt() @ load_unembedding(folder).t()
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_norms_are_told_apart_by_what_they_compute(tiny):
+    """Of the newest models too, whose names no list has; a norm that subtracts the mean has no lens."""
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
+
+    from fastsae.logit_lens import load_unembedding, norm_offset
+
+    norms = LlamaRMSNorm(8), Qwen3_5RMSNorm(8), CohereLayerNorm(8), torch.nn.LayerNorm(8), None
+    assert [norm_offset(norm) for norm in norms] == [0, 1, None, None, None]
+    assert norms[0].weight.tolist() == [1] * 8  # tried on a copy
+    assert load_unembedding(tiny("StableLmConfig", {})[0]) is None
