@@ -11,7 +11,7 @@ import pytest
 from conftest import PROJECT, read_table as table
 from loopback import Endpoint, RealModel, completion
 
-from fastsae import llm_client, llm_labels
+from fastsae import llm_client, llm_labels, llm_replies
 
 KEY = "sk-secret-0123456789"
 LABELS_ONLY = ["--llm-protocol", "contrastive", "--n-fidelity-examples", 0, "--n-scored-features", 0]
@@ -63,7 +63,7 @@ def no_key_anywhere(folder):
 def test_verdicts_are_parsed_strictly(reply, expected):
     if reply == "[[3]] [[<b>x</b>]]":
         expected = None  # markup is no name
-    assert llm_labels.parse_fast(reply) == expected
+    assert llm_replies.parse_fast(reply) == expected
 
 
 @pytest.mark.parametrize("reply, expected", [
@@ -73,7 +73,7 @@ def test_verdicts_are_parsed_strictly(reply, expected):
     ("“Yes.”", True), ("# Yes", True), ("> No", False), ("[Yes]", True), ('Output ("Yes" or "No" only): Yes', None), ("Answer yes", None),
     ('"Yes" or "No"', None), ("Nope", None), ("The answer: yes", None)])
 def test_yes_and_no_are_parsed_strictly(reply, expected):
-    assert llm_labels.parse_yes_no(reply) is expected
+    assert llm_replies.parse_yes_no(reply) is expected
 
 
 @pytest.mark.parametrize("reply, expected", [
@@ -97,13 +97,13 @@ def test_yes_and_no_are_parsed_strictly(reply, expected):
     ('- "apologises, for example sorry or I\'m sorry"', "apologises, for example sorry or I'm sorry"), ("nonetheless", "nonetheless"),
     ('- "sorry as a filler"', "sorry as a filler"), ("-2+3", "2+3"), ('"- mentions food"', "mentions food")])
 def test_labels_are_parsed_strictly(reply, expected):
-    assert llm_labels.parse_label(reply) == expected
+    assert llm_replies.parse_label(reply) == expected
 
 
 @pytest.mark.parametrize("reply", ["[[" * 20000, "output" + ":" * 20000, "score is: [[4]] feature name is [[" * 2000, '"' * 20000,
                                    "sorry " * 9000, "score is: [[4]], feature name is [[" + "[[" * 20000])
 def test_overlong_replies_are_unusable(reply):
-    for parse in (llm_labels.parse_label, llm_labels.parse_fast, llm_labels.parse_yes_no):
+    for parse in (llm_replies.parse_label, llm_replies.parse_fast, llm_replies.parse_yes_no):
         assert parse(reply) is None
 
 
