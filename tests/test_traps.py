@@ -59,7 +59,8 @@ def test_initialisation_takes_a_sample(write_activations, run_main, monkeypatch)
     monkeypatch.setattr(training_run, "initialise", remember)
     tokens, _ = planted_tokens(40_000, 2, 4, 1)
     flags = write_activations(tokens, [100] * 400)
-    assert run_main("train_sae", *flags, "--run-name", "test", "--m", 4, "--k", 1, "--no-use-matryoshka", "--n-epochs", 1, "--batch-size", 4096) == 0
+    assert run_main("train_sae", *flags, "--run-name", "test", "--m", 4, "--k", 1, "--no-use-matryoshka", "--n-epochs", 1,
+                    "--batch-size", 4096) == 0
     assert seen == [train_sae.INIT_SAMPLE] and train_sae.INIT_SAMPLE < 36_000
 
 
