@@ -1,4 +1,5 @@
 """Examples as tokens: rendering the model's chat template, tokenising, and the kind and role of every token."""
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ class ChatTokenizer:
     """
 
     def __init__(self, tokenizer, *, chat_template=True, max_length=None, date="", dataset_name="dataset", special_tokens=True):
-        self.around = added_tokens(tokenizer) if special_tokens and not chat_template else ([], [])  # a template writes its own
+        self.special_tokens = special_tokens and not chat_template  # BOS and the like; a template writes its own
         self.tokenizer, self.max_length, self.date, self.dataset_name = tokenizer, max_length, date, dataset_name
         self.chat_template = chat_template
         if chat_template and not tokenizer.chat_template:
@@ -40,6 +41,11 @@ class ChatTokenizer:
             (token for token in tokenizer.get_added_vocab() if token.strip() and (token in special or token in template_text
              or (token.startswith("<") and token.endswith(">")))), key=len, reverse=True)
         self._pieces = {}
+
+    @functools.cached_property
+    def around(self):
+        """(ids before, ids after) every example."""
+        return added_tokens(self.tokenizer) if self.special_tokens else ([], [])
 
     def __call__(self, examples, batch_size=512):
         """A list of Tokens for a list of Examples; tokenises in batches (the tokenizer's own threads)."""

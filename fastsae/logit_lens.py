@@ -87,10 +87,10 @@ def _final_norm(folder):
     """The module of the model's final norm, without its values; None for a model that transformers does not know or that has none."""
     import transformers
 
-    from fastsae.language_model import decoder_stack
+    from fastsae.language_model import decoder_stack, load_config
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = load_config(str(folder))
         with torch.device("meta"):
             return decoder_stack(transformers.AutoModelForCausalLM.from_config(config)).norm
     except Exception:  # configurations raise what their authors chose; the lens is an extra, the stage goes on without it

@@ -184,10 +184,10 @@ def test_shards_hold_what_one_file_holds(tmp_path, extract, capsys):
     assert one["seq_lengths"].sum() == len(one["activations"]) == len(one["token_ids"])
     capsys.readouterr()
     assert extract("--shard-bytes", 60_000, out="shards") == 0 and "up to date" in capsys.readouterr().out
-    assert extract("--shard-bytes", 60_000, "--max-length", 20, out="shards") == 0  # the old shards are set aside ...
+    assert extract("--shard-bytes", 60_000, "--max-examples", 30, out="shards") == 0  # the old shards are set aside ...
     assert list((tmp_path / "shards" / "activations").glob("*.old-1.npz")) and len(activations_of(tmp_path / "shards")["activations"]) < n
     capsys.readouterr()
-    assert extract("--shard-bytes", 60_000, "--max-length", 20, out="shards") == 0
+    assert extract("--shard-bytes", 60_000, "--max-examples", 30, out="shards") == 0
     assert "up to date" in capsys.readouterr().out  # ... and count no more
     activations_file.find_shards(tmp_path / "shards" / "activations" / "activations_layer2.npz")[1].unlink()
     with pytest.raises(InputError, match="not found"):
