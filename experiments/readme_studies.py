@@ -56,11 +56,12 @@ def fast_vs_block(r):
                 rows.append((f"{title}, {architecture}: FAST / BT(F) / BT(P)", f"{triple(paper[architecture])} (Qwen2.5-7B, layer 18)",
                              f"{triple(values[source] for source in SOURCES)} (layer {middle}, L0 {l0_of(here[architecture, True])})",
                              orderings([c for c in r["comparisons"] if c["architecture"] == architecture], name, True)))
-    name = f"mse_special, {WITHOUT}"
-    if ("topk", False) in here:
-        values = here["topk", False][name]["log2"]
-        rows.append(("log2 MSE_st, topk, without prefix and sinks", "-", f"{triple(values[source] for source in SOURCES)} (layer {middle})",
-                     orderings([c for c in r["comparisons"] if c["architecture"] == "topk"], name, False)))
+    for tokens, sinks, how in ((WITH, True, ""), (WITHOUT, False, ", without prefix and sinks")):
+        if ("topk", sinks) in here:
+            c, name = here["topk", sinks], f"mse_special, {tokens}"
+            rows.append((f"log2 MSE_st, topk{how}: FAST / BT(F) / BT(P)", "-",
+                         f"{triple(c[name]['log2'][source] for source in SOURCES)} (layer {middle}, L0 {l0_of(c)})",
+                         orderings([c for c in r["comparisons"] if c["architecture"] == "topk"], name, sinks)))
     shares = [c["gap of BT(F) on sinks"]["share"] for c in r["comparisons"] if c["sinks_in_training"]]
     shares = [100 * share for share in shares if share is not None]
     if shares:
