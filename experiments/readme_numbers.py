@@ -72,7 +72,7 @@ def tree():
              (f"├── {checkpoint.split('/')[-1]}", "the autoencoder"), ("├── metrics.json", "how good it is"),
              ("├── metrics.jsonl", "each epoch"), ("├── training.png", "its curves"),
              ("└── README.md", "model card: figures, how to load it elsewhere"), ("interpretations.csv", "one row per feature"),
-             ("interpretations.jsonl", "the same, exact"), ("interpretations.html", "the report: open it in a browser")]
+             ("interpretations.jsonl", "the same and more, unrounded"), ("interpretations.html", "the report: open it in a browser")]
     entries = [(name, f"{size(name.split()[-1]):9}{what}" if what else "") for name, what in files if not what or size(name.split()[-1])]
     ends = [name[0] == "├" and not after.startswith(("├", "└")) for (name, _), (after, _) in zip(entries, [*entries[1:], ("", "")])]
     entries = [(name.replace("├", "└") if end else name, text) for (name, text), end in zip(entries, ends)]
