@@ -200,7 +200,7 @@ class Features:
         for row in self.rows:
             row.update(dict.fromkeys(OPTIONAL), best_category="", category_auc=None, promoted_tokens="", suppressed_tokens="")
         self.auc, self.shuffled = add_categories(self.rows, self.evidence.statistics, self.labels(), settings.POOLING, settings.SEED,
-                                                 self.evidence.text_numbers())
+                                                 self.evidence.text_numbers)
         self.lens = add_lens(self.rows, self.evidence, locate(self.source["model_name"], settings.CACHE_DIR),
                              {"revision": self.source["model_revision"], "cache_dir": settings.CACHE_DIR}, N_LENS_TOKENS, N_LENS_COLUMN)
 
@@ -244,7 +244,7 @@ class Features:
         target = target_numbers([values[i] for i in s.pooled_examples[rows]], field, settings.TARGET_VALUE)
         pooled = (s.pooled_max if settings.POOLING == "max" else s.pooled_mean)[rows]
         found = select_features(pooled, target, settings.N_HYPOTHESES, settings.SELECTION_METHOD, settings.SEED,
-                                self.evidence.text_numbers()[s.pooled_examples[rows]])
+                                self.evidence.text_numbers[s.pooled_examples[rows]])
         name = field if settings.TARGET_VALUE is None else f"{field} = {settings.TARGET_VALUE}"
         if not found:
             print(f"hypotheses: none, for no feature predicts {name} on these examples")

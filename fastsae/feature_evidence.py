@@ -1,4 +1,6 @@
 """From a dataset, its activations and an autoencoder to everything that can be said of each feature without a language model."""
+import functools
+
 import numpy as np
 import torch
 
@@ -37,6 +39,7 @@ class Evidence:
             self._texts[example] = self.texts_of(self.data["token_ids"][self.offsets[example]:self.offsets[example + 1]])
         return self._texts[example]
 
+    @functools.cached_property
     def text_numbers(self):
         """(n_examples,) numbers; examples of one number are the same tokens."""
         numbers, ids = {}, self.data["token_ids"]

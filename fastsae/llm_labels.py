@@ -14,6 +14,7 @@ import numpy as np
 
 from fastsae.examples import CONTENT, ROLES
 from fastsae.llm_replies import fits, parse_fast, parse_label, parse_yes_no
+from fastsae.token_text import seen_values, with_text
 
 MAX_TOKENS = 384          # of an example in a prompt, HypotheSAEs' 256 words; longer ones are cut around the feature's strongest token
 N_CONTRASTED = 20         # examples in a contrastive prompt, half of them positive (HypotheSAEs' default)
@@ -53,14 +54,14 @@ class Shown:
         self.max_length = json.loads(str(metadata))["settings"].get("MAX_LENGTH") if metadata is not None else None
         self.examples = evidence.statistics.pooled_examples                     # (n_pooled,) example numbers
         self.pooled = evidence.statistics.pooled_max.tocsc()                    # (n_pooled, M)
-        numbers: dict[str | bytes, int] = {}
-        text_of = np.array([numbers.setdefault(self._content(int(e)), len(numbers)) for e in self.examples], np.int64)  # (n_pooled,)
-        order = np.random.default_rng((seed, 3)).permutation(len(numbers))
-        shown = np.zeros(len(numbers), bool)
+        # (n_texts,) the first example of each text, (n_pooled,) the number of each example's
+        _, first, text_of = np.unique(evidence.text_numbers[self.examples], return_index=True, return_inverse=True)
+        order = np.random.default_rng((seed, 3)).permutation(len(first))
+        shown = np.zeros(len(first), bool)
         shown[order[:(len(order) + 1) // 2]] = True
         self.may_show = shown[text_of]                                          # (n_pooled,) bool
-        self.first = np.zeros(len(self.examples), bool)                         # (n_pooled,) the first example of each text
-        self.first[np.unique(text_of, return_index=True)[1]] = True
+        self.first = np.zeros(len(self.examples), bool)                         # (n_pooled,) the first of its text?
+        self.first[first] = True
 
     def ranked(self, feature, shown):
         """(rows, values): pooled rows of the shown or of the held-out texts, strongest first, ties by number."""
@@ -111,13 +112,6 @@ class Shown:
         """Whether the model surely read all of an example."""
         return self.max_length is None or self._n_tokens(example) < self.max_length
 
-    def _content(self, example):
-        """What makes two examples the same: their text, or the tokens of one that was cut."""
-        if self._whole(example):
-            return self.texts[example]
-        first, last = self.evidence.offsets[example:example + 2]
-        return np.asarray(self.evidence.data["token_ids"][first:last]).tobytes()
-
 
 def contrastive_prompts(shown, features):
     """{feature: HypotheSAEs' contrastive prompt} for the features that fire in MIN_HELD_OUT examples that may be shown."""
@@ -163,9 +157,11 @@ def can_score(shown, feature):
 def _token_lines(evidence, example, positions, values):
     """Token and activation in turn; what a feature has on a later part of a character cut into tokens counts for its first part."""
     tokens = evidence.token_texts(example)
-    places = np.array([i for i, text in enumerate(tokens) if text] or [0])   # (n_shown,) of the tokens that show something
-    activations = np.zeros(len(places))
-    np.maximum.at(activations, np.maximum(np.searchsorted(places, positions, "right") - 1, 0), values)
+    seen, strengths = seen_values(tokens, positions, values)
+    activations = np.zeros(len(tokens))
+    activations[seen] = strengths
+    places = np.unique(with_text(tokens))                                    # (n_shown,) of the tokens that show something
+    activations = activations[places]
     peak = int(np.argmax(activations))
     first = max(min(int(np.searchsorted(places, evidence.own_start(example))), peak), peak - FAST_WIDTH)
     return "\n".join(f"{tokens[places[i]]!r} {_figure(activations[i])}" for i in range(first, min(len(places), peak + FAST_WIDTH + 1)))

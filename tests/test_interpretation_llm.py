@@ -167,7 +167,8 @@ def Shown(tmp_path):
 
     values = np.random.default_rng(0).random((40, 3)) * (np.random.default_rng(1).random((40, 3)) < 0.6)
     statistics = SimpleNamespace(pooled_examples=np.arange(40) * 2, pooled_max=sparse.csr_matrix(values))
-    return llm_labels.Shown(SimpleNamespace(statistics=statistics, data={}), [f"text {i}" for i in range(80)], seed=0)
+    evidence = SimpleNamespace(statistics=statistics, data={}, text_numbers=np.arange(80))
+    return llm_labels.Shown(evidence, [f"text {i}" for i in range(80)], seed=0)
 
 
 def test_busy_and_failing_servers_are_waited_for(tmp_path, planted, run_main, endpoint):

@@ -152,7 +152,7 @@ def test_a_plan_counts_the_calls_that_are_made(shown, tmp_path, protocol, label)
             return "My final verdict score is: [[4]], feature name is [[words]]", None, usage
         return ("Yes" if "PROPERTY" in prompt else label), None, usage
 
-    some = shown([user(i, f"{WORDS[i % 16]} number {i}") for i in range(60)], {e: 40 for e in range(30)})
+    some = shown([user(i, f"{WORDS[i % 16]} number {i}") for i in range(60)], {e: 30 for e in range(30)})  # in its text
     asked, usage = [], {"prompt_tokens": 1, "completion_tokens": 1}
     backend = SimpleNamespace(parallel=False, scope=["m", None, {}], model="m", complete=complete)
     for n_fidelity in (0, 12, 12):
