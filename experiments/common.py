@@ -62,13 +62,24 @@ def commit():
 
 
 def write_result(name, settings, result):
-    """Write experiments/results/<name>.json and say so."""
+    """Write experiments/results/<name>.json and say so. Of folders of this machine only the last name stays."""
     from fastsae import artifacts
 
     path = RESULTS / f"{name}.json"
-    content = {"settings": settings, "commit": commit(), "machine": machine(), **result}
+    content = {"settings": without_folders(settings), "commit": commit(), "machine": machine(), **result}
     artifacts.write_text(path, json.dumps(content, indent=2) + "\n")
     print(f"wrote {path}")
+
+
+def without_folders(value):
+    """`value`, JSON-able, with the file's name in the place of every absolute path in it."""
+    if isinstance(value, dict):
+        return {name: without_folders(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(each) for each in value]
+    if isinstance(value, (str, Path)) and os.path.isabs(os.path.expanduser(value)):
+        return Path(value).name
+    return value
 
 
 def write_figure(path, figure):

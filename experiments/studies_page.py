@@ -237,7 +237,8 @@ def stability(r):
     s = r["settings"]
     lines = [
         f"**Stability** ([table](stability.json)): {s['ARCHITECTURE']} autoencoders of "
-        f"`{s['dataset']}` that differ in their first weights only, {len(s['SEEDS'])} seeds, {s['N_EPOCHS']} epochs. Cosines of "
+        f"`{s['dataset']}` that differ in their first weights only, {len(s['SEEDS'])} seeds, {s['N_EPOCHS']} epochs "
+        "(the default of train_sae.py is longer). Cosines of "
         "decoder directions of two seeds: mean of the largest, and under the best one-to-one matching; share of features that all seeds "
         "have (cosine above "
         f"{s['THRESHOLD']:g}). Tokens by lot are as many activations less their mean.", "",

@@ -15,6 +15,7 @@ import fast_vs_block
 import heldout
 import many_runs
 import pareto
+import readme_studies
 import studies_page_fast
 
 from fastsae.autoencoder import new_sae
@@ -174,6 +175,36 @@ def test_training_takes_the_first_tokens_in_the_order_of_the_file(tmp_path, run_
 
 def test_results_are_rounded_and_name_no_folder():
     assert many_runs.rounded({"a": [1.23456789, 2, "x", None], "b": (1234567.8,)}) == {"a": [1.23457, 2, "x", None], "b": [1234570.0]}
+
+
+def test_results_hold_names_of_files_and_no_folder_of_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    settings = {"data": str(tmp_path / "data.jsonl"), "several": (tmp_path / "a.pt", "b.pt"), "hub": "owner/name", "home": "~/x/y.txt",
+                "n": 3}
+    common.write_result("one", settings, {})
+    written = json.loads((tmp_path / "one.json").read_text())["settings"]
+    assert written == {"data": "data.jsonl", "several": ["a.pt", "b.pt"], "hub": "owner/name", "home": "y.txt", "n": 3}
+
+
+def test_no_result_names_a_folder_of_a_machine():
+    def texts(value):
+        if isinstance(value, dict):
+            return [text for each in value.values() for text in texts(each)]
+        return [text for each in value for text in texts(each)] if isinstance(value, list) else [value]
+
+    results = sorted((PROJECT / "experiments" / "results").glob("*.json"))
+    assert len(results) > 10
+    for path in results:
+        content = json.loads(path.read_text())
+        assert not [t for t in texts(content["settings"]) if isinstance(t, str) and t.startswith(("/", "~"))], path.name
+
+
+def test_the_pages_say_what_the_comparison_with_blocks_cannot_tell():
+    page = (PROJECT / "experiments" / "results" / "STUDIES.md").read_text()
+    for text in (page, readme_studies.table()):
+        assert "Python's language reference" in text and "has a confounder" in text
+    table = readme_studies.table()
+    assert "refuted in 6" in table and "the paper trains no topk" in table
 
 
 def test_many_runs_are_the_scripts_own_and_a_failure_is_raised(tmp_path, capfd):
