@@ -94,8 +94,8 @@ def write_figure(path, figure):
 def code_version():
     """sha256 (hex) of the project's Python files: what other code computed is not remembered."""
     digest = hashlib.sha256()
-    for path in sorted([*PROJECT.glob("*.py"), *PROJECT.glob("fastsae/*.py"), *PROJECT.glob("experiments/*.py")]):
-        digest.update(path.read_bytes())
+    for path in sorted([*PROJECT.glob("*.py"), *PROJECT.glob("fastsae/**/*.py"), *PROJECT.glob("experiments/**/*.py")]):
+        digest.update(path.relative_to(PROJECT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 

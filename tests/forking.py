@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from source_tree import module_name, python_files
+
 PROJECT = Path(__file__).resolve().parent.parent
 WRITING = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.link": 2, "os.symlink": 2, "os.truncate": 1, "os.rmdir": 1,
            "shutil.rmtree": 1}  # audit events, and how many of their arguments are paths
@@ -59,7 +61,7 @@ def preload():
     import torch
 
     sys.modules["matplotlib"] = None  # as where it is not installed: its figure takes longer than the rest of a tiny run
-    modules = [f"fastsae.{path.stem}" for path in (PROJECT / "fastsae").glob("*.py") if path.stem != "__init__"]
+    modules = [module_name(path) for path in python_files("fastsae")]
     for name in (*LATE, *modules, "extract_activations", "train_sae", "interpret_sae"):
         importlib.import_module(name)
     from fastsae import language_model, llm_client

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 from conftest import PROJECT
+from source_tree import circles, imports, module_graph, python_files
 
 import config
 
 STAGES = [PROJECT / name for name in config.STAGES]
 SCRIPTS = ["run_pipeline.py", *config.STAGES]
 DECLARED = {name: setting for path in (PROJECT / "config.py", *STAGES) for name, setting in config.read_settings(path).items()}
-SOURCES = sorted(path.relative_to(PROJECT).as_posix() for folder in (".", "fastsae", "experiments")
-                 for path in (PROJECT / folder).glob("*.py"))
+SOURCES = python_files(".", "fastsae", "experiments")
 TYPED = '''A: int = 1  # one
 B: float = 0.5  # two
 C: bool = False  # three
@@ -296,27 +296,48 @@ def test_help_lists_every_setting(run_script, script):
         assert not mine or "".join(setting["comment"].split()) in without_spaces, name
 
 
-def imported(path):
+def imported(path, root=PROJECT):
     """Top-level names of all modules that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse((PROJECT / path).read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0] if not node.level else "fastsae")
-    return found
+    return {name.split(".")[0] for name in imports(path, root)}
 
 
 def test_import_directions():
-    scripts = {script.removesuffix(".py") for script in SCRIPTS}
     assert imported("config.py") <= sys.stdlib_module_names
     assert imported("run_pipeline.py") - sys.stdlib_module_names == {"config"}
-    for path in SOURCES:
-        if path.startswith("fastsae/"):
-            assert not imported(path) & (scripts | {"config"}), path
-        elif path in SCRIPTS:
-            assert not imported(path) & scripts, path
+    assert len(SOURCES) >= 75
+    assert not upward(SOURCES)
     assert {"config", "fastsae", "numpy"} <= imported("extract_activations.py")
+
+
+def upward(paths, root=PROJECT):
+    """The files that import what stands above them: the package a script or config, a script another script, anything a test."""
+    scripts = {script.removesuffix(".py") for script in SCRIPTS}
+    tests = {path.stem for path in (PROJECT / "tests").glob("*.py")} | {"tests"}
+    above = {path: (scripts | {"config"} if path.startswith("fastsae/") else scripts if path in SCRIPTS else set()) | tests
+             for path in paths}
+    return {path for path in paths if imported(path, root) & above[path]} - {"experiments/llm_end_to_end.py"}
+
+
+def test_an_upward_import_in_a_sub_folder_is_seen(tmp_path):
+    deep = tmp_path / "fastsae" / "deep"
+    deep.mkdir(parents=True)
+    (deep / "__init__.py").write_text("")
+    (deep / "up.py").write_text("def f():\n    import train_sae\n")
+    (deep / "test.py").write_text("from conftest import PROJECT\n")
+    (deep / "fine.py").write_text("from fastsae.deep import up\n")
+    assert upward(python_files("fastsae", root=tmp_path), tmp_path) == {"fastsae/deep/up.py", "fastsae/deep/test.py"}
+
+
+def test_circles_are_seen_through_functions_packages_and_relative_imports(tmp_path):
+    deep = tmp_path / "fastsae" / "deep"
+    deep.mkdir(parents=True)
+    (tmp_path / "fastsae" / "__init__.py").write_text("")
+    (deep / "__init__.py").write_text("")
+    (deep / "a.py").write_text("def f():\n    from fastsae.deep.b import g\n")
+    (deep / "b.py").write_text("from ..c import h\n")
+    (tmp_path / "fastsae" / "c.py").write_text("from .deep import a\n")
+    (tmp_path / "fastsae" / "d.py").write_text("import fastsae.c\n")
+    assert circles(module_graph("fastsae", tmp_path)) == [["fastsae.c", "fastsae.deep.a", "fastsae.deep.b"]]
 
 
 @pytest.mark.parametrize("path", SOURCES)

@@ -14,37 +14,53 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 from loopback import Endpoint
+from source_tree import python_files
 
 from fastsae import language_model, storage
 from fastsae.errors import EnvironmentFailure, run_stage
 
-SOURCES = [*PROJECT.glob("*.py"), *(PROJECT / "fastsae").glob("*.py")]
+SOURCES = python_files(".", "fastsae")
+STORAGE = "fastsae/storage.py"
 WRITERS = {"write_text", "write_bytes", "unlink", "rmdir", "mkdir", "makedirs", "removedirs", "rmtree", "copyfile", "copy2", "copytree",
            "symlink_to", "hardlink_to", "mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory", "savez",
            "savez_compressed", "save", "savetxt", "savefig", "to_csv", "tofile", "memmap", "touch", "truncate", "ftruncate",
            "save_pretrained", "save_file",
            "extract", "extractall", "SummaryWriter", "pwrite", "writev", "mknod", "chmod"}
 OF_OS = {"replace", "rename", "renames", "remove", "link", "symlink", "write", "open"}
-ALLOWED = {  # (file, call): why
-    ("artifacts.py", "torch.save"): "into memory", ("monitoring.py", "figure.savefig"): "into memory",
+ALLOWED = {  # (path, call): why
+    ("fastsae/artifacts.py", "torch.save"): "into memory",
+    ("fastsae/monitoring.py", "figure.savefig"): "into memory",
+    ("fastsae/export.py", "save"): "into memory",
     ("train_sae.py", "run.save"): "TrainingRun.save, which calls artifacts.write_checkpoint",
-    ("train_sae.py", "save"): "that, for each run", ("export.py", "save"): "into memory",
-    ("artifacts.py", "archive.open"): "a member of a zip archive in a file of storage",
-    ("monitoring.py", "SummaryWriter"): "TensorBoard's own log, if asked for", ("activations_file.py", "np.memmap"): "mode r",
-    ("language_model.py", "model.save_pretrained"): "into a scratch folder of storage",
-    ("language_model.py", "archive.extract"): "the same",
-    ("language_model.py", "_load(transformers.AutoTokenizer.from_pretrained, str(gguf), EMBEDDED['name']).save_pretrained"): "the same"}
+    ("train_sae.py", "save"): "that, for each run",
+    ("fastsae/artifacts.py", "archive.open"): "a member of a zip archive in a file of storage",
+    ("fastsae/monitoring.py", "SummaryWriter"): "TensorBoard's own log, if asked for",
+    ("fastsae/activations_file.py", "np.memmap"): "mode r",
+    ("fastsae/language_model.py", "model.save_pretrained"): "into a scratch folder of storage",
+    ("fastsae/language_model.py", "archive.extract"): "the same",
+    ("fastsae/language_model.py",
+     "_load(transformers.AutoTokenizer.from_pretrained, str(gguf), EMBEDDED['name']).save_pretrained"): "the same"}
 
 
 def test_nothing_writes_but_storage():
-    found = {}
-    for path in SOURCES:
-        if path.name != "storage.py":
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call) and changes_disk(node):
-                    found[path.name, ast.unparse(node.func)] = node.lineno
-    mine = {(file, call) for file, call in found if not call.startswith(("artifacts.", "storage."))}
-    assert mine <= set(ALLOWED), mine - set(ALLOWED)
+    assert len(SOURCES) >= 45 and STORAGE in SOURCES
+    found = writers(SOURCES, PROJECT)
+    assert found <= set(ALLOWED), found - set(ALLOWED)
+
+
+def writers(paths, root):
+    """{(path, call)} of what changes the disk by another way than storage."""
+    found = {(path, ast.unparse(node.func)) for path in paths if path != STORAGE
+             for node in ast.walk(ast.parse((root / path).read_text())) if isinstance(node, ast.Call) and changes_disk(node)}
+    return {(path, call) for path, call in found if not call.startswith(("artifacts.", "storage."))}
+
+
+def test_a_writer_in_a_sub_folder_is_seen(tmp_path):
+    (tmp_path / "fastsae" / "deep").mkdir(parents=True)
+    (tmp_path / "fastsae" / "deep" / "storage.py").write_text("import os\nos.replace(a, b)\n")  # of that name, but another
+    (tmp_path / "fastsae" / "storage.py").write_text("import os\nos.replace(a, b)\n")
+    paths = python_files("fastsae", root=tmp_path)
+    assert writers(paths, tmp_path) == {("fastsae/deep/storage.py", "os.replace")}
 
 
 def changes_disk(call):
@@ -69,9 +85,10 @@ def test_the_search_for_writers_sees_them(code, expected):
 
 def test_code_of_models_is_never_asked_for():
     """All models, configurations and tokenizers are loaded by `language_model._load`, which says so each time."""
-    said = {path.name: path.read_text().count("trust_remote_code") for path in SOURCES}
-    loaders = {path.name: re.findall(r"(.{7})\w*(?<!def )\.from_pretrained\b(?=\()", path.read_text()) for path in SOURCES}
-    assert {name: n for name, n in said.items() if n} == {"language_model.py": 1} and not any(loaders.values())
+    texts = {path: (PROJECT / path).read_text() for path in SOURCES}
+    said = {path: text.count("trust_remote_code") for path, text in texts.items()}
+    loaders = {path: re.findall(r"(.{7})\w*(?<!def )\.from_pretrained\b(?=\()", text) for path, text in texts.items()}
+    assert {path: n for path, n in said.items() if n} == {"fastsae/language_model.py": 1} and not any(loaders.values())
     seen = {}
     language_model._load(lambda located, **options: seen.update(options), "org/model", "org/model")
     assert seen["trust_remote_code"] is False

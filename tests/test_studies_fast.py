@@ -186,6 +186,16 @@ def test_results_hold_names_of_files_and_no_folder_of_a_machine(tmp_path, monkey
     assert written == {"data": "data.jsonl", "several": ["a.pt", "b.pt"], "hub": "owner/name", "home": "y.txt", "n": 3}
 
 
+def test_the_code_version_follows_sub_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "PROJECT", tmp_path)
+    versions = set()
+    for name in ("config.py", "fastsae/a.py", "fastsae/deep/b.py", "experiments/deep/c.py", "fastsae/deep/moved.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("same")
+        versions.add(common.code_version.__wrapped__())
+    assert len(versions) == 5
+
+
 def test_no_result_names_a_folder_of_a_machine():
     def texts(value):
         if isinstance(value, dict):
