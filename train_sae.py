@@ -297,8 +297,10 @@ def finish(run, tokens, device):
 
 def sae_config(d, settings):
     """What `autoencoder.new_sae` builds from; HypotheSAEs counts dead features in steps."""
+    from fastsae.formats import trained_architecture
+
     prefixes = list(settings.MATRYOSHKA_PREFIXES) if settings.USE_MATRYOSHKA else None
-    architecture = "batchtopk" if settings.USE_BATCH_TOPK else settings.ARCHITECTURE
+    architecture = trained_architecture(settings.values)
     return {"input_dim": d, "m_total_neurons": settings.M, "k_active_neurons": settings.K, "prefix_lengths": prefixes,
             "aux_k": min(2 * settings.K, settings.M) if settings.AUX_K is None else settings.AUX_K, "architecture": architecture,
             "dead_neuron_threshold_steps": -(-settings.DEAD_AFTER_TOKENS // settings.BATCH_SIZE)}
@@ -364,6 +366,8 @@ def epoch_line(run, tokens, settings):
 
 
 def print_results(metrics, timing, settings):
+    from fastsae.formats import target_k
+
     print(f"epochs: {metrics['epochs']}, best {metrics['best_epoch']}; {timing['seconds']} s"
           + (f", {timing['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in timing else "") + f" ({timing['device']})")
     prefixes = ", ".join(f"{end} features {value:.3f}" for end, value in metrics["prefix_normalized_mse"].items())
@@ -371,8 +375,7 @@ def print_results(metrics, timing, settings):
           f"dead {100 * metrics['dead_fraction']:.1f} %, MSE {metrics['mse']:.4g}")
     if metrics["normalized_mse"] >= 1:
         print("warning: normalised MSE is not below 1: worse than the mean activation. train longer, or raise --k or --m.")
-    has_k = settings.ARCHITECTURE in ("topk", "batchtopk") or (settings.ARCHITECTURE, settings.JUMPRELU_LOSS) == ("jumprelu", "target")
-    if has_k and abs(metrics["l0"] - settings.K) > 0.25 * settings.K:
+    if target_k(settings.values) and abs(metrics["l0"] - settings.K) > 0.25 * settings.K:
         print(f"warning: L0 {metrics['l0']:.2f} is not near K = {settings.K}. with BatchTopK or JumpReLU train longer; else lower --k.")
     if metrics["dead_fraction"] > 0.05:
         print("warning: over 5 % of the features are dead. lower --m, raise --aux-k, or give more data.")

@@ -13,6 +13,7 @@ import config
 from fastsae import language_model
 from fastsae.errors import InputError
 from fastsae.examples import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
+from fastsae.formats import architecture_of
 from fastsae.sources import Deduplicator, identity, stream_examples
 from fastsae.tokens import chosen_tokens, usable_tokens
 
@@ -44,7 +45,7 @@ class Subject:
     def describe(self):
         """What a result says of it."""
         sae = self.sae
-        return {"checkpoint": self.name, "layer": self.layer, "model": self.model_name, "architecture": sae.architecture,
+        return {"checkpoint": self.name, "layer": self.layer, "model": self.model_name, "architecture": architecture_of(sae),
                 "m": sae.m_total_neurons, "k": sae.k_active_neurons,
                 "normalized_mse_on_validation": self.meta.get("metrics", {}).get("normalized_mse")}
 

@@ -52,6 +52,12 @@ def config_of(sae):
     return {**config, "architecture": sae.architecture} if sae.architecture in ("jumprelu", "gated") else config
 
 
+def with_architecture(config, meta):
+    """A checkpoint's config with the architecture, which `config_of` leaves out of a standard one's."""
+    is_standard = meta.get("settings", {}).get("ARCHITECTURE") == "standard"
+    return {**config, "architecture": "standard"} if is_standard else config
+
+
 def reference_step(sae, x, dead, *, aux_coef):
     """The slow twin of `sparse_step`: HypotheSAEs' own forward and loss and autograd, with the same corrections to aux-k."""
     sae.zero_grad(set_to_none=True)
@@ -116,9 +122,9 @@ def load_sae(path, device="cpu"):
         path = files[0]
     checkpoint = artifacts.read_checkpoint(path)
     try:
-        sae = new_sae(checkpoint["config"], device)
-        sae.load_state_dict(checkpoint["state_dict"])
         meta = checkpoint["meta"]
+        sae = new_sae(with_architecture(checkpoint["config"], meta), device)
+        sae.load_state_dict(checkpoint["state_dict"])
     except (KeyError, TypeError, RuntimeError, AssertionError, AttributeError) as error:
         raise EnvironmentFailure(f"{path}: is no checkpoint of train_sae.py ({type(error).__name__}). run train_sae.py.") from None
     return sae.eval(), meta

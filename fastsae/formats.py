@@ -104,13 +104,38 @@ def load_foreign(path, device="cpu"):
         "max_norm": None, "validation_examples": [], "metrics": {}, "source": {**about, "path": str(path)}}
 
 
-def architecture_of(sae):
-    """topk, batchtopk, standard or jumprelu: what the module computes. A standard one is kept as BatchTopK with a threshold of 0."""
-    if not sae.use_batch_topk:
-        return "topk"
-    if sae.threshold.ndim:
-        return "jumprelu"
-    return "standard" if float(sae.threshold) <= 0 else "batchtopk"
+def architecture_of(sae) -> str:
+    """What the module computes: topk, batchtopk, standard or jumprelu; gated only while it is trained.
+
+    The answer lies in the module: `new_sae` and `load_sae` put it there. A saved gated one computes
+    JumpReLU. `trained_architecture` says what a checkpoint was trained as, `architecture_text` both.
+    """
+    return sae.architecture
+
+
+def trained_architecture(settings) -> str:
+    """The architecture that the settings of a training name; USE_BATCH_TOPK makes topk batchtopk."""
+    return "batchtopk" if settings.get("USE_BATCH_TOPK") else settings["ARCHITECTURE"]
+
+
+def architecture_text(settings) -> str:
+    """What an autoencoder trained with `settings` computes, and as what it was trained if that differs."""
+    trained = trained_architecture(settings)
+    return "jumprelu (trained as gated)" if trained == "gated" else trained
+
+
+def nested_prefixes(settings) -> list[int]:
+    """The Matryoshka prefixes of a training with `settings`; [] without any."""
+    prefixes = settings.get("MATRYOSHKA_PREFIXES") if settings.get("USE_MATRYOSHKA", True) else None
+    return list(prefixes) if prefixes and len(prefixes) > 1 else []
+
+
+def target_k(settings) -> int | None:
+    """How many features per token the training aimed at; None where nothing fixes their number."""
+    trained = trained_architecture(settings)
+    aimless = trained in ("standard", "gated") or (
+        trained == "jumprelu" and settings.get("JUMPRELU_LOSS", "target") != "target")
+    return None if aimless else settings.get("K")
 
 
 def check_fit(path, sae, meta, activations_path, activations_meta, d, setting):

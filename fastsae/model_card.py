@@ -9,7 +9,7 @@ import re
 
 from fastsae import artifacts
 from fastsae.export import dataset_name, folder_of, hub_id
-from fastsae.formats import is_plain_text, short_name
+from fastsae.formats import architecture_text, is_plain_text, nested_prefixes, short_name, target_k, trained_architecture
 
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("l0", "L0"),
            ("dead_fraction", "dead features"), ("cosine_similarity", "cosine similarity"), ("mse", "MSE (FAST, eq. 7)"))
@@ -96,10 +96,11 @@ def figures(entries):
     lines = ["| file | architecture | M | K | " + " | ".join(shown for _, shown in METRICS) + " |", "|---" * (len(METRICS) + 4) + "|"]
     for path, meta in entries:
         s = meta["settings"]
-        lines.append(f"| `{path.name}` | {architecture(meta)} | {s['M']} | {s['K'] if s['ARCHITECTURE'] != 'standard' else ''} | "
+        prefixes = ", prefixes " * bool(nested_prefixes(s)) + ", ".join(map(str, nested_prefixes(s)))
+        lines.append(f"| `{path.name}` | {architecture_text(s)}{prefixes} | {s['M']} | {target_k(s) or ''} | "
                      + " | ".join(f"{meta['metrics'][name]:.4g}" for name, _ in METRICS) + " |")
     metrics = entries[0][1]["metrics"]
-    kinds = sorted({architecture(meta) for _, meta in entries})
+    kinds = sorted({trained_architecture(meta["settings"]) for _, meta in entries})
     return [*lines, "", f"On {metrics['n_validation_tokens']:,} tokens of examples that were not trained on. Normalised MSE is the squared "
             "error over the variance about the mean.", "", *(f"{kind}: {DOES[kind]}." for kind in kinds)]
 
@@ -107,7 +108,7 @@ def figures(entries):
 def loading(entries):
     """Code for each library that can hold the architecture faithfully."""
     path, meta = entries[0]
-    kind, block = architecture(meta), meta["activations"]["settings"]["LAYER_IDX"] - 1
+    kind, block = trained_architecture(meta["settings"]), meta["activations"]["settings"]["LAYER_IDX"] - 1
     saelens, sparsify = (folder_of(path, name).name for name in ("saelens", "sparsify"))
     lines = ["With this project:", *block_of("from fastsae import load_sae", "", f'sae = load_sae("{path.name}")',
                                              "features = sae.encode(activations)  # (n, M) of (n, d)",
@@ -134,10 +135,6 @@ def with_export(path, kind, name, *code_lines):
 def block_of(*lines):
     """A block of Python code."""
     return ["", "```python", *lines, "```", ""]
-
-
-def architecture(meta):
-    return "batchtopk" if meta["settings"].get("USE_BATCH_TOPK") else meta["settings"]["ARCHITECTURE"]
 
 
 def settings_of(meta):

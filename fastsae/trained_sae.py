@@ -7,7 +7,7 @@ import torch
 from fastsae import autoencoder
 from fastsae.errors import InputError
 from fastsae.examples import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
-from fastsae.formats import is_plain_text
+from fastsae.formats import architecture_of, architecture_text, is_plain_text, nested_prefixes, target_k
 from fastsae.language_model import ResidualModel, choose_device, load_tokenizer
 from fastsae.sparse_step import Entries
 from fastsae.tables import read_labels
@@ -131,10 +131,13 @@ class TrainedSae:
         return tokenizer, model, source
 
     def __repr__(self):
-        sae, source, metrics = self.sae, self.meta.get("activations") or {}, self.meta.get("metrics") or {}
-        what = f"{sae.architecture} autoencoder: {self.n_features} features of {self.d} dimensions, K = {sae.k_active_neurons}"
-        if sae.prefix_lengths and len(sae.prefix_lengths) > 1:
-            what += f", prefixes {', '.join(map(str, sae.prefix_lengths))}"
+        source, metrics = self.meta.get("activations") or {}, self.meta.get("metrics") or {}
+        settings = self.meta.get("settings") or {"ARCHITECTURE": architecture_of(self.sae)}
+        k = target_k(settings)
+        what = f"{architecture_text(settings)} autoencoder: {self.n_features} features of {self.d} dimensions"
+        what += f", K = {k}" if k else ""
+        if prefixes := nested_prefixes(settings):
+            what += f", prefixes {', '.join(map(str, prefixes))}"
         where = f"layer {(source.get('settings') or {}).get('LAYER_IDX')} of {source.get('model_name')}"
         figures = [f"{label} {metrics[name]:.3g}" for name, label in
                    (("normalized_mse", "normalised MSE"), ("l0", "L0"), ("dead_fraction", "dead")) if name in metrics]

@@ -15,7 +15,14 @@ from fastsae.architectures import Normalisation
 from fastsae.autoencoder import decode, encode, inference_form, load_sae, new_sae, save_sae
 from fastsae.errors import EnvironmentFailure, InputError
 from fastsae.fine_tuning import check_start, start_from
-from fastsae.formats import architecture_of, check_fit, content_sha256
+from fastsae.formats import (
+    architecture_of,
+    architecture_text,
+    check_fit,
+    content_sha256,
+    trained_architecture,
+)
+from fastsae.trained_sae import TrainedSae
 
 D, M, K = 12, 40, 4
 SOURCE = {"settings": {"LAYER_IDX": 12, "USE_CHAT_TEMPLATE": True, "MAX_LENGTH": 512}, "fingerprint": "f" * 64,
@@ -533,6 +540,39 @@ def test_a_start_that_does_not_follow_is_refused():
         assert part in text
     with pytest.raises(InputError, match="a threshold of its own for each feature"):
         check_start("path", trained("jumprelu"), "batchtopk", d=D, m=M, k=K)
+
+
+# Which architecture it is: one answer
+
+@pytest.mark.parametrize(("kind", "settings", "said"), [
+    ("topk", {"ARCHITECTURE": "topk"}, "topk autoencoder: 40 features of 12 dimensions, K = 4"),
+    ("matryoshka", {"ARCHITECTURE": "topk", "USE_MATRYOSHKA": True, "MATRYOSHKA_PREFIXES": [10, 40]},
+     "topk autoencoder: 40 features of 12 dimensions, K = 4, prefixes 10, 40"),
+    ("topk", {"ARCHITECTURE": "topk", "USE_MATRYOSHKA": False, "MATRYOSHKA_PREFIXES": [10, 40]},
+     "topk autoencoder: 40 features of 12 dimensions, K = 4"),
+    ("batchtopk", {"ARCHITECTURE": "topk", "USE_BATCH_TOPK": True},
+     "batchtopk autoencoder: 40 features of 12 dimensions, K = 4"),
+    ("standard", {"ARCHITECTURE": "standard"}, "standard autoencoder: 40 features of 12 dimensions"),
+    ("jumprelu", {"ARCHITECTURE": "jumprelu", "JUMPRELU_LOSS": "target"},
+     "jumprelu autoencoder: 40 features of 12 dimensions, K = 4"),
+    ("jumprelu", {"ARCHITECTURE": "jumprelu", "JUMPRELU_LOSS": "step"},
+     "jumprelu autoencoder: 40 features of 12 dimensions"),
+    ("gated", {"ARCHITECTURE": "gated"}, "jumprelu (trained as gated) autoencoder: 40 features of 12 dimensions")])
+def test_which_architecture_it_is(tmp_path, kind, settings, said):
+    """The module, what is printed of it, the model card and an export that comes back say the same."""
+    sae, settings = trained(kind), {"M": M, "K": K, **settings}
+    metadata = artifacts.new_metadata("sae", settings, {}, activations=SOURCE)
+    save_sae(tmp_path / "a.pt", sae, metadata)
+    loaded, meta = load_sae(tmp_path / "a.pt")
+    computes = {"gated": "jumprelu"}.get(trained_architecture(settings), trained_architecture(settings))
+    assert architecture_of(loaded) == computes == architecture_of(sae)
+    assert repr(TrainedSae(loaded, meta)).splitlines()[0] == said
+    assert architecture_text(meta["settings"]) == said.partition(" autoencoder")[0]
+    export.export(tmp_path / "a.pt", ["saelens"])
+    again, meta = load_sae(tmp_path / "a.saelens")
+    exported = {"batchtopk": "jumprelu"}.get(computes, computes)
+    assert architecture_of(again) == architecture_text(meta["settings"]) == exported
+    assert repr(TrainedSae(again, meta)).startswith(f"{exported} autoencoder")
 
 
 # The scripts
