@@ -64,7 +64,7 @@ def main():
         n_values = len(table.ids) * model_config.hidden_size * len(computed)
         extraction.require_disk_space(settings.activations_path, n_values, settings.STORAGE_DTYPE)
 
-        device = world.device(language_model.choose_device(settings.DEVICE))
+        device = language_model.choose_device(settings.DEVICE)
         model = language_model.ResidualModel(settings.MODEL_NAME, computed, device=device,
                                              dtype=language_model.choose_dtype(settings.DTYPE, device), **source)
         for about in missing.values():

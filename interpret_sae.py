@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import config
-from fastsae import activations_file, artifacts, formats, llm_client, progress, storage, tables
+from fastsae import activations_file, artifacts, formats, llm_client, progress, ranks, storage, tables
 from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, end, run_stage
 
 SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens, sparsify, ...; none = the run's own
@@ -58,6 +58,7 @@ OPTIONAL = ("score", "score_name", "fidelity_f1", "fidelity_precision", "fidelit
 def main():
     settings = config.resolve(__file__)
     started = progress.start(quiet=settings.QUIET)
+    ranks.require_one_process("interpret_sae.py", "start it once, without torchrun.")
     settings.show()
     if settings.TEXT is not None:
         from fastsae.trained_sae import describe_text

@@ -127,7 +127,8 @@ def train_all(plans, source, settings):
     print(f"activations: {source['model_name']}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
     device = choose_device(settings.DEVICE)
-    device = parallel.start("cpu" if device == "mps" else device)  # mps has no sparse products
+    device = "cpu" if device == "mps" else device  # which has no sparse products
+    parallel.start(device)
     for name, refused in (("RESAMPLE_EVERY", settings.RESAMPLE_EVERY), ("ENGINE", settings.ENGINE == "reference")):
         if refused and parallel.together():
             raise InputError(f"{name}: looks at one process's tokens only. leave it out under torchrun, or train without torchrun.")

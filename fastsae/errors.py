@@ -68,8 +68,8 @@ def stop_asked():
 
 
 def stop_if_asked():
-    """For work that can be cut short anywhere. Not under torchrun, whose other processes would wait for this one."""
-    if stop_asked() and "RANK" not in os.environ:
+    """For work that can be cut short anywhere. Not where other processes would wait for this one."""
+    if stop_asked() and not _stage["joined"]:
         stop()
 
 
@@ -81,12 +81,22 @@ def stop():
 REMEDIES = {"free some space": (errno.ENOSPC, errno.EDQUOT), "check the folder's rights": (errno.EACCES, errno.EPERM, errno.EROFS),
             "move away what is there": (errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check the disk": (errno.EIO, errno.ESTALE),
             "give shorter names": (errno.ENAMETOOLONG,), "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE)}
-_stage: dict[str, Any] = {"at_end": [], "log_folder": None}
+_stage: dict[str, Any] = {"at_end": [], "log_folder": None, "in_pipeline": False, "joined": False}
 
 
 def at_end(action):
     """Have `action()` called when the stage ends, however it does."""
     _stage["at_end"].append(action)
+
+
+def in_pipeline() -> bool:
+    """Whether run_pipeline.py started this stage."""
+    return _stage["in_pipeline"]
+
+
+def joined_others() -> None:
+    """From here on this process takes steps together with others, which wait for it."""
+    _stage["joined"] = True
 
 
 def keep_log_in(folder):
@@ -149,14 +159,15 @@ def end(code):
     with contextlib.suppress(OSError):  # nobody reads
         sys.stdout.flush()
         sys.stderr.flush()
-    if code or "RANK" in os.environ:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13)
+    if code or _stage["joined"]:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13)
         os._exit(code)
     sys.exit(code)
 
 
 def end_with_parent():
     """Under run_pipeline.py, whose end closes our stdin: stop then as at SIGTERM, even if it was killed."""
-    if os.environ.pop("FASTSAE_STDIN_ENDS_WITH_PARENT", None):
+    _stage["in_pipeline"] = bool(os.environ.pop("FASTSAE_STDIN_ENDS_WITH_PARENT", None))
+    if _stage["in_pipeline"]:
         threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fastsae import artifacts, progress, storage
+from fastsae import artifacts, progress, ranks, storage
 from fastsae.errors import EnvironmentFailure, InputError, StageError
 from fastsae.sources import place
 from fastsae.tokens import token_norms
@@ -62,11 +62,7 @@ class World:
     """
 
     def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank, self.local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-    def device(self, device):
-        return f"cuda:{self.local_rank}" if device == "cuda" and self.size > 1 else device
+        self.rank, self.size, _, self.local_size = ranks.current()
 
     def use_own_cores(self):
         if self.size > 1:  # torchrun gives each process one thread
@@ -106,7 +102,9 @@ class Forward:
         self.prefix = None
         if self.n_prefix:
             self.prefix, streams = model.read_prefix(torch.from_numpy(table.ids[:self.n_prefix].astype(np.int64)))
-            self.prefix_rows = {layer: self._storable(stream, [(0, self.n_prefix)]).numpy() for layer, stream in streams.items()}
+            self.prefix_rows = {  # needed at once, so not pinned: a copy into pinned memory would be on its way still
+                layer: self._storable(stream, [(0, self.n_prefix)], pin=False).numpy()
+                for layer, stream in streams.items()}
             self.n_prefix = self.n_prefix if self.prefix else 0
 
     def chunk(self, first, last, progress):
@@ -137,12 +135,8 @@ class Forward:
         try:
             streams = self.model(self._padded(batch), self.prefix)
             real = [(i, int(self.table.lengths[i]) - self.n_prefix) for i in batch]
-            rows = {layer: self._storable(stream, real) for layer, stream in streams.items()}
-            event = None
-            if self.model.device.startswith("cuda"):
-                event = torch.cuda.Event()
-                event.record()
-            return [(batch, rows, event)]
+            rows = {layer: self._storable(stream, real, pin=self.pin) for layer, stream in streams.items()}
+            return [(batch, rows, self._copied())]
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
                     or "not enough memory" in str(error)):
@@ -170,9 +164,22 @@ class Forward:
             ids[row, :length] = torch.from_numpy(self.table.ids[start:start + length])
         return ids
 
-    def _storable(self, stream, real):
+    def _copied(self):
+        """A CUDA event that comes when the rows on their way have arrived on the host; None where copies are waited for.
+
+        It goes with the stream of the model's own device, which need not be the current one.
+        """
+        import torch
+
+        if not self.model.device.startswith("cuda"):
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.model.device))
+        return event
+
+    def _storable(self, stream, real, *, pin):
         try:
-            return storable(stream, real, self.storage_dtype, lambda i: place(self.dataset_name, self.table.lines[i]), pin=self.pin)
+            return storable(stream, real, self.storage_dtype, lambda i: place(self.dataset_name, self.table.lines[i]), pin=pin)
         except InputError as error:
             raise self._own(error) from error
 
@@ -255,15 +262,22 @@ def extract_parts(forward, chunks, folder, plan, world):
                 except FileNotFoundError:  # rank 0 has seen the last part, used it and cleared up before this process had its fsync
                     if not world.rank:
                         raise
-        others = [i for i in missing if i % world.size != world.rank] if world.rank == 0 else []
-        while others:
-            there = [i for i in others if paths[i].exists()]
-            for i in there:
-                bar.update(n_tokens[i])
-            others = [i for i in others if i not in there]
-            if others:
-                time.sleep(0.2)
+        if world.rank == 0:
+            await_parts({i: paths[i] for i in missing if i % world.size}, n_tokens, world, bar.update)
     return paths
+
+
+def await_parts(others, n_tokens, world, progress):
+    """Return when all parts {number: path} of the other ranks are there; says for whom it waits."""
+    waiting = ranks.Waiting()
+    while others:
+        for i in [i for i, path in others.items() if path.exists()]:
+            progress(n_tokens[i])
+            del others[i]
+        if others:
+            waiting.say(ranks.listed({i % world.size for i in others}),
+                        f"to write {len(others)} more parts")
+            time.sleep(0.2)
 
 
 def split_shards(lengths, shard_tokens: int) -> list[tuple[int, int]]:

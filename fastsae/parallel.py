@@ -4,27 +4,100 @@ Each process takes its slice of every batch. Sums over the batch (gradients, var
 threshold and the counters of dead features look at all slices, so N processes do what one does with the same batch.
 """
 import os
+import socket
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from fastsae import errors, ranks
+from fastsae.errors import EnvironmentFailure, InputError
+
+PATIENCE = timedelta(minutes=30)  # of a process that waits for another one
+
 
 def world():
     """(rank, number of processes)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return ranks.current()[:2]
 
 
-def start(device):
-    """Join the others, and return this process's device."""
-    size = world()[1]
-    if device == "cuda" and size > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+def start(device: str) -> None:
+    """Join the other processes that train on the same data, each on its `device`; alone, do nothing.
+
+    Says for whom it waits. InputError where nothing says where they meet, or where processes of one
+    machine would share a CUDA device; EnvironmentFailure where the others do not come.
+    """
+    rank, size, _, local_size = ranks.current()
+    if size == 1 or dist.is_initialized():
+        return
+    store = _meet(rank, size)
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():  # counts and flags are kept on the CPU, which NCCL does not serve
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30))
-    return device
+        _require_own_devices(store, rank, size, device)
+    # Counts and flags are kept on the CPU, which NCCL does not serve.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+                            store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    errors.joined_others()
+
+
+def _meet(rank, size):
+    """The store that all processes share, once all have come to it."""
+    store, deadline, waiting = _store(rank, size), time.monotonic() + PATIENCE.total_seconds(), ranks.Waiting()
+    store.set(f"here/{rank}", "")
+    missing = set(range(size))
+    while missing := {other for other in missing if not store.check([f"here/{other}"])}:
+        waiting.say(ranks.listed(missing), f"of {size} to start this stage")
+        if time.monotonic() > deadline:
+            raise EnvironmentFailure(f"WORLD_SIZE: {ranks.listed(missing)} of {size} did not come. "
+                                     "start all processes, or look at what they said.")
+        time.sleep(0.05)
+    return store
+
+
+def _store(rank, size):
+    """A connection to the store at MASTER_ADDR and MASTER_PORT, which rank 0 opens unless torchrun did."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise InputError(f"{name}: is not set, so {size} processes cannot find each other. start the stage "
+                             "with torchrun, or set MASTER_ADDR and MASTER_PORT to where rank 0 runs.")
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise InputError(f"MASTER_PORT: expected a port from 1 to 65535, got {ascii(port)}. choose a free one.")
+    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not opens:
+        _await_answer(host, int(port))
+    try:
+        store = dist.TCPStore(host, int(port), size, opens, timeout=PATIENCE, wait_for_workers=False, multi_tenant=True)
+    except RuntimeError as error:
+        brief = str(error).splitlines()[0][:200]
+        raise EnvironmentFailure(f"MASTER_PORT: {host}:{port} cannot be used ({brief}). choose another one.") from None
+    return dist.PrefixStore(f"fastsae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _await_answer(host, port):
+    """Return when somebody listens there. (TCPStore's own tries print a page each, and no signal ends them.)"""
+    deadline, waiting = time.monotonic() + PATIENCE.total_seconds(), ranks.Waiting()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=2).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise EnvironmentFailure(f"MASTER_ADDR: no answer from {host}:{port} ({error.strerror or error}). "
+                                         "start rank 0 there.") from None
+            waiting.say("rank 0", f"to answer at {host}:{port} ({error.strerror or error})")
+            time.sleep(0.2)
+
+
+def _require_own_devices(store, rank, size, device):
+    """NCCL needs a CUDA device for each process."""
+    properties = torch.cuda.get_device_properties(device)
+    store.set(f"device/{rank}", f"{os.uname().nodename} {getattr(properties, 'uuid', device)}")
+    taken = [store.get(f"device/{other}") for other in range(size)]
+    if len(set(taken)) < size:
+        mine = [other for other in range(size) if taken[other] == taken[rank]]
+        raise InputError(f"DEVICE: {ranks.listed(mine)} would train on the same {device}. start one process for each "
+                         "GPU, with --device cuda.")
 
 
 def wait_for_all():

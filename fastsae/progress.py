@@ -5,6 +5,8 @@ import os
 import sys
 import time
 
+from fastsae import errors, ranks
+
 
 class OnlyImportant(io.TextIOBase):
     """Stands for stdout when QUIET: lets through warnings and summary lines."""
@@ -24,8 +26,11 @@ class OnlyImportant(io.TextIOBase):
 def start(*, quiet: bool) -> float:
     """The time, for `summary`. With `quiet` stdout carries only warnings and summaries from here on (`run_stage` undoes it).
 
-    Of torchrun's processes rank 0 speaks for all.
+    Of torchrun's processes rank 0 speaks for all; variables that describe no such process are
+    an InputError, and so are several processes of the whole pipeline.
     """
+    if errors.in_pipeline():
+        ranks.require_one_process("run_pipeline.py", "give torchrun the stages one by one.")
     if _silent():
         sys.stdout = open(os.devnull, "w")
     elif quiet:
@@ -34,7 +39,7 @@ def start(*, quiet: bool) -> float:
 
 
 def _silent():
-    return int(os.environ.get("RANK", 0)) > 0
+    return ranks.current().rank > 0
 
 
 def bar(total: int, desc: str, unit: str, **options):

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fastsae import errors
+from fastsae import errors, ranks
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)       # a file system without locks, as some network ones
 NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -216,7 +216,7 @@ def claim(path, instead):
     `.<name>.lock` says who holds it. Of torchrun's processes rank 0 takes it for all. Where no lock can be had, a warning says so.
     """
     errors.keep_log_in(path.parent)
-    if int(os.environ.get("RANK", 0)):
+    if ranks.current().rank:
         return
     lock = path.with_name(f".{path.name}.lock")
     try:

@@ -195,6 +195,7 @@ def test_a_read_only_folder_can_still_be_up_to_date(tmp_path, monkeypatch, capsy
 
 def test_other_ranks_take_no_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_stage(lambda: storage.claim(tmp_path / "none" / "a.npz", "--output-dir")) == 0
     assert list(tmp_path.iterdir()) == []
 
