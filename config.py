@@ -313,10 +313,10 @@ AT_LEAST = {"LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATC
             "N_EPOCHS": 1, "PATIENCE": 1, "N_TOP_NEURONS": 0, "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0, "SPARSITY_WARMUP_STEPS": 0,
             "BUFFER_TOKENS": 6, "MAX_TRAIN_TOKENS": 2, "L1_COEFFICIENT": 0, "L0_COEFFICIENT": 0, "RESAMPLE_EVERY": 1, "SEEDS": 0,
             "K_LIST": 1, "L1_COEFFICIENT_LIST": 0, "N_REPORT_FEATURES": 1, "N_SCORED_FEATURES": 0, "N_FIDELITY_EXAMPLES": 0,
-            "N_HYPOTHESES": 1}
+            "N_HYPOTHESES": 1, "TEST_FRACTION": 0}
 ABOVE = {"LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0, "LLM_TIMEOUT": 0, "SAVE_EVERY": 0,
          "LR_DECAY_FRACTION": 0, "INIT_ENCODER_SCALE": 0, "JUMPRELU_BANDWIDTH": 0}
-AT_MOST = {"SEED": 2 ** 63 - 1, "SEEDS": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "LR_DECAY_FRACTION": 1}
+AT_MOST = {"SEED": 2 ** 63 - 1, "SEEDS": 2 ** 63 - 1, "VALIDATION_FRACTION": 0.99, "TEST_FRACTION": 0.98, "LR_DECAY_FRACTION": 1}
 CHOICES = {"DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"), "PROCESSING": ("example", "block"),
            "POOLING": ("max", "mean"), "ENGINE": ("sparse", "reference"),
            "SELECT_DTYPE": ("float32", "bfloat16"), "LR_SCHEDULE": ("constant", "linear", "cosine"),
@@ -385,6 +385,9 @@ def check_features(values, require):
     """M, K, AUX_K and the prefixes against each other."""
     if not {"M", "K", "AUX_K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES"} <= set(values):
         return
+    held_out = values.get("VALIDATION_FRACTION", 0) + values.get("TEST_FRACTION", 0)
+    require(held_out < 1, "TEST_FRACTION", f"with VALIDATION_FRACTION it is {held_out:g}, and nothing is left to train on",
+            "lower --test-fraction")
     m, prefixes = values["M"], values["MATRYOSHKA_PREFIXES"]
     for name in ("K", "K_LIST"):
         k = max(_each(values.get(name)), default=0)

@@ -43,7 +43,6 @@ NEURONPEDIA_SET: str | None = None      # also write upload batches under neuron
 NEURONPEDIA_MODEL: str | None = None    # Neuronpedia's id of the model; none = the model's own name in lower case
 
 N_TOP_TOKENS, N_TOP_EXAMPLES, N_LENS_TOKENS, N_LENS_COLUMN = 8, 5, 20, 8
-AUC_BOUND = 0.8  # a feature above this separates its category well; the report counts them
 COLUMNS = ("feature", "label", "label_source", "status", "density", "max_activation", "top_tokens",
            *(f"top_example_{i}" for i in range(1, N_TOP_EXAMPLES + 1)), "best_category", "category_auc",
            "score", "fidelity_f1", "matryoshka_level", "promoted_tokens", "suppressed_tokens", "special_token_share")
@@ -200,8 +199,8 @@ class Features:
         self.rows = self.evidence.rows(N_TOP_TOKENS)
         for row in self.rows:
             row.update(dict.fromkeys(OPTIONAL), best_category="", category_auc=None, promoted_tokens="", suppressed_tokens="")
-        self.auc, self.shuffled = add_categories(self.rows, self.evidence.statistics, self.labels(), settings.POOLING, settings.SEED,
-                                                 self.evidence.text_numbers)
+        self.categories = add_categories(self.rows, self.evidence.statistics, self.labels(), settings.POOLING, settings.SEED,
+                                         self.evidence.text_numbers)
         self.lens = add_lens(self.rows, self.evidence, locate(self.source["model_name"], settings.CACHE_DIR),
                              {"revision": self.source["model_revision"], "cache_dir": settings.CACHE_DIR}, N_LENS_TOKENS, N_LENS_COLUMN)
 
@@ -228,8 +227,8 @@ class Features:
     def choose(self, n):
         """The features to label: alive ones by category AUC where there are labels, else by total activation."""
         s = self.evidence.statistics
-        score = s.total if self.auc is None else np.nan_to_num(self.auc, nan=-1)
-        order = np.argsort(-score, kind="stable")
+        first = np.zeros(s.m) if self.categories is None else np.where(self.categories.named, self.categories.auc, 0)
+        order = np.lexsort((-s.total, -first))
         return [int(j) for j in order if s.count[j] > 0][:n]
 
     def hypotheses(self):
@@ -253,11 +252,10 @@ class Features:
 
     def summary(self):
         """Counts over all features, for the report and the tables' first line."""
+        from fastsae import report_run
+
         counts = {"n_features": len(self.rows), "n_dead": sum(row["status"] == "dead" for row in self.rows)}
-        if self.auc is not None:
-            counts |= {"auc_bound": AUC_BOUND, "n_above_auc_bound": int((self.auc > AUC_BOUND).sum()),
-                       "n_above_auc_bound_shuffled": float((self.shuffled > AUC_BOUND).mean() * len(self.rows))}
-        return counts
+        return counts if self.categories is None else counts | self.categories.summary(report_run.AUC_BOUND)
 
 
 def labelling(features, backend, labelled, settings):
@@ -337,9 +335,10 @@ def print_results(features, work, folder):
     if work:
         spent = work.asker.spent
         print(f"LLM: {spent['calls']:,} calls now, {spent['prompt_tokens']:,} tokens in, {spent['completion_tokens']:,} out")
-    if features.auc is not None:
-        print(f"category AUC above {AUC_BOUND}: {counts['n_above_auc_bound']} features; with shuffled labels "
-              f"{counts['n_above_auc_bound_shuffled']:.1f} on average")
+    if features.categories is not None:
+        print(f"categories: {counts['n_with_category']} features separate one better than chance, "
+              f"{counts['n_above_auc_bound']} with an AUC above {counts['auc_bound']}; with shuffled labels "
+              f"{counts['n_with_category_shuffled']:.1f} and {counts['n_above_auc_bound_shuffled']:.1f} on average")
     elif any(example.label is not None for example in features.examples):
         print(f"category AUC: none, for too few examples share a value of {features.settings.LABEL_FIELD}")
     for row in sorted(alive, key=lambda row: (-(row["category_auc"] or 0), -row["max_activation"]))[:5]:

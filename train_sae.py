@@ -22,6 +22,7 @@ import config
 from fastsae import artifacts, progress, storage
 from fastsae.activations_file import read_metadata
 from fastsae.errors import EnvironmentFailure, InputError, Terminated, deferred_stop, end, run_stage, stop, stop_asked
+from fastsae.tokens import TEST, VALIDATION
 
 ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
 M: int = 256                                       # features
@@ -51,7 +52,8 @@ INIT_CENTRE: str = "median"                        # b_dec at the start: median,
 INIT_ENCODER_SCALE: float | None = None            # encoder rows at the start / decoder rows; none = by least squares; HypotheSAEs: 1
 BUFFER_TOKENS: int = 1_000_000                     # kept in memory; beyond, they are mixed in a buffer of that size as they are read
 CLIP_GRAD: float | None = 1.0                      # bound of the gradient's norm; none = no bound
-VALIDATION_FRACTION: float = 0.1                   # part of the examples (not of the tokens) kept for validation
+VALIDATION_FRACTION: float = 0.1                   # part of the examples (not of the tokens) that chooses the best epoch
+TEST_FRACTION: float = 0.1                         # part of the examples that decides nothing and gives the reported figures; 0 = none
 MAX_TRAIN_TOKENS: int | None = None                # train on the first so many tokens only, in the order of the file; none = all
 USE_TOKENS: str = "all"                            # all; content: not the chat template's; assistant: the assistant's own text
 EXCLUDE_SHARED_PREFIX: bool = True                 # leave out the tokens that the chat template puts before every example
@@ -77,6 +79,7 @@ def main():
     source = read_metadata(settings.activations_path)
     require_named_dataset(settings, source)
     from fastsae import monitoring, parallel  # after the settings: loading torch takes seconds
+    from fastsae.metrics import measured_on
 
     plans = make_plans(settings, source)
     storage.claim(settings.run_dir, "--run-name")
@@ -93,6 +96,7 @@ def main():
         hand_over(metas, settings)
         metrics = metas[plans[0].path]["metrics"]
         progress.summary("train_sae", plans[0].path, started, status="written" if todo else "unchanged", n_autoencoders=len(plans),
+                         measured_on=measured_on(metrics),
                          **{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")})
     if failed:
         raise InputError("\n".join(failed.values()))
@@ -132,15 +136,24 @@ def train_all(plans, source, settings):
     for name, refused in (("RESAMPLE_EVERY", settings.RESAMPLE_EVERY), ("ENGINE", settings.ENGINE == "reference")):
         if refused and parallel.together():
             raise InputError(f"{name}: looks at one process's tokens only. leave it out under torchrun, or train without torchrun.")
-    tokens = Tokens(settings.activations_path, validation_fraction=settings.VALIDATION_FRACTION, seed=settings.SEED,
-                    use=settings.USE_TOKENS, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, max_norm_ratio=settings.MAX_NORM_RATIO,
-                    max_train_tokens=settings.MAX_TRAIN_TOKENS)
+    tokens = Tokens(settings.activations_path, validation_fraction=settings.VALIDATION_FRACTION, test_fraction=settings.TEST_FRACTION,
+                    seed=settings.SEED, use=settings.USE_TOKENS, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX,
+                    max_norm_ratio=settings.MAX_NORM_RATIO, max_train_tokens=settings.MAX_TRAIN_TOKENS)
     if tokens.fingerprint != source["fingerprint"]:
         raise EnvironmentFailure(f"{settings.activations_path}: was replaced while this run began. run again.")
-    print(f"training on {len(tokens.train):,} tokens, validating on {len(tokens.validation):,} of {int(tokens.is_validation.sum())} other "
-          f"examples; left out: {tokens.n_prefix:,} of the shared prefix, {tokens.n_sinks:,} attention sinks"
-          + (f", {tokens.n_filtered:,} tokens that are not {settings.USE_TOKENS}" if tokens.n_filtered else ""))
+    print_split(tokens, settings)
     return train(plans, tokens, settings, device)
+
+
+def print_split(tokens, settings):
+    """Which tokens are for what, and which are left out."""
+    filtered = f", {tokens.n_filtered:,} tokens that are not {settings.USE_TOKENS}" if tokens.n_filtered else ""
+    print(f"training on {len(tokens.train):,} tokens; validating on {len(tokens.validation):,} of {len(tokens.examples_of(VALIDATION))} "
+          f"other examples, testing on {len(tokens.test):,} of {len(tokens.examples_of(TEST))}; left out: {tokens.n_prefix:,} of the "
+          f"shared prefix, {tokens.n_sinks:,} attention sinks{filtered}")
+    if settings.TEST_FRACTION and not tokens.has_test:
+        print(f"warning: {settings.activations_path} has too few different texts for a test part of TEST_FRACTION "
+              f"{settings.TEST_FRACTION}: the figures are of the validation examples, which also choose the best epoch.")
 
 
 class Plan(NamedTuple):
@@ -246,7 +259,7 @@ def start_run(plan, tokens, sample, device):
                       device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
                       directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
     if settings.INIT_FROM:
-        fine_tuning.begin(run, settings.INIT_FROM, settings.activations_path, plan.metadata["activations"])
+        fine_tuning.begin(run, settings.INIT_FROM, settings.activations_path, plan.metadata["activations"], tokens.examples_of(TEST))
     run.plan, run.state_path = plan, plan.path.with_suffix(".resume.pt")
     run.log = open_logger(settings.LOGGER, settings.run_dir, plan.path.stem, settings.values)
     if run.restore(run.state_path, plan.metadata["fingerprint"]):
@@ -273,7 +286,7 @@ def is_over(run):
 
 
 def finish(run, tokens, device):
-    """Write the best weights on validation, their figures and curves."""
+    """Write the best weights on validation, their figures (of the test part) and curves."""
     from fastsae import parallel
     from fastsae.autoencoder import save_sae
     from fastsae.metrics import final_metrics
@@ -290,7 +303,8 @@ def finish(run, tokens, device):
     history = json.loads(json.dumps(run.history))  # the same objects, hence bytes, whether the run was interrupted or not
     write_figure(plan.beside("training.png"), run.history)
     save_sae(plan.path, sae, {**plan.metadata, "max_norm": tokens.max_norm, "metrics": metrics,
-                              "history": history, "validation_examples": np.flatnonzero(tokens.is_validation).tolist()})
+                              "history": history, "validation_examples": tokens.examples_of(VALIDATION),
+                              "test_examples": tokens.examples_of(TEST)})
     artifacts.write_json(plan.beside("metrics.json"), {"checkpoint": plan.path.name, **metrics, **timing})
     print_results(metrics, timing, plan.settings)
     print(f"wrote {plan.path}")
@@ -372,8 +386,9 @@ def print_results(metrics, timing, settings):
     print(f"epochs: {metrics['epochs']}, best {metrics['best_epoch']}; {timing['seconds']} s"
           + (f", {timing['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in timing else "") + f" ({timing['device']})")
     prefixes = ", ".join(f"{end} features {value:.3f}" for end, value in metrics["prefix_normalized_mse"].items())
-    print(f"validation: normalised MSE {metrics['normalized_mse']:.4f} ({prefixes}), L0 {metrics['l0']:.2f}, "
-          f"dead {100 * metrics['dead_fraction']:.1f} %, MSE {metrics['mse']:.4g}")
+    print(f"{metrics['measured_on']}: normalised MSE {metrics['normalized_mse']:.4f} ({prefixes}), L0 {metrics['l0']:.2f}, "
+          f"dead {100 * metrics['dead_fraction']:.1f} %, MSE {metrics['mse']:.4g}"
+          + (f"; validation: normalised MSE {metrics['validation']['normalized_mse']:.4f}" if metrics["measured_on"] == "test" else ""))
     if metrics["normalized_mse"] >= 1:
         print("warning: normalised MSE is not below 1: worse than the mean activation. train longer, or raise --k or --m.")
     if target_k(settings.values) and abs(metrics["l0"] - settings.K) > 0.25 * settings.K:

@@ -4,7 +4,7 @@
         --flags "--dataset-path ../shared/data/cognitive_actions_1350.jsonl --max-examples 500"
 
 For each seed: `train_sae.py`, then `SparseAutoencoder.fit` on exactly the tokens it trained on. Both are measured on the same
-validation tokens by the same code. Writes experiments/results/<name>.json.
+test tokens by the same code. Writes experiments/results/<name>.json.
 """
 import argparse
 import json
@@ -51,28 +51,28 @@ def compare(folder):
     example = np.repeat(np.arange(len(data["seq_lengths"])), data["seq_lengths"])
     usable, _ = usable_tokens(token_norms(data["activations"]), data["token_kind"], exclude_shared_prefix=True, max_norm_ratio=None,
                               max_norm=meta["max_norm"])
-    validation = np.isin(example, meta["validation_examples"])
+    validation, test = (np.isin(example, meta[f"{part}_examples"]) for part in ("validation", "test"))
     activations = torch.from_numpy(data["activations"])
     chosen = meta["settings"]
     torch.manual_seed(chosen["SEED"])
     theirs = SparseAutoencoder(activations.shape[1], chosen["M"], chosen["K"], device="cpu",
                                prefix_lengths=chosen["MATRYOSHKA_PREFIXES"] if chosen["USE_MATRYOSHKA"] else None)
     started = time.perf_counter()
-    history = theirs.fit(activations[usable & ~validation].float(), activations[usable & validation].float(), show_progress=False,
+    history = theirs.fit(activations[usable & ~validation & ~test].float(), activations[usable & validation].float(), show_progress=False,
                          batch_size=chosen["BATCH_SIZE"], learning_rate=chosen["LEARNING_RATE"], n_epochs=chosen["N_EPOCHS"],
                          patience=chosen["PATIENCE"])
     seconds = time.perf_counter() - started
-    return {"ours": {**figures(ours, data, usable, validation, example), "seconds": metrics["seconds"], "epochs": metrics["epochs"]},
-            "hypothesaes": {**figures(theirs.eval(), data, usable, validation, example), "seconds": round(seconds, 2),
+    return {"ours": {**figures(ours, data, usable & test, example), "seconds": metrics["seconds"], "epochs": metrics["epochs"]},
+            "hypothesaes": {**figures(theirs.eval(), data, usable & test, example), "seconds": round(seconds, 2),
                             "epochs": len(history["train_loss"])}}
 
 
-def figures(sae, data, usable, validation, example):
+def figures(sae, data, chosen, example):
     import torch
 
     from fastsae.metrics import evaluate
 
-    result = evaluate(sae, torch.from_numpy(data["activations"]), np.flatnonzero(usable & validation), example, data["token_kind"] != 0)
+    result = evaluate(sae, torch.from_numpy(data["activations"]), np.flatnonzero(chosen), example, data["token_kind"] != 0)
     return {name: result[name] for name in ("normalized_mse", "l0", "dead_fraction")}
 
 

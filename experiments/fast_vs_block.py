@@ -144,7 +144,7 @@ def train_flags(settings, work, n_tokens, source, architecture, layer, sinks, se
             *PER_SINKS[sinks], "--max-train-tokens", n_tokens, "--m", settings.M, "--k", settings.K,
             "--l1-coefficient", settings.L1_COEFFICIENT, "--no-use-matryoshka", "--n-epochs", settings.N_EPOCHS,
             "--patience", settings.N_EPOCHS, "--batch-size", settings.BATCH_SIZE, "--learning-rate", settings.LEARNING_RATE,
-            "--lr-schedule", "linear", "--validation-fraction", VALIDATION_FRACTION]
+            "--lr-schedule", "linear", "--validation-fraction", VALIDATION_FRACTION, "--test-fraction", 0]  # the held-out dialogues test
 
 
 def checkpoint(work, source, architecture, layer, sinks, seed):

@@ -76,12 +76,11 @@ def one_seed(settings, root, layer, seed):
     run_stage("interpret_sae.py", *settings.flags_for("interpret_sae.py"), *flags, "--n-top-neurons", 0)
     metrics = json.loads((folder / "checkpoints" / "sae" / "metrics.json").read_text())
     head, *rows = artifacts.read_lines(folder / "interpretations.jsonl")
-    auc = [row["category_auc"] for row in rows if row["category_auc"] is not None]
     purity = purity_of(folder / "checkpoints" / "sae" / metrics["checkpoint"], folder, layer, settings)
     return {**{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")},
             "n_above_auc_bound": head["summary"].get("n_above_auc_bound"),
             "n_above_auc_bound_shuffled": head["summary"].get("n_above_auc_bound_shuffled"),
-            "median_category_auc": float(np.median(auc)) if auc else None,
+            "median_category_auc": head["summary"].get("median_category_auc"),
             "mean_token_purity": float(np.nanmean(purity)), "share_purity_above_half": float(np.mean(purity[~np.isnan(purity)] > 0.5)),
             "mean_special_token_share": float(np.mean([r["special_token_share"] for r in rows if r["special_token_share"] is not None]))}
 

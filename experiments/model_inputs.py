@@ -44,10 +44,12 @@ class Subject:
 
     def describe(self):
         """What a result says of it."""
-        sae = self.sae
+        from fastsae.metrics import measured_on
+
+        sae, metrics = self.sae, self.meta.get("metrics", {})
         return {"checkpoint": self.name, "layer": self.layer, "model": self.model_name, "architecture": architecture_of(sae),
                 "m": sae.m_total_neurons, "k": sae.k_active_neurons,
-                "normalized_mse_on_validation": self.meta.get("metrics", {}).get("normalized_mse")}
+                "normalized_mse": metrics.get("normalized_mse"), "measured_on": measured_on(metrics)}
 
 
 def require(settings, least):
@@ -138,8 +140,8 @@ def scope(subject, settings):
 def some_dialogues(subject, settings, n_examples, *, held_out):
     """A TokenTable of up to `n_examples` examples by lot of the autoencoder's own dataset, or of the one named with --dataset-path.
 
-    With `held_out`, none that it was trained on, if that is known: of its own dataset the validation examples; any other is new to
-    it as a whole.
+    With `held_out`, none that it was trained on, if that is known: of its own dataset the test examples, or the validation
+    examples where it has none; any other is new to it as a whole.
     """
     own = subject.source.get("settings", {})
     dataset, path = dataset_of(subject, settings)
@@ -148,8 +150,13 @@ def some_dialogues(subject, settings, n_examples, *, held_out):
         raise InputError(f"DATASET_PATH: {subject.path} was trained on blocks of {path}, whose examples cannot be told apart. name other "
                          "data with --dataset-path.")
     table = tokens_of(path, subject, settings, {**settings.values, **(own if is_own else {})})
-    candidates = np.array(subject.meta["validation_examples"]) if held_out and is_own else np.arange(len(table.lengths))
+    candidates = np.array(unseen_examples(subject.meta)) if held_out and is_own else np.arange(len(table.lengths))
     return some_examples(table, np.sort(np.random.default_rng(settings.SEED).permutation(candidates)[:n_examples]))
+
+
+def unseen_examples(meta):
+    """Numbers of the examples of its own dataset on which an autoencoder was not trained: they decided nothing where it has such."""
+    return meta.get("test_examples") or meta["validation_examples"]
 
 
 def tokens_of(path, subject, settings, how):

@@ -136,7 +136,7 @@ def train_flags(settings, site, architecture, m):
     return ["--output-dir", work_folder(settings) / site, "--run-name", architecture, "--layer-idx", 1, "--seed", settings.SEED,
             "--architecture", architecture, "--m", m, *sparsities, joined(values), "--seeds", joined(settings.SEEDS), "--no-use-matryoshka",
             "--n-epochs", settings.N_EPOCHS, "--patience", settings.N_EPOCHS, "--learning-rate", 1e-3, "--lr-schedule", "linear",
-            "--max-norm-ratio", "none", "--normalize-activations", "both", "--device", "cpu"]
+            "--max-norm-ratio", "none", "--test-fraction", 0, "--normalize-activations", "both", "--device", "cpu"]
 
 
 def joined(values):

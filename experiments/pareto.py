@@ -14,6 +14,7 @@ import sys
 import numpy as np
 from common import RESULTS, run_stage, write_figure, write_result
 from many_runs import passed_on, quick_settings, rounded, run_many, told
+from model_inputs import unseen_examples
 
 import config
 
@@ -25,7 +26,7 @@ M: int = 4608                                           # features
 N_EPOCHS: int = 10                                      # of training
 BATCH_SIZE: int = 4096                                  # tokens per step
 LEARNING_RATE: float = 1e-3                             # of Adam, falling to 0 over the last fifth of the steps
-N_LOSS_EXAMPLES: int = 64                               # validation examples for loss recovered
+N_LOSS_EXAMPLES: int = 64                               # test examples for loss recovered
 AT_L0: tuple[int, ...] = (8, 16, 32)                    # where architectures are compared, by interpolation between their sparsities
 NAME: str = "pareto"                                    # of the result
 QUICK: bool = False                                     # small autoencoders, one seed, few examples
@@ -42,7 +43,7 @@ def main():
     run_stage("extract_activations.py", *passed_on(settings, DATA_FLAGS), "--output-dir", work)
     run_many("train_sae.py", [train_flags(settings, work, name) for name in settings.ARCHITECTURES.split(",")])
     runs, n_loss_examples = measure(settings, work)
-    result = {"n_loss_examples": n_loss_examples,
+    result = {"n_loss_examples": n_loss_examples, "measured_on": "test",
               "at_l0": {name: at_equal_l0(runs, name, settings.AT_L0) for name in ("normalized_mse", "loss_recovered")},
               "frontier": {name: frontier(runs, name) for name in ("normalized_mse", "loss_recovered")}, "runs": runs}
     write_result(settings.NAME, told(settings), rounded(result))
@@ -75,7 +76,7 @@ def listed(values):
 
 
 def measure(settings, work):
-    """(figures of every autoencoder, one dict each, number of validation examples, the same for all, that the losses are over)."""
+    """(figures of every autoencoder, one dict each, number of test examples, the same for all, that the losses are over)."""
     from fastsae.autoencoder import load_sae
 
     saes, metadata = {}, {}
@@ -89,7 +90,7 @@ def measure(settings, work):
         cell = path.parent.name, s["L1_COEFFICIENT"] if path.parent.name in BY_COEFFICIENT else s["K"], s["INIT_SEED"]
         saes[cell], metadata[cell] = sae, meta
     cells = grid(settings)
-    examples = metadata[cells[0]]["validation_examples"][:settings.N_LOSS_EXAMPLES]
+    examples = unseen_examples(metadata[cells[0]])[:settings.N_LOSS_EXAMPLES]
     losses = spliced_losses(settings, work, {cell: saes[cell] for cell in cells}, examples, metadata[cells[0]]["max_norm"])
     clean, zero, mean = (losses[name]["ce"] for name in ("clean", "zero", "mean"))
     runs = []

@@ -90,7 +90,8 @@ def measured():
             f"**{what}** (`results/{name}.json`, {r['machine']['device']}, {threads(r)}): stages 1, 2, 3 in "
             f"{s['extract_activations.py']:.0f}, {s['train_sae.py']:.0f} and {s['interpret_sae.py']:.0f} s, a second run in "
             f"{s['run_pipeline.py, nothing changed']:.0f} s; extraction {e['tokens_per_second']:,.0f} tokens/s ({e['compute_dtype']}), "
-            f"training {t['tokens_per_second']:,.0f} tokens/s; normalised MSE {t['normalized_mse']:.3f}, L0 {t['l0']:.1f}, "
+            f"training {t['tokens_per_second']:,.0f} tokens/s; normalised MSE {t['normalized_mse']:.3f} "
+            f"({t.get('measured_on', 'validation')} examples), L0 {t['l0']:.1f}, "
             f"{100 * t['dead_fraction']:.1f} % dead; {i['n_above_auc_bound']} features with category AUC above {i['auc_bound']}, against "
             f"{i['n_above_auc_bound_shuffled']:.1f} under shuffled labels.")
     if (r := result("compare_cognitive_500")) is not None:
@@ -143,7 +144,7 @@ def training():
     if (r := result("training_dead")) is not None:
         row = r["runs"]["4,608 features"]
         claims.append(f"{100 * row['dead_fraction_training']:.1f} % of 4,608 features are dead after three epochs of the demo "
-                      f"({100 * row['dead_fraction']:.1f} % never fire on its validation examples; "
+                      f"({100 * row['dead_fraction']:.1f} % never fire on its {row.get('measured_on', 'validation')} examples; "
                       f"{100 * r['runs']['4,608 features that start as tokens']['dead_fraction']:.1f} % if they start as tokens)")
     if (r := result("training_several")) is not None:
         together = r["runs"]["seeds 0,1,2"]["seconds_with_start"]

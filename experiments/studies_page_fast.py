@@ -137,7 +137,7 @@ def pareto(r):
              f"layer {s['LAYER_IDX']}, M = {s['M']}, {r['runs'][0]['n_train_tokens']:,} tokens, {s['N_EPOCHS']} epochs, mean of "
              f"{len(s['SEEDS'])} seeds, at equal L0 by interpolation between the sparsities trained. Loss recovered: 1 is the model's own "
              "cross entropy, 0 that with zeros in place of the residual stream. The paper has no such figure.", "",
-             f"| | {' | '.join(heads)} | unused on validation, % |",
+             f"| | {' | '.join(heads)} | unused on {r.get('measured_on', 'validation')}, % |",
              "|---|" + "---|" * (2 * len(l0s) + 1)]
     for architecture in at["normalized_mse"]:
         cells = [at[name][architecture].get(l0) for name in ("normalized_mse", "loss_recovered") for l0 in l0s]
@@ -150,7 +150,8 @@ def pareto(r):
         best = min(there, key=there.get)
         above = ", ".join(f"{name} {100 * (value / there[best] - 1):.0f} %" for name, value in there.items() if name != best)
         lines += ["", f"At L0 {middle} {best} has the least normalised MSE; above it lie {above}."]
-    lines += ["", f"Loss recovered is over {r['n_loss_examples']} validation examples, of autoencoders trained for {s['N_EPOCHS']} "
+    lines += ["", f"Loss recovered is over {r['n_loss_examples']} {r.get('measured_on', 'validation')} examples, "
+              f"of autoencoders trained for {s['N_EPOCHS']} "
               "epochs."]
     for name, title in (("normalized_mse", "normalised MSE"), ("loss_recovered", "loss recovered")):
         counts = {}

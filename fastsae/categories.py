@@ -2,12 +2,14 @@
 import contextlib
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
 from scipy.stats import rankdata
 
 from fastsae.errors import InputError
+from fastsae.significance import above_chance, rank_sum_p_values
 
 BLOCK = 1024           # features whose pooled values are dense at a time
 SHUFFLED_FEATURES = 2048  # at most so many features stand for all in the permutation baseline
@@ -19,12 +21,17 @@ def auc_matrix(pooled, labels, n_categories):
 
     pooled: (n_examples, M); labels: (n_examples,) category numbers, -1 where an example is of the rest only. Ties count half.
     """
-    ranks = rankdata(pooled, axis=0)                                                  # (n_examples, M)
+    sums, inside = rank_sums(rankdata(pooled, axis=0), labels, n_categories)
+    inside = inside[:, None].astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (sums - inside * (inside + 1) / 2) / (inside * (len(labels) - inside))
+
+
+def rank_sums(ranks, labels, n_categories):
+    """((n_categories, M) sums of the ranks (n_examples, M) of each category's examples, (n_categories,) how many these are)."""
     own = np.flatnonzero(labels >= 0)
     member = sparse.csr_matrix((np.ones(len(own)), (labels[own], own)), shape=(n_categories, len(labels)))
-    inside = np.bincount(labels[own], minlength=n_categories)[:, None].astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (member @ ranks - inside * (inside + 1) / 2) / (inside * (len(labels) - inside))
+    return member @ ranks, np.bincount(labels[own], minlength=n_categories)
 
 
 def first_half(labels, n_categories, seed, texts=None):
@@ -44,13 +51,22 @@ def first_half(labels, n_categories, seed, texts=None):
 
 
 def best_category(pooled, labels, n_categories, seed, texts=None):
-    """(category number (M,), AUC (M,)): the category is chosen on one half of the examples, its AUC computed on the other.
+    """(category number (M,), AUC (M,)), the first two of `category_above_chance`."""
+    return category_above_chance(pooled, labels, n_categories, seed, texts)[:2]
+
+
+def category_above_chance(pooled, labels, n_categories, seed, texts=None):
+    """(category number (M,), AUC (M,), bool (M,)): chosen on one half of the examples, measured on the other, and above chance there.
 
     pooled: (n_examples, M), dense or CSR; labels as in `auc_matrix`, texts as in `first_half`. Features and categories without
-    evidence give AUC nan.
+    evidence give AUC nan. Above chance: a one-sided permutation test of each AUC, copies of a text counted once, with at
+    most `significance.LEVEL` false ones expected among all that pass (Benjamini-Hochberg).
     """
     first = first_half(labels, n_categories, seed, texts)
-    chosen, auc = [], []
+    once = np.flatnonzero(~first)
+    if texts is not None:  # the first example of each text of the testing half
+        once = once[np.sort(np.unique(texts[once], return_index=True)[1])]
+    chosen, auc, p_values = [], [], []
     for block in dense_blocks(pooled):
         choosing = auc_matrix(block[first], labels[first], n_categories)
         testing = auc_matrix(block[~first], labels[~first], n_categories)
@@ -60,7 +76,12 @@ def best_category(pooled, labels, n_categories, seed, texts=None):
         value[choosing.max(0) < 0] = np.nan
         chosen.append(best)
         auc.append(value)
-    return np.concatenate(chosen), np.concatenate(auc)
+        ranks = rankdata(block[once], axis=0)
+        sums, inside = rank_sums(ranks, labels[once], n_categories)
+        p = rank_sum_p_values(ranks, inside[best], sums[best, np.arange(len(best))])
+        p_values.append(np.where(np.isnan(value), np.nan, p))
+    auc = np.concatenate(auc)
+    return np.concatenate(chosen), auc, above_chance(np.concatenate(p_values)) & (auc > 0.5)
 
 
 def dense_blocks(pooled):
@@ -72,7 +93,9 @@ def dense_blocks(pooled):
 
 
 def shuffled_aucs(pooled, labels, n_categories, seed, texts=None, repeats=10):
-    """(repeats, n) AUCs that `best_category` finds under shuffled labels, for all features or SHUFFLED_FEATURES of them by lot.
+    """((repeats, n) AUCs, (repeats, n) bool): what `category_above_chance` finds under shuffled labels.
+
+    Of all features, or of SHUFFLED_FEATURES of them drawn at random.
 
     Copies of a text keep one label, its first one's: shuffled apart they would average to an AUC of 0.5 more often than chance does.
     """
@@ -80,13 +103,15 @@ def shuffled_aucs(pooled, labels, n_categories, seed, texts=None, repeats=10):
     _, first, of_text = np.unique(np.arange(len(labels)) if texts is None else texts, return_index=True, return_inverse=True)
     if pooled.shape[1] > SHUFFLED_FEATURES:
         pooled = pooled[:, np.sort(generator.permutation(pooled.shape[1])[:SHUFFLED_FEATURES])]
-    return np.stack([best_category(pooled, generator.permutation(labels[first])[of_text], n_categories, seed + i, texts)[1]
-                     for i in range(repeats)])
+    found = [category_above_chance(pooled, generator.permutation(labels[first])[of_text], n_categories, seed + i, texts)[1:]
+             for i in range(repeats)]
+    aucs, named = (np.stack(part) for part in zip(*found))
+    return aucs, named
 
 
 def shuffled_count(pooled, labels, n_categories, seed, above, repeats=10):
     """How many features reach an AUC above the bound under shuffled labels, the mean over `repeats` shuffles."""
-    return float((shuffled_aucs(pooled, labels, n_categories, seed, repeats=repeats) > above).mean() * pooled.shape[1])
+    return float((shuffled_aucs(pooled, labels, n_categories, seed, repeats=repeats)[0] > above).mean() * pooled.shape[1])
 
 
 def number_labels(labels):
@@ -98,27 +123,48 @@ def number_labels(labels):
     return names[shared], new[numbers]
 
 
+class Categories(NamedTuple):
+    """Which category each feature separates best. `named` (M,) bool: above chance, so that the tables name it.
+
+    auc (M,) of all features, nan without evidence; shuffled, shuffled_named (repeats, n) the same under shuffled labels.
+    """
+    auc: np.ndarray
+    named: np.ndarray
+    shuffled: np.ndarray
+    shuffled_named: np.ndarray
+
+    def summary(self, bound):
+        """Counts for the tables' first line: of the table's rows, and as many of them as there would be under shuffled labels."""
+        m, known = len(self.auc), self.auc[~np.isnan(self.auc)]
+        return {"auc_bound": bound, "n_with_category": int(self.named.sum()),
+                "n_with_category_shuffled": float(self.shuffled_named.mean() * m),
+                "n_above_auc_bound": int((self.named & (self.auc > bound)).sum()),
+                "n_above_auc_bound_shuffled": float((self.shuffled_named & (self.shuffled > bound)).mean() * m),
+                "median_category_auc": float(np.median(known)) if len(known) else None}
+
+
 def add_categories(rows, statistics, labels, pooling, seed, texts=None):
-    """Give each row of a feature that fires its best category and AUC, by the `pooling` named; (AUCs (M,), shuffled AUCs) or Nones.
+    """Give each row whose feature fires, and separates a category above chance, that category and its AUC; `Categories` or None.
 
     labels: one per example, None where it has none, or None instead of the list; texts: (n_examples,) as in `first_half`.
+    pooling: max or mean, the one that is tested; `category_auc_max` and `category_auc_mean` hold both.
     """
     labels = [labels[i] for i in statistics.pooled_examples] if labels else []
     known = np.array([label is not None for label in labels], bool)
     names, numbers = number_labels([label for label in labels if label is not None])
     if not len(names) or (numbers == numbers[0]).all():
-        return None, None
+        return None
     texts = None if texts is None else texts[statistics.pooled_examples][known]
     pooled = {"max": statistics.pooled_max[known], "mean": statistics.pooled_mean[known]}
-    found = {how: best_category(matrix, numbers, len(names), seed, texts) for how, matrix in pooled.items()}
-    chosen, auc = found[pooling]
+    found = {how: category_above_chance(matrix, numbers, len(names), seed, texts) for how, matrix in pooled.items()}
+    chosen, auc, named = found[pooling]
     if np.isnan(auc).all():  # no category has two examples, one for either half
-        return None, None
-    for j, (row, category) in enumerate(zip(rows, names[chosen])):
-        if row["status"] != "dead" and not np.isnan(auc[j]):
-            row.update(best_category=str(category), category_auc=float(auc[j]),
-                       **{f"category_auc_{how}": _number(aucs[j]) for how, (_, aucs) in found.items()})
-    return auc, shuffled_aucs(pooled[pooling], numbers, len(names), seed, texts)
+        return None
+    named = named & np.array([row["status"] != "dead" for row in rows])
+    for j in np.flatnonzero(named):
+        rows[j].update(best_category=str(names[chosen[j]]), category_auc=float(auc[j]),
+                       **{f"category_auc_{how}": _number(aucs[j]) for how, (_, aucs, _) in found.items()})
+    return Categories(auc, named, *shuffled_aucs(pooled[pooling], numbers, len(names), seed, texts))
 
 
 def target_numbers(values, field, value):

@@ -32,14 +32,32 @@ def check_start(path, source, architecture, *, d, m, k):
         raise InputError("\n".join(problems))
 
 
-def begin(run, path, activations_path, activations_meta):
-    """Let the TrainingRun `run`, before its first step, begin with the autoencoder at `path`; InputError if it does not belong here."""
+def begin(run, path, activations_path, activations_meta, test_examples=()):
+    """Let the TrainingRun `run`, before its first step, begin with the autoencoder at `path`; InputError if it does not belong here.
+
+    A line says so where the examples numbered `test_examples` decided something of that autoencoder.
+    """
     source, meta = load_sae(path, run.sae.input_bias.device)
     sae = run.sae
     check_start(path, source, sae.architecture, d=sae.input_dim, m=sae.m_total_neurons, k=sae.k_active_neurons)
     check_fit(path, source, meta, activations_path, activations_meta, sae.input_dim, "INIT_FROM")
     start_from(sae, source, run.normalisation)
     print(f"starting from {path} ({architecture_of(source)})")
+    if n_seen := seen_before(meta, activations_meta, test_examples):
+        print(f"warning: {n_seen} of the {len(test_examples)} test examples helped to make {path}: the reported figures are too good. "
+              "give the --seed, --validation-fraction and --test-fraction that it was trained with.")
+
+
+def seen_before(meta, activations_meta, test_examples):
+    """How many test examples trained, or chose the epoch of, the autoencoder that `meta` is of.
+
+    0 where that cannot be known: it is of other data, or of another choice of their examples.
+    """
+    its = meta["activations"]
+    same = its.get("inputs", {}).get("dataset") == activations_meta["inputs"]["dataset"]
+    if not same or its.get("n_examples") != activations_meta["n_examples"]:
+        return 0
+    return len(set(test_examples) - set(meta.get("test_examples", ())))
 
 
 @torch.no_grad()

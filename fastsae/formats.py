@@ -101,7 +101,7 @@ def load_foreign(path, device="cpu"):
         "settings": {"ARCHITECTURE": parts.architecture, "M": m, "K": parts.k, "MATRYOSHKA_PREFIXES": parts.prefixes,
                      "EXCLUDE_SHARED_PREFIX": True},
         "activations": {"model_name": about.get("model_name"), "model_revision": None, "settings": {"LAYER_IDX": about.get("layer")}},
-        "max_norm": None, "validation_examples": [], "metrics": {}, "source": {**about, "path": str(path)}}
+        "max_norm": None, "validation_examples": [], "test_examples": [], "metrics": {}, "source": {**about, "path": str(path)}}
 
 
 def architecture_of(sae) -> str:

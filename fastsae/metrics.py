@@ -7,6 +7,7 @@ from fastsae.autoencoder import decode, encode
 from fastsae.errors import stop_if_asked
 
 BATCH = 4096
+IN_ALL = ("mse", "normalized_mse", "explained_variance", "l0", "mse_template_tokens", "n_tokens")
 
 
 @torch.no_grad()
@@ -14,7 +15,8 @@ def evaluate(sae, activations, rows, example_of_row, special, errors=None):
     """Metrics of `sae` on the given rows of `activations`.
 
     Args: activations (n_tokens, d) CPU tensor or (mapped) array; rows (n,) the tokens to use; example_of_row (n_tokens,) example numbers;
-    special (n_tokens,) bool, the tokens that count for mse_special_tokens; errors (n_tokens,), to be filled at the rows given with
+    special (n_tokens,) bool, the tokens that count for mse_template_tokens (stage 2: every token that the chat template wrote, which is
+    more than the control tokens and role names of the paper's MSE_st); errors (n_tokens,), to be filled at the rows given with
     the squared error of each, summed over dimensions.
 
     `mse` is FAST's (arXiv 2506.07691, eq. 7): squared error per dimension, the mean over the tokens of an example, then over
@@ -40,8 +42,8 @@ def evaluate(sae, activations, rows, example_of_row, special, errors=None):
         cosine += float(torch.cosine_similarity(reconstruction, x).double().sum())
         l0 += len(entries.value)
         fired[entries.column] = True
-        wide = x.double().cpu()
-        total += wide.sum(0)
+        wide = x.double()  # summed where the data are: a row of 2,304 dimensions is 18 kB
+        total += wide.sum(0).cpu()
         total_squared += float(wide.square().sum())
     if errors is not None:
         errors[rows] = squared
@@ -55,7 +57,7 @@ def evaluate(sae, activations, rows, example_of_row, special, errors=None):
         "explained_variance": 1 - normalised,
         "l0": l0 / len(rows),
         "dead_fraction": 1 - float(fired.double().mean()),
-        "mse_special_tokens": _per_example_mean(squared[is_special] / d, example_of_row[rows][is_special]),
+        "mse_template_tokens": _per_example_mean(squared[is_special] / d, example_of_row[rows][is_special]),
         "cosine_similarity": cosine / len(rows),
         "prefix_normalized_mse": {str(end): float(s / variance) for end, s in zip(prefixes, prefix_squared)},
         "n_tokens": len(rows),
@@ -76,15 +78,32 @@ def _per_example_mean(values, example):
 
 
 def final_metrics(sae, tokens, history):
-    """What metrics.json says, less the timing: on the validation tokens used, and on all of them, prefix and sinks included."""
+    """What metrics.json says, less the timing.
+
+    The figures are of the test part, which decided nothing, on the tokens that training would use;
+    `validation` gives the same of the part that chose the epoch. Without a test part they are
+    of validation. `measured_on` says which. `with_prefix_and_sinks` is on all tokens of that part.
+    """
     from fastsae.training_run import best_epoch
 
-    metrics = evaluate(sae, tokens.activations, tokens.validation, tokens.example, tokens.special)
-    n_validation = metrics.pop("n_tokens")
-    everything = evaluate(sae, tokens.activations, tokens.all_validation, tokens.example, tokens.special)
+    def measured(rows):
+        return evaluate(sae, tokens.activations, rows, tokens.example, tokens.special)
+
+    validation = measured(tokens.validation)
+    metrics = measured(tokens.test) if tokens.has_test else dict(validation)
+    everything = measured(tokens.all_test if tokens.has_test else tokens.all_validation)
     best = best_epoch(history)
-    return {**metrics, "dead_fraction_training": history[best - 1]["dead_fraction_training"],
-            "n_train_tokens": len(tokens.train), "n_validation_tokens": n_validation, "epochs": len(history), "best_epoch": best,
-            "n_excluded_shared_prefix": tokens.n_prefix, "n_excluded_sinks": tokens.n_sinks, "max_norm": tokens.max_norm,
-            "with_prefix_and_sinks": {name: everything[name] for name in
-                                      ("mse", "normalized_mse", "explained_variance", "l0", "mse_special_tokens", "n_tokens")}}
+    for figures in (metrics, validation):
+        figures.pop("n_tokens")
+    return {"measured_on": "test" if tokens.has_test else "validation", **metrics,
+            "dead_fraction_training": history[best - 1]["dead_fraction_training"],
+            "n_train_tokens": len(tokens.train), "n_validation_tokens": len(tokens.validation),
+            "n_test_tokens": len(tokens.test) if tokens.has_test else 0,
+            "epochs": len(history), "best_epoch": best, "n_excluded_shared_prefix": tokens.n_prefix,
+            "n_excluded_sinks": tokens.n_sinks, "max_norm": tokens.max_norm, "validation": validation,
+            "with_prefix_and_sinks": {name: everything[name] for name in IN_ALL}}
+
+
+def measured_on(metrics):
+    """The part of the examples that the figures are of; before there was a test part: validation."""
+    return metrics.get("measured_on", "validation")

@@ -10,6 +10,7 @@ import re
 from fastsae import artifacts
 from fastsae.export import dataset_name, folder_of, hub_id
 from fastsae.formats import architecture_text, is_plain_text, nested_prefixes, short_name, target_k, trained_architecture
+from fastsae.metrics import measured_on
 
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("l0", "L0"),
            ("dead_fraction", "dead features"), ("cosine_similarity", "cosine similarity"), ("mse", "MSE (FAST, eq. 7)"))
@@ -18,6 +19,9 @@ DOES = {"topk": "the K largest pre-activations of each token, those below 0 left
         "batchtopk": "every pre-activation above one threshold, learned so that K are active on average",
         "jumprelu": "every pre-activation above its feature's threshold",
         "gated": "trained as a gated autoencoder, kept as the JumpReLU one it equals"}
+
+MEASURED = {"test": "On {0[n_test_tokens]:,} tokens of test examples, which decided neither the weights nor the best epoch.",
+            "validation": "On {0[n_validation_tokens]:,} tokens of validation examples: not trained on, but they chose the best epoch."}
 
 
 def write_card(folder, metas):
@@ -69,7 +73,8 @@ def header(entries):
     lines += ["model-index:"]
     for path, meta in entries:
         lines += [f"- name: {quoted(path.stem)}", "  results:", "  - task:", "      type: feature-extraction", "    dataset:",
-                  f"      name: {quoted(dataset_name(dataset))}", f"      type: {quoted(dataset_name(dataset))}", "      split: validation",
+                  f"      name: {quoted(dataset_name(dataset))}", f"      type: {quoted(dataset_name(dataset))}",
+                  f"      split: {measured_on(meta['metrics'])}",
                   "    metrics:"]
         for name, shown in METRICS:
             lines += [f"    - type: {name}", f"      name: {quoted(shown)}", f"      value: {json.dumps(meta['metrics'][name])}"]
@@ -101,7 +106,7 @@ def figures(entries):
                      + " | ".join(f"{meta['metrics'][name]:.4g}" for name, _ in METRICS) + " |")
     metrics = entries[0][1]["metrics"]
     kinds = sorted({trained_architecture(meta["settings"]) for _, meta in entries})
-    return [*lines, "", f"On {metrics['n_validation_tokens']:,} tokens of examples that were not trained on. Normalised MSE is the squared "
+    return [*lines, "", f"{MEASURED[measured_on(metrics)].format(metrics)} Normalised MSE is the squared "
             "error over the variance about the mean.", "", *(f"{kind}: {DOES[kind]}." for kind in kinds)]
 
 

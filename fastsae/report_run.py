@@ -7,11 +7,18 @@ import numpy as np
 from fastsae import report_charts as charts
 from fastsae.export import dataset_name
 from fastsae.formats import short_name
+from fastsae.metrics import measured_on
+from fastsae.significance import LEVEL
 
+AUC_BOUND = 0.8  # a feature above this separates its category well; the report counts them
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("mse", "MSE (FAST, eq. 7)"),
-           ("mse_special_tokens", "MSE on special tokens"), ("cosine_similarity", "cosine similarity"), ("l0", "L0"),
-           ("dead_fraction", "dead on validation"), ("n_train_tokens", "training tokens"), ("n_validation_tokens", "validation tokens"),
+           ("mse_template_tokens", "MSE on the template's tokens"), ("cosine_similarity", "cosine similarity"), ("l0", "L0"),
+           ("dead_fraction", "features that never fire there"), ("n_train_tokens", "training tokens"),
+           ("n_validation_tokens", "validation tokens"), ("n_test_tokens", "test tokens"),
            ("epochs", "epochs"), ("best_epoch", "best epoch"))
+
+MEASURED = {"test": "On test examples, which decided nothing: neither the weights nor the best epoch.",
+            "validation": "On validation examples: it was not trained on them, but they chose the best epoch."}
 
 
 def describe_run(features, metadata, scored, settings, n_shown):
@@ -35,8 +42,8 @@ def describe_run(features, metadata, scored, settings, n_shown):
                   "category AUC or activation. interpretations.csv has all; N_REPORT_FEATURES sets how many are shown.")
     return {"title": f"{m:,} features of {model}", "subtitle": f"after layer {layer} · {n_examples:,} examples of {dataset} · "
             f"{s.n_kept:,} tokens · {m - n_alive:,} dead", "story": story, "notice": notice,
-            "chance": None if features.shuffled is None else round(float(np.nanquantile(features.shuffled, 0.95)), 3),
-            "charts": run_charts(evidence, sae_meta.get("history"), sae_meta["max_norm"], features.auc, features.shuffled, scored),
+            "chance": None if features.categories is None else round(float(np.nanquantile(features.categories.shuffled, 0.95)), 3),
+            "charts": run_charts(evidence, sae_meta.get("history"), sae_meta["max_norm"], features.categories, scored),
             "tables": run_tables(sae_meta, source, metadata, settings)}
 
 
@@ -63,6 +70,8 @@ def run_tables(sae_meta, source, metadata, settings):
     """[(name, note, [(key, value)], open)] of figures, provenance and settings."""
     metrics = sae_meta.get("metrics", {})
     figures = [(name, _shown(metrics[key])) for key, name in METRICS if metrics.get(key) is not None]
+    if "validation" in metrics and measured_on(metrics) == "test":
+        figures.append(("normalised MSE on validation, which chose the epoch", _shown(metrics["validation"]["normalized_mse"])))
     figures += [(f"normalised MSE from the first {end}", _shown(v)) for end, v in metrics.get("prefix_normalized_mse", {}).items()]
     provenance = [("model", named(source["model_name"])),
                   ("revision", source.get("resolved_revision") or source.get("model_revision") or "as named"),
@@ -75,7 +84,7 @@ def run_tables(sae_meta, source, metadata, settings):
                   ("versions", ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()))]
     every = [("Settings of stage 1, extraction", source["settings"]), ("Settings of stage 2, training", sae_meta["settings"]),
              ("Settings of stage 3, interpretation", {name: named(value) for name, value in settings.items()})]
-    measured = "On tokens of this dataset, by lot." if "source" in sae_meta else "On validation examples it was not trained on."
+    measured = "On tokens of this dataset, drawn at random." if "source" in sae_meta else MEASURED[measured_on(metrics)]
     return [("How well the autoencoder reconstructs", measured, figures, True),
             ("Where this comes from", "", provenance, True),
             *((name, "", [(key, _shown(value)) for key, value in values.items()], False) for name, values in every)]
@@ -94,7 +103,7 @@ def _shown(value):
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
 
 
-def run_charts(evidence, history, max_norm, aucs, shuffled, scored):
+def run_charts(evidence, history, max_norm, categories, scored):
     """The charts of the run page; what has no data is left out."""
     s = evidence.statistics
     result = []
@@ -106,13 +115,15 @@ def run_charts(evidence, history, max_norm, aucs, shuffled, scored):
     result.append(charts.log_bars("Token norms", f"tokens by the norm of their activation, heights as square roots{sinks}", s.norms,
                                   guide=max_norm if beyond else None, guide_name="bound"))
     result.append(charts.log_bars("Density", "features by the share of tokens on which they fire, heights as square roots", s.density))
-    if aucs is not None:
+    if categories is not None:
+        aucs, shuffled, counts = categories.auc, categories.shuffled, categories.summary(AUC_BOUND)
         edges = np.linspace(0.3, 1, 15)
         found = np.histogram(aucs[~np.isnan(aucs)].clip(0.3, 1), edges)[0]
         chance = np.histogram(shuffled[~np.isnan(shuffled)].clip(0.3, 1), edges)[0] * (len(aucs) / max(shuffled.size, 1))
         result.append(charts.bars(
             "Category AUC", "features by the AUC of their best category, on examples not used to choose it; dashed: with shuffled labels. "
-            f"Beyond 0.8: {int((aucs > .8).sum())}, shuffled {(shuffled > .8).mean() * len(aucs):.1f}", found.tolist(),
+            f"A category is named for the {counts['n_with_category']} that are above chance, with a share of false ones of "
+            f"{100 * LEVEL:.0f} % at most expected; {counts['n_above_auc_bound']} of them are beyond {AUC_BOUND}", found.tolist(),
             [f"{edges[i]:.1f}" if i % 2 == 0 else None for i in range(14)], cool=set(range(10, 14)), outline=chance.tolist()))
     if scored:
         shares = [sum(score == value for score in scored) / len(scored) for value in range(1, 6)]

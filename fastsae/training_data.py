@@ -1,4 +1,4 @@
-"""The tokens that train and validate, and the order in which they come: from memory, or through a mixing buffer from the disk."""
+"""The tokens that train, validate and test, and the order in which they come: from memory, or through a mixing buffer from the disk."""
 import json
 import threading
 
@@ -8,16 +8,31 @@ import torch
 from fastsae import parallel
 from fastsae.activations_file import open_activations, release
 from fastsae.errors import InputError
-from fastsae.tokens import chosen_tokens, split_examples, token_norms, usable_tokens
+from fastsae.tokens import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    chosen_tokens,
+    split_texts,
+    text_numbers,
+    token_norms,
+    usable_tokens,
+)
 
 CHUNK_ROWS = 1024     # rows that are read together, at most: neighbours in the file, so their examples are the same few
 CHUNKS_PER_PART = 64  # and at least so many chunks come into the pool at a time, so that it holds many examples
 
 
 class Tokens:
-    """The activations of stage 1, mapped from the disk, and which of their rows train and validate."""
+    """The activations of stage 1, mapped from the disk, and which of their rows are for what.
 
-    def __init__(self, path, *, validation_fraction, seed, exclude_shared_prefix, max_norm_ratio, use, max_train_tokens=None):
+    `train` (n,) decides the weights, `validation` the best epoch, `test` nothing: rows that training
+    uses; `all_validation` and `all_test` hold every row of those examples. What the data decide
+    before training, the bound on norms, is decided by the training examples.
+    """
+
+    def __init__(self, path, *, validation_fraction, seed, exclude_shared_prefix, max_norm_ratio, use,
+                 test_fraction=0.0, max_train_tokens=None):
         data = open_activations(path)
         lengths, kind = data["seq_lengths"], data["token_kind"]
         self.activations = data["activations"]                                # (n_tokens, d) on the disk
@@ -26,17 +41,21 @@ class Tokens:
         if not np.isfinite(norms).all():
             raise InputError(f"{path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity, or is too long. "
                              "delete the file and run extract_activations.py with --dtype float32.")
-        usable, self.max_norm = usable_tokens(norms, kind, exclude_shared_prefix=exclude_shared_prefix, max_norm_ratio=max_norm_ratio)
+        texts = text_numbers(data["token_ids"], np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+        self.part = split_texts(texts, validation_fraction, test_fraction, seed)  # (n_examples,)
+        self.example = np.repeat(np.arange(len(lengths)), lengths)            # (n_tokens,)
+        part = self.part[self.example]                                        # (n_tokens,)
+        usable, self.max_norm = usable_tokens(norms, kind, exclude_shared_prefix=exclude_shared_prefix,
+                                              max_norm_ratio=max_norm_ratio, deciding=part == TRAIN)
         in_prefix, _ = usable_tokens(norms, kind, exclude_shared_prefix=exclude_shared_prefix, max_norm_ratio=None)
         self.n_prefix, self.n_sinks = int((~in_prefix).sum()), int((in_prefix & ~usable).sum())
         chosen = usable & chosen_tokens(use, kind, data["token_role"])
         self.n_filtered = int(usable.sum() - chosen.sum())
-        self.example = np.repeat(np.arange(len(lengths)), lengths)            # (n_tokens,)
         self.special = kind != 0                                              # (n_tokens,) written by the chat template
-        self.is_validation = split_examples(len(lengths), validation_fraction, seed)
-        for_validation = self.is_validation[self.example]
-        self.train, self.validation = np.flatnonzero(chosen & ~for_validation)[:max_train_tokens], np.flatnonzero(chosen & for_validation)
-        self.all_validation = np.flatnonzero(for_validation)
+        self.train = np.flatnonzero(chosen & (part == TRAIN))[:max_train_tokens]
+        self.validation = np.flatnonzero(chosen & (part == VALIDATION))
+        self.test = np.flatnonzero(chosen & (part == TEST))
+        self.all_validation, self.all_test = np.flatnonzero(part == VALIDATION), np.flatnonzero(part == TEST)
         if use != "all" and not chosen.any():
             raise InputError(f"USE_TOKENS: {path} has no token that is {use}. set --use-tokens all.")
         if not usable.any():
@@ -45,6 +64,15 @@ class Tokens:
         if len(self.train) < 2 or len(self.validation) < 2:
             raise InputError(f"VALIDATION_FRACTION: {len(self.train)} tokens are left for training and {len(self.validation)} for "
                              f"validation (USE_TOKENS {use}). give more examples, or longer ones.")
+
+    def examples_of(self, part):
+        """Numbers of the examples of a part, a list."""
+        return np.flatnonzero(self.part == part).tolist()
+
+    @property
+    def has_test(self):
+        """Whether the test part has tokens of which figures can be made."""
+        return len(self.test) >= 2
 
     def _blocks(self, size=65536):
         for start in range(0, len(self.activations), size):

@@ -82,14 +82,14 @@ def test_the_story_says_what_was_done():
     about = {"settings": {"K": 64, "EXCLUDE_SHARED_PREFIX": True}, "max_norm": 9.0, "source": {"format": "SAELens"}, "fingerprint": "f",
              "metrics": {}}
     source = {"model_name": "m", "settings": {"LAYER_IDX": 1}, "dataset_path": "d.jsonl", "inputs": {"dataset": "x"}, "fingerprint": "g"}
-    features = SimpleNamespace(evidence=SimpleNamespace(statistics=statistics, examples=[1, 2]), sae_meta=about, source=source, auc=None,
-                               shuffled=None, rows=[{"status": "llm label unusable", "label_source": "tokens"}] * 3)
+    features = SimpleNamespace(evidence=SimpleNamespace(statistics=statistics, examples=[1, 2]), sae_meta=about, source=source,
+                               categories=None, rows=[{"status": "llm label unusable", "label_source": "tokens"}] * 3)
     metadata = {"settings": {"llm": {"INTERPRETER_MODEL": "gpt"}}, "checkpoint": "c", "fingerprint": "h", "versions": {}}
     run = describe_run(features, metadata, [], {}, 3)
     assert "as a sum of about 2.75 of 3 features" in run["story"] and "The figures count 4 tokens. gpt was asked" in run["story"]
     assert run["story"].endswith("gpt was asked and gave no usable label: every label is made of the feature's own tokens.")
     assert "line" not in run["charts"][0]["note"] and "bound" not in run["charts"][0]["svg"]  # no norm lies beyond 9
-    assert run["tables"][0][1] == "On tokens of this dataset, by lot."
+    assert run["tables"][0][1] == "On tokens of this dataset, drawn at random."
     del about["source"]
     about.update(metrics={"l0": 1234.4}, max_norm=3.5)
     statistics.n_kept = 3

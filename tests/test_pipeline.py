@@ -19,7 +19,7 @@ def test_demo_end_to_end(tmp_path, run_script):
     for name in ("activations/activations_layer12.npz", "interpretations.csv", "interpretations.jsonl"):
         assert (tmp_path / name).is_file()
     metrics = json.loads((tmp_path / "checkpoints" / "cognitive_actions" / "metrics.json").read_text())
-    for name in ("mse", "normalized_mse", "explained_variance", "l0", "dead_fraction", "mse_special_tokens", "n_train_tokens",
+    for name in ("mse", "normalized_mse", "explained_variance", "l0", "dead_fraction", "mse_template_tokens", "n_train_tokens",
                  "n_validation_tokens", "epochs", "best_epoch", "seconds", "tokens_per_second", "prefix_normalized_mse"):
         assert name in metrics
     assert metrics["normalized_mse"] < 0.8 and metrics["l0"] <= 8 and metrics["checkpoint"].startswith("SAE_matryoshka_M=256_K=8")

@@ -84,7 +84,7 @@ def test_figures_on_each_set_of_tokens_equal_evaluate(held_out):
     for name, chosen in held_out.sets.items():
         expected = evaluate(sae, held_out.activations, np.flatnonzero(chosen), held_out.example, held_out.special)
         found = figures["sets"][name]
-        for ours, theirs in (("mse", "mse"), ("mse_special", "mse_special_tokens"), ("normalized_mse", "normalized_mse"),
+        for ours, theirs in (("mse", "mse"), ("mse_special", "mse_template_tokens"), ("normalized_mse", "normalized_mse"),
                              ("explained_variance", "explained_variance")):
             assert found[ours] == pytest.approx(expected[theirs], rel=1e-6)
         assert per_dialogue[f"mse, {name}"].mean() == pytest.approx(expected["mse"], rel=1e-6)

@@ -257,7 +257,7 @@ def test_what_other_code_or_data_computed_is_not_remembered(tiny, study, tmp_pat
         assert next(iter(result["autoencoders"].values()))["n_examples"] == n
 
 
-def test_held_out_examples_are_the_validation_examples(tiny, study):
+def test_held_out_examples_are_the_test_examples(tiny, study):
     import config
     from fastsae.activations_file import open_activations
 
@@ -267,7 +267,7 @@ def test_held_out_examples_are_the_validation_examples(tiny, study):
     subject, = inputs.subjects(settings)
     table = inputs.some_dialogues(subject, settings, 100, held_out=True)
     data = open_activations(folder / "activations" / "activations_layer2.npz")
-    expected = subject.meta["validation_examples"]
+    expected = subject.meta["test_examples"]
     assert table.lines.tolist() == data["example_ids"][expected].tolist() and len(table.lengths) == 4
     rows = np.flatnonzero(np.isin(np.repeat(np.arange(40), data["seq_lengths"]), expected))
     assert (table.ids == data["token_ids"][rows]).all() and (table.kind == data["token_kind"][rows]).all()

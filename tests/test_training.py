@@ -10,7 +10,7 @@ from conftest import planted_tokens
 from fastsae import artifacts
 from fastsae.autoencoder import checkpoint_name, encode, load_sae
 from fastsae.metrics import evaluate
-from fastsae.tokens import split_examples, usable_tokens
+from fastsae.tokens import TEST, TRAIN, VALIDATION, split_examples, split_texts, usable_tokens
 
 SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--device", "cpu", "--run-name", "test"]
 
@@ -35,20 +35,19 @@ def test_planted_dictionary_is_recovered(tmp_path, write_activations, run_main, 
     assert metrics_of(tmp_path)["l0"] == pytest.approx(3, rel=0.1)
 
 
-@pytest.mark.parametrize("side", ["train", "validation"])
+@pytest.mark.parametrize("side", ["train", "validation", "test"])
 @pytest.mark.parametrize("n", [512, 513, 514])
 def test_sizes_that_leave_one_row_over(tmp_path, write_activations, run_main, side, n):
     """HypotheSAEs' fit gives an all-NaN model for n_train = 513 at batch size 512."""
-    chosen = split_examples(10, 0.1, seed=0)
-    lengths = np.where(chosen, n if side == "validation" else 40, 0)
-    rest = np.flatnonzero(~chosen)
-    lengths[rest] = 60
-    lengths[rest[-1]] = n - 60 * 8 if side == "train" else 60
+    part = split_texts(np.arange(10), 0.1, 0.1, seed=0)
+    number = {"train": TRAIN, "validation": VALIDATION, "test": TEST}[side]
+    lengths = np.full(10, 60)
+    lengths[np.flatnonzero(part == number)[-1]] = n - 60 * 7 if side == "train" else n
     tokens, _ = planted_tokens(int(lengths.sum()), 8, 16, 2)
     flags = write_activations(tokens, lengths)
     assert run_main("train_sae", *flags, *SMALL, "--max-norm-ratio", "none", "--batch-size", 512) == 0
     metrics = metrics_of(tmp_path)
-    assert metrics[f"n_{side}_tokens" if side == "train" else "n_validation_tokens"] == n
+    assert metrics[f"n_{side}_tokens"] == n and metrics["measured_on"] == "test"
     assert np.isfinite(metrics["normalized_mse"])
     sae, _ = load_sae(checkpoint_of(tmp_path))
     assert all(bool(value.isfinite().all()) for value in sae.state_dict().values())
@@ -85,7 +84,7 @@ def test_the_best_weights_are_kept(tmp_path, write_activations, run_main):
     values = [line["normalized_mse"] for line in history]
     metrics = metrics_of(tmp_path)
     assert metrics["best_epoch"] == 1 + int(np.argmin(values)) < len(values)
-    assert metrics["normalized_mse"] == pytest.approx(min(values), rel=1e-6)
+    assert metrics["validation"]["normalized_mse"] == pytest.approx(min(values), rel=1e-6)
 
 
 def test_only_a_checkpoint_of_the_same_settings_is_reused(tmp_path, write_activations, run_main, capsys):
@@ -144,7 +143,7 @@ def test_prefix_and_sinks_are_left_out_of_training(tmp_path, write_activations, 
     assert run_main("train_sae", *flags, *SMALL) == 0
     metrics = metrics_of(tmp_path)
     assert (metrics["n_excluded_shared_prefix"], metrics["n_excluded_sinks"]) == (60, 2)
-    assert metrics["n_train_tokens"] + metrics["n_validation_tokens"] == 600 - 62
+    assert sum(metrics[f"n_{part}_tokens"] for part in ("train", "validation", "test")) == 600 - 62
     assert metrics["with_prefix_and_sinks"]["mse"] > 100 * metrics["mse"]
 
 
@@ -182,7 +181,7 @@ def test_metrics_by_hand():
     assert result["normalized_mse"] == pytest.approx(20 / 16)
     assert result["explained_variance"] == pytest.approx(1 - 20 / 16)
     assert result["mse"] == pytest.approx(4.5)
-    assert result["mse_special_tokens"] == pytest.approx(2)
+    assert result["mse_template_tokens"] == pytest.approx(2)
     assert result["l0"] == pytest.approx(2 / 3)
     assert result["dead_fraction"] == 0.5
     assert result["prefix_normalized_mse"] == {"1": pytest.approx(20 / 16), "2": pytest.approx(20 / 16)}
@@ -299,8 +298,7 @@ def test_several_autoencoders_in_one_pass_equal_those_trained_alone(tmp_path, wr
         assert not torch.equal(saes[f"SAE_M=16_K={k}_seed=5"]["encoder.weight"], state["encoder.weight"])
         own = json.loads((folder / f"SAE_M=16_K={k}_seed=0.metrics.json").read_text())
         assert own["normalized_mse"] == metrics["normalized_mse"] and own["checkpoint"] == f"SAE_M=16_K={k}_seed=0.pt"
-        lines = (folder / f"SAE_M=16_K={k}_seed=0.metrics.jsonl").read_text().splitlines()
-        epochs.add(len(lines))
+        epochs |= {len((folder / f"SAE_M=16_K={k}_seed={seed}.metrics.jsonl").read_text().splitlines()) for seed in (0, 5)}
         assert (folder / f"SAE_M=16_K={k}_seed=0.training.png").exists()
     assert len(epochs) > 1 or min(epochs) < 12  # each stops when its own patience is at its end
     assert metrics_of(tmp_path)["checkpoint"] == "SAE_M=16_K=1_seed=0.pt"

@@ -81,7 +81,7 @@ def test_only_the_chosen_tokens_train(tmp_path, write_activations, run_main, cap
     flags = write_activations(tokens, [20] * 30, kind=np.tile([1, 1] + [0] * 18, 30))
     assert run_main("train_sae", *flags, *SMALL, "--use-tokens", "content") == 0
     metrics = json.loads((tmp_path / "checkpoints" / "test" / "metrics.json").read_text())
-    assert metrics["n_train_tokens"] + metrics["n_validation_tokens"] == 540
+    assert sum(metrics[f"n_{part}_tokens"] for part in ("train", "validation", "test")) == 540
     assert "60 tokens that are not content" in capsys.readouterr().out
     assert run_main("train_sae", *flags, *SMALL, "--use-tokens", "assistant") == 2
     assert "USE_TOKENS: " in capsys.readouterr().err
