@@ -44,7 +44,9 @@ def main():
 
         world.use_own_cores()
         dataset, dataset_path = identity(settings.DATASET_PATH)
-        inputs = {"dataset": dataset, "model": language_model.identity(settings.MODEL_NAME, settings.MODEL_REVISION)}
+        model_files = language_model.held(settings.MODEL_NAME, settings.CACHE_DIR)
+        inputs = {"dataset": dataset,
+                  "model": language_model.identity(settings.MODEL_NAME, settings.MODEL_REVISION, settings.CACHE_DIR)}
         wanted = {layer: describe(settings, layer, inputs) for layer in settings.LAYERS or (settings.LAYER_IDX,)}
         for layer in sorted(wanted):
             storage.claim(path_of(settings, layer), "--output-dir")
@@ -67,16 +69,32 @@ def main():
         device = language_model.choose_device(settings.DEVICE)
         model = language_model.ResidualModel(settings.MODEL_NAME, computed, device=device,
                                              dtype=language_model.choose_dtype(settings.DTYPE, device), **source)
+        model_files.require_unchanged()
+        require_same_model(settings, inputs)
         for about in missing.values():
             about.update(n_examples=len(table.lengths), n_tokens=len(table.ids), d_model=model.d_model, n_shared_prefix=n_shared,
                          **counts, compute_dtype=str(model.dtype).removeprefix("torch."), device=device.partition(":")[0],
                          resolved_revision=model.revision)
         parts = run_model(model, table, n_shared, settings, world, computed)
+        require_same_model(settings, inputs, parts[0].parent)  # weights are mapped from their file until they are used
         if world.rank == 0:
             for layer, about in missing.items():
                 timing = write_layer(path_of(settings, layer), parts, table, about, settings, world.size)
             storage.remove(parts[0].parent)
             print_summary(settings, wanted, started, "written", tokens_per_second=timing["tokens_per_second"])
+
+
+def require_same_model(settings, inputs, parts=None):
+    """InputError if the model is no longer the one whose fingerprint the results will have; `parts` made with it go."""
+    from fastsae.language_model import require_same
+
+    try:
+        require_same(settings.MODEL_NAME, settings.MODEL_REVISION, settings.CACHE_DIR, inputs["model"],
+                     "it was changed while this run read it. run again")
+    except InputError:
+        if parts is not None:
+            storage.remove(parts)
+        raise
 
 
 def print_summary(settings, layers, started, status, **more):

