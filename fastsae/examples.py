@@ -4,10 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastsae import long_texts
 from fastsae.errors import InputError
 from fastsae.sources import Example, place, read_dataset  # noqa: F401  (offered here too: examples and their tokens go together)
 
 CONTENT, TEMPLATE, SHARED_PREFIX = 0, 1, 2          # values of token_kind
+BATCH_CHARACTERS = 1 << 22                          # of the examples tokenised together
+NEIGHBOURHOOD = 1 << 16                             # characters in which a content is looked for when others were missing
+REMEMBERED_TURNS = 100                              # of dialogues whose template text is kept for the next one
 ROLES = ("none", "system", "user", "assistant", "tool")  # values of token_role; none = the template itself, or plain text
 
 
@@ -37,15 +41,20 @@ class ChatTokenizer:
             raise InputError("MODEL_NAME: this model has no chat template. choose an instruct model, or set --no-use-chat-template.")
         template_text = str(tokenizer.chat_template) if chat_template else ""
         special = set(tokenizer.all_special_tokens)
-        self.control_strings = sorted(
-            (token for token in tokenizer.get_added_vocab() if token.strip() and (token in special or token in template_text
-             or (token.startswith("<") and token.endswith(">")))), key=len, reverse=True)
-        self._pieces = {}
+        self._control = long_texts.any_of(
+            token for token in tokenizer.get_added_vocab() if token.strip() and (token in special or token in template_text
+                                                                                 or (token.startswith("<") and token.endswith(">"))))
+        self._pieces, self._control_ids = {}, {}
 
     @functools.cached_property
     def around(self):
         """(ids before, ids after) every example."""
         return added_tokens(self.tokenizer) if self.special_tokens else ([], [])
+
+    @functools.cached_property
+    def joints(self):
+        """Where long texts may be cut (long_texts.joint_pattern); None if this tokenizer has to read them whole."""
+        return long_texts.joint_pattern(self.tokenizer)
 
     def __call__(self, examples, batch_size=512):
         """A list of Tokens for a list of Examples; tokenises in batches (the tokenizer's own threads)."""
@@ -56,19 +65,35 @@ class ChatTokenizer:
 
     def _batch(self, examples):
         rendered = [self.render(example) for example in examples]
-        segments, owner = [], []  # whole texts, cut only around control strings found in the data
-        for i, (text, spans) in enumerate(rendered):
-            for start, end, is_control in self._cut(text, spans):
-                segments.append((start, text[start:end], is_control))
-                owner.append(i)
-        encoded = self._encode([s for _, s, c in segments if not c], split_special=False)
-        encoded_control = self._encode([s for _, s, c in segments if c], split_special=True)
-        plain, control = iter(encoded), iter(encoded_control)
-        parts = [[] for _ in examples]
-        for i, (start, _, is_control) in zip(owner, segments):
-            ids, offsets = next(control if is_control else plain)
-            parts[i].append((ids, offsets + start, is_control))
-        return [self._tokens(parts[i], rendered[i][1]) for i in range(len(examples))]
+        short = [i for i, (text, _) in enumerate(rendered) if not long_texts.is_long(len(text))]
+        segments = [(i, *piece) for i in short for piece in self._cut(*rendered[i])]  # whole but for control strings in the data
+        encoded = self._encoded([(rendered[i][0][start:end], is_control) for i, start, end, is_control in segments])
+        parts, n_control = {i: [] for i in short}, dict.fromkeys(short, 0)
+        for (i, start, _, is_control), (ids, offsets) in zip(segments, encoded):
+            parts[i].append((ids, offsets + start))
+            n_control[i] += is_control
+        return [self._tokens(parts[i], n_control[i], spans) if i in parts else self._long(text, spans)
+                for i, (text, spans) in enumerate(rendered)]
+
+    def _long(self, text, spans):
+        """Tokens of a long text: no more of it is tokenised than `max_length` needs."""
+        n_control = sum(is_control for *_, is_control in self._cut(text, spans))
+        try:
+            return self._tokens(self._long_parts(text, spans), n_control, spans)
+        except long_texts.NotLocal:
+            self.joints = None  # no windows for this tokenizer
+            return self._tokens(self._long_parts(text, spans), n_control, spans)
+
+    def _long_parts(self, text, spans):
+        """Yield (ids, offsets): pieces between control strings, short ones together and long ones window by window."""
+        for group in long_texts.in_groups(self._cut(text, spans), size=lambda piece: piece[1] - piece[0]):
+            start, end, _ = group[0]
+            if self.joints and long_texts.is_long(end - start):
+                parts = long_texts.encode_windows(text[start:end], self.joints, lambda piece: self._encode([piece])[0])
+                yield from ((ids, offsets + start) for ids, offsets in parts)
+            else:
+                encoded = self._encoded([(text[start:end], is_control) for start, end, is_control in group])
+                yield from ((ids, offsets + start) for (ids, offsets), (start, *_) in zip(encoded, group))
 
     def render(self, example):
         """(text, spans): the templated text and the (start, end, role number) of each message's content in it."""
@@ -79,19 +104,22 @@ class ChatTokenizer:
             text = example.messages[0]["content"]
             return text, [(0, len(text), 0)]
         text = self._apply(example, example.messages)
+        return text, self._content_spans(text, self._template_pieces(example), example.messages)
+
+    def _template_pieces(self, example):
+        """What the template writes around the contents, found with marks nobody types; None if it does not insert them so."""
         key = tuple(message["role"] for message in example.messages)
-        if key not in self._pieces:  # what the template writes around the contents, found with marks nobody types
-            marks = [f"\ue000{i}\ue001" for i in range(len(key))]
-            try:
-                skeleton = self._apply(example, [{"role": role, "content": mark} for role, mark in zip(key, marks)])
-                pieces = [skeleton]
-                for mark in marks:
-                    before, found, after = pieces.pop().partition(mark)
-                    pieces += [before, after] if found else [None, ""]
-                self._pieces[key] = None if None in pieces else pieces
-            except InputError:
-                self._pieces[key] = None
-        return text, self._content_spans(text, self._pieces[key], example.messages)
+        if key in self._pieces:
+            return self._pieces[key]
+        marks = [f"\ue000{i}\ue001" for i in range(len(key))]
+        try:
+            skeleton = self._apply(example, [{"role": role, "content": mark} for role, mark in zip(key, marks)])
+            pieces = _around(skeleton, marks)
+        except InputError:
+            pieces = None
+        if len(key) <= REMEMBERED_TURNS:
+            self._pieces[key] = pieces
+        return pieces
 
     def _apply(self, example, messages):
         try:
@@ -113,52 +141,96 @@ class ChatTokenizer:
                     spans.append((position, position + len(content), role))
                     position += len(content)
                 return spans
-        spans, position = [], 0  # a template that rewrites contents: find what is left of each, in order
-        for message, role in zip(messages, roles):
-            content = message["content"].split("</think>")[-1].strip()
-            found = text.find(content, position) if content else -1
-            if found >= 0:
-                spans.append((found, found + len(content), role))
-                position = found + len(content)
-        return spans
+        return _spans_found(text, messages, roles)
 
     def _cut(self, text, spans):
-        """Pieces (start, end, is_control) of a text, cut around each control string inside a message."""
-        cuts = []
+        """Yield the pieces (start, end, is_control) of a text, cut around each control string inside a message."""
+        position = 0
         for start, end, _ in spans:
-            for control in self.control_strings:
-                at = text.find(control, start, end)
-                while at >= 0:
-                    if not any(a < at + len(control) and at < b for a, b in cuts):
-                        cuts.append((at, at + len(control)))
-                    at = text.find(control, at + 1, end)
-        pieces, position = [], 0
-        for start, end in sorted(cuts):
-            pieces += [(position, start, False)] * (position < start) + [(start, end, True)]
-            position = end
-        return pieces + [(position, len(text), False)] * (position < len(text) or not pieces)
+            for control in self._control.finditer(text, start, end):
+                if position < control.start():
+                    yield position, control.start(), False
+                yield control.start(), control.end(), True
+                position = control.end()
+        if position < len(text) or not position:
+            yield position, len(text), False
 
-    def _encode(self, texts, *, split_special):
+    def _encoded(self, segments):
+        """(ids, offsets) of each (text, is_control), in order."""
+        plain = iter(self._encode([text for text, is_control in segments if not is_control]))
+        return [self._encoded_control(text) if is_control else next(plain) for text, is_control in segments]
+
+    def _encoded_control(self, text):
+        if text not in self._control_ids:
+            self._control_ids[text] = self._encode([text], split_special=True)[0]
+        return self._control_ids[text]
+
+    def _encode(self, texts, *, split_special=False):
         """[(ids, offsets)] of texts; with `split_special` no control token is recognised in them."""
-        if not texts:
-            return []
         options = {"split_special_tokens": True} if split_special else {}
-        out = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, **options)
-        return [(np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
-                for ids, offsets in zip(out["input_ids"], out["offset_mapping"])]
+        found = []
+        for group in long_texts.in_groups(texts):
+            out = self.tokenizer(group, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, **options)
+            found += [(np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
+                      for ids, offsets in zip(out["input_ids"], out["offset_mapping"])]
+        return found
 
-    def _tokens(self, parts, spans):
-        before, after = (np.array(added, np.int32) for added in self.around)
-        ids = np.concatenate([before, *(ids for ids, _, _ in parts), after])
-        nowhere = [np.zeros((len(added), 2), np.int64) for added in (before, after)]  # in the text
-        offsets = np.concatenate([nowhere[0], *(offsets for _, offsets, _ in parts), nowhere[1]])
-        kind = np.full(len(ids), TEMPLATE, np.uint8)
-        role = np.zeros(len(ids), np.uint8)
-        for start, end, role_number in spans:
-            inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
-            kind[inside], role[inside] = CONTENT, role_number
-        n = self.max_length
-        return Tokens(ids[:n], kind[:n], role[:n], n is not None and len(ids) > n, sum(is_control for *_, is_control in parts))
+    def _tokens(self, parts, n_control, spans):
+        """Tokens of (ids, offsets in the text), of which no more are taken than needed.
+
+        Those that overlap a span are content, with the span's role.
+        """
+        n, (before, after) = self.max_length, self.around
+        begins, ends, numbers = np.array(spans, np.int64).reshape(-1, 3).T  # in order, none within another
+        columns = [_of_template(before)]
+        n_tokens = len(before)
+        for ids, offsets in parts:
+            last = np.searchsorted(begins, offsets[:, 1]) - 1  # (n,) span that begins last before the token's end, -1: none
+            inside = (last >= 0) & (np.append(ends, 0)[last] > offsets[:, 0])
+            columns.append((ids, np.where(inside, CONTENT, TEMPLATE).astype(np.uint8),
+                            np.where(inside, np.append(numbers, 0)[last], 0).astype(np.uint8)))
+            n_tokens += len(ids)
+            if n is not None and n_tokens > n:
+                break
+        columns.append(_of_template(after))
+        ids, kind, role = map(np.concatenate, zip(*columns))
+        return Tokens(ids[:n], kind[:n], role[:n], n is not None and len(ids) > n, n_control)
+
+
+def _of_template(ids):
+    """(ids, kinds, roles) of tokens that the tokenizer adds."""
+    return np.array(ids, np.int32), np.full(len(ids), TEMPLATE, np.uint8), np.zeros(len(ids), np.uint8)
+
+
+def _around(skeleton, marks):
+    """The text before, between and behind the marks; None if one is missing or out of order."""
+    pieces, position = [], 0
+    for mark in marks:
+        found = skeleton.find(mark, position)
+        if found < 0:
+            return None
+        pieces.append(skeleton[position:found])
+        position = found + len(mark)
+    return [*pieces, skeleton[position:]]
+
+
+def _spans_found(text, messages, roles):
+    """Spans for a template that rewrites contents: what is left of each, in order.
+
+    Contents that are not there cost a search of all that follows; when that has been searched 64 times over, only the
+    neighbourhood is.
+    """
+    spans, position, budget = [], 0, 64 * len(text)
+    for message, role in zip(messages, roles):
+        content = message["content"].split("</think>")[-1].strip()
+        end = len(text) if budget > 0 else position + len(content) + NEIGHBOURHOOD
+        found = text.find(content, position, end) if content else -1
+        if found < 0:
+            budget -= len(text) - position
+            continue
+        spans.append((found, found + len(content), role))
+        position = found + len(content)
+    return spans
 
 
 def added_tokens(tokenizer):
@@ -199,12 +271,13 @@ def tokenise(examples, tokenizer, batch_size=512):
         counts[0] += sum(t.truncated for t in tokens)
         counts[1] += sum(t.n_control_strings for t in tokens)
 
-    batch = []
+    batch, size = [], 0
     for example in examples:
         batch.append(example)
-        if len(batch) == batch_size:
+        size += sum(len(message["content"]) for message in example.messages)
+        if len(batch) == batch_size or size > BATCH_CHARACTERS:
             take(batch)
-            batch = []
+            batch, size = [], 0
     if batch:
         take(batch)
     ids, kind, role = (np.concatenate(column) if column else np.zeros(0, np.int32) for column in columns)

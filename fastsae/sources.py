@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -16,6 +17,7 @@ SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistan
                   "observation": "tool"}
 MAX_REPORTED = 10
 PIECE_CHARACTERS = 1 << 16  # of a plain text, tokenised at a time
+GRAMS_AT_ONCE = 1 << 13     # n-grams hashed at a time
 HUB = "hf:"
 TEXT = "text"               # the field that is read unless another is named
 
@@ -194,11 +196,9 @@ class Deduplicator:
         self.powers = np.cumprod(np.full(n, 0x9E3779B97F4A7C15, np.uint64))  # (n,) wraps around, as is meant
 
     def is_new(self, example):
-        words = " ".join(message["content"] for message in example.messages).lower().split()
-        if len(words) < self.n:
+        grams = self._grams(" ".join(message["content"] for message in example.messages).lower())
+        if not len(grams):
             return True
-        word = np.array([int.from_bytes(blake2b(w.encode(), digest_size=8).digest(), "little") for w in words], np.uint64)
-        grams = np.unique((np.lib.stride_tricks.sliding_window_view(word, self.n) * self.powers).sum(1, dtype=np.uint64))
         for run in self.runs:
             if (run[np.minimum(np.searchsorted(run, grams), len(run) - 1)] == grams).any():
                 self.n_dropped += 1
@@ -207,6 +207,17 @@ class Deduplicator:
         while len(self.runs) > 1 and len(self.runs[-2]) <= 2 * len(self.runs[-1]):
             self.runs[-2:] = [np.sort(np.concatenate(self.runs[-2:]), kind="stable")]
         return True
+
+    def _grams(self, text):
+        """Sorted hashes of the n-grams of a text; so many at a time that a long text takes little memory besides."""
+        words = (match.group() for match in re.finditer(r"\S+", text))
+        found, rest = [], np.zeros(0, np.uint64)
+        while hashed := [blake2b(word.encode(), digest_size=8).digest() for word in itertools.islice(words, GRAMS_AT_ONCE)]:
+            word = np.concatenate([rest, np.frombuffer(b"".join(hashed), "<u8")])
+            if len(word) >= self.n:
+                found.append(np.unique((np.lib.stride_tricks.sliding_window_view(word, self.n) * self.powers).sum(1, dtype=np.uint64)))
+            rest = word[max(0, len(word) - self.n + 1):]
+        return np.unique(np.concatenate(found)) if found else rest[:0]
 
 
 def _example(number, row, text_field, label_field):
