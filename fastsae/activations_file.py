@@ -62,7 +62,7 @@ def open_activations(path):
     data["activations"] = rows[0] if len(rows) == 1 else ShardedRows(rows)
     data["metadata"] = np.array(json.dumps(metadata, ensure_ascii=False))
     if len(data["activations"]) != data["seq_lengths"].sum() or len(data["token_ids"]) != len(data["activations"]):
-        raise EnvironmentFailure(f"{path}: its members do not fit each other. delete it and run {MAKER}.")
+        raise EnvironmentFailure(f"{path}: its members do not fit each other. run {MAKER}.")
     return data
 
 

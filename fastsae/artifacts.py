@@ -4,10 +4,14 @@ Every artifact carries its own metadata, `{"format", "stage", "settings", "input
 sha256 of what decides the content (format, stage, settings, inputs), so equal fingerprints mean that the work is already done.
 """
 import contextlib
+import errno
 import hashlib
 import io
 import json
+import pickle
+import re
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,7 +19,18 @@ from pathlib import Path
 import numpy as np
 
 from fastsae.errors import EnvironmentFailure, InputError
-from fastsae.storage import append_line, committed, keep_aside, read_lines, set_aside, to_json, write_json, write_text  # noqa: F401
+from fastsae.machine_errors import cause_in_machine
+from fastsae.storage import (  # noqa: F401
+    append_line,
+    committed,
+    from_json,
+    keep_aside,
+    read_lines,
+    set_aside,
+    to_json,
+    write_json,
+    write_text,
+)
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 22
@@ -122,16 +137,27 @@ def read_npz(path, members=None, *, made_by):
 
 @contextlib.contextmanager
 def refusing_damage(path, made_by):
-    """Whatever reading a damaged or foreign .npz raises becomes one line with the command that makes it anew."""
+    """Whatever reading a damaged or foreign .npz raises becomes one line with the command that makes it anew.
+
+    Errors of the machine pass: of the OSErrors only EINVAL is damage, a place that no file has.
+    """
     try:
         yield
-    except PermissionError:
-        raise
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):
+            raise
+        raise EnvironmentFailure(_npz_damage(path, error, made_by)) from None
     except KeyError as error:
         name = str(error).split("'")[1] if "'" in str(error) else error
         raise EnvironmentFailure(f"{path}: has no member {name}, so it is no file of this project. run {made_by}.") from None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise EnvironmentFailure(f"{path}: damaged or foreign ({_brief(error)}). delete it and run {made_by}.") from None
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        if cause_in_machine(error, missing=False):
+            raise
+        raise EnvironmentFailure(_npz_damage(path, error, made_by)) from None
+
+
+def _npz_damage(path, error, made_by):
+    return f"{path}: damaged or foreign ({_brief(error)}). run {made_by}."
 
 
 def read_foreign_npz(path):
@@ -146,6 +172,8 @@ def read_foreign_npz(path):
             raise ValueError(f"{text[0]} holds no numbers")
         return found
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        if cause_in_machine(error, missing=False):
+            raise
         raise EnvironmentFailure(f"{path}: damaged, or no plain .npz ({_brief(error)}). get another copy.") from None
 
 
@@ -178,7 +206,7 @@ def read_npz_metadata(path, *, made_by="extract_activations.py"):
 def metadata_of(arrays, path, made_by="extract_activations.py"):
     """The metadata among the members that `read_npz` gave."""
     try:
-        return _checked_metadata(json.loads(str(arrays["metadata"])), path, made_by)
+        return _checked_metadata(from_json(str(arrays["metadata"])), path, made_by)
     except ValueError:
         return _checked_metadata(None, path, made_by)
 
@@ -186,7 +214,7 @@ def metadata_of(arrays, path, made_by="extract_activations.py"):
 def _checked_metadata(value, path, made_by):
     if isinstance(value, dict) and value.get("format") == FORMAT and "fingerprint" in value:
         return value
-    raise EnvironmentFailure(f"{path}: its metadata is not of this version of the project. delete it and run {made_by}.")
+    raise EnvironmentFailure(f"{path}: its metadata is not of this version of the project. run {made_by}.")
 
 
 # Checkpoints (.pt)
@@ -211,33 +239,61 @@ def _seal(content):
     return struct.pack("<H", 64) + hashlib.sha256(content).hexdigest().encode()
 
 
+def is_sealed(content) -> bool:
+    """Whether a file, or the last bytes of one, ends as `write_checkpoint` ends its files, true or damaged."""
+    return content[-66:-64] == struct.pack("<H", 64) and re.fullmatch(b"[0-9a-f]{64}", content[-64:]) is not None
+
+
 def read_checkpoint(path, *, made_by="train_sae.py"):
     """A checkpoint's dict, after checking the sha256 of the whole file, and without running pickled code."""
-    import torch
-
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: not found. run {made_by} first, or check --output-dir.")
     content = path.read_bytes()
+    if not is_sealed(content):
+        raise EnvironmentFailure(f"{path}: is no checkpoint of this project, or a part of one. run {made_by}.")
     if content[-66:] != _seal(content[:-66]):
-        raise EnvironmentFailure(f"{path}: damaged, or no checkpoint of this project. delete it and run {made_by}.")
+        raise EnvironmentFailure(f"{path}: damaged, its checksum is another. run {made_by}.")
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whole, yet no plain checkpoint: whatever PyTorch raises, the file cannot be used
-        raise EnvironmentFailure(f"{path}: is no plain checkpoint ({_brief(error)}). delete it and run {made_by}.") from None
+        return _load_tensors(content)
+    except pickle.UnpicklingError as error:
+        raise EnvironmentFailure(f"{path}: is no plain checkpoint ({_brief(error)}). run {made_by}.") from None
+
+
+def _load_tensors(content):
+    """What `torch.save` wrote, if it is plain values and tensors; no pickled code runs.
+
+    Whatever else PyTorch raises than an error of the machine says only that it cannot be read: UnpicklingError.
+    """
+    import torch
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickles that it then refuses
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        if cause := cause_in_machine(error, missing=False):
+            raise cause from None
+        raise pickle.UnpicklingError(_brief(error)) from None
 
 
 def read_foreign_checkpoint(path):
-    """What another project saved with `torch.save`, without running pickled code; its checksums, which PyTorch ignores, are looked at."""
-    import torch
+    """What another project saved with `torch.save`, without running pickled code; its checksums, which PyTorch ignores, are looked at.
 
+    Raises EnvironmentFailure if it is damaged or holds more than plain values and tensors.
+    """
     content = Path(path).read_bytes()
     try:
-        if zipfile.is_zipfile(io.BytesIO(content)) and (bad := zipfile.ZipFile(io.BytesIO(content)).testzip()) is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {bad}")
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # as in read_checkpoint: whatever PyTorch raises, the file cannot be used
-        raise EnvironmentFailure(f"{path}: damaged, or it holds more than tensors ({_brief(error)}). get another copy.") from None
+        if content.startswith(b"PK"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                if (bad := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise EnvironmentFailure(f"{path}: damaged, or a part of a file ({_brief(error)}). get another copy.") from None
+    try:
+        return _load_tensors(content)
+    except pickle.UnpicklingError as error:
+        raise EnvironmentFailure(f"{path}: holds more than tensors and plain values, or nothing that PyTorch reads ({_brief(error)}), "
+                                 "and no pickled code is run. save its state_dict alone.") from None
 
 
 def read_checkpoint_metadata(path):

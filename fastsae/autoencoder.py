@@ -1,6 +1,4 @@
 """Autoencoders: HypotheSAEs' `SparseAutoencoder`, laid out for fast steps; its checkpoints; its features of given activations."""
-from pathlib import Path
-
 import torch
 
 from fastsae import artifacts
@@ -113,13 +111,12 @@ def load_sae(path, device="cpu"):
     `path` is a .pt, a run's folder under checkpoints/, or what `formats.locate` knows. Raises EnvironmentFailure if a file is
     damaged, InputError if it is missing or holds what this module cannot compute exactly.
     """
-    if Path(path).suffix != ".pt" or Path(path).name == "ae.pt":
-        from fastsae import formats
+    from fastsae import formats
 
-        kind, files = formats.locate(path)
-        if kind != "fastsae":
-            return formats.load_foreign(path, device)
-        path = files[0]
+    kind, files = formats.locate(path)
+    if kind != "fastsae":
+        return formats.load_foreign(path, device)
+    path = files[0]
     checkpoint = artifacts.read_checkpoint(path)
     try:
         meta = checkpoint["meta"]

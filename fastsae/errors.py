@@ -1,9 +1,7 @@
 """How a stage ends: errors a user can cause or meet are one line and an exit code; all others are bugs, and their traceback is kept."""
 import contextlib
-import errno
 import math
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -12,6 +10,8 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+from fastsae import machine_errors
 
 EXIT_BUG, EXIT_INPUT, EXIT_ENVIRONMENT, EXIT_INCOMPLETE = 1, 2, 3, 4
 
@@ -78,9 +78,6 @@ def stop():
     raise Terminated if _waiting["asked"] == signal.SIGTERM else KeyboardInterrupt
 
 
-REMEDIES = {"free some space": (errno.ENOSPC, errno.EDQUOT), "check the folder's rights": (errno.EACCES, errno.EPERM, errno.EROFS),
-            "move away what is there": (errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check the disk": (errno.EIO, errno.ESTALE),
-            "give shorter names": (errno.ENAMETOOLONG,), "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE)}
 _stage: dict[str, Any] = {"at_end": [], "log_folder": None, "in_pipeline": False, "joined": False}
 
 
@@ -182,14 +179,12 @@ def _wait_for_parent():
 
 def _environment(error):
     """EXIT_ENVIRONMENT, and its line, for errors of memory, disk and rights; None for others."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-            isinstance(error, RuntimeError) and re.search("not enough memory|DefaultCPUAllocator", str(error))):  # torch's own
+    if machine_errors.is_out_of_memory(error):
         return _out_of_memory(error)
-    remedy = isinstance(error, OSError) and next((what for what, numbers in REMEDIES.items() if error.errno in numbers), None)
+    remedy = machine_errors.remedy(error) if isinstance(error, OSError) else None
     if not remedy:
         return None
-    print(f"error: {error.filename or 'output'}: {error.strerror}. {remedy}, or choose another --output-dir; "
-          "nothing that was complete is lost.", file=sys.stderr)
+    print(f"error: {error.filename or 'output'}: {error.strerror}. {remedy}", file=sys.stderr)
     return EXIT_ENVIRONMENT
 
 

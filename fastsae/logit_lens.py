@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastsae.machine_errors import cause_in_machine
 from fastsae.token_text import visible
 
 BLOCK = 256  # features at a time
@@ -108,7 +109,9 @@ def _folder(located, revision, cache_dir):
 
         return Path(snapshot_download(located, revision=revision or "main", local_files_only=True,
                                       cache_dir=str(Path(cache_dir) / "hub") if cache_dir else None))
-    except (OSError, ValueError):  # not in the cache: the lens is an extra, the stage goes on without it
+    except (OSError, ValueError) as error:  # not in the cache: the lens is an extra, the stage goes on without it
+        if cause := cause_in_machine(error, missing=False):
+            raise cause from None
         return None
 
 

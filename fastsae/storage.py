@@ -32,7 +32,11 @@ class _File(io.FileIO):
 
     def write(self, data):
         watch("write", self.name)
-        return super().write(data)
+        try:
+            return super().write(data)
+        except OSError as error:  # the system names no file here
+            error.filename = error.filename or str(self.name)
+            raise
 
 
 @contextlib.contextmanager
@@ -56,7 +60,9 @@ def committed(path, *, keep_old=False):
         watch("replace", path)
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # the name that people know
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
@@ -91,6 +97,14 @@ def write_text(path, text, *, keep_old=False):
 
 def to_json(value):
     return json.dumps(value, ensure_ascii=False)
+
+
+def from_json(text):
+    """The value of a JSON text or bytes. Raises ValueError for whatever is none, nesting without end included."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
 
 
 def write_json(path, value):
@@ -202,7 +216,7 @@ def read_lines(path):
     lines = []
     for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
         with contextlib.suppress(ValueError):
-            if isinstance(value := json.loads(line), dict):
+            if isinstance(value := from_json(line), dict):
                 lines.append(value)
     return lines
 

@@ -44,5 +44,5 @@ def read_labels(jsonl_path, checkpoint_fingerprint: str) -> dict[int, str]:
         if about["inputs"]["checkpoint"] != checkpoint_fingerprint:
             return {}
         return {row["feature"]: row["label"] for row in rows}
-    except (OSError, ValueError, KeyError, TypeError):  # labels are an extra here
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):  # labels are an extra here
         return {}
