@@ -6,6 +6,7 @@ import torch
 from fastsae.architectures import DENSE, start_threshold
 
 LEAN = 0.25                     # of mixed directions towards a token each, against 1 at random
+MEDIAN_COLUMNS = 512            # sorted at a time
 GEOMETRIC_MEDIAN_STEPS = 300    # of Weiszfeld's iteration, at most
 GEOMETRIC_MEDIAN_CHANGE = 1e-8  # relative change of the summed distances at which it ends
 
@@ -22,7 +23,7 @@ def initialise(sae, sample, seed, *, directions="xavier", centre="median", encod
     At length 1 the first reconstruction is too long (overlapping features all explain the same part of a token), and the first
     steps are spent on shrinking the encoder.
     """
-    sae.input_bias.copy_({"median": lambda x: x.median(dim=0).values, "mean": lambda x: x.mean(0),
+    sae.input_bias.copy_({"median": median, "mean": lambda x: x.mean(0),
                           "geometric_median": geometric_median}[centre](sample))
     rows = draw_directions(directions, sae.m_total_neurons, sample - sae.input_bias, seed)
     sae.decoder.weight.copy_(rows.t())
@@ -66,6 +67,17 @@ def best_scale(sae, sample):
     reconstruction = active_entries(sae, x, training=sae.architecture not in DENSE).times(sae.decoder.weight.t().contiguous())
     squared = float(reconstruction.square().sum())
     return max(float((reconstruction * x).sum()) / squared, 1e-3) if squared > 0 else 1.0
+
+
+def median(x: torch.Tensor) -> torch.Tensor:
+    """(d,) the median of each column of x (n, d), of two middle values the lower one.
+
+    The same number on every device. CUDA's own median refuses to work in deterministic mode; on a
+    CPU sorting would take six times as long.
+    """
+    if x.device.type == "cpu":
+        return x.median(dim=0).values
+    return torch.cat([block.sort(dim=0).values[(len(x) - 1) // 2] for block in x.split(MEDIAN_COLUMNS, dim=1)])
 
 
 def geometric_median(x):
