@@ -190,11 +190,9 @@ def _environment(error):
 
 def _bug(error):
     """EXIT_BUG, the traceback on stderr and in a file, and a last line that says where."""
-    from fastsae import storage
+    from fastsae import masking, storage
 
-    text = "".join(traceback.format_exception(error))
-    for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"):
-        text = text.replace(os.environ.get(name) or "\0", "***")
+    text = masking.of_environment()("".join(traceback.format_exception(error)))
     print(text, file=sys.stderr, end="")
     for folder in filter(None, (_stage["log_folder"], Path(tempfile.gettempdir()))):  # none if the stage did not come so far
         with contextlib.suppress(OSError):  # a folder that takes no file

@@ -8,23 +8,29 @@ import hashlib
 import json
 import os
 import random
+import re
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
-from fastsae import artifacts, progress
+from fastsae import artifacts, masking, progress
+from fastsae.bounded_http import CUT_OFF, ExchangeFailed, Reply, post, tls_context
 from fastsae.errors import InputError, StageError
+from fastsae.llm_replies import MAX_TEXT, NoCompletion, cleaned, error_message, is_completion_type, one_line, read_completion
 
 LOCAL = "local:"
 DEFAULT_URL = "https://api.openai.com/v1"
-UNFINISHED = ("length", "max_tokens", "content_filter", "tool_calls", "function_call")  # finish reasons; other servers' others are ends
 PASSING = (408, 409, 429)  # and 5xx: worth another try
 RETRIES = 3               # of a call that was not answered; none after a time-out, for that call may have been paid for
 FIRST_WAIT = 0.5          # seconds before the second try, where the server names none; doubled for each further one
-LONGEST_WAIT = 120        # seconds; a server that wants more is not asked again
-FATAL = (401, 403, 404)   # every further call would meet the same
+LONGEST_WAIT = 120        # seconds that a call waits between its tries, in all; not asked again if it takes more
+FATAL = (401, 403, 404)   # every further call would meet the same; redirects (3xx) too
+MAX_MESSAGE = 80          # characters of a server's message in a status
+ACCOUNT = {"OPENAI_ORG_ID": "OpenAI-Organization", "OPENAI_PROJECT_ID": "OpenAI-Project"}  # variable: header
 STOP_SECONDS = 2          # for replies that are on their way when the run is stopped
 BREAKER = 8               # so many failures in a row, and the rest is not asked
 LOCAL_NEW_TOKENS = 160    # length of a local model's reply
@@ -32,11 +38,15 @@ LOCAL_NEW_TOKENS = 160    # length of a local model's reply
 
 def endpoint() -> tuple[str, str | None] | None:
     """(api_key, base_url) from the environment, or None when no endpoint is configured."""
-    key, other_key, base_url = (os.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"))
-    key = key or other_key
+    for name in (*masking.KEYS, *ACCOUNT):
+        if not re.fullmatch("[ -~]*", os.environ.get(name, "").strip()):
+            raise InputError(f"{name}: holds a line break, or a character that no key has. "
+                             "copy it again.")
+    keys = [os.environ.get(name, "").strip() for name in masking.KEYS]
+    key, base_url = keys[0] or keys[1], os.environ.get("OPENAI_BASE_URL", "").strip()
     if base_url:
         check_url(base_url)
-    return (key or "none", base_url or None) if key or base_url else None
+    return (key or masking.NO_KEY, base_url or None) if key or base_url else None
 
 
 def check_url(base_url):
@@ -45,10 +55,13 @@ def check_url(base_url):
     try:
         parts = urlsplit(base_url)
         host, port = parts.hostname, parts.port
+        host = host and host.encode("ascii" if host.isascii() else "idna").decode()
     except ValueError:  # also of brackets without a partner
         raise InputError(f"OPENAI_BASE_URL: its host or port cannot be read. {remedy}") from None
     if parts.scheme not in ("http", "https") or not host:
         raise InputError(f"OPENAI_BASE_URL: does not begin with http:// or https:// and a host. {remedy}")
+    if re.search(r"[^\w.:%-]", host):
+        raise InputError(f"OPENAI_BASE_URL: its host holds a character that no host has. {remedy}")
     if port == 0:
         raise InputError(f"OPENAI_BASE_URL: there is no port 0. {remedy}")
 
@@ -83,75 +96,107 @@ class ChatEndpoint:
     parallel = True
 
     def __init__(self, key, base_url, model, *, timeout):
+        """timeout: seconds for the requests of one call, repeated ones included."""
         self.key, self.base_url, self.model, self.timeout = key, base_url, model, timeout
-        self.client: Any = None
-        self.scope = [model, public_url(base_url), {}]  # model, base URL and parameters: what a reply depends on besides the prompt
+        # model, base URL and parameters: what a reply depends on besides the prompt
+        self.scope = [model, public_url(base_url), {}]
+        self.masked = masking.Masking([key, *masking.secrets_of_address(base_url)])
+        self.tls: Any = None
         self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """Where calls go."""
+        parts = urlsplit(self.base_url or DEFAULT_URL)
+        path = parts.path.rstrip("/") + "/chat/completions"
+        return parts._replace(path=path, fragment="").geturl()
 
     def complete(self, prompt):
         """(text or None, why there is none, usage) of one reply; raises CallFailed."""
-        openai = self._openai()
+        answer = self._answer(prompt)
+        if not 200 <= answer.status < 300:
+            raise CallFailed(self._refusal(answer), answer.status in FATAL or is_redirect(answer))
+        kind = answer.headers.get("content-type", "")
         try:
-            answer = self._create(openai, prompt)
-        except openai.APIStatusError as error:
-            raise CallFailed(f"HTTP {error.status_code} {self.without_key(error.message)[:80]}", error.status_code in FATAL) from None
-        except (openai.OpenAIError, ValueError) as error:  # no connection, time-out, a reply that is no JSON
-            raise CallFailed(type(error).__name__) from None
-        try:
-            choice = answer.choices[0]
-            text, reason, refusal = choice.message.content, choice.finish_reason, getattr(choice.message, "refusal", None)
-        except (AttributeError, IndexError, TypeError):
-            raise CallFailed("the reply is no chat completion") from None
-        usage = {name: as_count(getattr(answer.usage, name, None)) for name in ("prompt_tokens", "completion_tokens")}
-        text = joined(text)
-        if refusal:
-            return None, "refused", usage
-        if str(reason).lower() in UNFINISHED:
-            return None, f"unfinished ({reason.lower()})", usage
-        if not text.strip():
-            return None, "empty", usage
-        return self.without_key(text, keep_lines=True), None, usage
+            text, reason, usage = read_completion(answer.body, kind)
+        except NoCompletion as error:
+            problem = answer.trouble or error.reason
+            paid = is_completion_type(kind) if answer.trouble else error.paid
+            if not paid or answer.trouble == CUT_OFF:
+                raise CallFailed(problem) from None
+            return None, f"unusable: {problem}", {"prompt_tokens": 0, "completion_tokens": 0}
+        return (None if text is None else self.masked(text)), reason, usage
 
-    def _create(self, openai, prompt):
-        """The server's answer, asked for again after failures that pass."""
+    def _answer(self, prompt) -> Reply:
+        """The server's reply, asked for again after failures that pass; raises CallFailed.
+
+        Nothing is asked again once a reply began, or after a time-out: it may have been paid for.
+        """
+        left, waited = self.timeout, 0.0
+        body = {"messages": [{"role": "user", "content": prompt}], "model": self.model}
         for n_before in range(RETRIES + 1):
+            started = time.monotonic()
             try:
-                return self.client.chat.completions.create(model=self.model, messages=[{"role": "user", "content": prompt}])
-            except openai.APITimeoutError:
-                raise
-            except (openai.APIConnectionError, openai.APIStatusError) as error:
-                seconds = seconds_to_wait(error, n_before)
-                if seconds is None:
-                    raise
+                answer = self._post(body, left)
+                seconds = seconds_to_wait(answer.status, answer.headers, n_before)
+            except ExchangeFailed as error:
+                answer, problem = None, error
+                seconds = seconds_to_wait(503, {}, n_before) if error.again else None
+            left -= time.monotonic() - started
+            waited += seconds or 0
+            if seconds is None or left <= 0 or waited > LONGEST_WAIT:
+                break
             time.sleep(seconds)
+        if answer is None:
+            raise CallFailed(self.masked(cleaned(problem.reason)), problem.fatal)
+        return answer
 
-    def _openai(self):
-        with self.lock:  # imported late and once: it takes a second
-            import openai
+    def _post(self, body, seconds):
+        if self.url.startswith("https:"):
+            with self.lock:  # made once: it reads a file of certificates
+                self.tls = self.tls or tls_context()
+        content = json.dumps(body).encode()
+        return post(self.url, self._headers(), content, seconds=seconds, tls=self.tls)
 
-            if self.client is None:
-                self.client = openai.OpenAI(api_key=self.key, base_url=self.base_url or DEFAULT_URL, timeout=self.timeout,
-                                            max_retries=0)  # `_create` does it
-            return openai
+    def _headers(self):
+        account = {header: os.environ.get(name, "").strip() for name, header in ACCOUNT.items()}
+        return {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json",
+                "User-Agent": "fastsae", **{name: value for name, value in account.items() if value}}
 
-    def without_key(self, text, keep_lines=False):
-        text = str(text).replace(self.key, "***") if len(self.key) >= 8 else str(text)
-        return text if keep_lines else " ".join(text.split())
+    def _refusal(self, answer):
+        """What a status other than success says, and what can be done about it."""
+        if is_redirect(answer):
+            return (f"HTTP {answer.status}: the server sends its clients to {self._place(answer)}, "
+                    "where nothing was sent. set OPENAI_BASE_URL to the right address")
+        message = self.masked.message(error_message(answer.body))
+        return f"HTTP {answer.status} {message[:MAX_MESSAGE]}".strip()
 
 
-def seconds_to_wait(error, n_before):
-    """Seconds before another try after an `openai` error and `n_before` earlier ones; None if there should be none."""
-    status, headers = getattr(error, "status_code", None), getattr(getattr(error, "response", None), "headers", {})
-    wanted = retry_after(headers)
-    again = status is None or status in PASSING or status >= 500
-    if (order := headers.get("x-should-retry")) in ("true", "false"):
+    def _place(self, answer):
+        """Where a redirect leads, without secrets."""
+        try:
+            place = public_url(urljoin(self.url, answer.headers.get("location", "")))
+        except ValueError:
+            return "an address that cannot be read"
+        return ascii("".join(self.masked(cleaned(place)).split()))[1:-1][:MAX_MESSAGE]
+
+
+def is_redirect(answer: Reply) -> bool:
+    return 300 <= answer.status < 400
+
+
+def seconds_to_wait(status: int, headers: dict[str, str], n_before: int) -> float | None:
+    """Seconds before another try after a status and `n_before` earlier tries; None for no try."""
+    again = status in PASSING or 500 <= status < 600
+    if (order := headers.get("x-should-retry")) in ("true", "false") and status >= 400:
         again = order == "true"
+    wanted = retry_after(headers)
     if not again or n_before >= RETRIES or wanted > LONGEST_WAIT:
         return None
     return wanted if wanted > 0 else FIRST_WAIT * 2 ** n_before * random.uniform(0.75, 1)
 
 
-def retry_after(headers):
+def retry_after(headers: dict[str, str]) -> float:
     """Seconds that a server asks its client to wait, 0 if it does not say."""
     for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
         try:
@@ -159,24 +204,10 @@ def retry_after(headers):
         except (KeyError, ValueError):
             pass
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+        date = email.utils.parsedate_to_datetime(headers["retry-after"])
+        return max(0.0, date.timestamp() - time.time())
     except (KeyError, TypeError, ValueError, OverflowError):
         return 0.0
-
-
-def joined(content):
-    """The text of a message whose content is a text or a list of parts; "" if it is neither."""
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)
-                   and part.get("type", "text") in ("text", "output_text"))
-
-
-def as_count(value):
-    """A count of tokens as a server gave it; 0 if it is none."""
-    try:
-        return max(0, int(value))
-    except (TypeError, ValueError, OverflowError):
-        return 0
 
 
 class LocalModel:
@@ -231,7 +262,8 @@ class Journal:
 
     def __init__(self, path, scope):
         self.path, self.scope, self.lock = path, scope, threading.Lock()
-        self.replies = {line["key"]: line for line in artifacts.read_lines(path) if "key" in line}
+        lines = map(_checked, artifacts.read_lines(path))
+        self.replies = {line["key"]: line for line in lines if line}
 
     def key(self, prompt):
         return hashlib.sha256(json.dumps([*self.scope, prompt]).encode()).hexdigest()
@@ -245,6 +277,15 @@ class Journal:
         with self.lock:
             artifacts.append_line(self.path, line)
             self.replies[line["key"]] = line
+
+
+def _checked(line):
+    """A journal's line fit for use, or None: it may be another program's, or edited by hand."""
+    key, reply, unusable = (line.get(name) for name in ("key", "reply", "unusable"))
+    if not isinstance(key, str) or not all(isinstance(text, str | None) for text in (reply, unusable)):
+        return None
+    return {**line, "reply": reply and cleaned(reply)[:MAX_TEXT],
+            "unusable": unusable and one_line(unusable)}
 
 
 class Asker:
@@ -306,14 +347,13 @@ class Asker:
             return f"not asked: {self.stop_reason}"
         try:
             reply, unusable, usage = self.backend.complete(prompt)
+            reply = None if reply is None else cleaned(reply)
         except CallFailed as error:
-            with self.lock:
-                self.failures_in_a_row += 1
-                if error.fatal:
-                    self.stop_reason = error.reason
-                elif self.failures_in_a_row >= BREAKER:
-                    self.stop_reason = f"{self.failures_in_a_row} calls in a row failed, the last with {error.reason}"
-            return f"failed: {error.reason}"
+            return self._failed(one_line(error.reason), error.fatal)
+        except (StageError, MemoryError, OSError):  # of a local model: every call would meet them
+            raise
+        except Exception as error:  # a bug costs this call, not the others' results
+            return self._failed(f"a bug, {type(error).__name__} {_place_of(error)}")
         self.journal.add(prompt, reply, unusable, usage)
         with self.lock:
             self.failures_in_a_row = 0
@@ -321,3 +361,19 @@ class Asker:
             for name in ("prompt_tokens", "completion_tokens"):
                 self.spent[name] += usage[name]
         return None
+
+    def _failed(self, reason, fatal=False):
+        with self.lock:
+            self.failures_in_a_row += 1
+            if fatal:
+                self.stop_reason = reason
+            elif self.failures_in_a_row >= BREAKER:
+                self.stop_reason = (f"{self.failures_in_a_row} calls in a row failed, "
+                                    f"the last with {reason}")
+        return f"failed: {reason}"
+
+
+def _place_of(error):
+    """The file and line where an exception was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"at {Path(frame.filename).name}:{frame.lineno}"

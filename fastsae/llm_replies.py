@@ -1,7 +1,14 @@
 """What a language model's reply says: a label, a score with a name, yes or no; or nothing that can be used."""
+import json
 import re
+import unicodedata
 
-MAX_LABEL = 300   # characters
+MAX_LABEL = 300           # characters
+MAX_ANSWER = 20_000       # characters after the thinking; a longer answer follows no form
+MAX_TEXT = 200_000        # characters of a reply that are kept
+MOST_TOKENS = 10 ** 9     # of one call; a larger count is none
+JOINERS = "\u200c\u200d"  # invisible, but part of how Persian, Hindi and emoji are written
+UNFINISHED = ("length", "max_tokens", "content_filter", "tool_calls", "function_call")  # others end
 
 VERDICT = re.compile(r"score is[\W_]*\[\[\s*([1-5])\s*\]\][\W_]*feature name is[^\w\[]*\[\[", re.I)
 ANNOUNCED = re.compile(r"""^(?:(?:sure|certainly|of course|okay|here|the feature|feature|label|answer)\b[^:"“]*:\s*)(?=\S)""", re.I)
@@ -16,11 +23,120 @@ NO_PATTERN = re.compile(r"(?:do not|don['’]t|does not|doesn['’]t) (?:appear 
                         r"(?:pattern|feature)|\bi (?:cannot|can['’]t|could not) (?:identify|determine)", re.I)
 
 
+def cleaned(text: str) -> str:
+    """The text as it may stand in files and on terminals.
+
+    Lines end with a newline. Control characters and invisible ones, such as those that turn the
+    direction of writing, are left out; halves of surrogate pairs become U+FFFD.
+    """
+    if text.isprintable():
+        return text
+    text = re.sub("\r\n?|[\x85\u2028\u2029]", "\n", text)
+    return "".join(map(_kept, text))
+
+
+def _kept(character):
+    if character.isprintable() or character in "\n\t" + JOINERS:
+        return character
+    if character.isspace():
+        return " "
+    return "\ufffd" if unicodedata.category(character) == "Cs" else ""
+
+
+def one_line(text: str) -> str:
+    return " ".join(cleaned(text).split())
+
+
+class NoCompletion(Exception):
+    """A reply that is no chat completion. `paid`: it may have been paid for all the same."""
+
+    def __init__(self, reason: str, *, paid: bool):
+        super().__init__(reason)
+        self.reason, self.paid = reason, paid
+
+
+def read_completion(
+        body: bytes, content_type: str) -> tuple[str | None, str | None, dict[str, int]]:
+    """(text or None, why there is none, tokens used) of a chat completion; raises NoCompletion.
+
+    What is meant as JSON, or as a stream of events, and cannot be read counts as paid for, and so
+    does a reply that names tokens it took. A page of a proxy does not.
+    """
+    answer = _json(body, content_type)
+    used = answer.get("usage") if isinstance(answer, dict) else None
+    used = used if isinstance(used, dict) else {}
+    usage = {name: as_count(used.get(name)) for name in ("prompt_tokens", "completion_tokens")}
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
+        raise NoCompletion("the reply is no chat completion", paid=usage["completion_tokens"] > 0)
+    reason, text = choice.get("finish_reason"), cleaned(joined(message.get("content")))
+    if message.get("refusal"):
+        return None, "refused", usage
+    if isinstance(reason, str) and reason.lower() in UNFINISHED:
+        return None, f"unfinished ({reason.lower()})", usage
+    if len(text) > MAX_TEXT:
+        return None, f"unusable: longer than {MAX_TEXT:,} characters", usage
+    return (text, None, usage) if text.strip() else (None, "empty", usage)
+
+
+def _json(body, content_type):
+    try:
+        return json.loads(body.decode("utf-8-sig", "replace"), strict=False, parse_int=_integer)
+    except RecursionError:
+        problem = "the reply's JSON is nested too deeply"
+    except ValueError:
+        problem = "the reply is no JSON" if body.strip() else "the reply is empty"
+    raise NoCompletion(problem, paid=is_completion_type(content_type) and bool(body.strip()))
+
+
+def is_completion_type(content_type: str) -> bool:
+    """Whether a Content-Type is one that chat completions have, unlike a proxy's pages."""
+    return content_type.partition(";")[0].strip().lower().endswith(("json", "event-stream"))
+
+
+def _integer(digits):
+    """An integer; one of more digits than Python converts is a number all the same."""
+    return int(digits) if len(digits) < 40 else float("inf")
+
+
+def error_message(body: bytes) -> str:
+    """What the body of a failure says, in one line."""
+    text = body[:MAX_TEXT].decode("utf-8", "replace")
+    try:
+        answer = json.loads(text, strict=False, parse_int=_integer)
+    except (ValueError, RecursionError):
+        return one_line(text)
+    for name in ("error", "message", "detail"):
+        answer = answer.get(name, answer) if isinstance(answer, dict) else answer
+    return one_line(answer if isinstance(answer, str) else text)
+
+
+def joined(content):
+    """The text of a message whose content is a text or a list of parts; "" if it is neither."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "".join(part["text"] for part in parts if isinstance(part, dict)
+                   and isinstance(part.get("text"), str)
+                   and part.get("type", "text") in ("text", "output_text"))
+
+
+def as_count(value):
+    """A count of tokens as a server gave it; 0 if it is none."""
+    try:
+        count = int(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return count if 0 < count <= MOST_TOKENS else 0
+
+
 def without_thinking(reply):
-    """The reply after its <think> part; None if that part is all there is."""
+    """The reply after its <think> part; None if there is no more, or far too much."""
     if "</think" in reply:
-        return re.split(r"</think(?:ing)?>", reply)[-1].strip()
-    return None if "<think" in reply else reply.strip()
+        reply = re.split(r"</think(?:ing)?>", reply)[-1]
+    elif "<think" in reply:
+        return None
+    return reply.strip() if len(reply) <= MAX_ANSWER else None
 
 
 def parse_label(reply):

@@ -20,6 +20,7 @@ from fastsae import errors, ranks
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)       # a file system without locks, as some network ones
 NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+MAX_LINE = 1 << 26  # bytes of a line that is read
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
 
 
@@ -212,12 +213,21 @@ def append_line(path, value):
 
 
 def read_lines(path):
-    """The JSON lines of a journal that are whole; a torn one is left out. [] if there is no file."""
+    """The objects of a file of JSON lines; [] if there is no file.
+
+    A line that is torn, damaged or longer than MAX_LINE is left out.
+    """
+    if not Path(path).exists():
+        return []
     lines = []
-    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
-        with contextlib.suppress(ValueError):
-            if isinstance(value := from_json(line), dict):
-                lines.append(value)
+    with open(path, "rb") as file:
+        while line := file.readline(MAX_LINE):
+            if whole := line.endswith(b"\n") or len(line) < MAX_LINE:
+                with contextlib.suppress(ValueError):
+                    if isinstance(value := from_json(line), dict):
+                        lines.append(value)
+            while not whole and (line := file.readline(MAX_LINE)):
+                whole = line.endswith(b"\n")
     return lines
 
 

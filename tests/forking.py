@@ -57,7 +57,6 @@ def serve():
 
 def preload():
     """All that stages import, and tokenizers that are read once for all forks."""
-    import openai  # noqa: F401
     import torch
 
     sys.modules["matplotlib"] = None  # as where it is not installed: its figure takes longer than the rest of a tiny run

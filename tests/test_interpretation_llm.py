@@ -184,7 +184,7 @@ def test_slow_replies_time_out_and_a_dead_endpoint_is_left_alone(tmp_path, endpo
     server = endpoint((0, 1.0))
     asker = llm_client.Asker(llm_client.ChatEndpoint(KEY, server.url, "m", timeout=0.05), tmp_path / "j.jsonl", n_workers=1)
     result = asker.ask([f"prompt {i}" for i in range(30)], "labels")
-    assert result["prompt 0"] == (None, "failed: APITimeoutError")
+    assert result["prompt 0"] == (None, "failed: no whole reply within LLM_TIMEOUT")
     assert "calls in a row failed" in result["prompt 29"][1] and len(server.requests) == llm_client.BREAKER == len(set(server.prompts()))
 
 

@@ -95,8 +95,7 @@ def test_an_empty_address_means_the_default_one(monkeypatch, url):
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
     monkeypatch.setenv("OPENAI_BASE_URL", url)
     backend = llm_client.choose_backend("m", timeout=1, device="cpu")
-    backend._openai()
-    assert str(backend.client.base_url).rstrip("/") == "https://api.openai.com/v1" and backend.client.api_key == KEY
+    assert backend.url == "https://api.openai.com/v1/chat/completions" and backend.key == KEY
     assert backend.scope == ["m", None, {}]
     monkeypatch.setenv("OPENAI_API_KEY", "\n")
     assert llm_client.endpoint() is None
