@@ -38,7 +38,7 @@ SPARSITY_WARMUP_STEPS: int = 0                     # steps over which L1_COEFFIC
 NORMALIZE_ACTIVATIONS: str = "auto"                # none, mean (to 0), norm (mean length to sqrt(d)), both; auto: norm, for topk none
 AUX_K: int | None = None                           # dead features that try to explain what is left over; none = 2 K, 0 = off
 AUX_COEF: float = 0.03125                          # weight of that loss
-DEAD_AFTER_TOKENS: int = 131_072                   # training tokens without firing after which a feature counts as dead
+DEAD_AFTER_TOKENS: int | None = None               # training tokens without firing until a feature is dead; none = by M, K, BATCH_SIZE
 RESAMPLE_EVERY: int | None = None                  # steps between fresh starts of dead features at badly reconstructed tokens; none = never
 N_EPOCHS: int = 100                                # at most; see PATIENCE
 PATIENCE: int = 5                                  # epochs without a better validation loss (topk: normalised MSE) before stopping
@@ -171,13 +171,15 @@ class Plan(NamedTuple):
 def make_plans(settings, source):
     """A Plan for each of SEEDS x K_LIST x L1_COEFFICIENT_LIST, or the one that the settings without lists describe."""
     from fastsae.autoencoder import checkpoint_name
+    from fastsae.dead_features import tokens_until_dead
     from fastsae.formats import start_inputs
 
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     plans = []
     for seed, k, l1 in itertools.product(settings.SEEDS or [settings.SEED], settings.K_LIST or [settings.K],
                                          settings.L1_COEFFICIENT_LIST or [settings.L1_COEFFICIENT]):
-        one = settings.replace(K=k, L1_COEFFICIENT=l1)
+        dead_after = settings.DEAD_AFTER_TOKENS or tokens_until_dead(settings.M, k, settings.BATCH_SIZE)
+        one = settings.replace(K=k, L1_COEFFICIENT=l1, DEAD_AFTER_TOKENS=dead_after)
         name = checkpoint_name(one.M, k, list(one.MATRYOSHKA_PREFIXES) if one.USE_MATRYOSHKA else None, one.ARCHITECTURE)
         l1_name = f"_L1={l1:g}" if float(f"{l1:g}") == l1 else f"_L1={l1!r}"
         name = name.removesuffix(".pt") + l1_name * bool(settings.L1_COEFFICIENT_LIST) + f"_seed={seed}" * bool(settings.SEEDS)

@@ -11,6 +11,7 @@ import torch
 from fastsae import artifacts, parallel
 from fastsae.architectures import choose_normalisation
 from fastsae.autoencoder import inference_form, new_sae
+from fastsae.dead_features import considered
 from fastsae.errors import EnvironmentFailure
 from fastsae.initialisation import initialise
 
@@ -40,10 +41,11 @@ class TrainingRun:
     def step(self, fill_gradients, x, *, learning_rate, dead_after, clip_grad):
         """One step on the batch x (B, d): `fill_gradients(sae, x, dead) -> (loss, fired)`, Adam, decoder rows kept at length 1.
 
-        A feature is dead to it that has not fired for `dead_after` tokens.
+        A feature is dead to it that has not fired for `dead_after` tokens; see `considered` for how many.
         """
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        loss, fired = fill_gradients(self.sae, self.normalisation(x), self.tokens_since_fired >= dead_after)
+        dead = considered(self.tokens_since_fired >= dead_after, self.epoch + self.batch, self.sae.aux_k or 0)
+        loss, fired = fill_gradients(self.sae, self.normalisation(x), dead)
         n_tokens = len(x)
         if parallel.together():
             loss, fired = parallel.total(loss), parallel.anywhere(fired)
