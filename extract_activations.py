@@ -61,7 +61,7 @@ def main():
         source = {"revision": settings.MODEL_REVISION, "cache_dir": settings.CACHE_DIR}
         model_config = language_model.load_config(settings.MODEL_NAME, **source)
         language_model.check_layer(model_config, max(missing), settings.MODEL_NAME)
-        table, counts = read_tokens(settings, dataset_path, language_model.load_tokenizer(settings.MODEL_NAME, **source))
+        table, counts = read_tokens(settings, dataset_path, dataset, language_model.load_tokenizer(settings.MODEL_NAME, **source))
         n_shared = 0 if settings.PROCESSING == "block" else mark_shared_prefix(table)
         n_values = len(table.ids) * model_config.hidden_size * len(computed)
         extraction.require_disk_space(settings.activations_path, n_values, settings.STORAGE_DTYPE)
@@ -132,17 +132,17 @@ def up_to_date(path, metadata):
         activations_file.open_activations(path), path))
 
 
-def read_tokens(settings, dataset_path, tokenizer):
+def read_tokens(settings, dataset_path, sha256, tokenizer):
     """(TokenTable of the dataset, what was counted on the way). Texts pass through and are not kept."""
     is_text, in_blocks = settings.DATASET_PATH.endswith(".txt"), settings.PROCESSING == "block"
     tokenizer = ChatTokenizer(tokenizer, max_length=None if in_blocks else settings.MAX_LENGTH, date=settings.TEMPLATE_DATE,
                               chat_template=settings.USE_CHAT_TEMPLATE and not is_text, dataset_name=settings.DATASET_PATH,
                               special_tokens=not is_text)
     if is_text:
-        examples = stream_text(dataset_path)
+        examples = stream_text(dataset_path, sha256)
     else:
         examples = labelled(settings, stream_examples(dataset_path, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
-                                                      max_examples=settings.MAX_EXAMPLES))
+                                                      max_examples=settings.MAX_EXAMPLES, sha256=sha256))
     duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
     table = tokenise(filter(duplicates.is_new, examples) if duplicates else examples, tokenizer)
     if table.n_truncated and not (table.kind == CONTENT).any():

@@ -81,6 +81,7 @@ def main():
             return 0
 
     features = Features(settings, checkpoint_path, sae_meta)
+    require_described(features.source, metadata, settings)
     labelled = features.choose(settings.N_TOP_NEURONS)
     hypotheses = features.hypotheses()
     work = None
@@ -146,12 +147,19 @@ def inputs_now(settings, sae_meta):
     return {"activations": activations, "dataset": dataset}
 
 
+def require_described(source, metadata, settings):
+    """EnvironmentFailure if the activations and the dataset that were read are not those that `metadata` names."""
+    read = {"activations": source["fingerprint"], "dataset": source["inputs"]["dataset"]}
+    for name, value in read.items():
+        if metadata["inputs"][name] != value:
+            path = settings.activations_path if name == "activations" else settings.DATASET_PATH
+            raise EnvironmentFailure(f"{path}: was replaced while this run began. run again.")
+
+
 def done(folder, jsonl_path, metadata):
     """True if all outputs are there, complete, and made from the same inputs."""
     def read(path):
-        lines = artifacts.read_lines(path)
-        if not lines or "fingerprint" not in lines[0]:
-            raise EnvironmentFailure(f"{path}: damaged. it will be made anew.")
+        lines = tables.read_sealed(path)
         for name, digest in lines[0].get("files", {"interpretations.csv": None}).items():
             if not (folder / name).exists() or artifacts.file_sha256(folder / name) != digest:
                 raise EnvironmentFailure(f"{folder / name}: was changed by hand or is missing. it will be made anew.")
@@ -169,7 +177,7 @@ class Features:
         from fastsae.autoencoder import load_sae
         from fastsae.categories import add_categories
         from fastsae.feature_evidence import Evidence
-        from fastsae.language_model import choose_device, load_tokenizer, locate
+        from fastsae.language_model import choose_device, load_tokenizer, locate, require_same
         from fastsae.logit_lens import add_lens
         from fastsae.sources import identity
 
@@ -184,11 +192,15 @@ class Features:
         if identity(settings.DATASET_PATH)[0] != self.source["inputs"]["dataset"]:
             raise InputError(f"DATASET_PATH: {settings.DATASET_PATH} is not the file the activations were made from. "
                              "run extract_activations.py.")
+        require_same(self.source["model_name"], self.source["model_revision"], settings.CACHE_DIR, self.source["inputs"]["model"],
+                     "run extract_activations.py")
         device = choose_device(settings.DEVICE)
         sae, loaded_meta = load_sae(checkpoint_path, "cpu" if device == "mps" else device)
+        if loaded_meta["fingerprint"] != sae_meta["fingerprint"]:
+            raise EnvironmentFailure(f"{checkpoint_path}: was replaced while this run began. run again.")
         if settings.SAE_PATH:
             formats.fit(checkpoint_path, sae, loaded_meta, settings.activations_path, self.source, data, seed=settings.SEED)
-            self.sae_meta = sae_meta = loaded_meta
+        self.sae_meta = sae_meta = loaded_meta
         self.examples = self.read_examples(settings.LABEL_FIELD)
         tokenizer = load_tokenizer(self.source["model_name"], revision=self.source["model_revision"], cache_dir=settings.CACHE_DIR)
         with progress.bar(len(data["token_ids"]), "statistics", "token", unit_scale=True) as tokens_done:
@@ -209,7 +221,7 @@ class Features:
         from fastsae.sources import read_dataset
 
         return read_dataset(self.settings.DATASET_PATH, text_field=self.settings.TEXT_FIELD, label_field=label_field,
-                            only_lines=self.example_ids)
+                            only_lines=self.example_ids, sha256=self.source["inputs"]["dataset"])
 
     def labels(self, field=None):
         """Label of each example (or the value of another field), None where it has none; None if there are no labels at all."""

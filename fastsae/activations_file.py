@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastsae.artifacts import CHUNK_BYTES, read_npz, refusing_damage
+from fastsae.digests import Held
 from fastsae.errors import EnvironmentFailure, InputError
 
 MAKER = "extract_activations.py"
@@ -55,10 +56,12 @@ def open_activations(path):
     shards = find_shards(path)
     if not shards:
         raise InputError(f"{path}: not found. run {MAKER} first, or check --output-dir.")
+    held = Held(shards)  # their members are read one after the other, and must be of one run
     metadata = read_metadata(path)
     small = [read_npz(p, [*PER_EXAMPLE, *PER_TOKEN], made_by=MAKER) for p in shards]
     data: dict[str, Any] = {name: np.concatenate([s[name] for s in small]) for name in (*PER_EXAMPLE, *PER_TOKEN)}
     rows = [map_member(p, "activations") for p in shards]
+    held.require_unchanged()
     data["activations"] = rows[0] if len(rows) == 1 else ShardedRows(rows)
     data["metadata"] = np.array(json.dumps(metadata, ensure_ascii=False))
     if len(data["activations"]) != data["seq_lengths"].sum() or len(data["token_ids"]) != len(data["activations"]):

@@ -3,6 +3,7 @@ import torch
 
 from fastsae import artifacts
 from fastsae.architectures import DENSE, Normalisation, inference_weights, prepare
+from fastsae.digests import Held
 from fastsae.errors import EnvironmentFailure
 from fastsae.sparse_step import TINY, Entries, active_entries, update_threshold
 
@@ -115,7 +116,10 @@ def load_sae(path, device="cpu"):
 
     kind, files = formats.locate(path)
     if kind != "fastsae":
-        return formats.load_foreign(path, device)
+        held = Held(files)
+        found = formats.load_foreign(path, device)
+        held.require_unchanged()
+        return found
     path = files[0]
     checkpoint = artifacts.read_checkpoint(path)
     try:

@@ -5,10 +5,12 @@ program can set back) are the same. It lies in a folder of the cache, so a secon
 """
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastsae import storage
@@ -61,6 +63,38 @@ class Held:
         """EnvironmentFailure if a file was replaced, edited or removed since, even by what had been there before."""
         for path, state in self.states.items():
             if _state_or_none(path) != state:
+                raise _replaced(path)
+
+
+class _Hashed(io.RawIOBase):
+    """A file opened for reading, and the digest of what was read of it."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        n = self.file.readinto(buffer)
+        self.digest.update(memoryview(buffer)[:n])
+        return n
+
+
+@contextlib.contextmanager
+def reading(path, sha256: str | None = None) -> Iterator[io.BufferedReader]:
+    """The file, opened for reading its bytes. EnvironmentFailure at the end of the `with` block if they have another digest.
+
+    What the block left unread is read for that; a block that raises is not held up.
+    """
+    with open(path, "rb", buffering=0) as file:
+        hashed = _Hashed(file)
+        reader = io.BufferedReader(hashed, 1 << 16)
+        yield reader
+        if sha256 is not None:
+            while reader.read(1 << 20):
+                pass
+            if hashed.digest.hexdigest() != sha256:
                 raise _replaced(path)
 
 

@@ -1,7 +1,9 @@
 """Datasets: rows of a JSONL file, a JSON array, a hub dataset (hf:...) or a plain text, one at a time; and deduplication."""
 import contextlib
+import io
 import itertools
 import json
+import math
 import re
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsae.artifacts import file_sha256
+from fastsae.digests import reading
 from fastsae.errors import EnvironmentFailure, InputError
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -32,21 +35,34 @@ class Example:
     label: str | None = None
 
 
-def read_dataset(path, *, text_field=TEXT, label_field=None, max_examples=None, only_lines=None):
+def read_dataset(path, *, only_lines=None, **how):
     """A list of the examples that `stream_examples` yields, or of those with the given line numbers."""
-    examples = stream_examples(path, text_field=text_field, label_field=label_field, max_examples=max_examples)
     if only_lines is None:
-        return list(examples)
+        return list(stream_examples(path, **how))
     wanted = set(map(int, only_lines))
     last = max(wanted, default=0)
-    until_last = itertools.takewhile(lambda example: example.line <= last, examples)
-    return [example for example in until_last if example.line in wanted]
+    return [example for example in stream_examples(path, last_line=last, **how) if example.line in wanted]
 
 
-def stream_examples(path, *, text_field=TEXT, label_field=None, max_examples=None):
-    """Yield the examples of a dataset in order. Raises InputError naming file and line for up to ten bad rows, at the end."""
+def stream_examples(path, *, sha256=None, **how):
+    """Yield the examples of a dataset in order. Raises InputError naming file and line for up to ten bad rows, at the end.
+
+    how: `text_field`, `label_field`, `max_examples`, `last_line`. EnvironmentFailure if what was read of a file has not the
+    content `sha256`, where that is given: it was replaced since it was looked at.
+    """
+    if str(path).startswith(HUB):
+        yield from _examples(path, hub_rows(path), **how)
+        return
+    with reading(path, sha256) as file:
+        yield from _examples(path, _file_rows(Path(path), file), **how)
+
+
+def _examples(path, rows, *, text_field=TEXT, label_field=None, max_examples=None, last_line=math.inf):
+    """The examples that `rows` (number, parsed row or ValueError) hold."""
     n, problems = 0, []
-    for number, row in hub_rows(path) if str(path).startswith(HUB) else _file_rows(Path(path)):
+    for number, row in rows:
+        if number > last_line:
+            return
         if max_examples is not None and n >= max_examples:
             break
         try:
@@ -81,22 +97,21 @@ def require_two(n, path):
         raise InputError(f"{path}: has {n} example{'s' * (n != 1)}. at least 2 are needed, one to train on and one to validate.")
 
 
-def _file_rows(path):
+def _file_rows(path, file):
     """(number, parsed row or ValueError) of a JSONL file, a line at a time; a JSON array is read whole."""
-    with open(path, "rb") as file:
-        number, is_array = 0, None
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise not_utf8(path, error, number) from None
-            if is_array is None and text.strip():
-                is_array = text.lstrip()[0] == "["
-                if is_array:
-                    yield from _array_rows(text + _decoded(file.read(), path, number), path, number)
-                    return
-            if text.strip():
-                yield number, _parsed(text)
+    number, is_array = 0, None
+    for number, line in enumerate(file, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, error, number) from None
+        if is_array is None and text.strip():
+            is_array = text.lstrip()[0] == "["
+            if is_array:
+                yield from _array_rows(text + _decoded(file.read(), path, number), path, number)
+                return
+        if text.strip():
+            yield number, _parsed(text)
 
 
 def _decoded(data, path, lines_before):
@@ -131,11 +146,12 @@ def _parsed(line):
         return ValueError(f"bad JSON ({str(error).split(';')[0]}). each line must be one JSON object.")
 
 
-def stream_text(path):
-    """Yield pieces of a plain UTF-8 text as examples, cut at line ends; `line` counts the pieces."""
+def stream_text(path, sha256=None):
+    """Yield pieces of a plain UTF-8 text as examples, cut at line ends; `line` counts the pieces. sha256: as `stream_examples`."""
     piece, size, n = [], 0, 0
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with reading(path, sha256) as raw:
+            file = io.TextIOWrapper(raw, encoding="utf-8-sig")
             while line := file.readline(PIECE_CHARACTERS):
                 piece.append(line)
                 size += len(line)
@@ -144,8 +160,9 @@ def stream_text(path):
                     yield Example(n, [{"role": "user", "content": "".join(piece)}], is_text=True)
                     piece, size = [], 0
     except UnicodeDecodeError:
-        for _ in _file_rows(Path(path)):  # finds the line
-            pass
+        with open(path, "rb") as file:
+            for _ in _file_rows(Path(path), file):  # finds the line
+                pass
         raise
     if size:
         yield Example(n + 1, [{"role": "user", "content": "".join(piece)}], is_text=True)

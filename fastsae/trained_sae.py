@@ -8,7 +8,7 @@ from fastsae import autoencoder
 from fastsae.errors import InputError
 from fastsae.examples import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
 from fastsae.formats import architecture_of, architecture_text, is_plain_text, nested_prefixes, target_k
-from fastsae.language_model import ResidualModel, choose_device, load_tokenizer
+from fastsae.language_model import ResidualModel, choose_device, load_tokenizer, require_same
 from fastsae.sparse_step import Entries
 from fastsae.tables import read_labels
 from fastsae.token_text import TokenTexts, visible
@@ -121,6 +121,8 @@ class TrainedSae:
             raise InputError("this autoencoder does not name its model and layer. give them (--model-name, or model_name= and layer=), "
                              "or call encode(activations).")
         origin = {"revision": source.get("model_revision"), "cache_dir": self.cache_dir}
+        if recorded := (source.get("inputs") or {}).get("model"):
+            require_same(name, source.get("model_revision"), self.cache_dir, recorded, "give the one it was trained on")
         is_text = is_plain_text(source)
         tokenizer = ChatTokenizer(load_tokenizer(name, **origin), special_tokens=not is_text,
                                   chat_template=settings.get("USE_CHAT_TEMPLATE", True) and not is_text,

@@ -90,10 +90,11 @@ def snapshot(folder):
 
 
 def put_activations(folder, activations, lengths, *, dataset=None, kind=None, token_ids=None):
-    from fastsae import artifacts
+    from fastsae import artifacts, language_model
 
     n = len(activations)
-    inputs = {"dataset": artifacts.file_sha256(dataset) if dataset else "made up", "model": "made up"}
+    inputs = {"dataset": artifacts.file_sha256(dataset) if dataset else "made up",
+              "model": language_model.EMBEDDED["gguf_sha256"]}
     metadata = artifacts.new_metadata("activations", {"LAYER_IDX": 12}, inputs, model_name="SmolLM2-135M-Instruct",
                                       model_revision=None, n_examples=len(lengths), dataset_path=str(dataset or "made-up.jsonl"))
     artifacts.write_npz(folder / "activations" / "activations_layer12.npz", {

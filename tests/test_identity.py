@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from fastsae import artifacts, digests, language_model
+from fastsae import activations_file, artifacts, digests, language_model, sources, tables
 from fastsae.errors import EnvironmentFailure, InputError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -222,3 +222,127 @@ def test_a_cache_of_an_earlier_version_is_checked_against_the_known_parts(embedd
 
 def test_the_real_one_is_the_one_that_is_known(smol_tokenizer):
     assert language_model.identity(EMBEDDED) == language_model.EMBEDDED["gguf_sha256"]
+
+
+# What is read is what was looked at
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.txt"])
+def test_a_dataset_that_was_replaced_before_it_was_read(tmp_path, name):
+    """And put back afterwards: what counts is the content that was read."""
+    path = tmp_path / name
+    one, other = ("".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(9)) for word in ("one", "two"))
+    stream = sources.stream_text if name.endswith(".txt") else sources.stream_examples
+    path.write_text(one)
+    looked_at, _ = sources.identity(str(path))
+    assert list(stream(path, sha256=looked_at))
+    path.write_text(other)
+    with pytest.raises(EnvironmentFailure, match="was replaced or changed while this run read it. run again"):
+        for _ in stream(path, sha256=looked_at):
+            path.write_text(one)
+    path.write_text(one)
+    assert list(stream(path, sha256=looked_at))
+
+
+@pytest.mark.parametrize("how", [{"max_examples": 3}, {"last_line": 3}, {"only_lines": [1, 3]}])
+def test_what_is_not_needed_of_a_dataset_is_looked_at_as_well(tmp_path, how):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i}"}) + "\n" for i in range(9)))
+    looked_at, _ = sources.identity(str(path))
+    assert len(sources.read_dataset(path, sha256=looked_at, **how)) in (2, 3)
+    with open(path, "a") as file:
+        file.write("one more line")
+    with pytest.raises(EnvironmentFailure, match="was replaced or changed"):
+        sources.read_dataset(path, sha256=looked_at, **how)
+
+
+def test_activations_that_are_replaced_while_they_are_opened(tmp_path, write_activations, monkeypatch):
+    """Their members are read one after the other: they must not come from two files of equal sizes."""
+    write_activations(np.zeros((6, 4), np.float16), [2, 4])
+    path, plain = tmp_path / "activations" / "activations_layer12.npz", activations_file.read_npz
+    assert len(activations_file.open_activations(path)["token_ids"]) == 6
+
+    def replaced(*arguments, **how):
+        found = plain(*arguments, **how)
+        write_activations(np.ones((6, 4), np.float16), [4, 2])
+        return found
+
+    monkeypatch.setattr(activations_file, "read_npz", replaced)
+    with pytest.raises(EnvironmentFailure, match="activations_layer12.npz: was replaced or changed"):
+        activations_file.open_activations(path)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "activations", "dataset", "model"])
+def test_what_stage_3_describes_is_what_it_read(tmp_path, planted, run_main, monkeypatch, capsys, name):
+    """Each input replaced between the first look and the reading stops it before anything is written."""
+    import interpret_sae
+
+    describe = interpret_sae.describe
+    path = {"dataset": tmp_path / "planted.jsonl", "activations": tmp_path / "activations" / "activations_layer12.npz",
+            "checkpoint": tmp_path / "checkpoints" / "test" / "SAE_M=20_K=1.pt"}.get(name)
+
+    def replace(value):
+        if name == "checkpoint":
+            content = artifacts.read_checkpoint(path)
+            content["meta"]["fingerprint"] = value
+            artifacts.write_checkpoint(path, content, keep_old=False)
+        elif name == "dataset":
+            path.write_text(path.read_text().replace("=about", value))
+        else:
+            monkeypatch.setitem(language_model.EMBEDDED, "gguf_sha256", value)
+
+    def described(*arguments):
+        metadata = describe(*arguments)
+        if name == "activations":  # others while it looked, and these again
+            metadata["inputs"]["activations"] = "others"
+        else:
+            replace("other")
+        return metadata
+
+    monkeypatch.setattr(interpret_sae, "describe", described)
+    code = run_main("interpret_sae", *planted, "--n-top-neurons", 0)
+    line, = capsys.readouterr().err.splitlines()
+    said = {"dataset": "is not the file the activations were made from", "model": "is not the model that it was"}
+    assert code in (2, 3) and said.get(name, "was replaced while this run began. run again.") in line
+    assert not (tmp_path / "interpretations.jsonl").exists()
+
+
+# The table that vouches for the others
+
+ROWS = [{"feature": i, "label": f"words \u2028 like {i}", "density": 1 / (3 + i)} for i in range(5)]
+
+
+def test_sealed_lines_come_back(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(tables.sealed({"inputs": {"checkpoint": "f"}, "é": 0.1}, ROWS), encoding="utf-8")
+    about, *rows = tables.read_sealed(path)
+    assert rows == ROWS and about["inputs"] == {"checkpoint": "f"}
+    assert tables.read_labels(path, "f") == {row["feature"]: row["label"] for row in ROWS}
+
+
+def test_no_changed_table_counts(tmp_path, tally):
+    """Every cut, every flipped bit, a row that is lost, doubled, moved or edited, and a seal that is gone."""
+    path = tmp_path / "a.jsonl"
+    whole = tables.sealed({"inputs": {"checkpoint": "f"}}, ROWS).encode()
+    lines = whole.splitlines(keepends=True)
+    changed = [whole[:n] for n in range(len(whole))]
+    changed += [whole[:n // 8] + bytes([whole[n // 8] ^ 1 << n % 8]) + whole[n // 8 + 1:] for n in range(0, 8 * len(whole), 3)]
+    changed += [b"".join(lines[:-2]), whole + lines[-1], whole + b"\n", b"".join([lines[0], *lines[:0:-1]]),
+                whole.replace(b"like 3", b"like 8"), whole.replace(b'"sha256"', b'"sha257"'), b"[" * 100_000, b"1\n2\n", b"{}\n"]
+    for content in changed:
+        path.write_bytes(content)
+        with pytest.raises(EnvironmentFailure, match="was changed by hand"):
+            tables.read_sealed(path)
+        assert tables.read_labels(path, "f") == {}
+    tally("changed tables refused", len(changed))
+
+
+def test_a_changed_table_is_made_anew(tmp_path, planted, run_main, capsys):
+    flags, path = [*planted, "--n-top-neurons", 0], tmp_path / "interpretations.jsonl"
+    assert run_main("interpret_sae", *flags) == 0
+    whole = path.read_text()
+    for content in ("".join(whole.splitlines(keepends=True)[:9]), whole.replace("apple", "orange", 1)):
+        path.write_text(content)
+        capsys.readouterr()
+        assert run_main("interpret_sae", *flags) == 0
+        assert "was changed by hand, damaged" in capsys.readouterr().out and path.read_text() == whole
+    assert run_main("interpret_sae", *flags) == 0 and "up to date" in capsys.readouterr().out
