@@ -27,9 +27,9 @@ from fastsae.tokens import TEST, VALIDATION
 ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
 M: int = 256                                       # features
 K: int = 8                                         # active features per token
-USE_MATRYOSHKA: bool = True                        # nested prefixes of features, coarse to fine (arXiv 2503.17547)
-MATRYOSHKA_PREFIXES: tuple[int, ...] = (64, 256)   # lengths of the prefixes, rising, the last = M
-USE_BATCH_TOPK: bool = False                       # topk only: K active features per token on average over a batch (= batchtopk)
+USE_MATRYOSHKA: bool | None = None                 # nested prefixes of features (arXiv 2503.17547); none = on for topk and batchtopk
+MATRYOSHKA_PREFIXES: tuple[int, ...] | None = None  # lengths of the prefixes, rising, the last = M; none = M / 4 and M
+USE_BATCH_TOPK: bool | None = None                 # K active features per token on average over a batch; none = as ARCHITECTURE says
 L1_COEFFICIENT: float = 5.0                        # standard and gated: weight of the sum of a token's features
 JUMPRELU_LOSS: str = "target"                      # target: (L0 - K) squared * 2 / K; step: L0 itself
 L0_COEFFICIENT: float = 6.0                        # jumprelu: weight of that

@@ -1,9 +1,10 @@
 """Write the parts of the README that come from files: the settings table, and the figures under experiments/results/.
 
-Also writes experiments/results/STUDIES.md, what the studies found in full.
+Also writes experiments/results/STUDIES.md, what the studies found in full, and fastsae/settings/shipped.json, the types and
+defaults of all settings, from which a constant that lost its annotation is still read.
 
-    python experiments/readme_numbers.py           # rewrite both
-    python experiments/readme_numbers.py --check   # exit 1 if either would change
+    python experiments/readme_numbers.py           # rewrite them
+    python experiments/readme_numbers.py --check   # exit 1 if any would change
 """
 import argparse
 import json
@@ -15,18 +16,26 @@ import studies_page
 from common import PROJECT, RESULTS
 
 import config
+from fastsae.settings import declarations
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    texts = {PROJECT / "README.md": readme(), RESULTS / "STUDIES.md": studies_page.whole()}
+    texts = {PROJECT / "README.md": readme(), RESULTS / "STUDIES.md": studies_page.whole(), declarations.SHIPPED: shipped_settings()}
     if args.check:
         return int(any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in texts.items()))
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     return 0
+
+
+def shipped_settings():
+    """The text of shipped.json for config.py, the scripts and the studies that have settings."""
+    studies = [path for path in sorted((PROJECT / "experiments").glob("*.py"))
+               if re.search(r"config\.resolve\(.*__file__", path.read_text(encoding="utf-8"))]
+    return declarations.snapshot([*(PROJECT / name for name in declarations.CORE), *studies], config.PRESETS["demo"])
 
 
 def readme():

@@ -196,7 +196,7 @@ def test_hypothesaes_reads_a_standard_one(tmp_path, write_activations, run_main)
 
 @pytest.mark.parametrize(("flags", "name"), [
     (["--use-batch-topk", "--architecture", "gated", "--no-use-matryoshka"], "USE_BATCH_TOPK"),
-    (["--architecture", "standard"], "USE_MATRYOSHKA"), (["--architecture", "relu"], "ARCHITECTURE")])
+    (["--architecture", "standard", "--use-matryoshka"], "USE_MATRYOSHKA"), (["--architecture", "relu"], "ARCHITECTURE")])
 def test_contradictions_are_setting_errors(run_main, capsys, flags, name):
     with pytest.raises(SystemExit) as stopped:
         run_main("train_sae", *flags)

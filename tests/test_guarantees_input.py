@@ -190,7 +190,7 @@ def test_impossible_settings_are_reported_at_once_before_anything_runs(run_scrip
     done = run_script("run_pipeline.py", "--k", "999", "--layer-idx", "0", "--device", "tpu", "--dataset-path", tmp_path / "nowhere.jsonl")
     assert (done.returncode, done.stdout, snapshot(tmp_path)) == (2, "", {})
     assert sorted(done.stderr.splitlines()) == [
-        f"error: DATASET_PATH: {tmp_path / 'nowhere.jsonl'} is no file. give your data with --dataset-path FILE.jsonl.",
+        f"error: DATASET_PATH: {tmp_path / 'nowhere.jsonl'} is not a file. give your data with --dataset-path FILE.jsonl.",
         "error: DEVICE: 'tpu' is unknown. choose auto, cpu, mps, cuda or cuda:0.",
         "error: K: 999 active features of only M=256. lower --k or raise --m to at least 999.",
         "error: LAYER_IDX: 0 is below 1. give 1 or more."]
@@ -234,19 +234,19 @@ BAD_FLAGS = [  # script, flags, what the line begins with
     ("extract_activations", ["--device", "cuda:9"], "DEVICE: cuda:9 is not available here"),
     ("train_sae", [], "FOLDER/activations/activations_layer12.npz: not found. run extract_activations.py first"),
     ("train_sae", ["--k", 257], "K: 257 active features of only M=256"),
-    ("train_sae", ["--m", 8.5], "M: '8.5' is no int"),
-    ("train_sae", ["--learning-rate", "nan"], "LEARNING_RATE: nan is no float"),
-    ("train_sae", ["--m", 512], "MATRYOSHKA_PREFIXES: the last of"),
+    ("train_sae", ["--m", 8.5], "M: expected int, got '8.5'"),
+    ("train_sae", ["--learning-rate", "nan"], "LEARNING_RATE: expected a finite float, got nan"),
+    ("train_sae", ["--m", 512, "--matryoshka-prefixes", "64,256"], "MATRYOSHKA_PREFIXES: the last of"),
     ("train_sae", ["--architecture", "vanilla"], "ARCHITECTURE: 'vanilla' is unknown"),
     ("train_sae", ["--seed", -1], "SEED: -1 is below 0"),
-    ("train_sae", ["--architecture", "gated"], "USE_MATRYOSHKA: gated has no prefixes"),
+    ("train_sae", ["--architecture", "gated", "--use-matryoshka"], "USE_MATRYOSHKA: gated has no prefixes"),
     ("train_sae", ["--run-name", "a/b"], "RUN_NAME: "),
     ("train_sae", ["--validation-fraction", 1], "VALIDATION_FRACTION: "),
     ("train_sae", ["--output-dir", "DATASET"], "OUTPUT_DIR: "),
     ("interpret_sae", [], "FOLDER/checkpoints/d/metrics.json: not found. run train_sae.py first"),
     ("interpret_sae", ["--pooling", "sum"], "POOLING: 'sum' is unknown"),
     ("interpret_sae", ["--n-fidelity-examples", 3], "N_FIDELITY_EXAMPLES: 3"),
-    ("interpret_sae", ["--run-name", ".."], "RUN_NAME: '..' is no folder name"),
+    ("interpret_sae", ["--run-name", ".."], "RUN_NAME: '..' cannot be a folder's name"),
     ("interpret_sae", ["--llm-timeout", 0], "LLM_TIMEOUT: 0.0 is not above 0"),
     ("interpret_sae", ["--output-dir", "DATASET/out"], "OUTPUT_DIR: ")]
 

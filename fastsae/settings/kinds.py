@@ -1,0 +1,97 @@
+"""The types that settings can have, by annotation: `int`, `tuple[int, ...]`, `str | None`."""
+import re
+import sys
+from typing import Any
+
+PLAIN = ("bool", "int", "float", "str")
+EXAMPLES = {"int": "8", "float": "0.5", "tuple[int, ...]": "8,16", "tuple[float, ...]": "0.5,2",
+            "tuple[str, ...]": "saelens"}
+LARGEST_FLOAT = sys.float_info.max
+LONGEST = 60  # characters of a value that a message repeats
+
+
+def is_known(kind: str) -> bool:
+    """Whether `kind` is a type that settings can have."""
+    return re.fullmatch(r"(bool|((int|float|str)|tuple\[(int|float|str), \.\.\.\]))( \| None)?",
+                        kind) is not None
+
+
+def base_of(kind: str) -> str:
+    """The type less its `| None`."""
+    return kind.removesuffix(" | None")
+
+
+def item_of(kind: str) -> str:
+    """The type of a tuple's items."""
+    return kind.removeprefix("tuple[").removesuffix(", ...]")
+
+
+def parse(text: str, kind: str) -> Any:
+    """A flag's text as a value of type `kind`; ValueError if it is none."""
+    if kind.endswith(" | None"):
+        if text.lower() == "none":
+            return None
+        kind = base_of(kind)
+    if kind.startswith("tuple["):
+        return tuple(parse(part, item_of(kind)) for part in text.split(","))
+    return {"int": int, "float": float, "str": str}[kind](text)
+
+
+def has_type(value: Any, kind: str) -> bool:
+    """Whether a value is of type `kind`; an int passes for a float, a list for a tuple."""
+    if kind.endswith(" | None"):
+        return value is None or has_type(value, base_of(kind))
+    if kind.startswith("tuple["):
+        return (isinstance(value, (tuple, list))
+                and all(has_type(each, item_of(kind)) for each in value))
+    if kind == "float":
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and abs(value) <= LARGEST_FLOAT
+    return type(value).__name__ == kind
+
+
+def as_type(value: Any, kind: str) -> Any:
+    """A value of type `kind` in its one form: a float for 1, a tuple for a list."""
+    if value is None:
+        return None
+    if base_of(kind).startswith("tuple["):
+        return tuple(as_type(each, item_of(base_of(kind))) for each in value)
+    return float(value) if base_of(kind) == "float" else value
+
+
+def expectation(kind: str) -> str:
+    """The type in a message: `int`, `float or none`, `a tuple of int`."""
+    base = base_of(kind)
+    words = f"a tuple of {item_of(base)}" if base.startswith("tuple[") else base
+    return words + " or none" * kind.endswith(" | None")
+
+
+def as_typed(value: Any) -> str:
+    """A value in the form in which a flag takes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def example_of(kind: str, value: Any) -> str:
+    """What a flag of this type could be given, from the value declared."""
+    if isinstance(value, tuple):
+        return as_typed(value)
+    return EXAMPLES.get(base_of(kind), as_typed(value))
+
+
+def shown(value: Any) -> str:
+    """A value as a message repeats it: its repr, cut."""
+    try:
+        text = printable(repr(value))
+    except ValueError:  # an int of more digits than Python writes
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST - 20]}...{text[-10:]}"
+
+
+def printable(text: str) -> str:
+    """The text with what does not print as escapes: no line is forged, no control sequence sent."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in text)

@@ -1,0 +1,116 @@
+"""The resolved settings of one run."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fastsae.settings import kinds
+from fastsae.settings.flags import as_flags, flag_name
+
+PROJECT = Path(__file__).resolve().parents[2]
+WIDTH, LONGEST = 150, 60  # columns of a line; characters of one value
+RANK = {"flag": 0, "preset": 2, "follows": 3}  # the order in which sources are printed; files are 1
+
+
+def run_name_of(dataset_path: str) -> str:
+    """The name of a run on a dataset: its file's, or a hub dataset's with its revision."""
+    name = Path(dataset_path).name
+    return name.rpartition(".")[0] if name.endswith((".jsonl", ".json", ".txt")) else name
+
+
+class Settings:
+    """The settings of one run, frozen: `settings.M`, `settings.source["M"]`, `settings.values`.
+
+    `source` is "flag", "preset demo" or the file's name, `owner` the file that declares a setting,
+    `defaults` the values that the project ships.
+    """
+
+    def __init__(self, values: dict[str, Any], source: dict[str, str], owner: dict[str, str],
+                 defaults: dict[str, Any] | None = None, project: Path = PROJECT):
+        self.__dict__.update(
+            values=MappingProxyType(dict(values)), source=MappingProxyType(dict(source)),
+            owner=MappingProxyType(dict(owner)), project=project,
+            defaults=MappingProxyType(dict(defaults or {})))
+
+    def __reduce__(self):
+        """Copies and pickles are made from the parts: a mapping proxy has no copy of its own."""
+        return Settings, (dict(self.values), dict(self.source), dict(self.owner),
+                          dict(self.defaults), self.project)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"settings are frozen; give --{flag_name(name)} instead")
+
+    def replace(self, **values: Any) -> Settings:
+        """These settings with other `values`, for one of several autoencoders."""
+        return Settings({**self.values, **values}, dict(self.source), dict(self.owner),
+                        dict(self.defaults), self.project)
+
+    def select(self, names: Iterable[str]) -> dict[str, Any]:
+        """The named settings as a JSON-able dict."""
+        return {name: list(v) if isinstance(v := self.values[name], tuple) else v for name in names}
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.OUTPUT_DIR) if self.OUTPUT_DIR else self.project
+
+    @property
+    def activations_path(self) -> Path:
+        return self.output_dir / "activations" / f"activations_layer{self.LAYER_IDX}.npz"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / "checkpoints" / (self.RUN_NAME or run_name_of(self.DATASET_PATH))
+
+    def flags_for(self, script: str) -> list[str]:
+        """The flags of this run that `script` understands, as command-line arguments."""
+        return [as_flags(name, value) for name, value in self.values.items()
+                if self.source[name] == "flag" and self.owner[name] in ("config.py", script)]
+
+    def show(self) -> None:
+        """Print what differs from the defaults, unless PRINT_SETTINGS is off or QUIET on."""
+        if self.PRINT_SETTINGS and not self.QUIET:
+            print(*self.describe().split("\n"), sep="\n", flush=True)
+
+    def describe(self) -> str:
+        """What differs from the defaults, and where to find the rest: three lines at most."""
+        by_source: dict[str, list[str]] = {}
+        for name, value in self.values.items():
+            if name not in self.defaults or value != self.defaults[name]:
+                by_source.setdefault(self.source[name], []).append(f"{name}={brief(value)}")
+        rest = "--help lists all; what decides a result is recorded in it"
+        if not by_source:
+            return f"settings: all at their defaults ({rest})"
+        order = sorted(by_source, key=lambda source: (RANK.get(source.split()[0], 1), source))
+        items = [(f"({source}) " if i == 0 else "") + item
+                 for source in order for i, item in enumerate(by_source[source])]
+        return "\n".join([*in_two_lines(items), f"  all others at their defaults ({rest})"])
+
+
+def brief(value: Any) -> str:
+    """A value as a flag takes it, cut, and without anything that a terminal would obey."""
+    text = kinds.printable(kinds.as_typed(value))
+    return text if len(text) <= LONGEST else f"{text[:20]}...{text[-LONGEST + 23:]}"
+
+
+def in_two_lines(items: list[str]) -> list[str]:
+    """The items in a row after `settings: `, two lines at most, then `and n more`."""
+    lines = ["settings:"]
+    for number, item in enumerate(items):
+        left = len(items) - number
+        ending = f" and {left} more"
+        room = WIDTH - (len(ending) if len(lines) == 2 and left > 1 else 0)
+        if len(lines[-1]) + 2 + len(item) > room:
+            if len(lines) == 2:
+                lines[-1] += ending
+                break
+            lines.append(" ")
+        lines[-1] += f" {item}" + "," * (number < len(items) - 1)
+    return lines
