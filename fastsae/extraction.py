@@ -9,6 +9,7 @@ import numpy as np
 
 from fastsae import artifacts, progress, ranks, storage
 from fastsae.errors import EnvironmentFailure, InputError, StageError
+from fastsae.machine_errors import is_out_of_memory
 from fastsae.sources import place
 from fastsae.tokens import token_norms
 
@@ -137,9 +138,8 @@ class Forward:
             real = [(i, int(self.table.lengths[i]) - self.n_prefix) for i in batch]
             rows = {layer: self._storable(stream, real, pin=self.pin) for layer, stream in streams.items()}
             return [(batch, rows, self._copied())]
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-                    or "not enough memory" in str(error)):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
         if len(batch) == 1:  # outside the handler, so that the failed pass's memory is free
             raise self._own(EnvironmentFailure(f"MAX_LENGTH: an example of {self.table.lengths[batch[0]]} tokens does not fit into "

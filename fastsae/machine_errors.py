@@ -27,6 +27,10 @@ ANYWHERE = {
     "free some memory, then run again": (errno.ENOMEM,),
     "see that nothing moves or removes it meanwhile, then run again": (errno.ENOENT,),
 }
+NO_MEMORY = (  # what PyTorch's RuntimeErrors say: its allocators, CUDA and MPS, and CUDA's libraries
+    "not enough memory|allocate memory|DefaultCPUAllocator|out of memory|_ALLOC_FAILED"
+    "|INSUFFICIENT_RESOURCES|insufficient resources"
+)
 NUMBERS = frozenset(
     n for table in (WHERE_WRITTEN, ANYWHERE) for each in table.values() for n in each
 )
@@ -38,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or isinstance(error, RuntimeError)
-        and bool(re.search("not enough memory|DefaultCPUAllocator", str(error)))
+        and bool(re.search(NO_MEMORY, str(error)))
     )
 
 

@@ -153,11 +153,20 @@ def test_batches_are_halved_when_memory_runs_out(llama, smol_tokenizer, dataset,
     assert relative_errors(limited.chunk(0, 40, lambda n: None)[2], whole.chunk(0, 40, lambda n: None)[2]).max() <= 1e-5
     assert capsys.readouterr().out.splitlines() == ["out of memory: BATCH_TOKENS 400 -> 200", "out of memory: BATCH_TOKENS 200 -> 100"]
 
-    def never(ids):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+                  RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+                  RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)")):
+        def never(ids, error=error):
+            raise error
 
-    with pytest.raises(EnvironmentFailure, match="^MAX_LENGTH: an example of .* lower --max-length"):
-        forward(never).chunk(0, 40, lambda n: None)
+        with pytest.raises(EnvironmentFailure, match="^MAX_LENGTH: an example of .* lower --max-length"):
+            forward(never).chunk(0, 40, lambda n: None)
+
+    def wrong(ids):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        forward(wrong).chunk(0, 40, lambda n: None)
 
 
 def test_parts_stay_small():

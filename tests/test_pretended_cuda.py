@@ -14,7 +14,7 @@ from conftest import planted_tokens
 from pretended_cuda import Refused, device_of, pretended
 
 import train_sae
-from fastsae import extraction, initialisation, language_model, load_sae, parallel
+from fastsae import extraction, initialisation, language_model, llm_client, load_sae, parallel
 from fastsae.architectures import dense_step
 from fastsae.autoencoder import new_sae, reference_step
 from fastsae.errors import InputError
@@ -339,3 +339,21 @@ def test_a_device_that_cannot_be_used(outcome, monkeypatch):
         code, lines = outcome(lambda: language_model.choose_device("auto"))
     assert code == 3 and lines == ["error: DEVICE: cuda:0 cannot be used (CUDA error: all CUDA-capable devices are busy or unavailable). "
                                    "look at nvidia-smi, choose another --device, or --device cpu."]
+
+
+def test_other_ways_in(tmp_path, cpu, extracted, small, run_stages, run_main, capsys):
+    """--text, a local interpreter, training that starts from an autoencoder, loading others' formats."""
+    path = trained(cpu)[1]
+    flags = [*small[1], "--device", "auto"]
+    with pretended() as machine:
+        assert run_main("interpret_sae", *flags, "--output-dir", cpu, "--text", "the bread rose") == 0
+        assert "bread" in capsys.readouterr().out.split("activation  label")[1]
+        backend = llm_client.choose_backend(f"local:{small[0] / 'model'}", timeout=1, device="cuda:1")
+        text, status, usage = backend.complete("What is bread?")
+        assert (text is None) == (status is not None) and usage["prompt_tokens"] > 3 and backend.device == "cuda:1"
+        assert machine.current == 1
+        there = run_stages(extracted, "cuda", [*VARIANTS["matryoshka"], "--init-from", path, "--export", "saelens"], ["train_sae"])
+        assert trained(there)[0]["normalized_mse"] < 1
+        exported, = (there / "checkpoints" / "r").rglob("cfg.json")
+        sae = load_sae(exported.parent, device="cuda")
+        assert device_of(sae.encode(np.ones((2, 8), np.float32))).type == "cuda"
