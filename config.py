@@ -27,7 +27,7 @@ QUIET: bool = False                 # print only warnings, errors and the summar
 SEED: int = 0                       # of the split, the initial weights and the data order
 
 # The preset gives these. Write a value here (`LAYER_IDX = 18`) and it wins over the preset.
-MODEL_NAME: str                     # the embedded SmolLM2-135M-Instruct, a hub id, a local folder or a .gguf file
+MODEL_NAME: str                     # the embedded SmolLM2-135M-Instruct (4-bit Q4_1, dequantised), a hub id, a local folder or a .gguf file
 LAYER_IDX: int                      # residual stream after this many blocks, 1 to the model's number of blocks
 MAX_LENGTH: int                     # tokens kept of each example, its chat template included
 DATASET_PATH: str                   # JSONL file (or JSON array) with text, messages or conversations; hf:owner/name; .txt for blocks

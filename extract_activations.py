@@ -40,8 +40,10 @@ def main():
     with extraction.World() as world:
         started = progress.start(quiet=settings.QUIET)
         settings.show()
-        from fastsae import language_model  # after the settings: loading libraries takes seconds
+        from fastsae import language_model, model_names  # after the settings: loading libraries takes seconds
 
+        if world.rank == 0:
+            print(f"model: {model_names.described(settings.MODEL_NAME)}")
         world.use_own_cores()
         dataset, dataset_path = identity(settings.DATASET_PATH)
         model_files = language_model.held(settings.MODEL_NAME, settings.CACHE_DIR)
@@ -236,7 +238,7 @@ def print_results(written, table, metadata, timing):
     print(f"norms: median {timing['median_norm']:.1f}, max {timing['max_norm']:.1f}; attention sinks (over {SINK_RATIO}x the median): "
           f"{timing['n_sinks']:,}, {timing['n_sinks_outside_prefix']} outside the shared prefix")
     print(f"forward passes: {timing['seconds']:.1f} s, {timing['tokens_per_second']:,.0f} tokens/s ({metadata['device']}, "
-          f"{metadata['compute_dtype']})")
+          f"computed in {metadata['compute_dtype']})")
     shards = f" and {len(written) - 1} more shards" if len(written) > 1 else ""
     print(f"wrote {written[0]}{shards} ({sum(p.stat().st_size for p in written) / 1e6:.1f} MB)")
 

@@ -317,7 +317,7 @@ def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settin
     if settings.NEURONPEDIA_SET:
         from fastsae.neuronpedia import write_batches
 
-        model = settings.NEURONPEDIA_MODEL or features.source["model_name"].rsplit("/", 1)[-1].lower()
+        model = settings.NEURONPEDIA_MODEL or formats.short_name(features.source["model_name"]).lower()
         paths = write_batches(folder / "neuronpedia", evidence, rows, features.lens, model_id=model, name=settings.NEURONPEDIA_SET,
                               layer=features.source["settings"]["LAYER_IDX"] - 1)  # Neuronpedia counts blocks from 0
         files = {str(path.relative_to(folder)): artifacts.file_sha256(path) for path in paths}

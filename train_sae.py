@@ -126,9 +126,10 @@ def train_all(plans, source, settings):
     """Open the activations of stage 1, say what is in them, and train; returns as `train`."""
     from fastsae import parallel
     from fastsae.language_model import choose_device
+    from fastsae.model_names import described
     from fastsae.training_data import Tokens
 
-    print(f"activations: {source['model_name']}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
+    print(f"activations: {described(source['model_name'])}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
     device = choose_device(settings.DEVICE)
     device = "cpu" if device == "mps" else device  # which has no sparse products

@@ -16,6 +16,7 @@ import studies_page
 from common import PROJECT, RESULTS
 
 import config
+from fastsae.model_names import described
 from fastsae.settings import declarations
 
 
@@ -98,7 +99,8 @@ def measured():
         parts.append(
             f"**{what}** (`results/{name}.json`, {r['machine']['device']}, {threads(r)}): stages 1, 2, 3 in "
             f"{s['extract_activations.py']:.0f}, {s['train_sae.py']:.0f} and {s['interpret_sae.py']:.0f} s, a second run in "
-            f"{s['run_pipeline.py, nothing changed']:.0f} s; extraction {e['tokens_per_second']:,.0f} tokens/s ({e['compute_dtype']}), "
+            f"{s['run_pipeline.py, nothing changed']:.0f} s; extraction {e['tokens_per_second']:,.0f} tokens/s "
+            f"(computed in {e['compute_dtype']}), "
             f"training {t['tokens_per_second']:,.0f} tokens/s; normalised MSE {t['normalized_mse']:.3f} "
             f"({t.get('measured_on', 'validation')} examples), L0 {t['l0']:.1f}, "
             f"{100 * t['dead_fraction']:.1f} % dead; {i['n_above_auc_bound']} features with category AUC above {i['auc_bound']}, against "
@@ -209,7 +211,8 @@ def interpretation():
             f"{memory['peak_memory_above_inputs_mib']} MiB above the activations.")
     if (r := result("llm_end_to_end")) is not None:
         parts.append(
-            f"**A real model as interpreter** (`results/llm_end_to_end.json`, {r['settings']['model']} behind HTTP): {r['labelled']} "
+            f"**A real model as interpreter** (`results/llm_end_to_end.json`, {described(r['settings']['model'])}, "
+            f"behind HTTP): {r['labelled']} "
             f"features labelled, {r['scored']} scored and {r['validated']} validated in {r['calls']} calls, killed after "
             f"{r['calls_before_kill']} and continued; {r['repeated_calls']} calls were made twice, the {r['in_flight_at_kill']} in flight. "
             "So small a model is no judge.")

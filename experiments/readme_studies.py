@@ -15,6 +15,8 @@ from studies_page_fast import (
     plain_text_of,
 )
 
+from fastsae.model_names import described
+
 PAPER_MSE = {"standard": (1.3892, 1.4749, 2.0024), "jumprelu": (-9.1659, -6.8466, -6.5926)}  # log2 MSE where PAPER_MSE_ST is
 WITH, WITHOUT = "all tokens", "without prefix and sinks"
 NO_TOPK = "no figure: the paper trains no topk"
@@ -35,9 +37,9 @@ def conditions():
     parts = []
     if r := read("fast_vs_block"):
         s = r["settings"]
-        parts.append(f"FAST against block training: {len(r['runs'])} autoencoders of {s['MODEL_NAME'].rpartition('/')[2]} (M = {s['M']}, "
-                     f"K = {s['K']}, {len(s['SEEDS'])} seeds, layers {', '.join(map(str, s['LAYERS']))}), {r['train_tokens']:,} tokens "
-                     f"each, {r['data']['held out']['examples']} held-out dialogues of `{s['DATASET_PATH']}`. "
+        parts.append(f"FAST against block training: {len(r['runs'])} autoencoders of {described(s['MODEL_NAME'])} "
+                     f"(M = {s['M']}, K = {s['K']}, {len(s['SEEDS'])} seeds, layers {', '.join(map(str, s['LAYERS']))}), "
+                     f"{r['train_tokens']:,} tokens each, {r['data']['held out']['examples']} held-out dialogues of `{s['DATASET_PATH']}`. "
                      f"{plain_text_of(s)} {OPENINGS}")
     if r := read("quick_studies"):
         times = ", ".join(f"{name} {study['seconds'] / 60:.1f}" for name, study in r["studies"].items())

@@ -11,16 +11,14 @@ Hooks count blocks from 0: the residual stream after i blocks is `blocks.{i-1}.h
 """
 import hashlib
 import json
-import os
-import re
 from pathlib import Path
 
 from fastsae import artifacts, storage
 from fastsae.errors import InputError
-from fastsae.formats import architecture_of, short_name
+from fastsae.formats import architecture_of, architecture_text, meant_tokens
+from fastsae.model_names import hub_id, short_name, weights_note
 
 FORMATS = ("saelens", "sparsify")
-HUB_IDS = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the embedded model's
 SAELENS_VERSION = "6.54.12"  # whose layout this is; SAELens drops the metadata of what calls itself older than 6
 
 
@@ -106,7 +104,14 @@ def saelens_metadata(meta):
             "hook_name": f"blocks.{block}.hook_resid_post", "hf_hook_name": f"model.layers.{block}", "hook_head_index": None,
             "prepend_bos": not settings.get("USE_CHAT_TEMPLATE", True),  # a chat template writes its own
             "context_size": settings.get("MAX_LENGTH") or settings.get("BLOCK_LENGTH"),
-            "dataset_path": dataset_name(source["dataset_path"]), "fastsae_fingerprint": meta["fingerprint"]}
+            "dataset_path": dataset_name(source["dataset_path"]), **own_metadata(meta)}
+
+
+def own_metadata(meta):
+    """What no other library has a field for: the architecture, the weights of the model, the tokens it is for."""
+    about = {"fingerprint": meta["fingerprint"], "architecture": architecture_text(meta["settings"]),
+             "model_weights": weights_note(meta["activations"]["model_name"]), **meant_tokens(meta)}
+    return {f"fastsae_{name}": value for name, value in about.items()}
 
 
 def sparsify_files(sae, meta):
@@ -118,18 +123,10 @@ def sparsify_files(sae, meta):
                "b_dec": state["input_bias"]}
     config = {"activation": "topk", "expansion_factor": max(1, sae.m_total_neurons // sae.input_dim), "normalize_decoder": True,
               "num_latents": sae.m_total_neurons, "k": sae.k_active_neurons, "multi_topk": False, "skip_connection": False,
-              "transcode": False, "d_in": sae.input_dim}
+              "transcode": False, "d_in": sae.input_dim, "metadata": own_metadata(meta)}
     weights = save({name: value.contiguous().clone() for name, value in tensors.items()})
     layer = f"layers.{meta['activations']['settings']['LAYER_IDX'] - 1}"
     return {f"{layer}/cfg.json": _json(config), f"{layer}/sae.safetensors": weights}
-
-
-def hub_id(model):
-    """owner/name of a model on the hub, None for a local one."""
-    if model in HUB_IDS:
-        return HUB_IDS[model]
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not model.endswith(".gguf")
-    return model if is_id and not os.path.exists(model) else None
 
 
 def dataset_name(path):

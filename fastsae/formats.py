@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastsae import artifacts, file_content
 from fastsae.errors import InputError
+from fastsae.model_names import described, short_name
 from fastsae.tokens import chosen_tokens, token_norms, usable_tokens
 
 FILES = {"saelens": ("sae_weights.safetensors", "cfg.json"), "sparsify": ("sae.safetensors", "cfg.json"),
@@ -138,7 +139,7 @@ def architecture_of(sae) -> str:
 
 def trained_architecture(settings) -> str:
     """The architecture that the settings of a training name; USE_BATCH_TOPK makes topk batchtopk."""
-    return "batchtopk" if settings.get("USE_BATCH_TOPK") else settings["ARCHITECTURE"]
+    return "batchtopk" if settings.get("USE_BATCH_TOPK") else settings.get("ARCHITECTURE", "topk")
 
 
 def architecture_text(settings) -> str:
@@ -176,7 +177,7 @@ def check_fit(path, sae, meta, activations_path, activations_meta, d, setting):
         raise InputError("\n".join(problems))
     its_model, model = meta["activations"].get("model_name"), activations_meta["model_name"]
     if its_model and short_name(its_model) != short_name(model):
-        print(f"note: {path} was trained on {short_name(its_model)}; the activations are of {short_name(model)}.")
+        print(f"note: {path} was trained on {short_name(its_model)}; the activations are of {short_name(described(model))}.")
     if its_layer is None:
         print(f"note: {path} does not say which layer it was trained on; taken for layer {layer}.")
 
@@ -186,9 +187,23 @@ def is_plain_text(source):
     return str(source.get("dataset_path") or "").endswith(".txt")
 
 
-def short_name(model):
-    """A model's name without its owner or folder."""
-    return str(model).rstrip("/").rsplit("/", 1)[-1]
+def meant_tokens(meta) -> dict:
+    """Which tokens the autoencoder is for, as exports say it: no format that others read has a mask.
+
+    {max_norm, shared_prefix_tokens, use_tokens, tokens: a sentence}; None where there is no bound.
+    """
+    settings, source = meta["settings"], meta["activations"]
+    prefix = source.get("n_shared_prefix") if settings.get("EXCLUDE_SHARED_PREFIX") else None
+    use, max_norm = settings.get("USE_TOKENS", "all"), meta.get("max_norm")
+    left_out = [f"the first {prefix} tokens of each example (the prefix that all share)"] if prefix else []
+    left_out += [f"tokens whose activation has a norm above {max_norm:.6g} (attention sinks)"] if max_norm else []
+    left_out += [f"all tokens but those of kind {use!r}"] if use != "all" else []
+    sentence = "It is for all tokens."
+    if left_out:
+        sentence = (f"It was not trained on {', '.join(left_out)}. No mask is part of this format: leave these tokens out when you "
+                    "encode activations or build dashboards. There, most features above a threshold or ReLU fire without meaning, "
+                    "and strongest of all tokens.")
+    return {"max_norm": max_norm, "shared_prefix_tokens": prefix, "use_tokens": use, "tokens": sentence}
 
 
 def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):

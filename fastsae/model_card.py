@@ -8,9 +8,10 @@ import json
 import re
 
 from fastsae import artifacts
-from fastsae.export import dataset_name, folder_of, hub_id
-from fastsae.formats import architecture_text, is_plain_text, nested_prefixes, short_name, target_k, trained_architecture
+from fastsae.export import dataset_name, folder_of
+from fastsae.formats import architecture_text, is_plain_text, meant_tokens, nested_prefixes, target_k, trained_architecture
 from fastsae.metrics import measured_on
+from fastsae.model_names import described, hub_id, weights_note
 
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("l0", "L0"),
            ("dead_fraction", "dead features"), ("cosine_similarity", "cosine similarity"), ("mse", "MSE (FAST, eq. 7)"))
@@ -48,10 +49,13 @@ def card(entries):
     layer, model = source["settings"]["LAYER_IDX"], source["model_name"]
     title = "Sparse autoencoder" if len(entries) == 1 else f"{len(entries)} sparse autoencoders"
     return "\n".join([
-        "---", *header(entries), "---", "", f"# {title} of {code(hub_id(model) or short_name(model))}, layer {layer}", "",
+        "---", *header(entries), "---", "", f"# {title} of {code(described(model))}, layer {layer}", "",
         f"Reads the residual stream after {layer} blocks (`hidden_states[{layer}]`, in TransformerLens "
         f"`blocks.{layer - 1}.hook_resid_post`) as it is: scale and mean are part of the weights.", "",
-        *provenance(entries[0][1]), "", "## Figures", "", *figures(entries), "", "## How to load", "", *loading(entries), "",
+        *([f"The model's weights: {code(note)}.", ""] if (note := weights_note(model)) else []),
+        *provenance(entries[0][1]), "",
+        "## Which tokens it is for", "", meant_tokens(entries[0][1])["tokens"], "",
+        "## Figures", "", *figures(entries), "", "## How to load", "", *loading(entries), "",
         "## Settings of the training", "", "```json", json.dumps(settings_of(entries[0][1]), indent=1), "```", "",
         "## Before publishing", "", "Nothing is uploaded by itself. State a `license:` in the header above, and mind that the `.pt` files "
         "hold the paths of your data. In this folder:", "", "```bash",
@@ -124,6 +128,8 @@ def loading(entries):
         lines += with_export(path, "sparsify", "sparsify", "from sparsify import SparseCoder", "",
                              f'sae = SparseCoder.load_from_disk("{sparsify}/layers.{block}")',
                              "top_acts, top_indices, _ = sae.encode(activations)")
+        lines += ["sparsify with a CUDA build of PyTorch on a machine without a GPU: set `SPARSIFY_DISABLE_TRITON=1` before it is "
+                  "imported, or its decoder fails.", ""]
     if kind in HYPOTHESAES:
         lines += ["With HypotheSAEs (it unpickles: only for files you trust):", *block_of(
             "from hypothesaes.sae import load_model", "", f'sae = load_model("{path.name}").eval()',

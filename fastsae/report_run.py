@@ -6,8 +6,9 @@ import numpy as np
 
 from fastsae import report_charts as charts
 from fastsae.export import dataset_name
-from fastsae.formats import short_name
+from fastsae.formats import architecture_text
 from fastsae.metrics import measured_on
+from fastsae.model_names import described, short_name
 from fastsae.significance import LEVEL
 
 AUC_BOUND = 0.8  # a feature above this separates its category well; the report counts them
@@ -26,13 +27,13 @@ def describe_run(features, metadata, scored, settings, n_shown):
     evidence, sae_meta, source, rows = features.evidence, features.sae_meta, features.source, features.rows
     s, m = evidence.statistics, len(rows)
     n_alive = sum(row["status"] != "dead" for row in rows)
-    model, layer = source["model_name"].rsplit("/", 1)[-1], source["settings"]["LAYER_IDX"]
+    model, layer = described(source["model_name"]), source["settings"]["LAYER_IDX"]
     dataset = source["dataset_path"].rsplit("/", 1)[-1]
     n_examples = len(evidence.examples)
     imported = "source" in sae_meta  # from another library: its training is not known here
     l0 = sae_meta.get("metrics", {}).get("l0", s.count.sum() / max(s.n_kept, 1))  # measured: K is not how many fire in every kind
     who_learned = f"from {sae_meta['source']['format']} writes" if imported else "then learned to write"
-    story = (f"Each of the {n_examples:,} examples of {dataset} went through {model} alone. A sparse autoencoder {who_learned} "
+    story = (f"Each of the {n_examples:,} examples of {dataset} went through {model}, alone. A sparse autoencoder {who_learned} "
              f"the model's state after layer {layer} on every token as a sum of about {l0:{',.0f' if l0 >= 1000 else '.3g'}} of "
              f"{m:,} features; {n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} tokens"
              f"{left_out(sae_meta, len(s.kept) - s.n_kept)}. {who_labelled(rows, metadata['settings']['llm'])}")
@@ -73,14 +74,15 @@ def run_tables(sae_meta, source, metadata, settings):
     if "validation" in metrics and measured_on(metrics) == "test":
         figures.append(("normalised MSE on validation, which chose the epoch", _shown(metrics["validation"]["normalized_mse"])))
     figures += [(f"normalised MSE from the first {end}", _shown(v)) for end, v in metrics.get("prefix_normalized_mse", {}).items()]
-    provenance = [("model", named(source["model_name"])),
+    provenance = [("model", described(source["model_name"])),
+                  ("autoencoder", architecture_text(sae_meta["settings"])),
                   ("revision", source.get("resolved_revision") or source.get("model_revision") or "as named"),
                   ("layer", f"residual stream after {source['settings']['LAYER_IDX']} blocks"),
                   ("dataset", dataset_name(source["dataset_path"])),
                   ("dataset sha256", source["inputs"]["dataset"]), ("checkpoint", short_name(metadata["checkpoint"])),
                   ("fingerprints", f"activations {source['fingerprint'][:16]}, autoencoder {sae_meta['fingerprint'][:16]}, "
                                    f"interpretation {metadata['fingerprint'][:16]}"),
-                  ("device, type", f"{source.get('device', '')}, {source.get('compute_dtype', '')}"),
+                  ("device, type", f"{source.get('device', '')}, computed in {source.get('compute_dtype', '?')}"),
                   ("versions", ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()))]
     every = [("Settings of stage 1, extraction", source["settings"]), ("Settings of stage 2, training", sae_meta["settings"]),
              ("Settings of stage 3, interpretation", {name: named(value) for name, value in settings.items()})]

@@ -9,6 +9,7 @@ from fastsae.errors import InputError
 from fastsae.examples import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
 from fastsae.formats import architecture_of, architecture_text, is_plain_text, nested_prefixes, target_k
 from fastsae.language_model import ResidualModel, choose_device, load_tokenizer, require_same
+from fastsae.model_names import described
 from fastsae.sparse_step import Entries
 from fastsae.tables import read_labels
 from fastsae.token_text import TokenTexts, visible
@@ -140,7 +141,7 @@ class TrainedSae:
         what += f", K = {k}" if k else ""
         if prefixes := nested_prefixes(settings):
             what += f", prefixes {', '.join(map(str, prefixes))}"
-        where = f"layer {(source.get('settings') or {}).get('LAYER_IDX')} of {source.get('model_name')}"
+        where = f"layer {(source.get('settings') or {}).get('LAYER_IDX')} of {described(source.get('model_name') or 'an unnamed model')}"
         figures = [f"{label} {metrics[name]:.3g}" for name, label in
                    (("normalized_mse", "normalised MSE"), ("l0", "L0"), ("dead_fraction", "dead")) if name in metrics]
         return "\n".join(filter(None, [what, where, ", ".join(figures)]))

@@ -10,7 +10,7 @@ import torch
 from conftest import planted_tokens
 from safetensors.torch import load_file, save_file
 
-from fastsae import artifacts, export, storage
+from fastsae import artifacts, export, language_model, storage
 from fastsae.architectures import Normalisation
 from fastsae.autoencoder import decode, encode, inference_form, load_sae, new_sae, save_sae
 from fastsae.errors import EnvironmentFailure, InputError
@@ -22,6 +22,7 @@ from fastsae.formats import (
     content_sha256,
     trained_architecture,
 )
+from fastsae.model_names import EMBEDDED, described, hub_id
 from fastsae.trained_sae import TrainedSae
 
 D, M, K = 12, 40, 4
@@ -57,7 +58,7 @@ def saved(folder, kind, name="SAE_test.pt"):
     """(path, sae) of a checkpoint as train_sae.py leaves it."""
     sae, path = trained(kind), folder / name
     settings = {"ARCHITECTURE": kind, "M": M, "K": K}
-    metadata = artifacts.new_metadata("sae", settings, {"activations": SOURCE["fingerprint"]}, activations=SOURCE)
+    metadata = artifacts.new_metadata("sae", settings, {"activations": SOURCE["fingerprint"]}, activations=SOURCE, max_norm=12.5)
     save_sae(path, sae, metadata)
     return path, load_sae(path)[0]
 
@@ -82,6 +83,8 @@ def sae_lens():
 
 
 def sparsify():
+    if not torch.cuda.is_available():  # with a CUDA build of PyTorch it takes Triton all the same
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     return pytest.importorskip("sparsify", reason="eai-sparsify is not installed: pip install -r experiments/requirements-bench.txt")
 
 
@@ -102,7 +105,9 @@ def test_sae_lens_computes_the_same(tmp_path, kind):
     assert 0 < (features > 0).float().mean() < 1
     assert theirs.cfg.architecture() == {"topk": "topk", "matryoshka": "topk", "standard": "standard"}.get(kind, "jumprelu")
     assert theirs.cfg.metadata.hook_name == "blocks.11.hook_resid_post" and theirs.cfg.metadata.hf_hook_name == "model.layers.11"
-    assert theirs.cfg.metadata.model_name == "HuggingFaceTB/SmolLM2-135M-Instruct" and theirs.cfg.metadata.prepend_bos is False
+    assert theirs.cfg.metadata.model_name == "SmolLM2-135M-Instruct" and theirs.cfg.metadata.prepend_bos is False
+    assert theirs.cfg.metadata.fastsae_model_weights.startswith("4-bit (Q4_1), dequantised")
+    assert theirs.cfg.metadata.fastsae_max_norm == 12.5 and "norm above 12.5" in theirs.cfg.metadata.fastsae_tokens
     assert theirs.cfg.metadata.context_size == 512 and theirs.cfg.metadata.dataset_path == "texts.jsonl"
     if "topk" in (kind, theirs.cfg.architecture()):
         assert theirs.cfg.k == K
@@ -178,6 +183,28 @@ def test_an_export_is_whole_or_absent(tmp_path, monkeypatch, capsys):
     export.export(path, ["sparsify"])
     assert (tmp_path / "SAE_test.sparsify.old-1" / "layers.11" / "cfg.json").read_text() == "{}"
     assert load_sae(folder / "layers.11")[0].k_active_neurons == K
+
+
+@pytest.mark.parametrize(("settings", "max_norm", "said", "unsaid"), [
+    ({"EXCLUDE_SHARED_PREFIX": True}, 12.5, ["the first 24 tokens of each example", "norm above 12.5"], []),
+    ({"EXCLUDE_SHARED_PREFIX": False}, 12.5, ["norm above 12.5"], ["the first 24"]),
+    ({"EXCLUDE_SHARED_PREFIX": True, "USE_TOKENS": "assistant"}, None, ["the first 24", "'assistant'"], ["norm"]),
+    ({"EXCLUDE_SHARED_PREFIX": False}, None, ["It is for all tokens."], ["No mask"])])
+def test_exports_say_which_tokens_they_are_for(tmp_path, settings, max_norm, said, unsaid):
+    """In the metadata of both formats, which the other libraries keep or skip, and none claims the hub's weights."""
+    metadata = artifacts.new_metadata("sae", {"ARCHITECTURE": "topk", "M": M, "K": K, **settings}, {},
+                                      activations={**SOURCE, "n_shared_prefix": 24}, max_norm=max_norm)
+    save_sae(tmp_path / "a.pt", trained("topk"), metadata)
+    export.export(tmp_path / "a.pt", ["saelens", "sparsify"])
+    for name in ("a.saelens/cfg.json", "a.sparsify/layers.11/cfg.json"):
+        text = (tmp_path / name).read_text()
+        about = json.loads(text)["metadata"]
+        assert about["fastsae_max_norm"] == max_norm and about["fastsae_architecture"] == "topk"
+        assert all(part in about["fastsae_tokens"] for part in said)
+        assert not any(part in about["fastsae_tokens"] for part in unsaid)
+        assert "4-bit (Q4_1), dequantised" in about["fastsae_model_weights"]
+        assert about.get("model_name", EMBEDDED) == EMBEDDED == language_model.EMBEDDED["name"]  # this project's name for these weights
+        assert "4-bit" not in described("owner/model") and hub_id(EMBEDDED) is None and "Q4_1" in language_model.EMBEDDED["member"]
 
 
 # Imports from SAELens

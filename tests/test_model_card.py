@@ -32,13 +32,24 @@ def written(folder, *, kind="topk", names=("SAE_M=40_K=4.pt",), **source):
 def test_the_hub_reads_it(tmp_path):
     text = written(tmp_path, dataset_path="hf:allenai/tulu-3-sft-mixture@abc", names=("SAE_M=40_K=4.pt", "SAE_M=40_K=4_seed=1.pt"))
     data = ModelCard(text, ignore_metadata_errors=False).data
-    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and data.datasets == ["allenai/tulu-3-sft-mixture"]
+    assert data.base_model is None and data.datasets == ["allenai/tulu-3-sft-mixture"]  # the hub's weights are others
     assert "sparse-autoencoder" in data.tags
     header = yaml.safe_load(text.split("---")[1])
     assert [each["name"] for each in header["model-index"]] == ["SAE_M=40_K=4", "SAE_M=40_K=4_seed=1"]
     for part in ("residual stream after 12 blocks", "blocks.11.hook_resid_post", "--export saelens", "load_model(", "hf upload"):
         assert part in text
     assert written(tmp_path, names=("SAE_M=40_K=4.pt",)).count("| `SAE_") == 1
+
+
+def test_it_says_whose_weights_and_which_tokens(tmp_path):
+    text = written(tmp_path)
+    assert "# Sparse autoencoder of `SmolLM2-135M-Instruct, 4-bit (Q4_1), dequantised`, layer 12" in text
+    assert "not the weights of HuggingFaceTB/SmolLM2-135M-Instruct" in text
+    assert "## Which tokens it is for" in text and "norm above 12.5 (attention sinks). No mask is part of this format" in text
+    assert "set `SPARSIFY_DISABLE_TRITON=1` before it is imported" in text
+    of_hub = written(tmp_path / "hub", model_name="owner/model")
+    assert "4-bit" not in of_hub and ModelCard(of_hub).data.base_model == "owner/model"
+    assert "SPARSIFY" not in written(tmp_path / "other", kind="jumprelu")
 
 
 def test_a_plain_text_has_no_template(tmp_path):

@@ -99,7 +99,8 @@ def test_features_of_a_dialogue(sae, monkeypatch):
 def test_it_says_what_it_is(sae):
     lines = repr(sae).splitlines()
     assert lines[0] == "topk autoencoder: 64 features of 576 dimensions, K = 4, prefixes 16, 64"
-    assert lines[1] == "layer 2 of SmolLM2-135M-Instruct" and re.fullmatch(r"normalised MSE [\d.]+, L0 4, dead [\d.e-]+", lines[2])
+    assert lines[1] == "layer 2 of SmolLM2-135M-Instruct, 4-bit (Q4_1), dequantised"
+    assert re.fullmatch(r"normalised MSE [\d.]+, L0 4, dead [\d.e-]+", lines[2])
 
 
 def test_a_runs_folder_stands_for_its_checkpoint(sae, checkpoint):
