@@ -30,7 +30,7 @@ LLM_PROTOCOL: str = "both"              # contrastive (HypotheSAEs' label), fast
 N_TOP_NEURONS: int = 20                 # features that the LLM labels: best category AUC first, else most activation; 0 = no LLM
 N_SCORED_FEATURES: int = 128            # features, by lot, that the LLM scores from 1 to 5 besides these
 N_FIDELITY_EXAMPLES: int = 20           # held-out examples per label on which the LLM tests it; 0 = no test
-LLM_TIMEOUT: float = 60.0               # seconds for one call
+LLM_TIMEOUT: float = 60.0               # seconds for the requests of one call, repeated ones included
 N_LLM_WORKERS: int = 8                  # calls at a time
 RETRY_UNUSABLE: bool = False            # ask again (and pay again) where an earlier reply could not be used
 DRY_RUN: bool = False                   # print how many calls and prompt tokens the LLM would take, and stop

@@ -82,7 +82,7 @@ class _Wire(io.RawIOBase):
             raise _TooLong
         return n
 
-    def makefile(self, *_) -> io.BufferedReader:
+    def makefile(self, *_):
         """For http.client: always the same reader, whose buffer may hold what comes next."""
         return self.reader
 
@@ -182,7 +182,7 @@ def _read(wire):
         answer.begin()
         if not 100 <= answer.status < 200 or answer.status == 101:
             break
-        answer.fp = None  # or its end would close what the next one reads
+        answer.fp = None  # type: ignore[assignment]  # or its end would close what the next one reads
     # of equal ones the first
     headers = {name.lower(): value for name, value in reversed(answer.getheaders())}
     blocks, trouble, wire.n_left = [], "", MAX_BYTES
@@ -229,7 +229,7 @@ def _unpacked(body, packed):
 
 def _connected(host, port, deadline):
     """A socket connected to one of the host's addresses, which share the time that is left."""
-    addresses, problem = _addresses(host, port, deadline), None
+    addresses, problem = _addresses(host, port, deadline), OSError()
     for i, (family, kind, protocol, _, address) in enumerate(addresses):
         sock = socket.socket(family, kind, protocol)
         try:

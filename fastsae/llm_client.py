@@ -120,7 +120,7 @@ class ChatEndpoint:
         try:
             text, reason, usage = read_completion(answer.body, kind)
         except NoCompletion as error:
-            problem = answer.trouble or error.reason
+            problem = answer.trouble or self.masked.message(error.reason)[:MAX_MESSAGE]
             paid = is_completion_type(kind) if answer.trouble else error.paid
             if not paid or answer.trouble == CUT_OFF:
                 raise CallFailed(problem) from None

@@ -60,7 +60,7 @@ def read_completion(
     """(text or None, why there is none, tokens used) of a chat completion; raises NoCompletion.
 
     What is meant as JSON, or as a stream of events, and cannot be read counts as paid for, and so
-    does a reply that names tokens it took. A page of a proxy does not.
+    does a reply with choices or with tokens it took. A page of a proxy does not.
     """
     answer = _json(body, content_type)
     used = answer.get("usage") if isinstance(answer, dict) else None
@@ -69,8 +69,11 @@ def read_completion(
     choices = answer.get("choices") if isinstance(answer, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(message, dict):
-        raise NoCompletion("the reply is no chat completion", paid=usage["completion_tokens"] > 0)
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        problem = "the reply is no chat completion"
+        if isinstance(answer, dict) and answer.get("error"):
+            problem = f"the reply is an error: {error_message(body)}"
+        raise NoCompletion(problem, paid=bool(choices or usage["completion_tokens"]))
     reason, text = choice.get("finish_reason"), cleaned(joined(message.get("content")))
     if message.get("refusal"):
         return None, "refused", usage
@@ -103,7 +106,7 @@ def _integer(digits):
 
 def error_message(body: bytes) -> str:
     """What the body of a failure says, in one line."""
-    text = body[:MAX_TEXT].decode("utf-8", "replace")
+    text = body[:MAX_ANSWER].decode("utf-8", "replace")
     try:
         answer = json.loads(text, strict=False, parse_int=_integer)
     except (ValueError, RecursionError):

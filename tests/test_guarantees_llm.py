@@ -2,7 +2,7 @@
 import csv
 
 import pytest
-from loopback import Endpoint, completion
+from loopback import Endpoint, RawEndpoint, completion, http_reply
 from tiny_world import KEY, replay
 
 VERDICT = "My final verdict score is: [[{}]], feature name is [[words]]"
@@ -69,6 +69,37 @@ def test_a_failure_is_a_status_and_never_a_label(world, worker, fault, tally, n_
     finally:
         server.close()
     tally("LLM faults without a label or a second payment", 1)
+
+
+ATTACKS = {
+    "a surrogate in an error": http_reply(b'{"error":{"message":"\\ud800"}}', "422 No"),
+    "escapes in a label": http_reply(completion("mentions \x1b[2J\u202e\rwrote a table")),
+    "a surrogate in a label": http_reply(completion("mentions \ud800 bread")),
+    "nested JSON": http_reply(b"[" * 200_000), "choices of no list": http_reply({"choices": {"x": 1}}),
+    "charset=hex": http_reply(b"zz", "500 Oops", "Retry-After: 0", kind="text/html; charset=hex"),
+    "a redirect": http_reply(b"", "307 Moved", "Location: http://127.0.0.1:9/\x1b[2J"),
+    "an echoed key": http_reply({"error": {"message": f"bad {KEY}"}}, "422 No")}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_ends_in_whole_tables(world, worker, n_top, attack, tally):
+    """Tables and report are there, no line of the output is forged, and what was paid for is not asked again."""
+    flags = ["--n-top-neurons", n_top, "--n-scored-features", 0, "--n-fidelity-examples", 0, "--llm-protocol", "contrastive"]
+    server = RawEndpoint(ATTACKS[attack])
+    try:
+        done = replay(world, worker, "interpret_sae", *flags, url=server.url)
+        n, labelled = len(server.requests), attack.endswith("label")
+        assert n and done["code"] == (0 if labelled else 4) and (worker.out / "interpretations.html").exists(), done
+        assert all(c.isprintable() or c == "\n" for c in done["out"] + done["err"]) and KEY not in done["out"] + done["err"]
+        rows = table(worker.out)
+        assert sum(row["label_source"] == "m" for row in rows) == (3 if labelled else 0)
+        assert not [file for file in worker.out.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
+        if attack.startswith(("nested", "choices")) or labelled:
+            assert world.run(worker, "interpret_sae", *flags, url=server.url)["code"] == done["code"]
+            assert len(server.requests) == n
+    finally:
+        server.close()
+    tally("hostile replies survived", 1)
 
 
 def table(folder):

@@ -132,15 +132,20 @@ UNUSABLE = {  # paid for, and kept as what cannot be used: no second payment
         http_reply({"choices": [], "usage": {"completion_tokens": 5}}),
         NO_COMPLETION,
     ),
+    "choices an object": (http_reply({"choices": {"x": 1}}), NO_COMPLETION),
+    "choices a text": (http_reply({"choices": "abc"}), NO_COMPLETION),
+    "choices of numbers": (http_reply({"choices": [5]}), NO_COMPLETION),
+    "a message that is text": (http_reply({"choices": [{"message": "hello"}]}), NO_COMPLETION),
     "null content": (http_reply(completion(None)), "empty"),
     "a refusal": (http_reply(completion("no", refusal="no")), "refused"),
 }
 
 FAILED = {  # no reply: asked again by the next run, not by this one
-    "choices an object": (http_reply({"choices": {"x": 1}}), NO_COMPLETION),
-    "choices a text": (http_reply({"choices": "abc"}), NO_COMPLETION),
-    "choices of numbers": (http_reply({"choices": [5]}), NO_COMPLETION),
-    "a message that is text": (http_reply({"choices": [{"message": "hello"}]}), NO_COMPLETION),
+    "an error of status 200": (
+        http_reply({"error": {"message": "no \u001b credit"}}),
+        "the reply is an error: no credit",
+    ),
+    "no choices": (http_reply({"choices": []}), NO_COMPLETION),
     "a list": (http_reply([1]), NO_COMPLETION),
     "a page": (http_reply(b"<html>", kind="text/html; charset=hex"), NO_JSON),
     "nothing": (http_reply(b""), "the reply is empty"),
