@@ -23,6 +23,7 @@ from fastsae import artifacts, progress, storage
 from fastsae.activations_file import read_metadata
 from fastsae.errors import EnvironmentFailure, InputError, Terminated, deferred_stop, end, run_stage, stop, stop_asked
 from fastsae.tokens import TEST, VALIDATION
+from fastsae.training_limits import no_finite_loss, require_memory
 
 ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
 M: int = 256                                       # features
@@ -133,6 +134,7 @@ def train_all(plans, source, settings):
           f"{source['dataset_path']}")
     device = choose_device(settings.DEVICE)
     device = "cpu" if device == "mps" else device  # which has no sparse products
+    require_memory(settings.M, source.get("d_model", 0), len(plans), device)
     parallel.start(device)
     for name, refused in (("RESAMPLE_EVERY", settings.RESAMPLE_EVERY), ("ENGINE", settings.ENGINE == "reference")):
         if refused and parallel.together():
@@ -359,8 +361,8 @@ def end_epoch(run, tokens):
 
     line = parallel.from_rank_0(lambda: epoch_line(run, tokens, run.plan.settings))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
-        which, remedy = (f" of {run.plan.path.name}", ", or leave this one out") if run.plan.several else ("", "")
-        raise InputError(f"LEARNING_RATE: the loss{which} is no number after epoch {run.epoch}. lower --learning-rate{remedy}.")
+        settings, of = run.plan.settings, run.plan.path.name if run.plan.several else ""
+        raise no_finite_loss(settings.values, settings.defaults, run.epoch, of)
     run.end_epoch(line)
     if parallel.world()[0] == 0:
         artifacts.write_text(run.plan.beside("metrics.jsonl"), monitoring.lines_of(run.history))

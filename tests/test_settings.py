@@ -351,8 +351,8 @@ def test_a_flag_of_another_stage_says_whose_it_is(refused):
 @pytest.mark.parametrize("flags", [
     ["--m", str(2 ** 62), "--no-use-matryoshka"], ["--dead-after-tokens", "9" * 22], ["--dedup-ngram", "100000000000"],
     ["--n-epochs", "9" * 30], ["--max-examples", "9" * 5000], ["--batch-tokens", "-" + "9" * 40], ["--seed", str(2 ** 63 - 1)],
-    ["--seeds", f"1,{2 ** 60}"], ["--k-list", f"1,{2 ** 60}"], ["--l1-coefficient", "1e39"], ["--l0-coefficient", "1e20"],
-    ["--aux-coef", "1e300"], ["--l1-coefficient-list", "1,1e39"], ["--learning-rate", "1e30"], ["--learning-rate", "1e-300"],
+    ["--seeds", f"1,{2 ** 60}"], ["--k-list", f"1,{2 ** 60}"], ["--l1-coefficient", "1e39"], ["--l0-coefficient", "1e39"],
+    ["--aux-coef", "1e300"], ["--l1-coefficient-list", "1,1e39"], ["--learning-rate", "1e39"], ["--learning-rate", "1e-300"],
     ["--jumprelu-bandwidth", "1e-40"], ["--jumprelu-bandwidth", "1e40"], ["--init-encoder-scale", "1e-30"],
     ["--init-encoder-scale", "1e30"], ["--max-norm-ratio", "1e300"], ["--clip-grad", "1e-320"], ["--llm-timeout", "1e9"],
     ["--n-llm-workers", "100000"], ["--save-every", "1e300"], ["--layer-idx", "9" * 40], ["--layers", "12," + "9" * 40]])

@@ -432,7 +432,7 @@ def test_one_of_several_that_fails_stops_no_other(tmp_path, write_activations, r
     flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--n-epochs", 3, "--batch-size", 50]
     assert run_main("train_sae", *flags, "--l1-coefficient-list", "1e38,0.5") == 2
     name = "SAE_standard_M=16_K=2_L1={}.pt"
-    assert f"error: LEARNING_RATE: the loss of {name.format('1e+38')} is no number after epoch 1" in capsys.readouterr().err
+    assert f"error: L1_COEFFICIENT: the loss of {name.format('1e+38')} is not a number after epoch 1" in capsys.readouterr().err
     folder = tmp_path / "checkpoints" / "test"
     assert not (folder / name.format("1e+38")).exists()
     assert artifacts.read_checkpoint_metadata(folder / name.format("0.5"))["metrics"]["epochs"] == 3
@@ -452,4 +452,4 @@ def test_lists_are_checked_before_anything_loads(run_main, capsys):
         run_main("train_sae", "--m", 16, "--no-use-matryoshka", "--k-list", "4,99", "--seeds", "1,1", "--l1-coefficient-list", "1,x")
     errors = capsys.readouterr().err
     assert "K_LIST: 99 active features of only M=16" in errors and "SEEDS: (1, 1) are not different" in errors
-    assert "L1_COEFFICIENT_LIST: '1,x' is no tuple[float, ...] | None" in errors
+    assert "L1_COEFFICIENT_LIST: expected a tuple of float or none, got '1,x'" in errors

@@ -1,0 +1,75 @@
+"""What a training run cannot do: have more memory than there is, or go on without a finite loss."""
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastsae.errors import InputError
+
+COPIES = 5  # of the weights: themselves, the best so far, gradients, Adam's two moments
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def bytes_needed(m: int, d: int, n_autoencoders: int = 1) -> int:
+    """Bytes of encoder and decoder, (M, d) float32 each, and of what training keeps beside them.
+
+    Activations and a batch's features come on top, so that less than this is never enough.
+    """
+    return 2 * m * d * 4 * COPIES * n_autoencoders
+
+
+def memory_of(device: str) -> int | None:
+    """Bytes of memory of a device in all, as far as this process may use them; None if unknown."""
+    if device.partition(":")[0] == "cuda":
+        import torch
+
+        try:
+            return torch.cuda.get_device_properties(device).total_memory
+        except (RuntimeError, AssertionError, AttributeError):
+            return None
+    try:
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, ValueError, OSError):
+        return None
+    limits += [int(text) for path in CGROUPS if (text := _text_of(path)).isdigit()]
+    return min(limits)
+
+
+def _text_of(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def require_memory(m: int, d: int, n_autoencoders: int, device: str) -> None:
+    """InputError that names M where the weights alone are more than the device holds."""
+    needed, there = bytes_needed(m, d, n_autoencoders), memory_of(device)
+    if there is not None and needed > there:
+        several = f" times {n_autoencoders} autoencoders" if n_autoencoders > 1 else ""
+        raise InputError(
+            f"M: {m:,} features of {d:,} dimensions{several} take {needed / 1e9:,.1f} GB to train, "
+            f"{device} has {there / 1e9:,.1f} GB. lower --m"
+            + (", or train fewer at a time." if several else "."))
+
+
+def cause_of_divergence(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The setting to blame for a loss that is not finite: the one furthest above its default."""
+    architecture = values["ARCHITECTURE"]
+    names = ["LEARNING_RATE"]
+    names += ["L1_COEFFICIENT"] * (architecture in ("standard", "gated"))
+    names += ["L0_COEFFICIENT"] * (architecture == "jumprelu")
+    names += ["AUX_COEF"] * (architecture in ("topk", "batchtopk"))
+    above = {name: values[name] / defaults[name] for name in names if defaults.get(name)}
+    if values.get("INIT_ENCODER_SCALE"):
+        above["INIT_ENCODER_SCALE"] = values["INIT_ENCODER_SCALE"]  # whose usual value is 1
+    return max(above, key=lambda name: above[name], default="LEARNING_RATE")
+
+
+def no_finite_loss(values: Mapping[str, Any], defaults: Mapping[str, Any], epoch: int,
+                   of: str = "") -> InputError:
+    """What to raise after an epoch without a finite loss; `of` names the one of several."""
+    name = cause_of_divergence(values, defaults)
+    flag = name.lower().replace("_", "-")
+    return InputError(f"{name}: the loss{f' of {of}' * bool(of)} is not a number after epoch {epoch}. "
+                      f"lower --{flag}{', or leave this one out' * bool(of)}.")
