@@ -1,16 +1,24 @@
-"""Feature files for Neuronpedia's batch upload (`POST /api/feature/upload-batch`), checked against the limits it sets."""
+"""Feature files for Neuronpedia's batch upload (`POST /api/feature/upload-batch`), checked against the limits it sets.
+
+Its rules as of 20 August 2026: no token is an empty string, a method's name must be one of its own (null here), a model's name is
+not empty (null without a model), an index is at most 10,000,000, and a feature has an activation of a token at least. The model and
+the source set must exist there before a batch is sent.
+"""
 import json
 from pathlib import Path
 
 import numpy as np
 
 from fastsae import artifacts, storage
+from fastsae.model_names import short_name
 from fastsae.token_text import seen_values
 
 BATCH = 128          # features per file
 MAX_TOKENS = 1024    # per activation
 N_LOGITS = 20
-NUMBER, TEXT = {"type": "number"}, {"type": "string"}
+MAX_INDEX = 10_000_000
+PIECE = "\ufffd"       # a token that is a later piece of a character: its first piece shows the character and has the value
+NUMBER, TEXT, NULL = {"type": "number"}, {"type": "string", "minLength": 1}, {"type": "null"}
 LOGITS = {"type": "array", "maxItems": N_LOGITS, "items": {"type": "object", "required": ["token", "value"], "properties": {
     "token": TEXT, "value": NUMBER}}}
 SCHEMA = {  # JSON Schema; `check` knows the few words used here
@@ -18,17 +26,18 @@ SCHEMA = {  # JSON Schema; `check` knows the few words used here
         "modelId": {"type": "string", "minLength": 1}, "source": {"type": "string", "pattern": r"^\d+-[\w.-]+$"},
         "features": {"type": "array", "maxItems": BATCH, "items": {
             "type": "object", "required": ["index", "density", "topLogits", "bottomLogits", "explanations", "activations"], "properties": {
-                "index": {"type": "integer", "minimum": 0}, "density": {"type": "number", "minimum": 0, "maximum": 1},
+                "index": {"type": "integer", "minimum": 0, "maximum": MAX_INDEX}, "density": {"type": "number", "minimum": 0, "maximum": 1},
                 "topLogits": LOGITS, "bottomLogits": LOGITS,
                 "explanations": {"type": "array", "items": {
                     "type": "object", "required": ["text", "methodName", "modelName"], "properties": {
-                    "text": {"type": "string", "minLength": 1, "maxLength": 512}, "methodName": TEXT, "modelName": TEXT}}},
-                "activations": {"type": "array", "items": {
+                    "text": {"type": "string", "minLength": 1, "maxLength": 512}, "methodName": NULL,
+                        "modelName": {"type": ["string", "null"], "minLength": 1}}}},
+                "activations": {"type": "array", "minItems": 1, "items": {
                     "type": "object", "required": ["tokens", "values", "quantileMin", "quantileMax", "quantileFraction"], "properties": {
-                        "tokens": {"type": "array", "maxItems": MAX_TOKENS, "items": TEXT},
-                        "values": {"type": "array", "maxItems": MAX_TOKENS, "items": NUMBER},
+                        "tokens": {"type": "array", "minItems": 1, "maxItems": MAX_TOKENS, "items": TEXT},
+                        "values": {"type": "array", "minItems": 1, "maxItems": MAX_TOKENS, "items": NUMBER},
                         "quantileMin": NUMBER, "quantileMax": NUMBER, "quantileFraction": NUMBER}}}}}}}}
-TYPES: dict = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
+TYPES: dict = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None)}
 
 
 def check(value, schema: dict = SCHEMA, where="batch"):
@@ -39,16 +48,20 @@ def check(value, schema: dict = SCHEMA, where="batch"):
         if not ok:
             raise ValueError(f"{where}: {what}")
 
-    require(isinstance(value, TYPES[schema["type"]]) and not isinstance(value, bool), f"is no {schema['type']}")
-    if schema["type"] == "object":
+    kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    kind = next((kind for kind in kinds if isinstance(value, TYPES[kind]) and not isinstance(value, bool)), None)
+    require(kind, f"expected {' or '.join(kinds)}, got {str(value)[:40]!r}")
+    if kind == "null":
+        return
+    if kind == "object":
         require(set(schema["required"]) == set(value), f"has the fields {sorted(value)}, not {sorted(schema['required'])}")
         for name, part in schema["properties"].items():
             check(value[name], part, f"{where}.{name}")
-    elif schema["type"] == "array":
-        require(len(value) <= schema.get("maxItems", len(value)), f"has {len(value)} items")
+    elif kind == "array":
+        require(schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)), f"has {len(value)} items")
         for i, item in enumerate(value):
             check(item, schema["items"], f"{where}[{i}]")
-    elif schema["type"] == "string":
+    elif kind == "string":
         require(schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)), f"has {len(value)} characters")
         require(re.search(schema.get("pattern", ""), value), f"{value!r} does not match {schema.get('pattern')}")
     else:
@@ -58,12 +71,16 @@ def check(value, schema: dict = SCHEMA, where="batch"):
 def write_batches(folder, evidence, rows, lens, *, model_id, layer, name):
     """Write `batch-000.json`, ... for all features that fire, and return their paths; `layer` counts blocks from 0."""
     alive, source, paths = [row["feature"] for row in rows if row["status"] != "dead"], f"{layer}-{name}", []
+    if beyond := [j for j in alive if j > MAX_INDEX]:
+        print(f"warning: {len(beyond):,} features beyond number {MAX_INDEX:,} are left out: Neuronpedia takes none.")
+        alive = [j for j in alive if j <= MAX_INDEX]
     for start in range(0, len(alive), BATCH):
         chosen = alive[start:start + BATCH]
         examples = evidence.shown_examples(chosen)
         values = evidence.token_values([(j, example) for j in chosen for _, example, _ in examples[j]])
         batch = {"modelId": model_id, "source": source,
-                 "features": [feature(evidence, rows[j], examples[j], values, lens.get(j, ([], []))) for j in chosen]}
+                 "features": [feature(evidence, rows[j], examples[j], values, lens.get(j, ([], []))) for j in chosen
+                              if examples[j]]}  # a feature without an activation is refused
         check(batch)
         paths.append(Path(folder) / source / f"batch-{start // BATCH:03}.json")
         artifacts.write_text(paths[-1], json.dumps(batch, ensure_ascii=False, allow_nan=False) + "\n")
@@ -74,15 +91,22 @@ def write_batches(folder, evidence, rows, lens, *, model_id, layer, name):
 
 def feature(evidence, row, examples, values, lens):
     j = row["feature"]
-    method = {"tokens": "characteristic tokens"}.get(row["label_source"], f"fastsae {row.get('label_protocol') or ''}".strip())
-    model = "" if row["label_source"] == "tokens" else row["label_source"]
+    source = str(row["label_source"] or "").removeprefix("local:")  # what a language model wrote has its name
+    model = short_name(source) if source not in ("", "tokens") else None
+    label = row["label"] or ""
+    explanation = {"text": shortened(label), "methodName": None, "modelName": model or None}
     return {"index": j, "density": row["density"], "topLogits": logits(lens[0]), "bottomLogits": logits(lens[1]),
-            "explanations": [{"text": row["label"][:512], "methodName": method, "modelName": model}] if row["label"] else [],
+            "explanations": [explanation] if label.strip() else [],
             "activations": [activation(evidence, j, *example, *values[j, example[1]]) for example in examples]}
 
 
+def shortened(label, n=512):
+    """The label in at most n UTF-16 units, which is how JavaScript counts characters."""
+    return label.encode("utf-16-le", "replace")[:2 * n].decode("utf-16-le", "ignore")
+
+
 def logits(tokens):
-    return [{"token": token, "value": figure(value)} for token, value in tokens[:N_LOGITS]]
+    return [{"token": token or PIECE, "value": figure(value)} for token, value in tokens[:N_LOGITS]]
 
 
 def figure(value):
@@ -103,6 +127,7 @@ def activation(evidence, j, quantile, example, peak, positions, strengths):
     sampled = evidence.statistics.sample.value[j]
     sampled = sampled[sampled > 0]
     inside = (np.minimum((sampled / width).astype(int), 9) == tenth).mean()
-    return {"tokens": texts[left:left + MAX_TOKENS], "values": [figure(v) for v in dense[left:left + MAX_TOKENS]],
+    return {"tokens": [text or PIECE for text in texts[left:left + MAX_TOKENS]],
+            "values": [figure(v) for v in dense[left:left + MAX_TOKENS]],
             "quantileMin": figure(tenth * width), "quantileMax": figure((tenth + 1) * width),
             "quantileFraction": round(float(inside), 4)}

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import WORDS, read_table as table
+from conftest import WORDS, planted_tokens, read_table as table
 from scipy import sparse
 
 from fastsae import neuronpedia
@@ -226,14 +226,79 @@ def test_neuronpedia_batches_pass_the_schema(tmp_path, planted, run_main, monkey
 
 
 def test_the_schema_refuses():
+    activation = {"tokens": ["a"], "values": [1], "quantileMin": 0, "quantileMax": 1, "quantileFraction": 1}
     good = {"modelId": "m", "source": "3-s", "features": [
-        {"index": 1, "density": 0.5, "topLogits": [], "bottomLogits": [], "activations": [],
-         "explanations": [{"text": "x", "methodName": "", "modelName": ""}]}]}
+        {"index": 1, "density": 0.5, "topLogits": [], "bottomLogits": [], "activations": [activation],
+         "explanations": [{"text": "x", "methodName": None, "modelName": None}]}]}
     neuronpedia.check(good)
     for change in ({"source": "s"}, {"modelId": ""}, {"features": [{}]}, {"features": [good["features"][0]] * 129},
                    {"features": [{**good["features"][0], "density": 2}]}, {"features": [{**good["features"][0], "index": True}]},
                    {"features": [{**good["features"][0], "density": float("nan")}]},
                    {"features": [{**good["features"][0], "topLogits": [{"token": "a", "value": 1}] * 21}]},
-                   {"features": [{**good["features"][0], "explanations": [{"text": "x" * 513, "methodName": "", "modelName": ""}]}]}):
+                   {"features": [{**good["features"][0], "explanations": [{"text": "x" * 513, "methodName": None, "modelName": None}]}]},
+                   *({"features": [{**good["features"][0], "explanations": [{"text": "x", **names}]}]} for names in (
+                       {"methodName": "fastsae", "modelName": None}, {"methodName": None, "modelName": ""})),
+                   *({"features": [{**good["features"][0], "activations": [{**activation, **part}]}]} for part in (
+                       {"tokens": [""]}, {"tokens": []}, {"values": []})),
+                   {"features": [{**good["features"][0], "activations": []}]},
+                   {"features": [{**good["features"][0], "index": 10_000_001}]}):
         with pytest.raises(ValueError):
             neuronpedia.check({**good, **change})
+
+
+def refused_by_neuronpedia(batch):
+    """What its rules have against a batch; written from the rules, not from this project's schema."""
+    found = []
+
+    def need(ok, what):
+        if not ok:
+            found.append(what)
+
+    need(isinstance(batch["modelId"], str) and batch["modelId"], "modelId")
+    need(isinstance(batch["source"], str) and batch["source"].split("-")[0].isdigit(), "source")
+    need(1 <= len(batch["features"]) <= 128, "number of features")
+    for feature in batch["features"]:
+        need(type(feature["index"]) is int and 0 <= feature["index"] <= 10_000_000, "index")
+        for logit in [*feature["topLogits"], *feature["bottomLogits"]]:
+            need(logit["token"] and np.isfinite(logit["value"]), "logit")
+        need(max(len(feature["topLogits"]), len(feature["bottomLogits"])) <= 20, "number of logits")
+        for explanation in feature["explanations"]:
+            need(explanation["methodName"] is None, "methodName")
+            need(explanation["modelName"] is None or explanation["modelName"].strip(), "modelName")
+            need(0 < len(explanation["text"]) <= 512, "text")
+        need(feature["activations"], "number of activations")
+        for activation in feature["activations"]:
+            need(1 <= len(activation["tokens"]) == len(activation["values"]) <= 1024, "number of tokens")
+            need(all(isinstance(token, str) and token for token in activation["tokens"]), "token")
+            need(all(np.isfinite(activation["values"])), "value")
+    return sorted(set(found))
+
+
+def test_batches_of_texts_beyond_ascii_pass_neuronpedias_rules(tmp_path, write_activations, run_main, smol_tokenizer):
+    """Pieces of characters, a label from each source, the lens and every feature that fires."""
+    texts = ["the 🦜 sat — quietly", "naïve café 🦜🦜", "数学 and 音楽", "it’s “quoted”"] * 6
+    dataset = tmp_path / "texts.jsonl"
+    dataset.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    ids = [smol_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    tokens, _ = planted_tokens(sum(map(len, ids)), 16, 12, 2)
+    flags = [*write_activations(tokens, list(map(len, ids)), dataset=dataset, token_ids=sum(ids, [])), "--run-name", "r", "--device", "cpu"]
+    assert run_main("train_sae", *flags, "--m", 12, "--k", 2, "--no-use-matryoshka", "--n-epochs", 3) == 0
+    assert run_main("interpret_sae", *flags, "--label-field", "none", "--neuronpedia-set", "s") == 0
+    batches = [json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "neuronpedia").rglob("batch-*.json")]
+    assert batches and [refused_by_neuronpedia(batch) for batch in batches] == [[]] * len(batches)
+    shown = [token for batch in batches for feature in batch["features"] for a in feature["activations"] for token in a["tokens"]]
+    assert "\ufffd" in shown and any("🦜" in token for token in shown)  # the character, and its other pieces
+
+
+@pytest.mark.parametrize(("source", "name"), [("tokens", None), ("", None), ("gpt-5-mini", "gpt-5-mini"), (None, None),
+                                              ("local:/home/me/llama/", "llama"), ("local:SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct")])
+def test_who_explained_a_feature(source, name):
+    from types import SimpleNamespace
+
+    row = {"feature": 3, "density": 0.1, "label": "about bread", "label_source": source, "label_protocol": "hypothesaes"}
+    found = neuronpedia.feature(SimpleNamespace(), row, [], {}, ([("", 1.0)], []))
+    assert found["explanations"] == [{"text": "about bread", "methodName": None, "modelName": name}]
+    assert found["topLogits"] == [{"token": "\ufffd", "value": 1.0}]
+    emoji = neuronpedia.feature(SimpleNamespace(), {**row, "label": "🦜" * 400}, [], {}, ([], []))
+    assert emoji["explanations"][0]["text"] == "🦜" * 256  # 512 as JavaScript counts
+    assert neuronpedia.feature(SimpleNamespace(), {**row, "label": " "}, [], {}, ([], []))["explanations"] == []
