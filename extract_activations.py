@@ -10,6 +10,11 @@ interrupted run continues. The result must fit on the disk twice, and never into
 """
 import hashlib
 
+from fastsae import signals
+
+if __name__ == "__main__":
+    signals.listen()  # before what takes long to load
+
 import numpy as np
 
 import config
@@ -45,6 +50,7 @@ def main():
         if world.rank == 0:
             print(f"model: {model_names.described(settings.MODEL_NAME)}")
         world.use_own_cores()
+        progress.step("checking the dataset and the model")
         dataset, dataset_path = identity(settings.DATASET_PATH)
         model_files = language_model.held(settings.MODEL_NAME, settings.CACHE_DIR)
         inputs = {"dataset": dataset,
@@ -68,6 +74,7 @@ def main():
         n_values = len(table.ids) * model_config.hidden_size * len(computed)
         extraction.require_disk_space(settings.activations_path, n_values, settings.STORAGE_DTYPE)
 
+        progress.step("loading the model")
         device = language_model.choose_device(settings.DEVICE)
         model = language_model.ResidualModel(settings.MODEL_NAME, computed, device=device,
                                              dtype=language_model.choose_dtype(settings.DTYPE, device), **source)
@@ -81,6 +88,7 @@ def main():
         require_same_model(settings, inputs, parts[0].parent)  # weights are mapped from their file until they are used
         if world.rank == 0:
             for layer, about in missing.items():
+                progress.step(f"writing {path_of(settings, layer).name}")
                 timing = write_layer(path_of(settings, layer), parts, table, about, settings, world.size)
             storage.remove(parts[0].parent)
             print_summary(settings, wanted, started, "written", tokens_per_second=timing["tokens_per_second"])
@@ -146,6 +154,7 @@ def read_tokens(settings, dataset_path, sha256, tokenizer):
         examples = labelled(settings, stream_examples(dataset_path, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
                                                       max_examples=settings.MAX_EXAMPLES, sha256=sha256))
     duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
+    examples = progress.counted(examples, "tokenising", "text" if is_text else "example")
     table = tokenise(filter(duplicates.is_new, examples) if duplicates else examples, tokenizer)
     if table.n_truncated and not (table.kind == CONTENT).any():
         only = "the chat template" if tokenizer.chat_template else "what the tokenizer puts before it"

@@ -16,11 +16,16 @@ import json
 import sys
 from pathlib import Path
 
+from fastsae import signals
+
+if __name__ == "__main__":
+    signals.listen()  # before what takes long to load
+
 import numpy as np
 
 import config
 from fastsae import activations_file, artifacts, formats, llm_client, progress, ranks, storage, tables
-from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, end, run_stage
+from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, end, require_printed, run_stage
 
 SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens, sparsify, ...; none = the run's own
 POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc and targets: max or mean
@@ -63,10 +68,12 @@ def main():
         from fastsae.trained_sae import describe_text
 
         named = settings.MODEL_NAME if settings.source["MODEL_NAME"] == "flag" else None  # else the model that the file names
-        print(describe_text(settings.TEXT, settings.SAE_PATH or named_checkpoint(settings.run_dir),
-                            settings.output_dir / "interpretations.jsonl", device=settings.DEVICE, model_name=named,
-                            layer=settings.LAYER_IDX, cache_dir=settings.CACHE_DIR))
-        return 0
+        found = describe_text(settings.TEXT, settings.SAE_PATH or named_checkpoint(settings.run_dir),
+                              settings.output_dir / "interpretations.jsonl", device=settings.DEVICE, model_name=named,
+                              layer=settings.LAYER_IDX, cache_dir=settings.CACHE_DIR)
+        print(*found.split("\n"), sep="\n")
+        return require_printed()
+    progress.step("looking at what is there")
     checkpoint_path, sae_meta = chosen_sae(settings)
     backend = None
     if settings.N_TOP_NEURONS:
@@ -80,6 +87,7 @@ def main():
             print_summary(folder, artifacts.read_lines(jsonl_path)[1:], started, "unchanged")
             return 0
 
+    progress.step("reading the examples")
     features = Features(settings, checkpoint_path, sae_meta)
     require_described(features.source, metadata, settings)
     labelled = features.choose(settings.N_TOP_NEURONS)
@@ -89,8 +97,9 @@ def main():
         work = labelling(features, backend, list(dict.fromkeys([*labelled, *(h["feature"] for h in hypotheses)])), settings)
         if settings.DRY_RUN:
             work.print_plan(features.evidence.tokenizer)
-            return 0
+            return require_printed()
     scored = add_llm_labels(features.rows, work.run(), work) if work else []
+    progress.step("writing the report and the tables")
     write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settings)
     print_results(features, work, folder)
     print_summary(folder, features.rows, started, "incomplete" if incomplete_rows(features.rows) else "written")
@@ -208,6 +217,7 @@ class Features:
                 "max_norm": sae_meta["max_norm"], "exclude_shared_prefix": sae_meta["settings"]["EXCLUDE_SHARED_PREFIX"],
                 "use": sae_meta["settings"].get("USE_TOKENS", "all")},
                 n_top=N_TOP_EXAMPLES, seed=settings.SEED, progress=tokens_done.update)
+        progress.step("top tokens, categories and promoted tokens of the features")
         self.rows = self.evidence.rows(N_TOP_TOKENS)
         for row in self.rows:
             row.update(dict.fromkeys(OPTIONAL), best_category="", category_auc=None, promoted_tokens="", suppressed_tokens="")

@@ -11,15 +11,20 @@ import signal
 import subprocess
 import sys
 
+from fastsae import signals
+
+if __name__ == "__main__":
+    signals.listen()  # before the settings are read
+
 import config
+from fastsae.errors import InputError, end, run_stage
 
 
 def main():
     scripts = [config.PROJECT / name for name in config.STAGES]
     settings = config.resolve(*scripts)
     if problems := check_chain(settings):
-        print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
-        return 2
+        raise InputError(*problems)
     settings.show()
     for number, script in enumerate(scripts, 1):
         if not settings.QUIET:
@@ -47,8 +52,6 @@ def run(script, flags):
     (In a session of its own: Ctrl-C at a terminal would otherwise reach it twice, and twice means at once, without saving.) Its
     stdin is a pipe that closes when this process ends, also by a kill: it then stops as well.
     """
-    stage = subprocess.Popen([sys.executable, str(script), *flags], stdin=subprocess.PIPE, start_new_session=True,
-                             env={**os.environ, "FASTSAE_STDIN_ENDS_WITH_PARENT": "1"})
     asked = []
 
     def stop(signum, frame):
@@ -56,7 +59,10 @@ def run(script, flags):
         if stage.poll() is None:
             stage.send_signal(signum)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    with signals.blocked():  # until both are there: the stage, and who passes signals on to it
+        stage = subprocess.Popen([sys.executable, str(script), *flags], stdin=subprocess.PIPE, start_new_session=True,
+                                 env={**os.environ, "FASTSAE_STDIN_ENDS_WITH_PARENT": "1"})
+        previous = {number: signal.signal(number, stop) for number in signals.STOPS}
     try:
         code = stage.wait()
     finally:
@@ -67,4 +73,4 @@ def run(script, flags):
 
 
 if __name__ == "__main__":
-    sys.exit(config.quiet_if_unread(main))
+    end(run_stage(main, ends_in_time=False))

@@ -16,6 +16,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from fastsae import signals
+
+if __name__ == "__main__":
+    signals.listen()  # before what takes long to load
+
 import numpy as np
 
 import config
@@ -82,6 +87,7 @@ def main():
     from fastsae import monitoring, parallel  # after the settings: loading torch takes seconds
     from fastsae.metrics import measured_on
 
+    progress.step("looking at what is there")
     plans = make_plans(settings, source)
     storage.claim(settings.run_dir, "--run-name")
     todo = [each for each in plans if not artifacts.matches(each.path, each.metadata, artifacts.read_checkpoint_metadata)]
@@ -100,7 +106,7 @@ def main():
                          measured_on=measured_on(metrics),
                          **{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")})
     if failed:
-        raise InputError("\n".join(failed.values()))
+        raise InputError(*failed.values())
 
 
 def require_named_dataset(settings, source):
@@ -132,6 +138,7 @@ def train_all(plans, source, settings):
 
     print(f"activations: {described(source['model_name'])}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
+    progress.step("reading the activations")
     device = choose_device(settings.DEVICE)
     device = "cpu" if device == "mps" else device  # which has no sparse products
     require_memory(settings.M, source.get("d_model", 0), len(plans), device)
@@ -208,7 +215,7 @@ def train(plans, tokens, settings, device):
                         seed=settings.SEED)
     n_batches = data.n_batches()
     last_save, stopping = time.monotonic(), False
-    bar = progress.bar(settings.N_EPOCHS, "training", "epoch", initial=min(run.epoch for run in runs) - 1)
+    bar = progress.bar(settings.N_EPOCHS, "training", "epoch", at_most=True, initial=min(run.epoch for run in runs) - 1)
     with deferred_stop(), bar:
         try:
             while runs := write_finished(runs, tokens, device):
@@ -218,6 +225,7 @@ def train(plans, tokens, settings, device):
                     for run in runs:
                         if (run.epoch, run.batch) == (epoch, batch):
                             one_step(run, x, (epoch - 1) * n_batches + batch, n_batches, device)
+                    bar.part((batch + 1) / n_batches)
                     if stopping := parallel.anywhere(stop_asked()):
                         stop()
                     if time.monotonic() - last_save > settings.SAVE_EVERY:

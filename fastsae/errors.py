@@ -11,15 +11,18 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from fastsae import machine_errors
+from fastsae import console, machine_errors, signals
 
 EXIT_BUG, EXIT_INPUT, EXIT_ENVIRONMENT, EXIT_INCOMPLETE = 1, 2, 3, 4
 
 
 class StageError(Exception):
-    """What went wrong and what to do about it: `where: what. remedy.`, one line each when there are several."""
+    """What went wrong and what to do about it: `where: what. remedy.`, an argument each when there are several."""
 
     exit_code = 1
+
+    def __str__(self):
+        return "\n".join(map(str, self.args))
 
 
 class InputError(StageError):
@@ -38,8 +41,9 @@ class Terminated(BaseException):
     """SIGTERM arrived. A BaseException, like KeyboardInterrupt, so that no handler swallows it."""
 
 
-_waiting: dict[str, Any] = {"deferred": False, "asked": None, "at": -math.inf}
+_waiting: dict[str, Any] = {"running": False, "deferred": False, "asked": None, "raised": None, "saving": False, "at": -math.inf}
 SAME_STOP = 1.0  # seconds in which a second signal is the first one once more: a service manager sends it to all, and the pipeline on
+ONCE_MORE = 0.05  # seconds after which a stop that was lost is asked for again
 
 
 def _on_signal(signum, frame):
@@ -49,8 +53,24 @@ def _on_signal(signum, frame):
     if _waiting["deferred"] and _waiting["asked"] is None:
         _waiting["asked"] = signum
     else:  # asked twice: stop at once
-        _waiting["asked"] = None
-        raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+        _waiting.update(asked=None, raised=signum)
+        if _waiting["running"]:
+            _raise_stop()
+
+
+def _raise_stop():
+    raise Terminated if _waiting["raised"] == signal.SIGTERM else KeyboardInterrupt
+
+
+def _again(lost):
+    """Whether the exception, which Python could only print, was a stop; then it is asked for once more."""
+    if not isinstance(lost, (KeyboardInterrupt, Terminated)) or _waiting["raised"] is None:
+        return False
+    _waiting["at"] = -math.inf
+    timer = threading.Timer(ONCE_MORE, os.kill, (os.getpid(), _waiting["raised"]))
+    timer.daemon = True
+    timer.start()
+    return True
 
 
 @contextlib.contextmanager
@@ -75,7 +95,8 @@ def stop_if_asked():
 
 def stop():
     """End the run as the signal that asked for it would have."""
-    raise Terminated if _waiting["asked"] == signal.SIGTERM else KeyboardInterrupt
+    _waiting.update(raised=_waiting["asked"], saving=True)
+    _raise_stop()
 
 
 _stage: dict[str, Any] = {"at_end": [], "log_folder": None, "in_pipeline": False, "joined": False}
@@ -100,60 +121,85 @@ def keep_log_in(folder):
     _stage["log_folder"] = folder
 
 
-class _Output:
-    """stdout that bears it when its reader leaves, as `| head` does: the stage's work is not in what it says."""
+def is_running() -> bool:
+    """Whether a stage is at work in this process."""
+    return _waiting["running"]
 
-    def __init__(self, stream):
-        self._stream = stream
 
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
+def run_stage(main, *, ends_in_time: bool = True) -> int:
+    """Call `main()` and return the exit code: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete, 130/143 interrupted.
 
-    def write(self, text):
-        return self._heard(self._stream.write, text)
-
-    def flush(self):
-        return self._heard(self._stream.flush)
-
-    def _heard(self, action, *text):
+    Within, stdout and stderr are `console.Console`s, and SIGTERM and Ctrl-C end the stage; all is as it was before afterwards.
+    ends_in_time: end the process a few seconds after a stop, whatever it is in. Off for who waits for others.
+    """
+    console.open_closed_handles()
+    _waiting.update(running=False, deferred=False, asked=None, raised=None, saving=False, at=-math.inf)
+    with contextlib.ExitStack() as around:
+        around.enter_context(console.installed())
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            if ends_in_time:
+                around.enter_context(signals.watched(lambda: _waiting["saving"]))
+            around.enter_context(signals.handled_by(_on_signal, _again))
+        end_with_parent()
         try:
-            return action(*text)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            return action(*text)
+            return _code_of(main)
+        finally:
+            while _stage["at_end"]:
+                _stage["at_end"].pop()()
+            _stage["log_folder"] = None
 
 
-def run_stage(main):
-    """Call `main()` and return the exit code: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete, 130/143."""
-    _waiting["at"] = -math.inf
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _on_signal)
-    end_with_parent()
+def _code_of(main):
+    """What `main()` returns, or the exit code of what it raises, with its line."""
     try:
-        with contextlib.redirect_stdout(_Output(sys.stdout)):  # a stage may put something in its place
-            code = main() or 0
-            sys.stdout.flush()
+        code = _call(main)
+        sys.stdout.flush()
+        if isinstance(failure := _failure_of(sys.stdout), OSError) and not sys.stdout.was_closed:
+            print(f"warning: stdout: {failure.strerror}. what was to be printed is lost; the work itself is done.", file=sys.stderr)
         return code
     except StageError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
+        if _waiting["raised"] is None:
+            for line in error.args:
+                print(f"error: {line}", file=sys.stderr)
+            return error.exit_code
     except (KeyboardInterrupt, Terminated) as stop:
-        for number in (signal.SIGTERM, signal.SIGINT):  # it is ending
-            signal.signal(number, signal.SIG_IGN)
-        print("stopped: what was finished is kept; the same command continues.", file=sys.stderr)
-        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+        _waiting["raised"] = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM
     except Exception as error:
-        return _environment(error) or _bug(error)
+        if _waiting["raised"] is None:  # else a library made this of the stop
+            return _environment(error) or _bug(error)
+    print(signals.MESSAGE, file=sys.stderr)
+    return signals.EXIT_CODES[_waiting["raised"]]
+
+
+def _call(main):
+    _waiting["running"] = True
+    try:
+        if _waiting["raised"] is not None:
+            _raise_stop()
+        return main() or 0
+    except SystemExit as leaving:  # --help, or settings that are refused
+        if not leaving.code:
+            require_printed()
+        raise
     finally:
-        while _stage["at_end"]:
-            _stage["at_end"].pop()()
-        _stage["log_folder"] = None
+        _waiting["running"] = False
+
+
+def _failure_of(stream):
+    return getattr(stream, "failure", None)
+
+
+def require_printed():
+    """EnvironmentFailure if what was printed went nowhere, for a command whose printing is its work. A reader that left is no failure."""
+    sys.stdout.flush()
+    if (failure := _failure_of(sys.stdout)) is not None:
+        what = getattr(failure, "strerror", None) or failure
+        raise EnvironmentFailure(f"stdout: {what}. print to a terminal, or to a file on a disk with free space.")
 
 
 def end(code):
     """End the process with the exit code; if it failed, at once: threads may still wait for an answer that nobody needs."""
-    with contextlib.suppress(OSError):  # nobody reads
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads, or it is closed
         sys.stdout.flush()
         sys.stderr.flush()
     if code or _stage["joined"]:  # gloo's threads abort a process now and then while Python shuts down (torch 2.13)
@@ -193,7 +239,8 @@ def _bug(error):
     from fastsae import masking, storage
 
     text = masking.of_environment()("".join(traceback.format_exception(error)))
-    print(text, file=sys.stderr, end="")
+    for line in text.rstrip("\n").split("\n"):
+        print(re.sub("^(?=error: |warning: )", "  ", line), file=sys.stderr)  # lines of a message look like none of ours
     for folder in filter(None, (_stage["log_folder"], Path(tempfile.gettempdir()))):  # none if the stage did not come so far
         with contextlib.suppress(OSError):  # a folder that takes no file
             path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"

@@ -240,7 +240,7 @@ def extract_parts(forward, chunks, folder, plan, world):
         missing = []
         for i, path in enumerate(paths):
             if path.exists():
-                bar.update(n_tokens[i])
+                bar.already(n_tokens[i])
             else:
                 missing.append(i)
         own = [i for i in missing if i % world.size == world.rank]

@@ -29,7 +29,7 @@ def check_start(path, source, architecture, *, d, m, k):
     if source.input_dim != d:
         problems.append(f"INIT_FROM: {path} takes activations of {source.input_dim} dimensions, these have {d}. give one of this model.")
     if problems:
-        raise InputError("\n".join(problems))
+        raise InputError(*problems)
 
 
 def begin(run, path, activations_path, activations_meta, test_examples=()):

@@ -174,7 +174,7 @@ def check_fit(path, sae, meta, activations_path, activations_meta, d, setting):
         problems.append(f"{setting}: {path} was trained after {its_layer} blocks, {activations_path} holds layer {layer}. "
                         f"give --layer-idx {its_layer} here and to extract_activations.py.")
     if problems:
-        raise InputError("\n".join(problems))
+        raise InputError(*problems)
     its_model, model = meta["activations"].get("model_name"), activations_meta["model_name"]
     if its_model and short_name(its_model) != short_name(model):
         print(f"note: {path} was trained on {short_name(its_model)}; the activations are of {short_name(described(model))}.")

@@ -12,6 +12,7 @@ from fastsae.export import dataset_name, folder_of
 from fastsae.formats import architecture_text, is_plain_text, meant_tokens, nested_prefixes, target_k, trained_architecture
 from fastsae.metrics import measured_on
 from fastsae.model_names import described, hub_id, weights_note
+from fastsae.storage import as_utf8
 
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("l0", "L0"),
            ("dead_fraction", "dead features"), ("cosine_similarity", "cosine similarity"), ("mse", "MSE (FAST, eq. 7)"))
@@ -27,7 +28,8 @@ MEASURED = {"test": "On {0[n_test_tokens]:,} tokens of test examples, which deci
 
 def write_card(folder, metas):
     """Write README.md for checkpoints {path: metadata}, all of one run, unless somebody has worked on the one that is there."""
-    text, path = signed(card(list(metas.items()))), folder / "README.md"
+    text = as_utf8(card(list(metas.items()))).decode()  # as it is read back
+    text, path = signed(text), folder / "README.md"
     found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
     if found is not None and found != signed(SIGNATURE.sub("", found, count=1)):
         print(f"{path}: was edited, and is left as it is. delete it to have it written anew.")

@@ -1,26 +1,14 @@
-"""What a stage tells while it works and at its end: bars to people at a terminal, one line of JSON to programs."""
-import io
+"""What a stage tells while it works and at its end: bars at a terminal, else a line now and then; one line of JSON to programs."""
 import json
 import os
 import sys
+import threading
 import time
 
 from fastsae import errors, ranks
+from fastsae.console import Console, OwnLine
 
-
-class OnlyImportant(io.TextIOBase):
-    """Stands for stdout when QUIET: lets through warnings and summary lines."""
-
-    def __init__(self, out):
-        self.out, self.unfinished = out, ""
-
-    def write(self, text):
-        *lines, self.unfinished = (self.unfinished + text).split("\n")
-        self.out.write("".join(f"{line}\n" for line in lines if line.startswith(("summary: ", "warning: "))))
-        return len(text)
-
-    def flush(self):
-        self.out.flush()
+INTERVAL = 30.0  # seconds between lines where stderr is no terminal; shorter runs print none
 
 
 def start(*, quiet: bool) -> float:
@@ -31,10 +19,17 @@ def start(*, quiet: bool) -> float:
     """
     if errors.in_pipeline():
         ranks.require_one_process("run_pipeline.py", "give torchrun the stages one by one.")
+    _tasks[:] = [Task("starting", None, "")]
     if _silent():
         sys.stdout = open(os.devnull, "w")
-    elif quiet:
-        sys.stdout = OnlyImportant(sys.stdout)
+    elif quiet and isinstance(sys.stdout, Console):
+        sys.stdout.quiet = True
+    elif quiet:  # not called by `run_stage`
+        sys.stdout = Console(sys.stdout, quiet=True)
+    elif errors.is_running() and not sys.stderr.isatty():
+        over = threading.Event()
+        threading.Thread(target=_print_lines, args=(over, INTERVAL), daemon=True).start()
+        errors.at_end(over.set)
     return time.monotonic()
 
 
@@ -42,15 +37,129 @@ def _silent():
     return ranks.current().rank > 0
 
 
-def bar(total: int, desc: str, unit: str, **options):
-    """A tqdm bar with rate and time left on stderr; invisible where that is no terminal, or where only what is important is printed."""
+def _is_quiet():
+    return _silent() or getattr(sys.stdout, "quiet", False)
+
+
+class Task:
+    """How far a piece of work is: `n` of `total` units (None: nobody knows), begun at `initial`. A context: one within another
+    takes its place in the lines until it ends. `bar`: its tqdm bar, or None. `at_most`: it may end before `total`."""
+
+    def __init__(self, name: str, total: float | None, unit: str, *, initial: float = 0, at_most: bool = False, bar=None):
+        self.name, self.total, self.unit, self.at_most = name, total, unit, at_most
+        self.n, self.initial, self.fraction, self.note, self.bar = initial, initial, 0.0, "", bar
+        self.began = time.monotonic()
+
+    def __enter__(self):
+        _tasks.append(self)
+        return self
+
+    def __exit__(self, *_):
+        if self in _tasks:
+            _tasks.remove(self)
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, n: float = 1):
+        """`n` more units are done."""
+        self.n, self.fraction = self.n + n, 0.0
+        if self.bar is not None:
+            self.bar.update(n)
+
+    def part(self, fraction: float):
+        """That much of the next unit is done, 0 to 1."""
+        self.fraction = fraction
+
+    def already(self, n: float):
+        """`n` units were done by an earlier run; they count for how far it is, not for how fast."""
+        self.initial += n
+        self.update(n)
+
+    def set_postfix(self, figures: dict):
+        self.note = ", ".join(f"{name} {value}" for name, value in figures.items())
+        if self.bar is not None:
+            self.bar.set_postfix(figures)
+
+    def set_postfix_str(self, note: str, **options):
+        self.note = note
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, **options)
+
+    def refresh(self):
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def line(self, now: float) -> str:
+        """What the work is, how far, how fast and how long still, at the time `now` (of time.monotonic)."""
+        seconds, n = max(now - self.began, 1e-9), self.n + self.fraction
+        if not self.unit:
+            return f"progress: {self.name}, for {duration(seconds)}"
+        speed = (n - self.initial) / seconds
+        parts = [f"progress: {self.name}: {_number(n)}"]
+        if self.total:
+            parts[0] += f" of {_number(self.total)} {self.unit}s ({100 * n / self.total:.0f} %)"
+        else:
+            parts[0] += f" {self.unit}s"
+        if speed:
+            parts.append(_speed(speed, self.unit))
+        if speed and self.total:
+            parts.append(f"{'at most ' * self.at_most}{duration((self.total - n) / speed)} left")
+        return ", ".join([*parts, *filter(None, [self.note])])
+
+
+_tasks: list[Task] = []  # the innermost one last
+
+
+def _number(n):
+    return f"{n:,.0f}" if n == int(n) or n >= 1000 else f"{n:,.1f}"
+
+
+def _speed(per_second, unit):
+    for factor, each in ((1, "s"), (60, "min")):
+        if per_second * factor >= 1:
+            value = per_second * factor
+            return f"{value:,.{0 if value >= 10 else 1}f} {unit}s/{each}"
+    return f"{per_second * 3600:.2g} {unit}s/h"
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 45 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _print_lines(over, interval):
+    while not over.wait(interval):
+        if _tasks:
+            print(_tasks[-1].line(time.monotonic()), file=sys.stderr, flush=True)
+
+
+def step(name: str):
+    """Say what the stage is doing where no bar does, such as "loading the model", for the lines off a terminal."""
+    _tasks[:1] = [Task(name, None, "")]
+
+
+def bar(total: int, desc: str, unit: str, *, at_most: bool = False, initial: int = 0, **options) -> Task:
+    """A piece of work with a tqdm bar on stderr at a terminal; elsewhere it has lines. Neither where only what matters is printed."""
+    if _is_quiet() or not sys.stderr.isatty():
+        return Task(desc, total, unit, initial=initial, at_most=at_most)
     from tqdm import tqdm
 
-    options.setdefault("disable", True if _silent() or isinstance(sys.stdout, OnlyImportant) else None)
-    return tqdm(total=total, desc=desc, unit=unit, mininterval=1, file=sys.stderr, **options)
+    return Task(desc, total, unit, initial=initial, at_most=at_most, bar=tqdm(
+        total=total, desc=desc, unit=unit, mininterval=1, file=sys.stderr, initial=initial, **options))
+
+
+def counted(items, name: str, unit: str, total: int | None = None):
+    """Pass the items on, and count them for the lines off a terminal."""
+    with Task(name, total, unit) as task:
+        for item in items:
+            yield item
+            task.update()
 
 
 def summary(stage: str, path, started: float, **figures):
     """Print `summary: {"stage", "path", "seconds", ...}`, the last line of a stage on stdout. `started` is of `start`."""
     line = {"stage": stage, "path": str(path), "seconds": round(time.monotonic() - started, 2), **figures}
-    print(f"summary: {json.dumps(line)}", flush=True)
+    sys.stdout.write(OwnLine(f"summary: {json.dumps(line)}\n"))
+    sys.stdout.flush()

@@ -78,7 +78,7 @@ def _examples(path, rows, *, text_field=TEXT, label_field=None, max_examples=Non
         yield example
     if problems:
         more = [f"{path}: more bad rows follow. mend these first."] if len(problems) > MAX_REPORTED else []
-        raise InputError("\n".join(problems[:MAX_REPORTED] + more))
+        raise InputError(*problems[:MAX_REPORTED], *more)
     require_two(n, path)
 
 

@@ -91,9 +91,14 @@ def make_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def as_utf8(text: str) -> bytes:
+    """UTF-8 for any string: halves of surrogate pairs, as in file names that are not UTF-8, become `\\udce9`, as in JSON."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_text(path, text, *, keep_old=False):
     with committed(path, keep_old=keep_old) as file:
-        file.write(text.encode("utf-8"))
+        file.write(as_utf8(text))
 
 
 def to_json(value):
@@ -205,7 +210,7 @@ def append_line(path, value):
         watch("create", path)
     with io.BufferedRandom(_File(path, "ab+")) as file:
         torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-        file.write(b"\n" * bool(torn) + to_json(value).encode("utf-8") + b"\n")  # a torn line must not swallow the next one
+        file.write(b"\n" * bool(torn) + as_utf8(to_json(value)) + b"\n")  # a torn line must not swallow the next one
         file.flush()
         _sync(file.fileno(), path)
     if is_new:

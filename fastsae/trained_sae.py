@@ -1,4 +1,5 @@
 """A trained autoencoder in use: features of activations, reconstructions, and the features of a text with its model run as in stage 1."""
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +102,8 @@ class TrainedSae:
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
         if not any(message["content"].strip() for message in messages):
             raise InputError("TEXT: is empty. give a sentence.")
+        if any(re.search("[\ud800-\udfff]", message["content"]) for message in messages):  # bytes of a command line
+            raise InputError("TEXT: is not UTF-8. give it in that encoding.")
         tokenizer, model, source = self.reader()
         tokens, = tokenizer([Example(1, messages, is_text=isinstance(text, str))])
         content = np.flatnonzero(tokens.kind == CONTENT)  # words that all examples began with are this text's own if it has others
@@ -161,5 +164,5 @@ def text_table(found: list[TokenFeatures], labels: dict[int, str], n_top: int = 
     for token in used:
         for i, (j, value) in enumerate(token.features[:n_top] or [(None, 0.0)]):
             name = repr(visible(token.token)) if i == 0 else ""
-            lines.append(f"{name:{width}} {j:7}  {value:10.2f}  {labels.get(j, '')[:90]}".rstrip() if j is not None else name)
+            lines.append(f"{name:{width}} {j:7}  {value:10.2f}  {visible(labels.get(j, ''))[:90]}".rstrip() if j is not None else name)
     return "\n".join(lines)

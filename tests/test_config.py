@@ -302,7 +302,9 @@ def test_import_directions():
     for path in ("config.py", *ground):  # the settings are read before any library
         foreign = {name for name in imports(path) if name.split(".")[0] not in sys.stdlib_module_names}
         assert all(name.startswith("fastsae.settings") for name in foreign), path
-    assert imported("run_pipeline.py") - sys.stdlib_module_names == {"config"}
+    assert imported("run_pipeline.py") - sys.stdlib_module_names == {"config", "fastsae"}
+    for path in ("__init__", "console", "errors", "machine_errors", "signals"):  # what it takes of the package loads at once
+        assert imported(f"fastsae/{path}.py") <= sys.stdlib_module_names | {"fastsae"}
     assert len(SOURCES) >= 75
     assert not upward(SOURCES)
     assert {"config", "fastsae", "numpy"} <= imported("extract_activations.py")

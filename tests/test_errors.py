@@ -132,7 +132,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_model_loads(monkeypatch,
 
 
 @pytest.mark.parametrize("error, code, text", [
-    (InputError("M: a. b.\nK: c. d."), 2, ["error: M: a. b.", "error: K: c. d."]),
+    (InputError("M: a. b.", "K: c. d."), 2, ["error: M: a. b.", "error: K: c. d."]),
     (EnvironmentFailure("a.npz: damaged. delete it."), 3, ["error: a.npz: damaged. delete it."]),
     (PermissionError(errno.EACCES, "Permission denied", "/o/a"), 3, ["error: /o/a: Permission denied. check the folder's rights, or choose "
                                                                      "another --output-dir; nothing that was complete is lost."]),
