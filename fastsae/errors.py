@@ -240,7 +240,8 @@ def _bug(error):
 
     text = masking.of_environment()("".join(traceback.format_exception(error)))
     for line in text.rstrip("\n").split("\n"):
-        print(re.sub("^(?=error: |warning: )", "  ", line), file=sys.stderr)  # lines of a message look like none of ours
+        indent = "  " * line.startswith(("error: ", "warning: "))  # a message's line looks like none of ours
+        print(indent + line, file=sys.stderr)
     for folder in filter(None, (_stage["log_folder"], Path(tempfile.gettempdir()))):  # none if the stage did not come so far
         with contextlib.suppress(OSError):  # a folder that takes no file
             path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"

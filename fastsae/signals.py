@@ -26,7 +26,8 @@ def listen():
 def end_now(number: int):
     """End the process as a stage ends that was stopped. What is written is whole or not there, as after a kill."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{MESSAGE}\n".encode())
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks for all
+            os.write(2, f"{MESSAGE}\n".encode())
     os._exit(EXIT_CODES[signal.Signals(number)])
 
 

@@ -3,17 +3,34 @@ import csv
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 
 from fastsae import artifacts, storage
 from fastsae.errors import EnvironmentFailure
 
 SEAL = "sha256"  # the last key of the first line of interpretations.jsonl
+# Programs cut a CSV at commas, semicolons, tabs or bars, whatever stands around these, and lines at
+# line breaks; a cell acts as a formula if it begins with one of FORMULA (also full-width, small,
+# raised or lowered), before which they drop blanks, quotes and characters without width.
+CUT = r";\t\n|"  # not the comma: a text that holds one is in quotes
+FORMULA = (r"=+@\-" "\u2212\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b"
+           "\u207c\u208c\u207a\u208a\u207b\u208b")
+DROPPED = (r"\s\x00-\x1f\x7f-\xa0" "\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+           "\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+           "\ud800-\udfff\U000e0000-\U000e0fff\"'`\xb4\xab\xbb\u2018-\u201f\u2039\u203a\uff02\uff07")
+BEFORE_FORMULA = re.compile(f"(?:^|(?<=[{CUT}]))(?=(?:(?![{CUT}])[{DROPPED}])*[{FORMULA}])"
+                            r"|^(?=[\t\n])")
+
 OCCASIONAL = ("hypotheses.csv",)  # written by some runs only
 
 
 def csv_text(rows: list[dict], columns) -> str:
-    """CSV of dicts; numbers with six digits, and text that a spreadsheet would take for a formula behind an apostrophe."""
+    """CSV of dicts; numbers with six digits.
+
+    Where a spreadsheet could begin a cell with a formula, which is at the start of a text and after `;`, tab, `|` and line break, an
+    apostrophe stands before it. Otherwise `csv.reader` gives back the text, with line breaks as "\\n".
+    """
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
@@ -27,7 +44,7 @@ def _cell(value):
     if not isinstance(value, str):
         return value
     value = value.replace("\r\n", "\n").replace("\r", "\n")  # csv does not quote a lone CR, which would end the row
-    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\n")) else value
+    return BEFORE_FORMULA.sub("'", value)
 
 
 def write_outputs(folder, texts, jsonl_path, rows, metadata):
@@ -45,7 +62,7 @@ def write_outputs(folder, texts, jsonl_path, rows, metadata):
 def sealed(about: dict, rows: list[dict]) -> str:
     """JSON lines of `about` and the rows; the first ends with the digest of all the rest, so that no line can be lost or changed."""
     text = "".join(artifacts.to_json(row) + "\n" for row in rows)
-    digest = hashlib.sha256(f"{artifacts.to_json(about)}\n{text}".encode()).hexdigest()
+    digest = hashlib.sha256(storage.as_utf8(f"{artifacts.to_json(about)}\n{text}")).hexdigest()
     return artifacts.to_json({**about, SEAL: digest}) + "\n" + text
 
 
@@ -55,7 +72,7 @@ def read_sealed(path) -> list[dict]:
     try:
         about, *rows = map(json.loads, content.decode("utf-8").removesuffix("\n").split("\n"))
         plain = {name: value for name, value in about.items() if name != SEAL}
-        if sealed(plain, rows).encode() == content:
+        if storage.as_utf8(sealed(plain, rows)) == content:
             return [about, *rows]
     except (ValueError, AttributeError, TypeError, RecursionError):
         pass

@@ -145,7 +145,7 @@ LOST = "warning: stdout: No space left on device. what was to be printed is lost
     ("> /dev/full", "print('a' * 100_000)", (0, LOST)), ("> /dev/full", "print('a', flush=True) or 4", (4, LOST)),
     ("2>&-", "print('a', file=sys.stderr)", (0, "")), ("2> /dev/full", "print('a', file=sys.stderr)", (0, "")),
     (">&- 2>&-", "[print('a'), print('a', file=sys.stderr)] and 4", (4, "")), ("> /dev/full 2>&1", "print('a')", (0, "")),
-    ("<&- >&- 2>&-", "open(sys.argv[0] if 0 else '/dev/null').fileno() - 3", (0, "")),  # no file gets a standard handle
+    ("<&- >&- 2>&-", "open('/dev/null').fileno() > 2 and 4", (4, "")),  # no file gets a standard handle
     (">&- 2>&-", "1 / 0", (1, "")), ("2> /dev/full", "1 / 0", (1, "")),
     ("> /dev/full", "print('a') or errors.require_printed()",
      (3, "error: stdout: No space left on device. print to a terminal, or to a file on a disk with free space.\n")),
