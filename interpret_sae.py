@@ -12,7 +12,6 @@ line: settings and provenance); with a target `hypotheses.csv`, with NEURONPEDIA
 INTERPRETER_MODEL is set, excerpts of the data go to that endpoint and the answers to `checkpoints/<run>/llm_replies.jsonl`; without
 an LLM every label is made of the feature's most characteristic tokens, and nothing is sent anywhere.
 """
-import json
 import sys
 from pathlib import Path
 
@@ -126,7 +125,7 @@ def named_checkpoint(run_dir):
     """The checkpoint that the run's metrics.json names."""
     path = run_dir / "metrics.json"
     try:
-        return run_dir / json.loads(path.read_text())["checkpoint"]
+        return run_dir / artifacts.from_json(path.read_bytes())["checkpoint"]
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: not found. run train_sae.py first, or check --run-name and --output-dir.") from None
     except (ValueError, KeyError, TypeError):

@@ -3,7 +3,6 @@
 Only safetensors, .npz without pickles and `torch.load(weights_only=True)` are used. Every tensor must be known, of the right shape
 and finite, and every setting of its type; else one line names the file and the key.
 """
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.storage import from_json
 
 
 @dataclass
@@ -110,11 +110,11 @@ class Config:
 def read_config(path):
     """`Config` of a JSON file, which must hold an object."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = from_json(Path(path).read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: not found. give the folder that the library wrote.") from None
-    except (ValueError, RecursionError):
-        raise EnvironmentFailure(f"{path}: damaged, it is no JSON. get another copy.") from None
+    except ValueError:
+        raise EnvironmentFailure(f"{path}: is not JSON. get another copy.") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no object. give the folder that the library wrote.")
     return Config(path, values)

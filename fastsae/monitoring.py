@@ -16,7 +16,7 @@ def write_beside(path, meta, beside):
     """
     write_if_different(beside("metrics.json"), {"checkpoint": path.name, **meta["metrics"]})
     curves, history = beside("metrics.jsonl"), meta.get("history", [])
-    if history and not (curves.exists() and curves.read_text() == lines_of(history)):
+    if history and not (curves.exists() and curves.read_bytes() == lines_of(history).encode()):
         write_figure(beside("training.png"), history)
         artifacts.write_text(curves, lines_of(history))
     storage.remove(path.with_suffix(".resume.pt"))
@@ -30,7 +30,7 @@ def write_if_different(metrics_path, figures):
     """Write `figures` to metrics.json unless they are there: it may speak of another checkpoint, or of an older one."""
     right = json.loads(artifacts.to_json(figures))
     try:
-        found = json.loads(metrics_path.read_text())
+        found = artifacts.from_json(metrics_path.read_bytes())
         same = all(found.get(name) == value for name, value in right.items())
     except (OSError, ValueError, AttributeError):
         same = False

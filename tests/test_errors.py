@@ -40,7 +40,8 @@ def test_stages_out_of_order(run_script, tmp_path):
     assert snapshot(tmp_path) == {}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"5", b'{"checkpoint": 5}', b'{"checkpoint": null}', b"\xff\xfe{"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"5", b'{"checkpoint": 5}', b'{"checkpoint": null}', b"\xff\xfe{",
+                                     b"[" * 100_000, b'{"checkpoint":' * 100_000, b"9" * 10_000])
 def test_damaged_metrics(tmp_path, outcome, content):
     (tmp_path / "metrics.json").write_bytes(content)
     assert outcome(lambda: interpret_sae.named_checkpoint(tmp_path)) == (
@@ -65,6 +66,13 @@ def test_training_again_mends_what_is_damaged(run_main, write_activations, capsy
     (run / "metrics.json").write_bytes(b"{")
     assert run_main("train_sae", *flags) == 0
     assert json.loads((run / "metrics.json").read_text())["checkpoint"] == named and (run / named).read_bytes() == whole
+
+    for content in (b"[" * 100_000, b"\xff", b"[1]", b'{"checkpoint": {}}'):  # edited by hand
+        for name in ("metrics.json", "metrics.jsonl"):
+            (run / name).write_bytes(content)
+        assert run_main("train_sae", *flags) == 0
+        assert json.loads((run / "metrics.json").read_text())["checkpoint"] == named
+        assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["epoch"] == 1
 
     (run / named).write_bytes(whole[:-1])
     capsys.readouterr()

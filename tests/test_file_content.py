@@ -452,3 +452,21 @@ def test_the_kind_is_known_without_torch(tmp_path):
         cwd=os.path.dirname(os.path.dirname(file_content.__file__)),
     )
     assert done.stdout.split() == ["torch", "False"], done.stderr
+
+
+# JSON files that somebody edited
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b"\xff{", b"", b"[1]", b"5"]
+)
+def test_json_that_was_edited_ends_in_one_line(tmp_path, outcome, content):
+    """metrics.json of a run, cfg.json of SAELens and sparsify, config.json of dictionary_learning."""
+    saelens, run = saelens_folder(tmp_path / "s", trained("standard")), tmp_path / "run"
+    learned = dictionary_folder(tmp_path / "ae", "AutoEncoder")
+    run.mkdir()
+    for path in (saelens / "cfg.json", learned / "config.json", run / "metrics.json"):
+        path.write_bytes(content)
+        code, (line,) = outcome(lambda path=path: load_sae(path.parent))
+        assert code in (2, 3) and line.startswith(f"error: {path}: ")
+        assert "delete" not in line and "damaged" not in line
