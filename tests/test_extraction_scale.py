@@ -358,7 +358,7 @@ def test_two_processes_write_what_one_writes(tmp_path, extract, dataset, llama):
     assert extract() == 0
     done = torchrun("--dataset-path", dataset, "--model-name", llama, "--output-dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote ") == 1 and done.stdout.count("settings from flag") == 1
+    assert done.stdout.count("wrote ") == 1 and done.stdout.count("settings: ") == 1
     one, two = ((tmp_path / out / "activations" / "activations_layer2.npz").read_bytes() for out in ("out", "two"))
     assert one == two
     assert json.loads((tmp_path / "two" / "activations" / "activations_layer2.json").read_text())["n_processes"] == 2
