@@ -94,7 +94,8 @@ def parts_of(path: Path) -> list[Path]:
     found = {file for file in path.iterdir() if file.suffix not in NOT_PARTS and not file.name.startswith(".")}
     found |= set((path / "additional_chat_templates").glob("*.jinja"))
     for index in path.glob("*.index.json"):
-        with contextlib.suppress(ValueError, AttributeError, LookupError, TypeError, RecursionError):  # transformers will say what is wrong with it
+        # transformers will say what is wrong with it
+        with contextlib.suppress(ValueError, AttributeError, LookupError, TypeError, RecursionError):
             found |= {path / shard for shard in json.loads(index.read_bytes())["weight_map"].values()}
     return sorted(file for file in found if file.is_file())
 
