@@ -11,14 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
+from fastsae import file_kinds
 from fastsae.artifacts import file_sha256
 from fastsae.digests import reading
 from fastsae.errors import EnvironmentFailure, InputError
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-                  "bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool", "function": "tool",
+                  "bing": "assistant", "bard": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant",
+                  "system": "system", "developer": "system", "tool": "tool", "function": "tool",
                   "observation": "tool"}
-MAX_REPORTED = 10
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+TEXT_PARTS = ("text", "input_text", "output_text")  # kinds of parts of a content, as chat APIs name them
+PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response"),
+         ("question", "answer"), ("input", "output"), ("query", "response"), ("prompt", "chosen"))
+MAX_REPORTED = 10           # kinds of bad rows
+MAX_BAD_ROWS = 1000         # read in order to count them
 PIECE_CHARACTERS = 1 << 16  # of a plain text, tokenised at a time
 GRAMS_AT_ONCE = 1 << 13     # n-grams hashed at a time
 HUB = "hf:"
@@ -59,7 +66,7 @@ def stream_examples(path, *, sha256=None, **how):
 
 def _examples(path, rows, *, text_field=TEXT, label_field=None, max_examples=None, last_line=math.inf):
     """The examples that `rows` (number, parsed row or ValueError) hold."""
-    n, problems = 0, []
+    n, bad = 0, BadRows(path)
     for number, row in rows:
         if number > last_line:
             return
@@ -70,26 +77,56 @@ def _examples(path, rows, *, text_field=TEXT, label_field=None, max_examples=Non
                 raise row
             example = _example(number, row, text_field, label_field)
         except ValueError as error:
-            problems.append(f"{place(path, number)}: {error}")
-            if len(problems) > MAX_REPORTED:
+            bad.add(number, str(error))
+            if bad.enough():
                 break
             continue
         n += 1
         yield example
-    if problems:
-        more = [f"{path}: more bad rows follow. mend these first."] if len(problems) > MAX_REPORTED else []
-        raise InputError(*problems[:MAX_REPORTED], *more)
+    if bad.kinds:
+        if not n and not str(path).startswith(HUB):
+            file_kinds.refuse_shape(path)
+        raise InputError(*bad.lines())
     require_two(n, path)
 
 
-def place(path, number):
+class BadRows:
+    """What is wrong with rows, a line for each kind: its first row, and how many there are."""
+
+    def __init__(self, path):
+        self.path, self.kinds, self.n = path, {}, 0
+
+    def add(self, number, message):
+        kind = re.sub(r"\([^)]*\)|'[^']*'|\[\d+\]|\d+", "", message)
+        found = self.kinds.setdefault(kind, [number, message, 0, number])
+        found[2:] = found[2] + 1, number
+        self.n += 1
+
+    def enough(self):
+        return len(self.kinds) > MAX_REPORTED or self.n >= MAX_BAD_ROWS
+
+    def lines(self):
+        """`file:line: what (and so many more). remedy.`"""
+        lines = []
+        for first, message, n_rows, last in list(self.kinds.values())[:MAX_REPORTED]:
+            what, _, remedy = message.partition(". ")
+            least = "at least " if self.enough() else ""
+            more = f" (and {least}{n_rows - 1} more like it, the last {place(self.path, last, short=True)})" if n_rows > 1 else ""
+            lines.append(f"{place(self.path, first)}: {what}{more}. {remedy}")
+        return lines + [f"{self.path}: more bad rows follow. fix these first."] * (len(self.kinds) > MAX_REPORTED)
+
+
+def place(path, number, *, short=False):
     """How errors name a row: its line in a file, its number in a JSON array or on the hub."""
     if str(path).startswith(HUB):
-        return f"{path}: row {number}"
+        return f"row {number}" if short else f"{path}: row {number}"
     start = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return f"{path}: item {number}" if start.startswith(b"[") else f"{path}:{number}"
+    is_array = start.startswith(b"[")
+    if short:
+        return f"item {number}" if is_array else f"line {number}"
+    return f"{path}: item {number}" if is_array else f"{path}:{number}"
 
 
 def require_two(n, path):
@@ -99,6 +136,7 @@ def require_two(n, path):
 
 def _file_rows(path, file):
     """(number, parsed row or ValueError) of a JSONL file, a line at a time; a JSON array is read whole."""
+    file_kinds.refuse_foreign(path)
     number, is_array = 0, None
     for number, line in enumerate(file, 1):
         try:
@@ -122,8 +160,9 @@ def _decoded(data, path, lines_before):
 
 
 def not_utf8(path, error, line):
-    """The InputError for bytes that are no UTF-8, with the likely encoding: zeros and a byte order mark are UTF-16's."""
-    encoding = "UTF-16" if b"\0" in error.object or error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+    """The InputError for bytes that are no UTF-8, with the likely encoding: zeros and a byte order mark are UTF-16's or 32's."""
+    with open(path, "rb") as file:
+        encoding = file_kinds.encoding_of(file.read(1 << 12)) or file_kinds.encoding_of(error.object) or "LATIN1"
     return InputError(f"{path}:{line}: is not UTF-8. convert it, for example: iconv -f {encoding} -t UTF-8 {Path(path).name}.")
 
 
@@ -148,6 +187,7 @@ def _parsed(line):
 
 def stream_text(path, sha256=None):
     """Yield pieces of a plain UTF-8 text as examples, cut at line ends; `line` counts the pieces. sha256: as `stream_examples`."""
+    file_kinds.refuse_foreign(path)
     piece, size, n = [], 0, 0
     try:
         with reading(path, sha256) as raw:
@@ -171,6 +211,7 @@ def stream_text(path, sha256=None):
 def identity(path):
     """(what decides a dataset's content, as text; the path to read it by, a hub dataset's revision pinned)."""
     if not str(path).startswith(HUB):
+        file_kinds.refuse_folder(path)
         return file_sha256(path), path
     name, _, revision = path.removeprefix(HUB).partition("@")
     try:
@@ -244,16 +285,14 @@ def _example(number, row, text_field, label_field):
     if is_text:
         messages = [{"role": "user", "content": _content(row[text_field], text_field)}]
     elif row.get("messages") is not None:
-        messages = _messages(row["messages"], "messages", "role", "content")
+        messages = _messages(row["messages"], "messages", "role", "content", row.get("system"))
     elif row.get("conversations") is not None:
-        messages = _messages(row["conversations"], "conversations", "from", "value")
+        messages = _messages(row["conversations"], "conversations", "from", "value", row.get("system"))
     elif text_field in row:
         is_text = True
         messages = [{"role": "user", "content": _content(row[text_field], text_field)}]
     else:
-        fields = ", ".join(name if name.isprintable() else repr(name) for name in list(row)[:8]) or "none"
-        raise ValueError(f"has no {text_field}, messages or conversations (its fields: {fields}). "
-                         "add one, or name yours with --text-field.")
+        raise ValueError(_without_text(row, text_field))
     return Example(number, messages, is_text, _label(row, label_field))
 
 
@@ -265,18 +304,61 @@ def _label(row, field):
     return _encodable(str(label), field)
 
 
-def _messages(turns, name, role_key, content_key):
+def _without_text(row, text_field):
+    """What is wrong with a row that has none of the fields that are read, and what its fields suggest."""
+    def shown(name):
+        return (name if name.isprintable() else repr(name))[:60]
+
+    what = (f"has no {text_field}, messages or conversations (its fields: "
+            f"{', '.join(shown(name) for name in list(row)[:8]) or 'none'})")
+    for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            is_dialogue = set(ROLE_KEYS) & set(value[0]) and set(CONTENT_KEYS) & set(value[0])
+            return f"{what}. " + (f"its field {shown(name)} holds a dialogue: name it messages." if is_dialogue else
+                                  f"its field {shown(name)} holds rows: write these one a line.")
+    for first, second in PAIRS:
+        if isinstance(row.get(first), str) and isinstance(row.get(second), str):
+            return (f'{what}. write {{"messages": [{{"role": "user", "content": {first}}}, {{"role": "assistant", "content": '
+                    f'{second}}}]}}, or take one of them with --text-field {first}.')
+    texts = [name for name, value in row.items() if isinstance(value, str) and shown(name) == name]
+    example = f", for example --text-field {max(texts, key=lambda name: len(row[name]))}" if texts else " with --text-field"
+    return f"{what}. add one, or name yours{example}."
+
+
+def _messages(turns, name, role_key, content_key, system=None):
+    """The turns of a dialogue as [{"role", "content"}]; a text in the row's field `system` is its first turn."""
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{name} is no non-empty list. write [{{\"{role_key}\": ..., \"{content_key}\": ...}}].")
     messages = []
     for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
+        keys = [next((key for key in known if key in turn), None) if isinstance(turn, dict) else None
+                for known in (ROLE_KEYS, CONTENT_KEYS)]
+        calls = [key for key in ("tool_calls", "function_call") if isinstance(turn, dict) and turn.get(key)]
+        if calls:
+            raise ValueError(f"{name}[{i}] calls a tool ({calls[0]}), which is no text. write the call into its {content_key} and remove "
+                             f"{calls[0]}, or remove the row.")
+        if None in keys:
             raise ValueError(f"{name}[{i}] has no {role_key} and {content_key}. write both.")
-        role = SHAREGPT_ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
-        if role is None:
-            raise ValueError(f"{name}[{i}] has the unknown {role_key} {turn[role_key]!r:.40}. use system, user, assistant or tool.")
-        messages.append({"role": role, "content": _content(turn[content_key], f"{name}[{i}].{content_key}")})
+        role, content = (turn[key] for key in keys)
+        known = SHAREGPT_ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+        if known is None:
+            raise ValueError(f"{name}[{i}] has the unknown {keys[0]} {role!r:.40}. use system, user, assistant or tool.")
+        where = f"{name}[{i}].{keys[1]}"
+        messages.append({"role": known, "content": _content(_joined_parts(content, where), where)})
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _content(system, "system")})
     return messages
+
+
+def _joined_parts(content, where):
+    """A content that is a list of parts as one text, a line for each; parts that are no text are refused."""
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
+        return content
+    for i, part in enumerate(content):
+        kind = part.get("type", "text")
+        if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}[{i}] is a part of type {kind!r:.40}, not text. remove the part or the row, or write it as text.")
+    return "\n".join(part["text"] for part in content)
 
 
 def _content(value, name):

@@ -137,7 +137,8 @@ def check_paths(values: dict[str, Any], require: Require) -> None:
     reads_it = {"BATCH_TOKENS", "POOLING"} & set(values) and values.get("TEXT") is None
     if reads_it and "DATASET_PATH" in values:
         path = values["DATASET_PATH"]
-        require(path.startswith("hf:") or os.path.isfile(path), "DATASET_PATH",
+        is_there = os.path.isfile(path) or os.path.isdir(path)  # of a folder stage 1 says what is in it
+        require(path.startswith("hf:") or is_there, "DATASET_PATH",
                 f"{path} is not a file", "give your data with --dataset-path FILE.jsonl")
     for name in ("OUTPUT_DIR", "CACHE_DIR"):
         require(values.get(name) != "", name, "is empty",
@@ -149,6 +150,11 @@ def check_paths(values: dict[str, Any], require: Require) -> None:
                 f"choose another --{flag_name(name)}")
 
 
+TEXT_REMEDY = ("make one of each line: python -c \"import json; [print(json.dumps({'text': "
+               "t.strip()})) for t in open('FILE.txt', encoding='utf-8') if t.strip()]\" > FILE.jsonl; "
+               "or train on all of it joined, without stage 3: --processing block")
+
+
 def check_extraction(values: dict[str, Any], require: Require) -> None:
     """LAYERS, and what a plain text can be used for."""
     if values.get("LAYERS") is not None:
@@ -157,8 +163,7 @@ def check_extraction(values: dict[str, Any], require: Require) -> None:
                 f"{layers} are not different layers from 1 on", "give for example --layers 12,18")
     if ({"PROCESSING", "DEDUP_NGRAM", "DATASET_PATH"} <= set(values)
             and values["DATASET_PATH"].endswith(".txt")):
-        require(values["PROCESSING"] == "block", "PROCESSING", "a .txt has no examples",
-                "add --processing block")
+        require(values["PROCESSING"] == "block", "PROCESSING", "a .txt has no rows", TEXT_REMEDY)
         require(values["DEDUP_NGRAM"] == 0, "DEDUP_NGRAM", "a .txt has no examples to drop",
                 "set it to 0")
 
