@@ -6,9 +6,9 @@ import zipfile
 from pathlib import Path
 
 from fastsae.errors import InputError
+from fastsae.settings.folders import TO_ROWS, folder_advice
 
 HEAD = 1 << 16  # bytes looked at
-TO_ROWS = "to_json('data.jsonl', orient='records', lines=True)"
 TO_TEXT = ", then make one JSON object of each passage: {\"text\": ...}"
 LINES = ("python -c \"import json; [print(json.dumps({'text': line.strip()})) for line in "
          "open('NAME', encoding='utf-8') if line.strip()]\" > data.jsonl")
@@ -169,31 +169,8 @@ def _is_json(line):
 
 def refuse_folder(path):
     """Raise InputError if `path` is a folder, with what makes one file of what is in it."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    name = str(path) if re.fullmatch(r"[\w./+=,@ -]+", str(path)) else "FOLDER"
-    load = f"python -c \"import datasets; datasets.load_from_disk('{name}')"
-    suffixes = {Path(n).suffix.lower() for n in names}
-    if not names:
-        what, remedy = "is an empty folder", "give your data with --dataset-path FILE.jsonl"
-    elif "dataset_dict.json" in names:
-        what, remedy = "is a saved DatasetDict", f"{load}['train'].to_json('data.jsonl')\""
-    elif {"state.json", "dataset_info.json"} & set(names):
-        what, remedy = "is a saved dataset", f"{load}.to_json('data.jsonl')\""
-    elif ".jsonl" in suffixes:
-        what, remedy = "is a folder of .jsonl files", "give one, or join them: cat FOLDER/*.jsonl > data.jsonl"
-    elif ".parquet" in suffixes:
-        what = "is a folder of Parquet tables"
-        remedy = f"convert it: python -c \"import pandas; pandas.read_parquet('{name}').{TO_ROWS}\""
-    elif ".txt" in suffixes:
-        what, remedy = "is a folder of .txt files", (
-            "make a row of each: python -c \"import json, pathlib; [print(json.dumps({'text': p.read_text(encoding='utf-8')})) "
-            f"for p in sorted(pathlib.Path('{name}').glob('*.txt'))]\" > data.jsonl")
-    else:
-        what, remedy = "is a folder", "give one file with --dataset-path FILE.jsonl"
-    raise InputError(f"DATASET_PATH: {path} {what}. {remedy.replace('FOLDER', name)}.")
+    if Path(path).is_dir():
+        raise InputError("DATASET_PATH: {} {}. {}.".format(path, *folder_advice(path)))
 
 
 def refuse_shape(path):

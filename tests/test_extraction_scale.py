@@ -270,7 +270,7 @@ def test_a_plain_text_in_blocks(tmp_path, extract, smol_tokenizer, monkeypatch, 
     assert (data["token_kind"] == CONTENT).all() and smol_tokenizer.convert_tokens_to_ids("<|im_start|>") not in data["token_ids"]
     with pytest.raises(SystemExit, match="2"):
         extract(data=path)
-    assert "add --processing block" in capsys.readouterr().err
+    assert "without stage 3: --processing block" in capsys.readouterr().err
 
 
 def test_duplicates_by_hand():

@@ -132,7 +132,10 @@ def folder_of(path, **files):
     ({"a_dot_bin": ""}, "is a folder", "--dataset-path FILE.jsonl")])
 def test_a_folder_is_one_line_by_what_is_in_it(tmp_path, run_main, capsys, files, what, remedy):
     folder = folder_of(tmp_path / "texts", **files)
-    assert run_main("extract_activations", "--dataset-path", folder, "--output-dir", tmp_path / "out", "--device", "cpu") == 2
+    with pytest.raises(SystemExit, match="2"):
+        run_main("extract_activations", "--dataset-path", folder, "--output-dir", tmp_path / "out", "--device", "cpu")
+    with pytest.raises(InputError, match="^DATASET_PATH: "):
+        sources.identity(folder)
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: DATASET_PATH: {folder} {what}") and remedy.replace("PATH", str(folder)) in line
 

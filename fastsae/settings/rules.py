@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsae.settings.flags import flag_name
+from fastsae.settings.folders import folder_advice
 from fastsae.settings.kinds import shown
 
 # {NAME: bound}, for tuples each item's.
@@ -137,9 +138,10 @@ def check_paths(values: dict[str, Any], require: Require) -> None:
     reads_it = {"BATCH_TOKENS", "POOLING"} & set(values) and values.get("TEXT") is None
     if reads_it and "DATASET_PATH" in values:
         path = values["DATASET_PATH"]
-        is_there = os.path.isfile(path) or os.path.isdir(path)  # of a folder stage 1 says what is in it
-        require(path.startswith("hf:") or is_there, "DATASET_PATH",
-                f"{path} is not a file", "give your data with --dataset-path FILE.jsonl")
+        what, remedy = "is not a file", "give your data with --dataset-path FILE.jsonl"
+        if os.path.isdir(path):
+            what, remedy = folder_advice(path)
+        require(path.startswith("hf:") or os.path.isfile(path), "DATASET_PATH", f"{path} {what}", remedy)
     for name in ("OUTPUT_DIR", "CACHE_DIR"):
         require(values.get(name) != "", name, "is empty",
                 f"name a folder, or leave --{flag_name(name)} out")
