@@ -8,12 +8,12 @@ Reads rows with `text`, `messages` or ShareGPT `conversations` (for PROCESSING =
 batch holds several, padded on the right, and attention is causal. Work is kept in parts of about CHUNK_TOKENS tokens, so an
 interrupted run continues. The result must fit on the disk twice, and never into memory; of the dataset only token ids are kept.
 """
-import hashlib
-
-from fastsae import signals
+from fastsae import early_stop
 
 if __name__ == "__main__":
-    signals.listen()  # before what takes long to load
+    early_stop.listen()  # before anything else is loaded
+
+import hashlib
 
 import numpy as np
 

@@ -12,13 +12,13 @@ line: settings and provenance); with a target `hypotheses.csv`, with NEURONPEDIA
 INTERPRETER_MODEL is set, excerpts of the data go to that endpoint and the answers to `checkpoints/<run>/llm_replies.jsonl`; without
 an LLM every label is made of the feature's most characteristic tokens, and nothing is sent anywhere.
 """
-import sys
-from pathlib import Path
-
-from fastsae import signals
+from fastsae import early_stop
 
 if __name__ == "__main__":
-    signals.listen()  # before what takes long to load
+    early_stop.listen()  # before anything else is loaded
+
+import sys
+from pathlib import Path
 
 import numpy as np
 

@@ -6,17 +6,18 @@
 Checks the settings of all stages first, hands each flag to the stages that know it, and returns the exit code of the stage
 that failed. A stage whose output is up to date says so and returns at once.
 """
+from fastsae import early_stop
+
+if __name__ == "__main__":
+    early_stop.listen()  # before anything else is loaded
+
 import os
 import signal
 import subprocess
 import sys
 
-from fastsae import signals
-
-if __name__ == "__main__":
-    signals.listen()  # before the settings are read
-
 import config
+from fastsae import signals
 from fastsae.errors import InputError, end, run_stage
 
 

@@ -8,6 +8,11 @@ reads), `metrics.json` with the final figures, `metrics.jsonl` with one line per
 `README.md`, a model card, and with EXPORT folders for other libraries; while it trains, `SAE_....resume.pt`, from which the same
 command goes on after an interruption and ends in the same bytes. Activations beyond BUFFER_TOKENS stay on the disk.
 """
+from fastsae import early_stop
+
+if __name__ == "__main__":
+    early_stop.listen()  # before anything else is loaded
+
 import functools
 import itertools
 import json
@@ -15,11 +20,6 @@ import math
 import time
 from pathlib import Path
 from typing import NamedTuple
-
-from fastsae import signals
-
-if __name__ == "__main__":
-    signals.listen()  # before what takes long to load
 
 import numpy as np
 

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from fastsae import console, machine_errors, signals
+from fastsae import console, early_stop, machine_errors, signals
 
 EXIT_BUG, EXIT_INPUT, EXIT_ENVIRONMENT, EXIT_INCOMPLETE = 1, 2, 3, 4
 
@@ -167,8 +167,8 @@ def _code_of(main):
     except Exception as error:
         if _waiting["raised"] is None:  # else a library made this of the stop
             return _environment(error) or _bug(error)
-    print(signals.MESSAGE, file=sys.stderr)
-    return signals.EXIT_CODES[_waiting["raised"]]
+    print(early_stop.MESSAGE, file=sys.stderr)
+    return early_stop.EXIT_CODES[_waiting["raised"]]
 
 
 def _call(main):

@@ -5,30 +5,10 @@ import signal
 import sys
 import threading
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
-MESSAGE = "stopped: what was finished is kept; the same command continues."
+from fastsae.early_stop import STOPS, end_now
+
 ANSWER_WITHIN = 4.0  # seconds from the signal to the end of the process, where nothing is being saved
 SAVE_WITHIN = 16.0   # seconds more for a stage that saves; service managers kill after 30
-
-
-def listen():
-    """From here on a stop ends the process with one line and its exit code, until `run_stage` answers it.
-
-    For the first lines of a script, before what takes long to import. An exception would not do: libraries catch it, or turn it into
-    another one.
-    """
-    for number in STOPS:
-        signal.signal(number, lambda number, frame: end_now(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # run_pipeline.py starts stages with these blocked
-
-
-def end_now(number: int):
-    """End the process as a stage ends that was stopped. What is written is whole or not there, as after a kill."""
-    with contextlib.suppress(OSError):
-        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks for all
-            os.write(2, f"{MESSAGE}\n".encode())
-    os._exit(EXIT_CODES[signal.Signals(number)])
 
 
 @contextlib.contextmanager

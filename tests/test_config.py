@@ -303,7 +303,7 @@ def test_import_directions():
         foreign = {name for name in imports(path) if name.split(".")[0] not in sys.stdlib_module_names}
         assert all(name.startswith("fastsae.settings") for name in foreign), path
     assert imported("run_pipeline.py") - sys.stdlib_module_names == {"config", "fastsae"}
-    for path in ("__init__", "console", "errors", "machine_errors", "signals"):  # what it takes of the package loads at once
+    for path in ("__init__", "console", "early_stop", "errors", "machine_errors", "signals"):  # what it takes of the package loads at once
         assert imported(f"fastsae/{path}.py") <= sys.stdlib_module_names | {"fastsae"}
     assert len(SOURCES) >= 75
     assert not upward(SOURCES)

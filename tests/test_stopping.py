@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import PROJECT
 
-from fastsae import errors, signals
+from fastsae import early_stop, errors, signals
 from fastsae.errors import run_stage
 
 STOPPED = "stopped: what was finished is kept; the same command continues.\n"
@@ -36,7 +36,7 @@ def stopped(process, number, wait_for="ready\n"):
 @pytest.mark.parametrize("script", ["extract_activations", "train_sae", "interpret_sae", "run_pipeline"])
 @NUMBERS
 def test_a_stop_while_libraries_load(script, number, code):
-    """The first import after `signals.listen` is replaced by one that waits: no exception could come out of it."""
+    """The first import that takes time is replaced by one that waits: no exception could come out of it."""
     body = ("import runpy, sys, time\n"
             "class Wait:\n"
             "    def find_spec(self, name, *_):\n"
@@ -55,7 +55,7 @@ def test_a_stop_while_libraries_load(script, number, code):
 
 def test_importing_a_stage_changes_no_handler(monkeypatch):
     """Only who runs a script wants its handlers, not a notebook that imports it."""
-    monkeypatch.setattr(signals, "listen", lambda: pytest.fail("listens"))
+    monkeypatch.setattr(early_stop, "listen", lambda: pytest.fail("listens"))
     for script in ("extract_activations", "train_sae", "interpret_sae", "run_pipeline"):
         source = compile((PROJECT / f"{script}.py").read_text(), script, "exec")
         exec(source, {"__name__": script, "__file__": str(PROJECT / f"{script}.py")})
