@@ -61,9 +61,10 @@ def main():
         missing = {layer: about for layer, about in wanted.items() if not up_to_date(path_of(settings, layer), about)}
         if not missing:
             if world.rank == 0:
-                storage.remove(parts_folder(settings, wanted))
+                extraction.clear_parts(parts_folder(settings, wanted), wanted)
                 print_summary(settings, wanted, started, "unchanged")
             return
+        storage.require_writable(path_of(settings, layer) for layer in missing)
         computed = wanted if parts_folder(settings, wanted).exists() else missing  # parts of an interrupted run hold all of its layers
 
         source = {"revision": settings.MODEL_REVISION, "cache_dir": settings.CACHE_DIR}
@@ -90,7 +91,7 @@ def main():
             for layer, about in missing.items():
                 progress.step(f"writing {path_of(settings, layer).name}")
                 timing = write_layer(path_of(settings, layer), parts, table, about, settings, world.size)
-            storage.remove(parts[0].parent)
+            extraction.clear_parts(parts[0].parent, wanted)
             print_summary(settings, wanted, started, "written", tokens_per_second=timing["tokens_per_second"])
 
 
@@ -192,7 +193,10 @@ def run_model(model, table, n_shared, settings, world, by_layer):
                                  dataset_name=settings.DATASET_PATH, pin=kind == "cuda")
     # What an interrupted run was doing decides whether its parts may be used: batches change the last bits.
     plan = hashlib.sha256(repr((batch_tokens, chunks, str(model.dtype), kind, forward.n_prefix)).encode()).hexdigest()[:8]
-    return extraction.extract_parts(forward, chunks, parts_folder(settings, by_layer), plan, world)
+    folder = parts_folder(settings, by_layer)
+    if world.rank == 0:
+        extraction.name_parts(folder, by_layer)
+    return extraction.extract_parts(forward, chunks, folder, plan, world)
 
 
 def write_layer(path, parts, table, metadata, settings, n_processes):

@@ -25,6 +25,7 @@ import numpy as np
 import config
 from fastsae import activations_file, artifacts, formats, llm_client, progress, ranks, storage, tables
 from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, end, require_printed, run_stage
+from fastsae.model_names import short_name
 
 SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens, sparsify, ...; none = the run's own
 POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc and targets: max or mean
@@ -85,6 +86,7 @@ def main():
         if done(folder, jsonl_path, metadata):
             print_summary(folder, artifacts.read_lines(jsonl_path)[1:], started, "unchanged")
             return 0
+        require_writable(settings, folder, backend)
 
     progress.step("reading the examples")
     features = Features(settings, checkpoint_path, sae_meta)
@@ -103,6 +105,18 @@ def main():
     print_results(features, work, folder)
     print_summary(folder, features.rows, started, "incomplete" if incomplete_rows(features.rows) else "written")
     return incomplete(features.rows) if work else 0
+
+
+def require_writable(settings, folder, backend):
+    """Sweep what killed runs left of the outputs, and raise what writing them would raise at the end, when calls were paid for."""
+    storage.sweep(folder, "hypotheses.csv.*")
+    for left in folder.glob("neuronpedia/*"):
+        storage.sweep(left)
+    names = ["interpretations.jsonl", "interpretations.csv", "interpretations.html"]
+    names += ["hypotheses.csv"] * bool(settings.TARGET_FIELD or settings.TARGET_VALUE)
+    names += [f"neuronpedia/{settings.LAYER_IDX - 1}-{settings.NEURONPEDIA_SET}/batch-000.json"] * bool(settings.NEURONPEDIA_SET)
+    replies = [settings.run_dir / "llm_replies.jsonl"] if backend else []
+    storage.require_writable([*(folder / name for name in names), *replies])
 
 
 def print_summary(folder, rows, started, status):
@@ -326,7 +340,7 @@ def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settin
     if settings.NEURONPEDIA_SET:
         from fastsae.neuronpedia import write_batches
 
-        model = settings.NEURONPEDIA_MODEL or formats.short_name(features.source["model_name"]).lower()
+        model = settings.NEURONPEDIA_MODEL or short_name(features.source["model_name"]).lower()
         paths = write_batches(folder / "neuronpedia", evidence, rows, features.lens, model_id=model, name=settings.NEURONPEDIA_SET,
                               layer=features.source["settings"]["LAYER_IDX"] - 1)  # Neuronpedia counts blocks from 0
         files = {str(path.relative_to(folder)): artifacts.file_sha256(path) for path in paths}

@@ -5,8 +5,9 @@
 
 Reads `activations/activations_layer{LAYER_IDX}.npz`. Writes `checkpoints/<run>/SAE_....pt` (which `hypothesaes.sae.load_model`
 reads), `metrics.json` with the final figures, `metrics.jsonl` with one line per epoch, `training.png` with their curves,
-`README.md`, a model card, and with EXPORT folders for other libraries; while it trains, `SAE_....resume.pt`, from which the same
-command goes on after an interruption and ends in the same bytes. Activations beyond BUFFER_TOKENS stay on the disk.
+`README.md`, a model card, and with EXPORT folders for other libraries; while it trains, `SAE_....resume.jsonl` with a line per epoch
+and `SAE_....resume.pt`, from which the same command goes on after an interruption and ends in the same bytes. Activations
+beyond BUFFER_TOKENS stay on the disk.
 """
 from fastsae import early_stop
 
@@ -91,6 +92,7 @@ def main():
     plans = make_plans(settings, source)
     storage.claim(settings.run_dir, "--run-name")
     todo = [each for each in plans if not artifacts.matches(each.path, each.metadata, artifacts.read_checkpoint_metadata)]
+    storage.require_writable(each.path.with_suffix(".resume.jsonl") for each in todo)
     failed = train_all(todo, source, settings) if todo else {}
     plans = [each for each in plans if each.path not in failed]
     if plans and parallel.world()[0] == 0:
@@ -171,6 +173,7 @@ class Plan(NamedTuple):
     settings: config.Settings
     path: Path
     metadata: dict
+    start: Path | None  # what INIT_FROM stands for here
     several: bool
 
     def beside(self, name):
@@ -182,7 +185,7 @@ def make_plans(settings, source):
     """A Plan for each of SEEDS x K_LIST x L1_COEFFICIENT_LIST, or the one that the settings without lists describe."""
     from fastsae.autoencoder import checkpoint_name
     from fastsae.dead_features import tokens_until_dead
-    from fastsae.formats import start_inputs
+    from fastsae.formats import content_sha256, start_of
 
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     plans = []
@@ -194,9 +197,10 @@ def make_plans(settings, source):
         l1_name = f"_L1={l1:g}" if float(f"{l1:g}") == l1 else f"_L1={l1!r}"
         name = name.removesuffix(".pt") + l1_name * bool(settings.L1_COEFFICIENT_LIST) + f"_seed={seed}" * bool(settings.SEEDS)
         path = settings.run_dir / f"{name}.pt"
-        inputs = {"activations": source["fingerprint"], **start_inputs(settings.INIT_FROM, path)}
+        start = start_of(settings.INIT_FROM, path)
+        inputs = {"activations": source["fingerprint"], **({"init_from": content_sha256(start)} if start else {})}
         metadata = artifacts.new_metadata("sae", {**one.select([*own, "SEED"]), "INIT_SEED": seed}, inputs, activations=source)
-        plans.append((one, path, metadata))
+        plans.append((one, path, metadata, start))
     return [Plan(*each, several=len(plans) > 1) for each in plans]
 
 
@@ -264,19 +268,23 @@ def save(runs):
 def start_run(plan, tokens, sample, device):
     """The TrainingRun of a plan at its start, which looks at a sample of the tokens, or where an earlier process left it."""
     from fastsae import fine_tuning
-    from fastsae.monitoring import open_logger
+    from fastsae.monitoring import of_other_settings, open_logger
     from fastsae.training_run import TrainingRun
 
     settings = plan.settings
     run = TrainingRun(sae_config(tokens.activations.shape[1], settings), sample, seed=plan.metadata["settings"]["INIT_SEED"],
                       device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
                       directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
-    if settings.INIT_FROM:
-        fine_tuning.begin(run, settings.INIT_FROM, settings.activations_path, plan.metadata["activations"], tokens.examples_of(TEST))
+    if plan.start:
+        fine_tuning.begin(run, plan.start, plan.metadata["inputs"]["init_from"], settings.activations_path,
+                          plan.metadata["activations"], tokens.examples_of(TEST))
     run.plan, run.state_path = plan, plan.path.with_suffix(".resume.pt")
     run.log = open_logger(settings.LOGGER, settings.run_dir, plan.path.stem, settings.values)
     if run.restore(run.state_path, plan.metadata["fingerprint"]):
         print(f"going on in epoch {run.epoch}, after {run.trained_tokens:,} tokens")
+    elif of_other_settings(run.state_path, plan.metadata["fingerprint"]):
+        print(f"warning: {run.state_path} is of an unfinished run with other settings, and this run's state will take its place. stop "
+              "now and move it away to keep it.")
     return run
 
 
@@ -303,7 +311,7 @@ def finish(run, tokens, device):
     from fastsae import parallel
     from fastsae.autoencoder import save_sae
     from fastsae.metrics import final_metrics
-    from fastsae.monitoring import write_figure
+    from fastsae.monitoring import write_beside
 
     seconds = run.elapsed()
     timing = {"seconds": round(seconds, 2), "device": device}
@@ -314,11 +322,11 @@ def finish(run, tokens, device):
     plan, sae = run.plan, run.best()
     metrics = final_metrics(sae, tokens, run.history)
     history = json.loads(json.dumps(run.history))  # the same objects, hence bytes, whether the run was interrupted or not
-    write_figure(plan.beside("training.png"), run.history)
     save_sae(plan.path, sae, {**plan.metadata, "max_norm": tokens.max_norm, "metrics": metrics,
                               "history": history, "validation_examples": tokens.examples_of(VALIDATION),
                               "test_examples": tokens.examples_of(TEST)})
     artifacts.write_json(plan.beside("metrics.json"), {"checkpoint": plan.path.name, **metrics, **timing})
+    write_beside(plan.path, {**plan.metadata, "metrics": metrics, "history": history}, plan.beside)
     print_results(metrics, timing, plan.settings)
     print(f"wrote {plan.path}")
 
@@ -373,7 +381,8 @@ def end_epoch(run, tokens):
         raise no_finite_loss(settings.values, settings.defaults, run.epoch, of)
     run.end_epoch(line)
     if parallel.world()[0] == 0:
-        artifacts.write_text(run.plan.beside("metrics.jsonl"), monitoring.lines_of(run.history))
+        # not metrics.jsonl: until this run has ended, an earlier one's files stand together
+        artifacts.write_text(run.plan.path.with_suffix(".resume.jsonl"), monitoring.lines_of(run.history))
     return line
 
 

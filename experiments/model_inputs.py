@@ -14,6 +14,7 @@ from fastsae import language_model
 from fastsae.errors import InputError
 from fastsae.examples import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
 from fastsae.formats import architecture_of
+from fastsae.model_names import short_name
 from fastsae.sources import Deduplicator, identity, stream_examples
 from fastsae.tokens import chosen_tokens, usable_tokens
 
@@ -107,7 +108,7 @@ def open_subject(path, settings):
 
 
 def short(model_name):
-    return model_name.rstrip("/").rsplit("/", 1)[-1].lower()
+    return short_name(model_name).lower()
 
 
 def load_model(subject, settings):

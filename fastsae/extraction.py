@@ -1,5 +1,7 @@
 """The work of stage 1: the plan of chunks and batches, the forward passes, the parts of an unfinished run, and several processes."""
+import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -13,6 +15,7 @@ from fastsae.machine_errors import is_out_of_memory
 from fastsae.sources import place
 from fastsae.tokens import token_norms
 
+NOTE = "run.json"  # in a folder of parts: what they are of
 MAKER = "extract_activations.py"
 PART_BYTES = 192 << 20                                      # of one part in memory, all layers together; two are alive at a time
 BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}    # on a CPU larger batches leave its caches; measured in bench_extract.json
@@ -278,6 +281,35 @@ def await_parts(others, n_tokens, world, progress):
             waiting.say(ranks.listed({i % world.size for i in others}),
                         f"to write {len(others)} more parts")
             time.sleep(0.2)
+
+
+def name_parts(folder, by_layer) -> None:
+    """Note in a folder of parts which results {layer: metadata} they will make, and by which command."""
+    path, about = folder / NOTE, {"fingerprints": [metadata["fingerprint"] for metadata in by_layer.values()],
+                                  "command": shlex.join(["python", *sys.argv])}
+    if not path.exists():
+        artifacts.write_json(path, about)
+
+
+def clear_parts(folder, finished) -> None:
+    """Remove the parts in `folder`, and others of results that are `finished` {layer: metadata}; name those of other settings.
+
+    These may be hours of work that their command goes on from, so they are nobody else's to delete.
+    """
+    storage.remove(folder)
+    done = {metadata["fingerprint"] for metadata in finished.values()}
+    for other in sorted(folder.parent.glob(".parts-*")):
+        try:
+            about = json.loads((other / NOTE).read_text(encoding="utf-8"))
+            fingerprints, command = set(about["fingerprints"]), str(about["command"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # of an earlier version, or killed before it was written
+            fingerprints, command = {"unknown"}, "the same command as then"
+        if fingerprints <= done:
+            storage.remove(other)
+        else:
+            size = sum(path.stat().st_size for path in other.glob("*"))
+            command = "".join(c if c.isprintable() else "?" for c in command)
+            print(f"unfinished: {other} ({size / 1e6:.1f} MB) is of a run with other settings. finish it with: {command}; or delete it.")
 
 
 def split_shards(lengths, shard_tokens: int) -> list[tuple[int, int]]:

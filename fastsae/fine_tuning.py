@@ -2,9 +2,10 @@
 import torch
 
 from fastsae.autoencoder import load_sae
-from fastsae.errors import InputError
+from fastsae.digests import Held
+from fastsae.errors import EnvironmentFailure, InputError
 from fastsae.foreign_files import Parts
-from fastsae.formats import architecture_of, check_fit
+from fastsae.formats import architecture_of, check_fit, content_sha256, locate
 
 STARTS = {"topk": ("topk",), "batchtopk": ("batchtopk", "topk", "jumprelu"), "standard": ("standard",),
           "jumprelu": ("jumprelu", "batchtopk", "standard"), "gated": ("jumprelu", "standard")}
@@ -32,12 +33,17 @@ def check_start(path, source, architecture, *, d, m, k):
         raise InputError(*problems)
 
 
-def begin(run, path, activations_path, activations_meta, test_examples=()):
+def begin(run, path, sha256, activations_path, activations_meta, test_examples=()):
     """Let the TrainingRun `run`, before its first step, begin with the autoencoder at `path`; InputError if it does not belong here.
 
+    sha256: its `content_sha256` as the run's fingerprint has it.
     A line says so where the examples numbered `test_examples` decided something of that autoencoder.
     """
+    held = Held(locate(path)[1])
     source, meta = load_sae(path, run.sae.input_bias.device)
+    if content_sha256(path) != sha256:
+        raise EnvironmentFailure(f"{path}: was replaced while this run began. run again.")
+    held.require_unchanged()
     sae = run.sae
     check_start(path, source, sae.architecture, d=sae.input_dim, m=sae.m_total_neurons, k=sae.k_active_neurons)
     check_fit(path, source, meta, activations_path, activations_meta, sae.input_dim, "INIT_FROM")

@@ -90,15 +90,25 @@ def fingerprint_of(path):
     return artifacts.read_checkpoint_metadata(files[0])["fingerprint"] if kind == "fastsae" else content_sha256(path)
 
 
-def start_inputs(init_from, output):
-    """What training from the autoencoder `init_from` adds to a checkpoint's inputs; {} without one. `output`: the file to be written."""
+def start_of(init_from, output) -> Path | None:
+    """The autoencoder that INIT_FROM stands for when `output` is to be written; None without one.
+
+    `output` itself, or its folder (whose metrics.json will name it), stands for what `output` was made from, as long as that lies
+    in the folder (a checkpoint that is written again is kept as `.old-n.pt`): so the same command means the same when it is given
+    again, and stops neither itself nor starts from its own result.
+    """
     if not init_from:
-        return {}
-    if any(file.resolve() == Path(output).resolve() for file in locate(init_from)[1]):
-        raise InputError(f"INIT_FROM: {init_from} is what this run writes. copy it first, or give another --run-name.")
-    if Path(init_from).resolve() == Path(output).resolve().parent:  # after this run it would name what this run wrote
-        raise InputError(f"INIT_FROM: {init_from} is this run's own folder. name the .pt in it, or give another --run-name.")
-    return {"init_from": content_sha256(init_from)}
+        return None
+    found, output = Path(init_from), Path(output)
+    own = found.resolve() in (output.resolve(), output.parent.resolve())
+    if not own or not output.is_file():
+        return found
+    made_from = artifacts.read_checkpoint_metadata(output)["inputs"].get("init_from")
+    for file in sorted(output.parent.glob("*.pt")) if made_from else []:
+        if not file.name.endswith(".resume.pt") and content_sha256(file) == made_from:
+            print(f"INIT_FROM: {output.name} was made from {file.name}, which is taken again")
+            return file
+    return found
 
 
 def load_foreign(path, device="cpu"):

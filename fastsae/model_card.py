@@ -31,8 +31,8 @@ def write_card(folder, metas):
     text = as_utf8(card(list(metas.items()))).decode()  # as it is read back
     text, path = signed(text), folder / "README.md"
     found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-    if found is not None and found != signed(SIGNATURE.sub("", found, count=1)):
-        print(f"{path}: was edited, and is left as it is. delete it to have it written anew.")
+    if found is not None and not (SIGNATURE.search(found) and found == signed(SIGNATURE.sub("", found, count=1))):
+        print(f"{path}: was edited, and is left as it is. move it away to have one written.")
     elif found != text:
         artifacts.write_text(path, text)
 

@@ -1,6 +1,7 @@
 """What a language model is called on pages, in exports and in what is printed. No weights are read."""
 import os
 import re
+from pathlib import Path
 
 EMBEDDED = "SmolLM2-135M-Instruct"  # the name in MODEL_NAME; language_model.py knows where it comes from
 EMBEDDED_WEIGHTS = "4-bit (Q4_1), dequantised"
@@ -10,8 +11,8 @@ EMBEDDED_NOTE = (
 
 
 def short_name(model) -> str:
-    """A model's or file's name without its owner or folder."""
-    return str(model).rstrip("/").rsplit("/", 1)[-1]
+    """A model's or file's name without its owner or folder; never an empty one, for `.` and `dir/` too."""
+    return Path(os.path.abspath(os.path.expanduser(str(model)))).name or "model"
 
 
 def hub_id(model: str) -> str | None:

@@ -4,7 +4,7 @@ import io
 import json
 
 from fastsae import artifacts, storage
-from fastsae.errors import InputError
+from fastsae.errors import EnvironmentFailure, InputError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
@@ -19,7 +19,19 @@ def write_beside(path, meta, beside):
     if history and not (curves.exists() and curves.read_bytes() == lines_of(history).encode()):
         write_figure(beside("training.png"), history)
         artifacts.write_text(curves, lines_of(history))
+    storage.remove(path.with_suffix(".resume.jsonl"))
+    if of_other_settings(path.with_suffix(".resume.pt"), meta["fingerprint"]):
+        print(f"unfinished: {path.with_suffix('.resume.pt')} is of a run with other settings. its command goes on from it; or delete it.")
+        return
     storage.remove(path.with_suffix(".resume.pt"))
+
+
+def of_other_settings(state_path, fingerprint):
+    """Whether the state of an unfinished run is whole, and of another run than the one with this fingerprint."""
+    try:
+        return state_path.exists() and artifacts.read_checkpoint(state_path)["fingerprint"] != fingerprint
+    except (EnvironmentFailure, KeyError, TypeError):
+        return False
 
 
 def lines_of(history):

@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from fastsae import errors, ranks
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.S)
+SCRATCH = ".scratch-"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)       # a file system without locks, as some network ones
 NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 MAX_LINE = 1 << 26  # bytes of a line that is read
@@ -49,7 +52,7 @@ def committed(path, *, keep_old=False):
     """
     path = Path(path)
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_of(path)
     watch("create", temporary)
     try:
         with io.BufferedWriter(_File(temporary, "xb")) as file:
@@ -155,11 +158,40 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
 def scratch_folder(root):
-    """A folder under `root` that is gone at the end of the `with` block."""
+    """A folder under `root` that is gone at the end of the `with` block; so are now those of processes that were killed."""
     make_folder(root)
+    for left in root.glob(f"{SCRATCH}*"):
+        _remove_if_abandoned(left)
     watch("mkdir", root)
-    return tempfile.TemporaryDirectory(dir=root, prefix=".scratch-")
+    with tempfile.TemporaryDirectory(dir=root, prefix=SCRATCH) as folder:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: others leave it alone for a day
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield folder
+        finally:
+            os.close(handle)
+
+
+def _remove_if_abandoned(folder):
+    """Remove a scratch folder whose process has ended, which the kernel knows by its lock; without locks after a day."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            age = time.time() - os.fstat(handle).st_mtime
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                abandoned = age > 60  # it may have been made this moment, and not be locked yet
+            except BlockingIOError:
+                abandoned = False
+            except OSError:
+                abandoned = age > 86_400
+            if abandoned:
+                remove(folder)
+        finally:
+            os.close(handle)
 
 
 def put_folder(new, folder):
@@ -175,7 +207,7 @@ def write_folder(folder, files):
     What was there is kept as `<name>.old-n`. Folders cannot be exchanged in one step: a kill between the two renames leaves the old
     one under that name and none under its own, and the next run writes it.
     """
-    new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    new = temporary_of(folder)
     try:
         for name, content in files.items():
             with committed(new / name) as file:
@@ -257,8 +289,40 @@ def claim(path, instead):
         print(f"warning: {path}: cannot be locked ({error.strerror}). let no other run write there.")
         return
     errors.at_end(lambda: _release(lock, handle))
-    for left in path.glob(".*.tmp") if path.is_dir() else path.parent.glob(f".{path.stem}[.-]*.tmp"):  # of a run that was killed
-        remove(left)
+    if path.is_dir():
+        sweep(path)
+    else:
+        sweep(path.parent, f"{path.stem}[.-]*")
+
+
+def sweep(folder, names="*"):
+    """Remove the temporary files of runs that were killed, of files whose names match. Only for who has claimed them."""
+    for left in folder.glob(f".{names}.tmp"):
+        if TEMPORARY.fullmatch(left.name):  # nobody else's
+            remove(left)
+
+
+def require_writable(paths):
+    """Raise now, before slow work, what writing these files would raise after it: no rights, too long a name, a folder in its way.
+
+    Leaves nothing behind but the folders that they will lie in.
+    """
+    for path in map(Path, paths):
+        probe = temporary_of(path)
+        try:
+            make_folder(path.parent)
+            if path.is_dir():
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+            watch("create", probe)
+            os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            os.unlink(probe)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def temporary_of(path):
+    """The name under which a file or folder is written before it gets its own."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _locked(lock, path, instead):

@@ -654,10 +654,12 @@ def test_training_goes_on_from_an_export(tmp_path, write_activations, run_main, 
     capsys.readouterr()
     assert run_main("train_sae", *flags, *more, "--init-from", start) == 0 and "up to date" in capsys.readouterr().out
     assert run_main("train_sae", *flags, *more) == 0 and "changed: init_from changed" in capsys.readouterr().out
-    assert run_main("train_sae", *flags, *more, "--init-from", tuned / "SAE_M=48_K=3.pt") == 2
-    assert "is what this run writes" in capsys.readouterr().err
-    assert run_main("train_sae", *flags, *more, "--k", 2, "--init-from", tuned) == 2
-    assert "is this run's own folder" in capsys.readouterr().err
+    own = tuned / "SAE_M=48_K=3.pt"  # what this run writes, and its folder: each time what it started from at first
+    made_from = content_sha256(own)
+    for n, init_from in enumerate((own, own, tuned, tuned)):
+        assert run_main("train_sae", *flags, *more, "--init-from", init_from) == 0
+        assert load_sae(tuned)[1]["inputs"]["init_from"] == made_from != content_sha256(own)
+        assert ("up to date" in capsys.readouterr().out) == (n > 0)
     weights = start / "sae_weights.safetensors"
     state = load_file(weights)
     state["W_dec"][3], state["b_enc"][3] = 0, -1000  # a feature that was taken out

@@ -21,6 +21,7 @@ from fastsae.settings.rules import check_values, complete
 from fastsae.settings.suggestions import nearest_name
 from fastsae.settings.values import Settings
 
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 PATH_SETTINGS = ("DATASET_PATH", "OUTPUT_DIR", "CACHE_DIR", "INIT_FROM", "SAE_PATH")
 
 
@@ -117,7 +118,15 @@ def not_for_presets(name: Any, declared: dict[str, dict], project: Path) -> str 
 
 
 def absolute(name: str, value: Any, base: Path) -> Any:
-    """A path setting's value as seen from `base`; any other value as it is."""
+    """A path setting's value as seen from `base`; any other value as it is.
+
+    MODEL_NAME is a path where it looks like one or names a folder there, and not the embedded model.
+    """
+    if name == "MODEL_NAME" and isinstance(value, str) and value.strip() and value != EMBEDDED_MODEL:
+        path = os.path.join(base, os.path.expanduser(value))
+        looks = value.startswith((".", "/", "~")) or value.endswith(".gguf")
+        if looks or os.path.isdir(path):
+            return os.path.realpath(path) if ".." in value else os.path.abspath(path)
     is_path = name in PATH_SETTINGS and isinstance(value, str) and value
     if not is_path or value.startswith("hf:"):
         return value

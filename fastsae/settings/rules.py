@@ -12,6 +12,7 @@ from typing import Any
 from fastsae.settings.flags import flag_name
 from fastsae.settings.folders import folder_advice
 from fastsae.settings.kinds import shown
+from fastsae.settings.values import LONGEST_NAME
 
 # {NAME: bound}, for tuples each item's.
 AT_LEAST: dict[str, float] = {
@@ -101,6 +102,10 @@ def check_values(values: dict[str, Any]) -> list[str]:
         require(re.fullmatch(r"[\w.=+-]*[\w=+-]", values["RUN_NAME"]), "RUN_NAME",
                 f"{shown(values['RUN_NAME'])} cannot be a folder's name",
                 "use letters, digits and . _ = + -")
+    for name in ("RUN_NAME", "NEURONPEDIA_SET"):
+        length = len(str(values.get(name) or "").encode(errors="replace"))
+        require(length <= LONGEST_NAME, name, f"{length} bytes are too long for a folder's name",
+                f"give at most {LONGEST_NAME}")
     check_paths(values, require)
     check_extraction(values, require)
     if FEATURES <= set(values):

@@ -1,6 +1,7 @@
 """The resolved settings of one run."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
@@ -11,13 +12,23 @@ from fastsae.settings.flags import as_flags, flag_name
 
 PROJECT = Path(__file__).resolve().parents[2]
 WIDTH, LONGEST = 150, 60  # columns of a line; characters of one value
+LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, locks and versions need some
 RANK = {"flag": 0, "preset": 2, "follows": 3}  # the order in which sources are printed; files are 1
 
 
 def run_name_of(dataset_path: str) -> str:
-    """The name of a run on a dataset: its file's, or a hub dataset's with its revision."""
+    """The name of a run on a dataset: its file's, or a hub dataset's with its revision.
+
+    It is always one proper folder's name: never empty, `.` or `..`, nor longer than files' names
+    may be with what is put before and after them.
+    """
     name = Path(dataset_path).name
-    return name.rpartition(".")[0] if name.endswith((".jsonl", ".json", ".txt")) else name
+    name = name.rpartition(".")[0] if name.endswith((".jsonl", ".json", ".txt")) else name
+    name = "".join(c if c.isprintable() else "_" for c in name)  # no control sequence, no half character
+    if len(name.encode()) > LONGEST_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name.encode()[:LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
+    return name if name.strip(". ") else "dataset"
 
 
 class Settings:
