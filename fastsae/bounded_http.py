@@ -182,7 +182,8 @@ def _read(wire):
         answer.begin()
         if not 100 <= answer.status < 200 or answer.status == 101:
             break
-        answer.fp = None  # type: ignore[assignment]  # or its end would close what the next one reads
+        # or its end would close what the next one reads
+        answer.fp = None  # type: ignore[assignment]
     # of equal ones the first
     headers = {name.lower(): value for name, value in reversed(answer.getheaders())}
     blocks, trouble, wire.n_left = [], "", MAX_BYTES

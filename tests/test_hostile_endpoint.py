@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import socket
 import time
 import zlib
 
@@ -295,6 +296,25 @@ def test_the_requests_of_a_call_share_its_time(server, tmp_path, monkeypatch):
 
     found, n = ask(server, tmp_path / "j.jsonl", busy, ["one"], timeout=0.5)
     assert n <= 3 and found["one"][1] in (f"failed: {LATE}", "failed: HTTP 503 {}")
+
+
+def test_a_slow_resolver_and_a_server_that_reads_nothing_take_no_longer(monkeypatch):
+    """Both would go on for 3 s."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+    with silent, pytest.raises(llm_client.CallFailed, match=LATE):
+        llm_client.ChatEndpoint(KEY, url, "m", timeout=0.2).complete("x" * 20_000_000)
+    resolve = socket.getaddrinfo
+
+    def slowly_resolve(*args, **more):
+        time.sleep(3)
+        return resolve(*args, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly_resolve)
+    started = time.monotonic()
+    with pytest.raises(llm_client.CallFailed, match="127.0.0.1 is not found"):
+        llm_client.ChatEndpoint(KEY, url, "m", timeout=0.2).complete("x")
+    assert time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308, 300, 304])
