@@ -18,7 +18,7 @@ import sys
 
 import config
 from fastsae import signals
-from fastsae.errors import InputError, end, run_stage
+from fastsae.errors import EnvironmentFailure, InputError, end, run_stage
 
 
 def main():
@@ -26,6 +26,8 @@ def main():
     settings = config.resolve(*scripts)
     if problems := check_chain(settings):
         raise InputError(*problems)
+    if blocked := folders_that_take_no_files(settings):
+        raise EnvironmentFailure(*blocked)
     settings.show()
     for number, script in enumerate(scripts, 1):
         if not settings.QUIET:
@@ -45,6 +47,20 @@ def check_chain(settings):
     if settings.PROCESSING == "block":
         problems.append("PROCESSING: stage 3 needs examples and refuses blocks. run extract_activations.py and train_sae.py by themselves.")
     return problems
+
+
+def folders_that_take_no_files(settings):
+    """What stages 2 and 3 would say of the folders of their first results, after stage 1's work."""
+    problems = []
+    for first in (settings.run_dir / "metrics.json", settings.output_dir / "interpretations.jsonl"):
+        if os.path.exists(first):  # it may be up to date
+            continue
+        nearest = str(first.parent)
+        while not os.path.lexists(nearest) and os.path.dirname(nearest) != nearest:
+            nearest = os.path.dirname(nearest)
+        if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+            problems.append(f"{nearest}: takes no files. check its rights, or choose another --output-dir or --run-name.")
+    return list(dict.fromkeys(problems))
 
 
 def run(script, flags):

@@ -306,6 +306,26 @@ def test_what_stage_3_describes_is_what_it_read(tmp_path, planted, run_main, mon
     assert not (tmp_path / "interpretations.jsonl").exists()
 
 
+def test_a_model_that_changes_while_stage_1_runs_leaves_no_part(tmp_path, monkeypatch):
+    """Weights are mapped from their file: what was computed since is of no one model."""
+    from types import SimpleNamespace
+
+    import extract_activations
+
+    model, parts = tmp_path / "model", tmp_path / ".parts-x"
+    model.mkdir()
+    parts.mkdir()
+    (model / "config.json").write_text("{}")
+    inputs = {"model": language_model.identity(str(model))}
+    settings = SimpleNamespace(MODEL_NAME=str(model), MODEL_REVISION=None, CACHE_DIR=None)
+    extract_activations.require_same_model(settings, inputs, parts)
+    assert parts.exists()
+    (model / "config.json").write_text("{ }")
+    with pytest.raises(InputError, match="it was changed while this run read it. run again"):
+        extract_activations.require_same_model(settings, inputs, parts)
+    assert not parts.exists()
+
+
 # The table that vouches for the others
 
 ROWS = [{"feature": i, "label": f"words \u2028 like {i}", "density": 1 / (3 + i)} for i in range(5)]

@@ -107,6 +107,22 @@ def test_what_cannot_be_written_is_said_before_interpreting(tmp_path, planted, r
     assert f"{tmp_path / 'hypotheses.csv'}: Permission denied" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["checkpoints/test", "checkpoints"])
+def test_the_pipeline_looks_at_the_folders_of_later_stages_first(tmp_path, run_main, monkeypatch, capsys, place):
+    import run_pipeline
+
+    (tmp_path / place).mkdir(parents=True)
+    data = tmp_path / "d.jsonl"
+    data.write_text("{}")
+    plain = os.access
+    monkeypatch.setattr(run_pipeline.os, "access", lambda path, mode: str(path) != str(tmp_path / place) and plain(path, mode))
+    monkeypatch.setattr(run_pipeline, "run", lambda *_: pytest.fail("it began"))
+    flags = ["--output-dir", tmp_path, "--dataset-path", data, "--run-name", "test"]
+    assert run_main("run_pipeline", *flags) == 3
+    assert capsys.readouterr().err == (f"error: {tmp_path / place}: takes no files. check its rights, or choose another "
+                                       "--output-dir or --run-name.\n")
+
+
 def test_a_probe_leaves_nothing_behind(tmp_path):
     storage.require_writable([tmp_path / "run" / "a.pt", tmp_path / "run" / "b" / "c.json"])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", "run"]
