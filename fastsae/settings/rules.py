@@ -32,7 +32,7 @@ SMALLEST = 1e-12  # of what is above 0, else it is 0 in float32 or no time at al
 SMALLEST_OF: dict[str, float] = {"INIT_ENCODER_SCALE": 1e-6, "JUMPRELU_BANDWIDTH": 1e-6}
 AT_MOST: dict[str, float] = {
     "VALIDATION_FRACTION": 0.99, "TEST_FRACTION": 0.98, "LR_DECAY_FRACTION": 1,
-    "M": 2 ** 26, "DEDUP_NGRAM": 1000, "N_LLM_WORKERS": 256,
+    "M": 2 ** 26, "DEDUP_NGRAM": 1000, "BLOCK_LENGTH": 2 ** 31 - 1, "N_LLM_WORKERS": 256,
     "LLM_TIMEOUT": 86_400, "LEARNING_RATE": 1e38, "AUX_COEF": 1e38, "L1_COEFFICIENT": 1e38,
     "L1_COEFFICIENT_LIST": 1e38, "L0_COEFFICIENT": 1e38,  # float32 ends at 3.4e38
     "INIT_ENCODER_SCALE": 1e6, "JUMPRELU_BANDWIDTH": 1e6}
