@@ -5,8 +5,6 @@ there, with or without its type: a number, a text, True, False, None or a tuple,
 with a flag: `--layer-idx 18`, `--no-use-matryoshka`, `--matryoshka-prefixes 64,256`, `--max-examples none`. Files are read, not
 imported, so `run_pipeline.py` checks every stage's settings before anything loads; `fastsae/settings/` is the reader.
 """
-import os
-import sys
 from pathlib import Path
 
 from fastsae.settings import resolving
@@ -52,8 +50,8 @@ PRESETS = {  # each sets exactly these: a name that has a value in a file is ref
 
 PROJECT = Path(__file__).resolve().parent
 STAGES = ("extract_activations.py", "train_sae.py", "interpret_sae.py")
-__all__ = ["PRESETS", "PROJECT", "STAGES", "Settings", "flag_name", "parse_flags", "quiet_if_unread",
-           "read_settings", "resolve", "run_name_of"]
+__all__ = ["PRESETS", "PROJECT", "STAGES", "Settings", "flag_name", "parse_flags", "read_settings",
+           "resolve", "run_name_of"]
 
 
 def resolve(*scripts, argv=None) -> Settings:
@@ -62,14 +60,3 @@ def resolve(*scripts, argv=None) -> Settings:
     Prints --help and exits 0, or prints every problem at once and exits 2.
     """
     return resolving.resolve(PROJECT, PRESETS, scripts, argv)
-
-
-def quiet_if_unread(main):
-    """Call `main()`; a reader of our output that leaves early, as `head` does, is no error."""
-    try:
-        code = main()
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0

@@ -9,9 +9,11 @@ batch holds several, padded on the right, and attention is causal. Work is kept 
 interrupted run continues. The result must fit on the disk twice, and never into memory; of the dataset only token ids are kept.
 """
 from fastsae import early_stop
+from fastsae.settings import startup
 
 if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
+    startup.explain_slips()  # of config.py, which is imported below
 
 import hashlib
 

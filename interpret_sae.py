@@ -13,9 +13,11 @@ INTERPRETER_MODEL is set, excerpts of the data go to that endpoint and the answe
 an LLM every label is made of the feature's most characteristic tokens, and nothing is sent anywhere.
 """
 from fastsae import early_stop
+from fastsae.settings import startup
 
 if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
+    startup.explain_slips()  # of config.py, which is imported below
 
 import sys
 from pathlib import Path

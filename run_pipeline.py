@@ -7,9 +7,11 @@ Checks the settings of all stages first, hands each flag to the stages that know
 that failed. A stage whose output is up to date says so and returns at once.
 """
 from fastsae import early_stop
+from fastsae.settings import startup
 
 if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
+    startup.explain_slips()  # of config.py, which is imported below
 
 import os
 import signal

@@ -10,9 +10,11 @@ and `SAE_....resume.pt`, from which the same command goes on after an interrupti
 beyond BUFFER_TOKENS stay on the disk.
 """
 from fastsae import early_stop
+from fastsae.settings import startup
 
 if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
+    startup.explain_slips()  # of config.py, which is imported below
 
 import functools
 import itertools

@@ -12,6 +12,10 @@ PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("FASTSAE_RESULTS") or PROJECT / "experiments" / "results").absolute()
 sys.path.insert(0, str(PROJECT))
 
+from fastsae.settings import startup  # noqa: E402
+
+startup.explain_slips()  # of config.py, which most experiments import after this module
+
 
 def run_stage(script, *flags):
     """Run one of the project's scripts as a user would."""

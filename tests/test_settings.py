@@ -272,7 +272,7 @@ def test_a_slip_in_config_is_a_line_whatever_is_started(project, line):
     (project.folder / "fastsae").symlink_to(PROJECT / "fastsae")
     project.edit("config.py", "LAYER_IDX", line)
     start = f"import sys; sys.path.insert(0, {str(project.folder)!r}); from fastsae.settings import startup; " \
-            f"from pathlib import Path; startup.FOLDERS = (Path({str(project.folder)!r}),); startup.explain_slips(); import config"
+            f"startup.FOLDERS = ({str(project.folder)!r},); startup.explain_slips(); import config"
     done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, cwd=project.folder, timeout=60)
     number = (project.folder / "config.py").read_text().split(line)[0].count("\n") + 1
     assert done.returncode == 2 and re.fullmatch(rf"error: config\.py:{number}: .*\. fix the line\.\n", done.stderr), done.stderr
@@ -285,7 +285,7 @@ def test_other_errors_keep_their_traceback(tmp_path):
     try:
         exec(compile(path.read_text(), path, "exec"), {"__name__": "config"})
     except AttributeError as error:
-        assert startup.place_of(error, error.__traceback__) is None
+        assert startup.place_of(error) is None
 
 
 def test_settings_can_be_copied():
@@ -415,3 +415,10 @@ def test_show_is_silent_where_it_should_be(capsys):
     assert capsys.readouterr().out == ""
     config.resolve(*STAGES, argv=[]).show()
     assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["run_pipeline.py", *config.STAGES])
+def test_every_script_explains_a_slip_before_it_imports_config(script):
+    lines = (PROJECT / script).read_text().splitlines()
+    guard = next(i for i, line in enumerate(lines) if line.startswith("    startup.explain_slips()"))
+    assert lines.index('if __name__ == "__main__":') < guard < lines.index("import config")
