@@ -14,6 +14,7 @@ memory, speed, and the order of sums.
 import collections
 import contextlib
 import sys
+import types
 from unittest import mock
 
 import torch
@@ -101,7 +102,7 @@ class PretendedCuda(TorchFunctionMode):
 
     # Calls
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, kinds, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         if name == "__get__":
             return self._attribute(func, args)
@@ -250,6 +251,8 @@ def pretended():
 
     fakes = {"is_available": lambda: True, "device_count": lambda: N_DEVICES, "set_device": mode.set_device, "Event": Event,
              "current_device": lambda: mode.current, "current_stream": stream, "empty_cache": lambda: None, "_lazy_init": lambda: None,
+             "get_device_properties": lambda device=None: types.SimpleNamespace(
+                 name="pretended", total_memory=80 << 30, uuid=f"GPU-{mode.whole('cuda' if device is None else device).index}"),
              "synchronize": lambda device=None: stream(device).synchronize()}
     by_type = torch._C._group_tensors_by_device_and_dtype
 
