@@ -115,8 +115,10 @@ def test_the_last_layer_is_taken_before_the_final_norm(tmp_path, dataset, run_ma
     assert_rows_close(normed, one_at_a_time(model, data, 3), 1e-5)
 
 
-def test_tokens_are_the_chat_templates_own(tmp_path, dataset, run_main, smol_tokenizer):
+def test_tokens_are_the_chat_templates_own(tmp_path, dataset, run_main, smol_tokenizer, capsys):
     assert run_main("extract_activations", "--dataset-path", dataset, "--output-dir", tmp_path, "--device", "cpu", "--layer-idx", 1) == 0
+    out = capsys.readouterr().out
+    assert "model: SmolLM2-135M-Instruct, 4-bit (Q4_1), dequantised\n" in out and "computed in float32" in out
     data = load(tmp_path, 1)
     found = np.split(data["token_ids"], np.cumsum(data["seq_lengths"])[:-1])
     for example, ids in zip(read_dataset(dataset), found):

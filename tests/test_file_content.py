@@ -424,6 +424,13 @@ def test_a_file_that_may_not_grow_names_shard_bytes(tmp_path, outcome):
     )
 
 
+def test_a_file_that_is_not_in_shards_has_another_remedy():
+    error = OSError(errno.EFBIG, "File too large", "/o/SAE.pt")
+    assert "ulimit -f" in machine_errors.remedy(error)
+    assert "SHARD_BYTES" not in machine_errors.remedy(error)
+    assert machine_errors.remedy(OSError(errno.ENOENT, "x")) is None  # of no file: a bug
+
+
 @pytest.mark.parametrize("number", sorted(machine_errors.NUMBERS), ids=errno.errorcode.get)
 def test_every_error_of_the_machine_has_a_remedy(tmp_path, outcome, monkeypatch, number):
     def fail(operation, path):
