@@ -1,4 +1,4 @@
-"""Which of several processes this one is: the only reader of RANK, WORLD_SIZE and their LOCAL_ twins.
+"""Which of several processes this one is: the reader of RANK, WORLD_SIZE and their LOCAL_ twins.
 
 torchrun sets all four. A launcher that sets RANK and WORLD_SIZE alone, as for one process on each
 machine, is understood too; SLURM's own variables are not read, because a batch script sees them
