@@ -30,7 +30,7 @@ from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, end,
 from fastsae.model_names import short_name
 
 SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens, sparsify, ...; none = the run's own
-POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc and targets: max or mean
+POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc: max or mean
 N_REPORT_FEATURES: int = 1024           # features in interpretations.html at most; the tables hold all
 INTERPRETER_MODEL: str = "gpt-5-mini"   # at the endpoint (OPENAI_API_KEY or OPENAI_KEY_SAE, OPENAI_BASE_URL), or local:NAME here
 LLM_PROTOCOL: str = "both"              # contrastive (HypotheSAEs' label), fast (FAST's score and name) or both
@@ -43,7 +43,8 @@ RETRY_UNUSABLE: bool = False            # ask again (and pay again) where an ear
 DRY_RUN: bool = False                   # print how many calls and prompt tokens the LLM would take, and stop
 TARGET_FIELD: str | None = None         # dataset field to predict, for hypotheses.csv; none = LABEL_FIELD
 TARGET_VALUE: str | None = None         # its value against all others; none = its numbers (no hypotheses.csv without a TARGET_...)
-SELECTION_METHOD: str = "separation_score"  # how HypotheSAEs selects features for the target: separation_score, correlation, lasso
+TARGET_POOLING: str = "mean"            # of a feature over an example's tokens, for the target: max or mean
+SELECTION_METHOD: str = "correlation"   # how features are selected for the target: separation_score, correlation, lasso
 N_HYPOTHESES: int = 20                  # features to select for the target
 TEXT: str | None = None                 # print the strongest features of each token of this sentence, and stop
 NEURONPEDIA_SET: str | None = None      # also write upload batches under neuronpedia/, for the source "<layer>-<this name>"
@@ -54,10 +55,10 @@ COLUMNS = ("feature", "label", "label_source", "status", "density", "max_activat
            *(f"top_example_{i}" for i in range(1, N_TOP_EXAMPLES + 1)), "best_category", "category_auc",
            "score", "fidelity_f1", "matryoshka_level", "promoted_tokens", "suppressed_tokens", "special_token_share")
 HYPOTHESIS_COLUMNS = ("rank", "feature", "hypothesis", "source", "target", "method", "score", "held_out_correlation", "held_out_auc",
-                      "fidelity_f1", "top_tokens")
+                      "fidelity_f1", "top_tokens", "pooling", "n_firing")
 DECISIVE = ("POOLING", "LABEL_FIELD", "TEXT_FIELD", "SEED", "N_REPORT_FEATURES", "NEURONPEDIA_SET", "NEURONPEDIA_MODEL")
 LLM_SETTINGS = ("INTERPRETER_MODEL", "LLM_PROTOCOL", "N_TOP_NEURONS", "N_SCORED_FEATURES", "N_FIDELITY_EXAMPLES")
-TARGET_SETTINGS = ("TARGET_FIELD", "TARGET_VALUE", "SELECTION_METHOD", "N_HYPOTHESES")
+TARGET_SETTINGS = ("TARGET_FIELD", "TARGET_VALUE", "TARGET_POOLING", "SELECTION_METHOD", "N_HYPOTHESES")
 OPTIONAL = ("score", "score_name", "fidelity_f1", "fidelity_precision", "fidelity_recall", "n_held_out", "label_protocol", "note")
 
 
@@ -152,7 +153,11 @@ def describe(settings, checkpoint_path, sae_meta, backend):
     """The metadata of the outputs: what decides them, and where they come from."""
     from fastsae.report import template_sha256
 
-    target = settings.select(TARGET_SETTINGS) if settings.TARGET_FIELD or settings.TARGET_VALUE else None
+    target = None
+    if settings.TARGET_FIELD or settings.TARGET_VALUE:
+        from fastsae.target_features import METHOD_VERSION
+
+        target = {**settings.select(TARGET_SETTINGS), "method_version": METHOD_VERSION}
     llm = {**settings.select(LLM_SETTINGS), "base_url": backend.scope[1]} if backend else None
     return artifacts.new_metadata(
         "interpretations", {**settings.select(DECISIVE), "llm": llm, "target": target},
@@ -206,6 +211,7 @@ class Features:
         from fastsae.sources import identity
 
         self.settings, self.sae_meta, self.checkpoint_path = settings, sae_meta, checkpoint_path
+        self.comparison = None  # of the hypotheses with what needs no features
         data = activations_file.open_activations(settings.activations_path)
         self.source, self.example_ids = artifacts.metadata_of(data, settings.activations_path), data["example_ids"]
         if self.source["fingerprint"] != sae_meta["inputs"]["activations"]:
@@ -269,8 +275,9 @@ class Features:
         return [int(j) for j in order if s.count[j] > 0][:n]
 
     def hypotheses(self):
-        """Features that predict the target, with their scores; [] without one."""
-        from fastsae.categories import select_features, target_numbers
+        """Features that predict the target, with their scores; [] without one. `comparison` says what they are worth."""
+        from fastsae.categories import target_numbers
+        from fastsae.target_features import compare, select_features
 
         settings = self.settings
         if not (settings.TARGET_FIELD or settings.TARGET_VALUE):
@@ -279,13 +286,17 @@ class Features:
         s, values = self.evidence.statistics, self.labels(field) or [None] * len(self.examples)
         rows = np.array([values[i] is not None for i in s.pooled_examples], bool)
         target = target_numbers([values[i] for i in s.pooled_examples[rows]], field, settings.TARGET_VALUE)
-        pooled = (s.pooled_max if settings.POOLING == "max" else s.pooled_mean)[rows]
-        found = select_features(pooled, target, settings.N_HYPOTHESES, settings.SELECTION_METHOD, settings.SEED,
-                                self.evidence.text_numbers[s.pooled_examples[rows]])
+        pooled = (s.pooled_max if settings.TARGET_POOLING == "max" else s.pooled_mean)[rows]
+        examples = s.pooled_examples[rows]
+        texts = self.evidence.text_numbers[examples]
+        found = select_features(pooled, target, settings.N_HYPOTHESES, settings.SELECTION_METHOD, settings.SEED, texts)
         name = field if settings.TARGET_VALUE is None else f"{field} = {settings.TARGET_VALUE}"
         if not found:
             print(f"hypotheses: none, for no feature predicts {name} on these examples")
-        return [{"rank": i, "target": name, "method": settings.SELECTION_METHOD, **entry} for i, entry in enumerate(found, 1)]
+        else:
+            self.comparison = compare(pooled, found, target, examples, self.evidence, settings.SEED, texts)
+        how = {"method": settings.SELECTION_METHOD, "pooling": settings.TARGET_POOLING}
+        return [{"rank": i, "target": name, **how, **entry} for i, entry in enumerate(found, 1)]
 
     def summary(self):
         """Counts over all features, for the report and the tables' first line."""
@@ -326,6 +337,7 @@ def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settin
     """All outputs; the JSONL, which vouches for them, comes last."""
     from fastsae.report import render
     from fastsae.report_run import describe_run
+    from fastsae.target_features import METHOD_VERSION
 
     rows, evidence = features.rows, features.evidence
     shown = sorted(features.choose(len(rows)), key=lambda j: rows[j]["label_source"] in ("", "tokens"))  # an LLM's labels were paid for
@@ -338,6 +350,8 @@ def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settin
         filled = [{**h, "hypothesis": row["label"], "source": row["label_source"],
                    **{name: row[name] for name in ("fidelity_f1", "top_tokens")}} for h in hypotheses for row in (rows[h["feature"]],)]
         texts["hypotheses.csv"] = tables.csv_text(filled, HYPOTHESIS_COLUMNS)
+        about = {name: hypotheses[0][name] for name in ("target", "method", "pooling")}
+        texts["hypotheses.json"] = artifacts.to_json({**about, "method_version": METHOD_VERSION, **(features.comparison or {})}) + "\n"
     files = {}
     if settings.NEURONPEDIA_SET:
         from fastsae.neuronpedia import write_batches
@@ -378,6 +392,10 @@ def print_results(features, work, folder):
               f"{counts['n_with_category_shuffled']:.1f} and {counts['n_above_auc_bound_shuffled']:.1f} on average")
     elif any(example.label is not None for example in features.examples):
         print(f"category AUC: none, for too few examples share a value of {features.settings.LABEL_FIELD}")
+    if features.comparison:
+        print(f"the target on the other half, by ridge regression ({features.comparison['measure']}): "
+              + ", ".join(f"{name} {entry['held_out']:.3f}" for name, entry in features.comparison["sources"].items()
+                          if entry["held_out"] is not None))
     for row in sorted(alive, key=lambda row: (-(row["category_auc"] or 0), -row["max_activation"]))[:5]:
         category = f" ({row['best_category']}, AUC {row['category_auc']:.2f})" if row["best_category"] else ""
         print(f"  {row['feature']}: {row['label'][:90]}{category}")

@@ -1,7 +1,4 @@
 """Evidence from a dataset's own labels: how well one feature alone separates one category of examples from the rest."""
-import contextlib
-import io
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +10,6 @@ from fastsae.significance import above_chance, rank_sum_p_values
 
 BLOCK = 1024           # features whose pooled values are dense at a time
 SHUFFLED_FEATURES = 2048  # at most so many features stand for all in the permutation baseline
-LASSO_FEATURES = 4096  # lasso sees at most so many, those of largest correlation
 
 
 def auc_matrix(pooled, labels, n_categories):
@@ -185,40 +181,6 @@ def target_numbers(values, field, value):
         raise InputError(f"TARGET_FIELD: {int(target.sum())} of {len(values)} examples have {field} = 1. at least 2 must have 1 and 2 "
                          "must have 0; name another field.")
     return target
-
-
-def select_features(pooled, target, n_select, method, seed, texts=None):
-    """Features that predict a target, by HypotheSAEs' `select_neurons`: dicts of feature, score, held-out correlation and AUC.
-
-    pooled: CSR (n_examples, M); target (n_examples,) of 0 and 1, or of numbers. Features are selected on one half of the
-    examples; correlation and, for 0 and 1, AUC are computed on the other half. method: separation_score, correlation, lasso.
-    texts: as in `first_half`.
-    """
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it prints, and warns about constant features
-        warnings.simplefilter("ignore")
-        from hypothesaes.select_neurons import select_neurons
-
-        binary, texts = set(np.unique(target)) <= {0, 1}, np.arange(len(target)) if texts is None else texts
-        first = (first_half(target.astype(int), 2, seed, texts) if binary else
-                 np.random.default_rng(seed).permutation(texts.max() + 1)[texts] % 2 == 0)
-        if len(np.unique(target[first])) < 2 or len(np.unique(target[~first])) < 2:  # all that differ are copies of one text
-            return []
-        choosing = pooled[first].tocsc()
-        correlation = correlations(choosing, target[first])
-        candidates = np.flatnonzero(~np.isnan(correlation))
-        if method == "lasso":
-            candidates = np.sort(candidates[np.argsort(-np.abs(correlation[candidates]), kind="stable")[:LASSO_FEATURES]])
-        n_select = min(n_select, len(candidates))
-        options = {"n_top_activating": max(1, min(100, int(first.sum()) // 4))} if method == "separation_score" else {}
-        if not n_select:
-            return []
-        chosen, scores = select_neurons(choosing[:, candidates].toarray(), target[first], n_select, method=method,
-                                        classification=binary, **options)
-        testing = pooled[~first].tocsc()[:, candidates[chosen]].toarray()
-        held_out = correlations(testing, target[~first])
-        aucs = auc_matrix(testing, target[~first].astype(int), 2)[1] if binary else [None] * len(chosen)
-    return [{"feature": int(candidates[j]), "score": float(score), "held_out_correlation": _number(r), "held_out_auc": _number(auc)}
-            for j, score, r, auc in zip(chosen, scores, held_out, aucs) if np.isfinite(score) and score != 0]
 
 
 def correlations(pooled, target):

@@ -45,7 +45,7 @@ def describe_run(features, metadata, scored, settings, n_shown):
             f"{s.n_kept:,} tokens · {m - n_alive:,} dead", "story": story, "notice": notice,
             "chance": None if features.categories is None else round(float(np.nanquantile(features.categories.shuffled, 0.95)), 3),
             "charts": run_charts(evidence, sae_meta.get("history"), sae_meta["max_norm"], features.categories, scored),
-            "tables": run_tables(sae_meta, source, metadata, settings)}
+            "tables": run_tables(sae_meta, source, metadata, settings, features.comparison)}
 
 
 def left_out(sae_meta, n_tokens):
@@ -67,7 +67,16 @@ def who_labelled(rows, llm):
     return f"{asked}: every label is made of the feature's own tokens."
 
 
-def run_tables(sae_meta, source, metadata, settings):
+def target_table(comparison):
+    """How well the target is predicted, with and without features, as a table of the run page."""
+    note = (f"{comparison['measure']} of ridge regressions, fitted on {comparison['n_finding']:,} examples and measured on "
+            f"{comparison['n_held_out']:,} others. The features have to be compared with what needs none.")
+    return ("What predicts the target", note,
+            [(f"{name} ({entry['n_columns']:,} columns)", "-" if entry["held_out"] is None else f"{entry['held_out']:.3f}")
+             for name, entry in comparison["sources"].items()], True)
+
+
+def run_tables(sae_meta, source, metadata, settings, comparison=None):
     """[(name, note, [(key, value)], open)] of figures, provenance and settings."""
     metrics = sae_meta.get("metrics", {})
     figures = [(name, _shown(metrics[key])) for key, name in METRICS if metrics.get(key) is not None]
@@ -88,6 +97,7 @@ def run_tables(sae_meta, source, metadata, settings):
              ("Settings of stage 3, interpretation", {name: named(value) for name, value in settings.items()})]
     measured = "On tokens of this dataset, drawn at random." if "source" in sae_meta else MEASURED[measured_on(metrics)]
     return [("How well the autoencoder reconstructs", measured, figures, True),
+            *([target_table(comparison)] if comparison else []),
             ("Where this comes from", "", provenance, True),
             *((name, "", [(key, _shown(value)) for key, value in values.items()], False) for name, values in every)]
 

@@ -22,7 +22,7 @@ DROPPED = (r"\s\x00-\x1f\x7f-\xa0" "\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u18
 BEFORE_FORMULA = re.compile(f"(?:^|(?<=[{CUT}]))(?=(?:(?![{CUT}])[{DROPPED}])*[{FORMULA}])"
                             r"|^(?=[\t\n])")
 
-OCCASIONAL = ("hypotheses.csv",)  # written by some runs only
+OCCASIONAL = ("hypotheses.csv", "hypotheses.json")  # written by some runs only
 
 
 def csv_text(rows: list[dict], columns) -> str:

@@ -26,7 +26,8 @@ CHANGES = {  # what decides each stage's output: another value of each setting, 
     "interpret_sae": {
         "POOLING": "mean", "N_REPORT_FEATURES": 3, "INTERPRETER_MODEL": "other", "LLM_PROTOCOL": "fast", "N_TOP_NEURONS": 4,
         "N_SCORED_FEATURES": 3, "N_FIDELITY_EXAMPLES": 8, "TARGET_FIELD": "topic --target-value t1", "TARGET_VALUE": "t0",
-        "NEURONPEDIA_SET": "s", "NEURONPEDIA_MODEL": "x", "LABEL_FIELD": "none", "SEED": 5, "SELECTION_METHOD": None, "N_HYPOTHESES": None,
+        "NEURONPEDIA_SET": "s", "NEURONPEDIA_MODEL": "x", "LABEL_FIELD": "none", "SEED": 5, "SELECTION_METHOD": None,
+        "TARGET_POOLING": None, "N_HYPOTHESES": None,
         "TEXT_FIELD": None}}
 HARMLESS = {  # what decides nothing
     "extract_activations": {"LAYERS": "2,1", "SHARD_BYTES": 10 ** 9, "BATCH_TOKENS": 64, "CHUNK_TOKENS": 500},

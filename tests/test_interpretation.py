@@ -13,12 +13,12 @@ from fastsae.categories import (
     correlations,
     first_half,
     number_labels,
-    select_features,
     shuffled_aucs,
     shuffled_count,
     target_numbers,
 )
 from fastsae.errors import InputError
+from fastsae.target_features import select_features
 
 
 def test_auc_by_hand():
@@ -179,7 +179,7 @@ def test_columns_of_the_issue(tmp_path, planted, run_main):
 
 
 def test_no_hypothesis_is_said(planted, run_main, capsys, monkeypatch):
-    monkeypatch.setattr("fastsae.categories.correlations", lambda pooled, target: np.full(pooled.shape[1], np.nan))  # all constant
+    monkeypatch.setattr("fastsae.target_features.correlations", lambda pooled, target: np.full(pooled.shape[1], np.nan))  # all constant
     assert run_main("interpret_sae", *planted, "--target-value", "cat_river") == 0
     assert "hypotheses: none, for no feature predicts category = cat_river" in capsys.readouterr().out
 
@@ -188,7 +188,7 @@ def test_hypotheses_for_a_target(tmp_path, planted, run_main, capsys):
     assert run_main("interpret_sae", *planted, "--target-value", "cat_river", "--n-hypotheses", 3) == 0
     rows = table(tmp_path, "hypotheses.csv")
     assert rows[0]["hypothesis"].startswith("'river'") and float(rows[0]["held_out_auc"]) == 1
-    assert rows[0]["target"] == "category = cat_river" and rows[0]["method"] == "separation_score"
+    assert rows[0]["target"] == "category = cat_river" and rows[0]["method"] == "correlation"
     (tmp_path / "hypotheses.csv").unlink()
     assert run_main("interpret_sae", *planted, "--target-value", "cat_river", "--n-hypotheses", 3) == 0
     assert "is missing" in capsys.readouterr().out and (tmp_path / "hypotheses.csv").exists()

@@ -83,7 +83,7 @@ def test_the_story_says_what_was_done():
              "metrics": {}}
     source = {"model_name": "m", "settings": {"LAYER_IDX": 1}, "dataset_path": "d.jsonl", "inputs": {"dataset": "x"}, "fingerprint": "g"}
     features = SimpleNamespace(evidence=SimpleNamespace(statistics=statistics, examples=[1, 2]), sae_meta=about, source=source,
-                               categories=None, rows=[{"status": "llm label unusable", "label_source": "tokens"}] * 3)
+                               categories=None, comparison=None, rows=[{"status": "llm label unusable", "label_source": "tokens"}] * 3)
     metadata = {"settings": {"llm": {"INTERPRETER_MODEL": "gpt"}}, "checkpoint": "c", "fingerprint": "h", "versions": {}}
     run = describe_run(features, metadata, [], {}, 3)
     assert "as a sum of about 2.75 of 3 features" in run["story"] and "The figures count 4 tokens. gpt was asked" in run["story"]

@@ -39,7 +39,7 @@ AT_MOST: dict[str, float] = {
 LARGEST_INT, LARGEST_FLOAT = 2 ** 53 - 1, 1e12  # of every other setting: exact everywhere
 CHOICES: dict[str, tuple[str, ...]] = {
     "DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"),
-    "PROCESSING": ("example", "block"), "POOLING": ("max", "mean"),
+    "PROCESSING": ("example", "block"), "POOLING": ("max", "mean"), "TARGET_POOLING": ("max", "mean"),
     "ENGINE": ("sparse", "reference"), "SELECT_DTYPE": ("float32", "bfloat16"),
     "LR_SCHEDULE": ("constant", "linear", "cosine"),
     "ARCHITECTURE": ("topk", "batchtopk", "standard", "jumprelu", "gated"),
