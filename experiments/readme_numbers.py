@@ -113,8 +113,30 @@ def measured():
             f"{ours['seconds']:.0f} s against {theirs['seconds']:.0f} s (median ratio {r['hypothesaes_seconds_over_ours_median']:.1f}).")
     if (r := result("bench_extract")) is not None:
         parts.append(extraction_speed(r))
+    if (r := result("target_methods")) is not None:
+        parts.append(target_methods(r))
     parts += training() + interpretation()
     return "\n\n".join(parts)
+
+
+def target_methods(r):
+    """A table of ways to choose features for a target, and what predicts it without them."""
+    datasets = r["datasets"]
+    lines = [f"**What predicts a target** (`results/target_methods.json`, means over targets and {r['settings']['seeds']} half splits): "
+             "of the features chosen on one half, the correlation on the other of the first, the mean of the first 5, and what a ridge "
+             f"regression on the first {r['settings']['n_selected']} predicts there. The first line is the default.", "",
+             "| features by | " + " | ".join(f"`{name.split(',')[0]}`: {d['n_targets']} targets" for name, d in datasets.items()) + " |",
+             "|---" * (len(datasets) + 1) + "|"]
+    chosen = [[row for row in d["methods"] if row["least_support"]] for d in datasets.values()]
+    default = ("correlation", "mean")
+    for rows in sorted(zip(*chosen), key=lambda rows: ((rows[0]["method"], rows[0]["pooling"]) != default, rows[0]["pooling"] == "max")):
+        cells = [f"{row['first_1']:.2f}, {row['first_5']:.2f}; {d['measure']} {row['held_out']:.3f}"
+                 for row, d in zip(rows, datasets.values())]
+        lines.append(f"| {rows[0]['method']}, {rows[0]['pooling']} | {' | '.join(cells)} |")
+    for source in ("all features", "activations themselves", "bag of words"):
+        cells = [f"{d['measure']} {d['beside'][source]['held_out']:.3f}" for d in datasets.values()]
+        lines.append(f"| {source} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def extraction_speed(r):

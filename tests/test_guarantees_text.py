@@ -73,7 +73,7 @@ def test_hostile_strings_are_text_everywhere(world, place, tally):
         assert set(yaml.safe_load(header)) <= {"tags", "base_model", "datasets", "model-index", "library_name"}, text
         assert "<" not in re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", page, flags=re.S), (text, page)  # outside of code
         found |= {"report", "neuronpedia", "model card"}
-        assert {"label", "best_category", "status", "label_source", "top_example_1", "hypotheses.csv target"} <= found, (text, found)
+        assert {"label", "best_category", "status", "label_source", "top_example_1", "hypotheses.csv target"} <= found, (text, sorted(found))
         return len(found)
 
     counts = in_parallel(world, check, HOSTILE)
