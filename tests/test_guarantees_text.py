@@ -83,7 +83,8 @@ def test_hostile_strings_are_text_everywhere(world, place, tally):
 
 
 def plain(text):
-    """Without the marks of the strongest token and differences in blanks."""
+    """Without the marks of the strongest token, differences in blanks, and marks of direction, which no reply keeps."""
+    text = "".join(c for c in text if c.isprintable() or c.isspace())
     return " ".join(text.replace("«", "").replace("»", "").split())
 
 
