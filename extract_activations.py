@@ -21,9 +21,10 @@ import numpy as np
 
 import config
 from fastsae import activations_file, artifacts, extraction, progress, storage
-from fastsae.errors import InputError, end, run_stage
+from fastsae.errors import InputError
 from fastsae.examples import CONTENT, SHARED_PREFIX, ChatTokenizer, cut_blocks, mark_shared_prefix, tokenise
 from fastsae.sources import Deduplicator, identity, require_two, stream_examples, stream_text
+from fastsae.stage import end, run_stage
 
 LAYERS: tuple[int, ...] | None = None   # several layers in one pass, a file each, at the cost of the deepest; none = LAYER_IDX
 USE_CHAT_TEMPLATE: bool = True          # render each example with the model's own template; off: plain text

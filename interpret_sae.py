@@ -26,8 +26,9 @@ import numpy as np
 
 import config
 from fastsae import activations_file, artifacts, formats, llm_client, progress, ranks, storage, tables
-from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError, end, require_printed, run_stage
+from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError
 from fastsae.model_names import short_name
+from fastsae.stage import end, require_printed, run_stage
 
 SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens, sparsify, ...; none = the run's own
 POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc: max or mean
@@ -203,9 +204,9 @@ class Features:
     """The evidence on every feature, `rows` of the tables made from it, and what else the outputs need."""
 
     def __init__(self, settings, checkpoint_path, sae_meta):
-        from fastsae.autoencoder import load_sae
         from fastsae.categories import add_categories
         from fastsae.feature_evidence import Evidence
+        from fastsae.formats import load_sae
         from fastsae.language_model import choose_device, load_tokenizer, locate, require_same
         from fastsae.logit_lens import add_lens
         from fastsae.sources import identity

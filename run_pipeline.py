@@ -20,7 +20,8 @@ import sys
 
 import config
 from fastsae import signals
-from fastsae.errors import EnvironmentFailure, InputError, end, run_stage
+from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.stage import end, run_stage
 
 
 def main():

@@ -29,7 +29,9 @@ import numpy as np
 import config
 from fastsae import artifacts, progress, storage
 from fastsae.activations_file import read_metadata
-from fastsae.errors import EnvironmentFailure, InputError, Terminated, deferred_stop, end, run_stage, stop, stop_asked
+from fastsae.errors import EnvironmentFailure, InputError, Terminated
+from fastsae.stage import end, run_stage
+from fastsae.stops import deferred_stop, stop, stop_asked
 from fastsae.tokens import TEST, VALIDATION
 from fastsae.training_limits import no_finite_loss, require_memory
 
@@ -312,8 +314,8 @@ def finish(run, tokens, device):
     """Write the best weights on validation, their figures (of the test part) and curves."""
     from fastsae import parallel
     from fastsae.autoencoder import save_sae
-    from fastsae.metrics import final_metrics
     from fastsae.monitoring import write_beside
+    from fastsae.training_run import final_metrics
 
     seconds = run.elapsed()
     timing = {"seconds": round(seconds, 2), "device": device}

@@ -41,7 +41,7 @@ def compare(folder):
     import torch
     from hypothesaes.sae import SparseAutoencoder
 
-    from fastsae.autoencoder import load_sae
+    from fastsae.formats import load_sae
     from fastsae.tokens import token_norms, usable_tokens
 
     metrics_path = next(folder.glob("checkpoints/*/metrics.json"))

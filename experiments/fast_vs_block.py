@@ -156,7 +156,7 @@ def checkpoint(work, source, architecture, layer, sinks, seed):
 
 def measure(settings, work, layer):
     """(numbers of held-out tokens, a dict for each autoencoder of a layer, `per_dialogue` in it for the intervals)."""
-    from fastsae.autoencoder import load_sae
+    from fastsae.formats import load_sae
     from fastsae.language_model import load_tokenizer
 
     tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)
@@ -235,6 +235,6 @@ def figure(result, settings, path):
 
 
 if __name__ == "__main__":
-    from fastsae.errors import run_stage as run_and_report
+    from fastsae.stage import run_stage as run_and_report
 
     sys.exit(run_and_report(main))

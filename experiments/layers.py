@@ -23,7 +23,7 @@ from model_inputs import require
 
 import config
 from fastsae import activations_file, artifacts
-from fastsae.errors import run_stage as run_main
+from fastsae.stage import run_stage as run_main
 
 COMPARED_LAYERS: tuple[int, ...] = (2, 6, 12, 18, 24, 28)  # residual stream after so many blocks
 N_SEEDS: int = 3              # SAEs per layer, with SEED, SEED + 1 ... (of the split, the weights and the data order)
@@ -96,8 +96,8 @@ def share_activations(root, folder, layer):
 
 def purity_of(checkpoint, folder, layer, settings):
     """(M,) of each feature, the share of its activation on its commonest token (by name); nan for those that hardly ever fire."""
-    from fastsae.autoencoder import load_sae
     from fastsae.feature_statistics import collect
+    from fastsae.formats import load_sae
     from fastsae.language_model import load_tokenizer
     from fastsae.token_text import token_names
 

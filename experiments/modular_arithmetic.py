@@ -178,7 +178,8 @@ def fired_features(settings, site, variant, seed, x):
     """(decoder rows (m, d), activations (tokens, m), metrics) of the features of a trained autoencoder that fire on some token of x."""
     import torch
 
-    from fastsae.autoencoder import checkpoint_name, encode, load_sae
+    from fastsae.autoencoder import checkpoint_name, encode
+    from fastsae.formats import load_sae
 
     architecture, m, sparsity = variant
     by_l1 = architecture == "standard"
@@ -253,6 +254,6 @@ def draw_features(panel, settings, site, x, n, keys, result):
 
 
 if __name__ == "__main__":
-    from fastsae.errors import run_stage
+    from fastsae.stage import run_stage
 
     sys.exit(run_stage(main))

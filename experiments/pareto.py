@@ -77,7 +77,7 @@ def listed(values):
 
 def measure(settings, work):
     """(figures of every autoencoder, one dict each, number of test examples, the same for all, that the losses are over)."""
-    from fastsae.autoencoder import load_sae
+    from fastsae.formats import load_sae
 
     saes, metadata = {}, {}
     for path in sorted((work / "checkpoints").glob("*/SAE_*.pt")):
@@ -191,6 +191,6 @@ def figure(runs, settings, path):
 
 
 if __name__ == "__main__":
-    from fastsae.errors import run_stage as run_and_report
+    from fastsae.stage import run_stage as run_and_report
 
     sys.exit(run_and_report(main))

@@ -68,7 +68,8 @@ def train_flags(settings, m):
 
 def compared(settings, m, k):
     """The agreement of the autoencoders of one size, and their own figures."""
-    from fastsae.autoencoder import checkpoint_name, load_sae
+    from fastsae.autoencoder import checkpoint_name
+    from fastsae.formats import load_sae
 
     decoders, figures, name = [], [], checkpoint_name(m, k, None, settings.ARCHITECTURE).removesuffix(".pt")
     for seed in settings.SEEDS:
@@ -123,6 +124,6 @@ def draw(path, rows, baselines):
 
 
 if __name__ == "__main__":
-    from fastsae.errors import run_stage as run_and_report
+    from fastsae.stage import run_stage as run_and_report
 
     sys.exit(run_and_report(main))

@@ -28,7 +28,8 @@ from model_inputs import STAGES, example_ids, load_model, meant_for, require, sc
 
 import config
 from fastsae import artifacts, language_model
-from fastsae.errors import InputError, run_stage
+from fastsae.errors import InputError
+from fastsae.stage import run_stage
 
 SAE: str | None = None               # checkpoint or SAELens folder; none = the one that the run's metrics.json names
 FEATURES: tuple[int, ...] | None = None  # features by number

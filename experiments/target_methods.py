@@ -64,8 +64,8 @@ def study(folder, dataset, fields, args):
 def evidence_of(folder, dataset):
     """(`Evidence` of the autoencoder under `folder`, what the result says of it)."""
     from fastsae.activations_file import open_activations
-    from fastsae.autoencoder import load_sae
     from fastsae.feature_evidence import Evidence
+    from fastsae.formats import load_sae
     from fastsae.language_model import load_tokenizer
     from fastsae.sources import read_dataset
 

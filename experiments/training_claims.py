@@ -91,7 +91,7 @@ def peak_resident_gb():
 
 
 def measured_training(flags):
-    from fastsae.errors import run_stage
+    from fastsae.stage import run_stage
 
     sys.argv = ["train_sae.py", *flags]
     import train_sae

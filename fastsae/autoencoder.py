@@ -3,7 +3,6 @@ import torch
 
 from fastsae import artifacts
 from fastsae.architectures import DENSE, Normalisation, inference_weights, prepare
-from fastsae.digests import Held
 from fastsae.errors import EnvironmentFailure
 from fastsae.sparse_step import TINY, Entries, active_entries, update_threshold
 
@@ -106,21 +105,8 @@ def save_sae(path, sae, meta: dict) -> None:
     artifacts.write_checkpoint(path, {"config": config_of(sae), "state_dict": state, "meta": meta})
 
 
-def load_sae(path, device="cpu"):
-    """(sae, meta) of a checkpoint of this project, verified, or of an autoencoder of another library (see `formats`).
-
-    `path` is a .pt, a run's folder under checkpoints/, or what `formats.locate` knows. Raises EnvironmentFailure if a file is
-    damaged, InputError if it is missing or holds what this module cannot compute exactly.
-    """
-    from fastsae import formats
-
-    kind, files = formats.locate(path)
-    if kind != "fastsae":
-        held = Held(files)
-        found = formats.load_foreign(path, device)
-        held.require_unchanged()
-        return found
-    path = files[0]
+def load_checkpoint(path, device="cpu"):
+    """(sae, meta) of a checkpoint that `save_sae` wrote, its checksum looked at. Raises EnvironmentFailure if it is damaged."""
     checkpoint = artifacts.read_checkpoint(path)
     try:
         meta = checkpoint["meta"]

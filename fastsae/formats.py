@@ -1,6 +1,6 @@
 """Autoencoders from elsewhere, as the module that this project trains, with what stages and experiments ask of a checkpoint.
 
-`autoencoder.load_sae` comes here for everything that is no checkpoint of train_sae.py: a folder of SAELens (cfg.json and
+`load_sae` reads checkpoints of train_sae.py, and of others: a folder of SAELens (cfg.json and
 sae_weights.safetensors), of sparsify (cfg.json and sae.safetensors), of dictionary_learning (ae.pt, config.json), or Gemma
 Scope's params.npz. Importing this module loads no torch, so that an up-to-date run ends quickly.
 """
@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 
 from fastsae import artifacts, file_content
+from fastsae.digests import Held
 from fastsae.errors import InputError
 from fastsae.model_names import described, short_name
 from fastsae.tokens import chosen_tokens, token_norms, usable_tokens
@@ -136,6 +137,23 @@ def load_foreign(path, device="cpu"):
                      "EXCLUDE_SHARED_PREFIX": True},
         "activations": {"model_name": about.get("model_name"), "model_revision": None, "settings": {"LAYER_IDX": about.get("layer")}},
         "max_norm": None, "validation_examples": [], "test_examples": [], "metrics": {}, "source": {**about, "path": str(path)}}
+
+
+def load_sae(path, device="cpu"):
+    """(sae, meta) of a checkpoint of this project, verified, or of an autoencoder of another library.
+
+    `path` is a .pt, a run's folder under checkpoints/, or what `locate` knows. Raises EnvironmentFailure if a file is damaged,
+    InputError if it is missing or holds what this project cannot compute exactly.
+    """
+    from fastsae.autoencoder import load_checkpoint
+
+    kind, files = locate(path)
+    if kind == "fastsae":
+        return load_checkpoint(files[0], device)
+    held = Held(files)
+    found = load_foreign(path, device)
+    held.require_unchanged()
+    return found
 
 
 def architecture_of(sae) -> str:

@@ -4,7 +4,7 @@ import torch
 
 from fastsae.activations_file import release
 from fastsae.autoencoder import decode, encode
-from fastsae.errors import stop_if_asked
+from fastsae.stops import stop_if_asked
 
 BATCH = 4096
 IN_ALL = ("mse", "normalized_mse", "explained_variance", "l0", "mse_template_tokens", "n_tokens")
@@ -75,33 +75,6 @@ def _per_example_mean(values, example):
         return None
     _, inverse, counts = np.unique(example, return_inverse=True, return_counts=True)
     return float(np.mean(np.bincount(inverse, values) / counts))
-
-
-def final_metrics(sae, tokens, history):
-    """What metrics.json says, less the timing.
-
-    The figures are of the test part, which decided nothing, on the tokens that training would use;
-    `validation` gives the same of the part that chose the epoch. Without a test part they are
-    of validation. `measured_on` says which. `with_prefix_and_sinks` is on all tokens of that part.
-    """
-    from fastsae.training_run import best_epoch
-
-    def measured(rows):
-        return evaluate(sae, tokens.activations, rows, tokens.example, tokens.special)
-
-    validation = measured(tokens.validation)
-    metrics = measured(tokens.test) if tokens.has_test else dict(validation)
-    everything = measured(tokens.all_test if tokens.has_test else tokens.all_validation)
-    best = best_epoch(history)
-    for figures in (metrics, validation):
-        figures.pop("n_tokens")
-    return {"measured_on": "test" if tokens.has_test else "validation", **metrics,
-            "dead_fraction_training": history[best - 1]["dead_fraction_training"],
-            "n_train_tokens": len(tokens.train), "n_validation_tokens": len(tokens.validation),
-            "n_test_tokens": len(tokens.test) if tokens.has_test else 0,
-            "epochs": len(history), "best_epoch": best, "n_excluded_shared_prefix": tokens.n_prefix,
-            "n_excluded_sinks": tokens.n_sinks, "max_norm": tokens.max_norm, "validation": validation,
-            "with_prefix_and_sinks": {name: everything[name] for name in IN_ALL}}
 
 
 def measured_on(metrics):

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fastsae import errors, ranks
+from fastsae import ranks, stops
 from fastsae.errors import EnvironmentFailure, InputError
 
 PATIENCE = timedelta(minutes=30)  # of a process that waits for another one
@@ -37,7 +37,7 @@ def start(device: str) -> None:
     # Counts and flags are kept on the CPU, which NCCL does not serve.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
                             store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    errors.joined_others()
+    stops.joined_others()
 
 
 def _meet(rank, size):

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 
-from fastsae import errors, ranks
+from fastsae import ranks, stage, stops
 from fastsae.console import Console, OwnLine
 
 INTERVAL = 30.0  # seconds between lines where stderr is no terminal; shorter runs print none
@@ -17,7 +17,7 @@ def start(*, quiet: bool) -> float:
     Of torchrun's processes rank 0 speaks for all; variables that describe no such process are
     an InputError, and so are several processes of the whole pipeline.
     """
-    if errors.in_pipeline():
+    if stage.in_pipeline():
         ranks.require_one_process("run_pipeline.py", "give torchrun the stages one by one.")
     _tasks[:] = [Task("starting", None, "")]
     if _silent():
@@ -26,10 +26,10 @@ def start(*, quiet: bool) -> float:
         sys.stdout.quiet = True
     elif quiet:  # not called by `run_stage`
         sys.stdout = Console(sys.stdout, quiet=True)
-    elif errors.is_running() and not sys.stderr.isatty():
+    elif stops.is_running() and not sys.stderr.isatty():
         over = threading.Event()
         threading.Thread(target=_print_lines, args=(over, INTERVAL), daemon=True).start()
-        errors.at_end(over.set)
+        stops.at_end(over.set)
     return time.monotonic()
 
 

@@ -16,8 +16,10 @@ import socket
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from fastsae import errors, ranks
+from fastsae import ranks, stops
+from fastsae.errors import EnvironmentFailure
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.S)
 SCRATCH = ".scratch-"
@@ -270,13 +272,26 @@ def read_lines(path):
 
 # One writer
 
+_log: dict[str, Any] = {"folder": None}
+
+
+def log_folder() -> Path | None:
+    """The folder of what was claimed last, which takes the log of a crash; None before."""
+    return _log["folder"]
+
+
+def keep_log_in(folder: Path | None) -> None:
+    """Where the log of a crash goes from here on; None for nowhere of the user's."""
+    _log["folder"] = folder
+
+
 def claim(path, instead):
     """Until this stage ends, no other run may write `path`. EnvironmentFailure if one does; `instead` is the flag that avoids it.
 
     `path` is a file or a folder. The lock is the kernel's (flock) and ends with the process, however that ends; its file
     `.<name>.lock` says who holds it. Of torchrun's processes rank 0 takes it for all. Where no lock can be had, a warning says so.
     """
-    errors.keep_log_in(path.parent)
+    keep_log_in(path.parent)
     if ranks.current().rank:
         return
     lock = path.with_name(f".{path.name}.lock")
@@ -288,7 +303,7 @@ def claim(path, instead):
             raise
         print(f"warning: {path}: cannot be locked ({error.strerror}). let no other run write there.")
         return
-    errors.at_end(lambda: _release(lock, handle))
+    stops.at_end(lambda: _release(lock, handle))
     if path.is_dir():
         sweep(path)
     else:
@@ -343,7 +358,7 @@ def _locked(lock, path, instead):
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace") or "another run"
             os.close(handle)
-            raise errors.EnvironmentFailure(f"{path}: {holder}, is writing here. wait until it has ended, or give another {instead}."
+            raise EnvironmentFailure(f"{path}: {holder}, is writing here. wait until it has ended, or give another {instead}."
                                             ) from None
         except OSError:
             os.close(handle)

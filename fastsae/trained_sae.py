@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastsae import autoencoder
+from fastsae import autoencoder, formats
 from fastsae.errors import InputError
 from fastsae.examples import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
 from fastsae.formats import architecture_of, architecture_text, is_plain_text, nested_prefixes, target_k
@@ -27,7 +27,7 @@ def load_sae(path, *, model_name: str | None = None, layer: int | None = None, d
     cache_dir: where the language model is kept, as CACHE_DIR of the scripts. Raises InputError or EnvironmentFailure, whose
     text says what to do.
     """
-    sae, meta = autoencoder.load_sae(path, "cpu" if device == "mps" else device)  # mps has no sparse products
+    sae, meta = formats.load_sae(path, "cpu" if device == "mps" else device)  # mps has no sparse products
     if "source" in meta:  # of another library
         source = meta["activations"]
         source["model_name"], source["settings"]["LAYER_IDX"] = model_name or source["model_name"], source["settings"]["LAYER_IDX"] or layer

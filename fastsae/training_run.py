@@ -14,6 +14,7 @@ from fastsae.autoencoder import inference_form, new_sae
 from fastsae.dead_features import considered
 from fastsae.errors import EnvironmentFailure
 from fastsae.initialisation import initialise
+from fastsae.metrics import IN_ALL, evaluate
 
 
 class TrainingRun:
@@ -125,6 +126,31 @@ def best_epoch(history):
     Without the penalty in it, the best epoch of the others would be an early one that is hardly sparse.
     """
     return 1 + min(range(len(history)), key=lambda i: history[i].get("validation_loss", history[i]["normalized_mse"]))
+
+
+def final_metrics(sae, tokens, history):
+    """What metrics.json says, less the timing.
+
+    The figures are of the test part, which decided nothing, on the tokens that training would use;
+    `validation` gives the same of the part that chose the epoch. Without a test part they are
+    of validation. `measured_on` says which. `with_prefix_and_sinks` is on all tokens of that part.
+    """
+    def measured(rows):
+        return evaluate(sae, tokens.activations, rows, tokens.example, tokens.special)
+
+    validation = measured(tokens.validation)
+    metrics = measured(tokens.test) if tokens.has_test else dict(validation)
+    everything = measured(tokens.all_test if tokens.has_test else tokens.all_validation)
+    best = best_epoch(history)
+    for figures in (metrics, validation):
+        figures.pop("n_tokens")
+    return {"measured_on": "test" if tokens.has_test else "validation", **metrics,
+            "dead_fraction_training": history[best - 1]["dead_fraction_training"],
+            "n_train_tokens": len(tokens.train), "n_validation_tokens": len(tokens.validation),
+            "n_test_tokens": len(tokens.test) if tokens.has_test else 0,
+            "epochs": len(history), "best_epoch": best, "n_excluded_shared_prefix": tokens.n_prefix,
+            "n_excluded_sinks": tokens.n_sinks, "max_norm": tokens.max_norm, "validation": validation,
+            "with_prefix_and_sinks": {name: everything[name] for name in IN_ALL}}
 
 
 def _contiguous(state):

@@ -59,7 +59,7 @@ def write_activations(tmp_path):
 @pytest.fixture
 def outcome(capsys):
     """Run a function as a stage: (exit code, lines on stderr)."""
-    from fastsae.errors import run_stage
+    from fastsae.stage import run_stage
 
     def run(main):
         capsys.readouterr()
@@ -110,7 +110,7 @@ def run_main(monkeypatch):
     """Call a script's `main()` in this process with the given flags, through `run_stage`; returns the exit code."""
     import importlib
 
-    from fastsae.errors import run_stage
+    from fastsae.stage import run_stage
 
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", "--no-print-settings", *map(str, flags)])

@@ -140,7 +140,7 @@ def read(report, suffix):
 
 def in_fork(job, report):
     from fastsae import storage
-    from fastsae.errors import run_stage
+    from fastsae.stage import run_stage
 
     for number, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(report.with_name(report.name + suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

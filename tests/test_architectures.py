@@ -6,7 +6,8 @@ import torch
 from conftest import planted_tokens
 
 from fastsae.architectures import DENSE, Jump, Normalisation, choose_normalisation, dense_step
-from fastsae.autoencoder import decode, encode, inference_form, load_sae, new_sae
+from fastsae.autoencoder import decode, encode, inference_form, new_sae
+from fastsae.formats import load_sae
 from fastsae.initialisation import initialise
 
 

@@ -9,8 +9,8 @@ from conftest import planted_tokens
 from pretended_cuda import pretended
 
 from fastsae import dead_features
-from fastsae.autoencoder import load_sae
 from fastsae.dead_features import considered, tokens_until_dead
+from fastsae.formats import load_sae
 from fastsae.sparse_step import sparse_step
 from fastsae.training_run import TrainingRun
 

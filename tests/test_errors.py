@@ -16,7 +16,7 @@ import torch
 from conftest import PROJECT, line_of, snapshot
 
 import interpret_sae
-from fastsae import artifacts, errors, extraction
+from fastsae import artifacts, extraction, stops, storage
 from fastsae.errors import EnvironmentFailure, InputError
 
 SMALL = ["--m", "8", "--k", "2", "--no-use-matryoshka", "--n-epochs", "1", "--device", "cpu", "--run-name", "r"]
@@ -164,20 +164,20 @@ def test_sigterm(outcome):
 def test_one_stop_that_arrives_twice_stops_once(outcome):
     """A service manager signals every process, and the pipeline passes its own signal on."""
     def body():
-        with errors.deferred_stop():
+        with stops.deferred_stop():
             for _ in range(3):
                 signal.raise_signal(signal.SIGTERM)
-            saved.append(errors.stop_asked())
-            errors.stop()
+            saved.append(stops.stop_asked())
+            stops.stop()
     saved = []
     assert outcome(body)[0] == 143 and saved == [True]
 
 
 def test_asked_again_later_it_stops_at_once(outcome, monkeypatch):
     def body():
-        with errors.deferred_stop():
+        with stops.deferred_stop():
             signal.raise_signal(signal.SIGTERM)
-            monkeypatch.setattr(errors, "SAME_STOP", 0)
+            monkeypatch.setattr(stops, "SAME_STOP", 0)
             signal.raise_signal(signal.SIGTERM)
             pytest.fail("still running")
     assert outcome(body)[0] == 143
@@ -188,7 +188,7 @@ def test_a_second_signal_does_not_disturb_the_ending(outcome):
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
-            errors.at_end(lambda: signal.raise_signal(signal.SIGTERM))
+            stops.at_end(lambda: signal.raise_signal(signal.SIGTERM))
     assert outcome(body) == (143, ["stopped: what was finished is kept; the same command continues."])
 
 
@@ -201,14 +201,14 @@ def test_torchs_allocator_is_out_of_memory(outcome):
 @pytest.mark.parametrize("error", [ZeroDivisionError(), KeyError("a"), FileNotFoundError(errno.ENOENT, "x"), RuntimeError("x")])
 def test_a_bug_is_not_hidden(outcome, error, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setitem(errors._stage, "log_folder", None)  # no output folder is known yet
+    storage.keep_log_in(None)  # no output folder is known yet
     code, lines = outcome(fail_with(error))
     log, = tmp_path.iterdir()
     assert code == 1 and lines[0].startswith("Traceback") and str(log) in lines[-1] and type(error).__name__ in log.read_text()
 
 
 def stage_process(body, stdout):
-    code = f"import sys; from fastsae.errors import run_stage; sys.exit(run_stage(lambda: {body}))"
+    code = f"import sys; from fastsae.stage import run_stage; sys.exit(run_stage(lambda: {body}))"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run([sys.executable, "-c", code], cwd=PROJECT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, timeout=60)
 

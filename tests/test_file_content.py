@@ -27,9 +27,9 @@ from test_formats import (
 )
 
 from fastsae import activations_file, artifacts, file_content, formats, machine_errors, storage
-from fastsae.autoencoder import load_sae
 from fastsae.errors import EnvironmentFailure, InputError
 from fastsae.fine_tuning import check_start
+from fastsae.formats import load_sae
 
 VARIANTS = {
     "plain": {},

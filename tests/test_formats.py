@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fastsae import artifacts, export, language_model, storage
 from fastsae.architectures import Normalisation
-from fastsae.autoencoder import decode, encode, inference_form, load_sae, new_sae, save_sae
+from fastsae.autoencoder import decode, encode, inference_form, new_sae, save_sae
 from fastsae.errors import EnvironmentFailure, InputError
 from fastsae.fine_tuning import check_start, start_from
 from fastsae.formats import (
@@ -20,6 +20,7 @@ from fastsae.formats import (
     architecture_text,
     check_fit,
     content_sha256,
+    load_sae,
     trained_architecture,
 )
 from fastsae.model_names import EMBEDDED, described, hub_id

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsae import activations_file, artifacts, autoencoder
+from fastsae import activations_file, artifacts, formats
 from fastsae.errors import EnvironmentFailure
 
 SMALL = ["--m", "8", "--k", "2", "--no-use-matryoshka", "--n-epochs", "1", "--device", "cpu", "--run-name", "r"]
@@ -122,7 +122,7 @@ def rows(tmp_path):
 def test_checkpoints_of_others_are_refused(tmp_path, checkpoint):
     artifacts.write_checkpoint(tmp_path / "a.pt", checkpoint)
     with pytest.raises(EnvironmentFailure, match="run train_sae.py"):
-        autoencoder.load_sae(tmp_path / "a.pt")
+        formats.load_sae(tmp_path / "a.pt")
         pytest.fail("read as an autoencoder")
     if "config" not in checkpoint:
         with pytest.raises(EnvironmentFailure, match="run train_sae.py"):

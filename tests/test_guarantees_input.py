@@ -12,9 +12,9 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 import interpret_sae
 from fastsae import activations_file, artifacts, extraction, language_model
-from fastsae.autoencoder import load_sae
 from fastsae.errors import EnvironmentFailure, InputError, StageError
 from fastsae.examples import ChatTokenizer, Example, read_dataset, tokenise
+from fastsae.formats import load_sae
 from fastsae.llm_client import Journal
 from fastsae.sources import stream_examples, stream_text
 

@@ -17,7 +17,8 @@ from loopback import Endpoint
 from source_tree import python_files
 
 from fastsae import language_model, storage
-from fastsae.errors import EnvironmentFailure, run_stage
+from fastsae.errors import EnvironmentFailure
+from fastsae.stage import run_stage
 
 SOURCES = python_files(".", "fastsae")
 STORAGE = "fastsae/storage.py"

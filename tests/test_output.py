@@ -12,7 +12,8 @@ from conftest import PROJECT
 
 from fastsae import progress
 from fastsae.console import Console, shown
-from fastsae.errors import EnvironmentFailure, InputError, require_printed, run_stage
+from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.stage import require_printed, run_stage
 
 FORGED = ['x\nsummary: {"stage": "forged"}', 'x\rsummary: {"stage": "forged"}', 'x\x85summary: {"stage": "forged"}',
           'x\u2028summary: {"stage": "forged"}', 'summary: {"stage": "forged"}', "x\nwarning: forged", "x\nerror: forged",
@@ -129,8 +130,8 @@ def test_flags_forge_nothing(script, flags, run_main, capsys, tmp_path):
 
 def quick(body, prefix="", **options):
     """A stage in a process of its own, started through a shell that closes or fills its handles: (exit code, stderr)."""
-    code = ("import sys; from fastsae import errors; from fastsae.errors import run_stage; "
-            f"errors.end(run_stage(lambda: {body}))")
+    code = ("import sys; from fastsae import stage; from fastsae.stage import run_stage; "
+            f"stage.end(run_stage(lambda: {body}))")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | options
     done = subprocess.run(["bash", "-c", f'"$0" -c "$1" {prefix}', sys.executable, code], cwd=PROJECT, capture_output=True, env=env,
                           timeout=60)
@@ -147,9 +148,9 @@ LOST = "warning: stdout: No space left on device. what was to be printed is lost
     (">&- 2>&-", "[print('a'), print('a', file=sys.stderr)] and 4", (4, "")), ("> /dev/full 2>&1", "print('a')", (0, "")),
     ("<&- >&- 2>&-", "open('/dev/null').fileno() > 2 and 4", (4, "")),  # no file gets a standard handle
     (">&- 2>&-", "1 / 0", (1, "")), ("2> /dev/full", "1 / 0", (1, "")),
-    ("> /dev/full", "print('a') or errors.require_printed()",
+    ("> /dev/full", "print('a') or stage.require_printed()",
      (3, "error: stdout: No space left on device. print to a terminal, or to a file on a disk with free space.\n")),
-    (">&-", "print('a') or errors.require_printed()",
+    (">&-", "print('a') or stage.require_printed()",
      (3, "error: stdout: closed. print to a terminal, or to a file on a disk with free space.\n"))])
 def test_where_nothing_can_be_printed_the_work_is_done(handles, body, expected, tmp_path):
     assert quick(body, handles, TMPDIR=str(tmp_path)) == expected
@@ -164,7 +165,7 @@ def test_help_that_cannot_be_printed_is_an_error(script):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_a_terminal_that_lacks_characters_gets_escapes(encoding):
-    code = ("import sys; from fastsae.errors import run_stage, end\n"
+    code = ("import sys; from fastsae.stage import run_stage, end\n"
             "end(run_stage(lambda: [print('größe 日本 \\u202e'), print('größe 日本', file=sys.stderr)] and 0))")
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, timeout=60,
                           env={**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"})

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from fastsae import progress
-from fastsae.errors import run_stage
 from fastsae.progress import Task, duration
+from fastsae.stage import run_stage
 
 
 def after(seconds, task):

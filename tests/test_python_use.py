@@ -11,8 +11,9 @@ import torch
 from conftest import PROJECT, planted_tokens, put_activations
 
 import fastsae
-from fastsae import artifacts, autoencoder
-from fastsae.errors import InputError, run_stage
+from fastsae import artifacts, formats
+from fastsae.errors import InputError
+from fastsae.stage import run_stage
 from fastsae.trained_sae import text_table
 
 TEXTS = ["The bread rose twice.", "Where did I leave the key?", "Seven times eight is fifty-six.", "We chose the longer road.",
@@ -55,7 +56,7 @@ def test_importing_fastsae_loads_no_library():
 
 
 def test_encode_and_decode_are_hypothesaes_own(sae, checkpoint):
-    module, _ = autoencoder.load_sae(checkpoint)
+    module, _ = formats.load_sae(checkpoint)
     x = torch.randn(2, 7, sae.d, generator=torch.Generator().manual_seed(0)) * 20
     with torch.no_grad():
         reconstruction, info = module(x.reshape(14, -1))

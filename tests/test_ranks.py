@@ -10,8 +10,9 @@ import torch.distributed as dist
 from conftest import PROJECT
 
 from fastsae import extraction, parallel, ranks
-from fastsae.errors import EnvironmentFailure, InputError, run_stage
+from fastsae.errors import EnvironmentFailure, InputError, Terminated
 from fastsae.ranks import Ranks
+from fastsae.stage import run_stage
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 REFUSED = [
@@ -168,11 +169,11 @@ def test_processes_that_share_a_cuda_device_are_refused(monkeypatch):
 
 
 def test_a_stop_is_left_to_all_where_others_wait(monkeypatch):
-    from fastsae import errors
+    from fastsae import stops
 
-    monkeypatch.setitem(errors._waiting, "asked", 15)
-    with pytest.raises(errors.Terminated):
-        errors.stop_if_asked()
-    monkeypatch.setitem(errors._stage, "joined", True)
-    errors.stop_if_asked()
+    monkeypatch.setitem(stops._waiting, "asked", 15)
+    with pytest.raises(Terminated):
+        stops.stop_if_asked()
+    monkeypatch.setitem(stops._waiting, "joined", True)
+    stops.stop_if_asked()
     assert run_stage(lambda: None) == 0

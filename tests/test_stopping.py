@@ -10,8 +10,9 @@ import time
 import pytest
 from conftest import PROJECT
 
-from fastsae import early_stop, errors, signals
-from fastsae.errors import run_stage
+from fastsae import early_stop, signals, stage
+from fastsae.errors import InputError
+from fastsae.stage import run_stage
 
 STOPPED = "stopped: what was finished is kept; the same command continues.\n"
 NUMBERS = pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
@@ -68,7 +69,7 @@ def test_importing_a_stage_changes_no_handler(monkeypatch):
 def test_a_stop_is_answered_wherever_it_comes(busy, number, code):
     """Also where the exception is caught, lost in a destructor, or turned into another one."""
     body = ("import threading, time\n"
-            "from fastsae import errors, signals\n"
+            "from fastsae import signals, stage\n"
             "signals.ANSWER_WITHIN = 0.3\n"
             "lock = threading.Lock(); lock.acquire()\n"
             "def swallow():\n"
@@ -83,7 +84,7 @@ def test_a_stop_is_answered_wherever_it_comes(busy, number, code):
             "def translated():\n"
             "    try: time.sleep(60)\n"
             "    except BaseException: raise ImportError('initialisation failed') from None\n"
-            f"errors.end(errors.run_stage(lambda: [print('ready'), {busy}] and 0))")
+            f"stage.end(stage.run_stage(lambda: [print('ready'), {busy}] and 0))")
     assert stopped(start(body), number) == (code, STOPPED)
 
 
@@ -91,14 +92,14 @@ def test_a_stop_is_answered_wherever_it_comes(busy, number, code):
 def test_a_call_that_no_handler_interrupts_is_ended(number, code):
     """A thread sees the signal while the main thread is in foreign code that does not return."""
     body = ("import ctypes\n"
-            "from fastsae import errors, signals\n"
+            "from fastsae import signals, stage\n"
             "signals.ANSWER_WITHIN = 0.3\n"
             "def pause():\n"
             "    print('ready')\n"
             "    lock, libc = (ctypes.c_char * 64)(), ctypes.CDLL(None)\n"
             "    libc.pthread_mutex_init(lock, None)\n"
             "    libc.pthread_mutex_lock(lock), libc.pthread_mutex_lock(lock)\n"
-            "errors.end(errors.run_stage(pause))")
+            "stage.end(stage.run_stage(pause))")
     assert stopped(start(body), number) == (code, STOPPED)
 
 
@@ -130,7 +131,7 @@ def handlers():
                                   lambda: sys.exit(2), lambda: 1 / 0, lambda: 4])
 def test_afterwards_all_is_as_it_was(body, capsys, tmp_path, monkeypatch):
     """In a notebook the next Ctrl-C interrupts a cell again."""
-    monkeypatch.setattr(errors.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(stage.tempfile, "tempdir", str(tmp_path))
     heard = []
     previous = {number: signal.signal(number, lambda number, frame: heard.append(number)) for number in signals.STOPS}
     try:
@@ -160,10 +161,10 @@ def test_a_stage_in_another_thread_leaves_signals_alone(capsys):
 
 def test_a_stop_before_and_after_the_work(outcome, monkeypatch):
     """A signal that comes before `main` has begun, and one while the stage's error is being printed, make no traceback."""
-    begin = errors.end_with_parent
-    monkeypatch.setattr(errors, "end_with_parent", lambda: signal.raise_signal(signal.SIGTERM) or begin())
+    begin = stage.end_with_parent
+    monkeypatch.setattr(stage, "end_with_parent", lambda: signal.raise_signal(signal.SIGTERM) or begin())
     assert outcome(lambda: pytest.fail("ran")) == (143, [STOPPED.rstrip()])
-    monkeypatch.setattr(errors, "end_with_parent", begin)
+    monkeypatch.setattr(stage, "end_with_parent", begin)
 
     class Late:
         def __str__(self):
@@ -171,7 +172,7 @@ def test_a_stop_before_and_after_the_work(outcome, monkeypatch):
             return "M: a. b."
 
     def fail():
-        raise errors.InputError(Late())
+        raise InputError(Late())
     assert outcome(fail) == (2, ["error: M: a. b."])
 
 

@@ -170,7 +170,7 @@ def tiny(tmp_path_factory, smol_tokenizer):
     """Flags for a folder with a tiny random model, a dataset of 40 labelled texts and a trained autoencoder."""
     import transformers
 
-    from fastsae.errors import run_stage
+    from fastsae.stage import run_stage
 
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
@@ -288,7 +288,7 @@ def test_an_autoencoder_of_another_width_is_one_line(tiny, study, tmp_path, some
 
 def test_a_saelens_folder_gives_what_its_checkpoint_gives(tiny, study):
     from fastsae import export
-    from fastsae.autoencoder import load_sae
+    from fastsae.formats import load_sae
 
     folder, flags = tiny
     path = next(folder.glob("checkpoints/*/SAE*.pt"))

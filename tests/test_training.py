@@ -8,7 +8,8 @@ import torch
 from conftest import planted_tokens
 
 from fastsae import artifacts
-from fastsae.autoencoder import checkpoint_name, encode, load_sae
+from fastsae.autoencoder import checkpoint_name, encode
+from fastsae.formats import load_sae
 from fastsae.metrics import evaluate
 from fastsae.tokens import TEST, TRAIN, VALIDATION, split_examples, split_texts, usable_tokens
 
