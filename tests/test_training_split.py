@@ -80,6 +80,18 @@ def test_the_test_part_decides_nothing(tmp_path, run_main):
     assert not set(meta["test_examples"]) & set(meta["validation_examples"])
 
 
+def test_stage_2_splits_by_what_the_examples_say(tmp_path, write_activations):
+    """Thirty examples of ten texts: the copies of one are in one part."""
+    from fastsae.training_data import Tokens
+
+    tokens, _ = planted_tokens(120, 8, 16, 2)
+    texts = np.random.default_rng(0).permutation(np.arange(30) % 10)
+    write_activations(tokens, [4] * 30, token_ids=np.repeat(texts, 4))
+    part = Tokens(tmp_path / "activations" / "activations_layer12.npz", validation_fraction=0.2, test_fraction=0.2, seed=0,
+                  exclude_shared_prefix=True, max_norm_ratio=None, use="all").part
+    assert all(len(set(part[texts == text])) == 1 for text in range(10)) and np.bincount(part).tolist() == [18, 6, 6]
+
+
 def test_few_examples_have_no_test_part(tmp_path, write_activations, run_main, capsys):
     tokens, _ = planted_tokens(30, 8, 16, 2)
     assert run_main("train_sae", *write_activations(tokens, [10] * 3), *SMALL) == 0
