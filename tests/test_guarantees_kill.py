@@ -16,7 +16,7 @@ def assert_whole(world, worker, script):
         if name.endswith(".resume.pt"):
             artifacts.read_checkpoint(worker.out / name)  # raises if it is not whole
             continue
-        growing = name.endswith(("metrics.jsonl", "llm_replies.jsonl"))  # these grow line by line
+        growing = name.endswith((".resume.jsonl", "llm_replies.jsonl"))  # these grow line by line
         assert growing or digest in (new.get(name), before.get(name)), (script, name)
 
 
