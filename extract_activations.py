@@ -8,7 +8,7 @@ Reads rows with `text`, `messages` or ShareGPT `conversations` (for PROCESSING =
 batch holds several, padded on the right, and attention is causal. Work is kept in parts of about CHUNK_TOKENS tokens, so an
 interrupted run continues. The result must fit on the disk twice, and never into memory; of the dataset only token ids are kept.
 """
-from fastsae import early_stop
+from fastsae.runtime import early_stop
 from fastsae.settings import startup
 
 if __name__ == "__main__":
@@ -20,11 +20,12 @@ import hashlib
 import numpy as np
 
 import config
-from fastsae import activations_file, artifacts, extraction, progress, storage
-from fastsae.errors import InputError
+from fastsae import activations_file, extraction
 from fastsae.examples import CONTENT, SHARED_PREFIX, ChatTokenizer, cut_blocks, mark_shared_prefix, tokenise
+from fastsae.runtime import artifacts, progress, storage
+from fastsae.runtime.errors import InputError
+from fastsae.runtime.stage import end, run_stage
 from fastsae.sources import Deduplicator, identity, require_two, stream_examples, stream_text
-from fastsae.stage import end, run_stage
 
 LAYERS: tuple[int, ...] | None = None   # several layers in one pass, a file each, at the cost of the deepest; none = LAYER_IDX
 USE_CHAT_TEMPLATE: bool = True          # render each example with the model's own template; off: plain text

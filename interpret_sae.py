@@ -12,7 +12,7 @@ line: settings and provenance); with a target `hypotheses.csv`, with NEURONPEDIA
 INTERPRETER_MODEL is set, excerpts of the data go to that endpoint and the answers to `checkpoints/<run>/llm_replies.jsonl`; without
 an LLM every label is made of the feature's most characteristic tokens, and nothing is sent anywhere.
 """
-from fastsae import early_stop
+from fastsae.runtime import early_stop
 from fastsae.settings import startup
 
 if __name__ == "__main__":
@@ -25,10 +25,11 @@ from pathlib import Path
 import numpy as np
 
 import config
-from fastsae import activations_file, artifacts, formats, llm_client, progress, ranks, storage, tables
-from fastsae.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError
+from fastsae import activations_file, formats, llm_client, tables
 from fastsae.model_names import short_name
-from fastsae.stage import end, require_printed, run_stage
+from fastsae.runtime import artifacts, progress, ranks, storage
+from fastsae.runtime.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError
+from fastsae.runtime.stage import end, require_printed, run_stage
 
 SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens, sparsify, ...; none = the run's own
 POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc: max or mean

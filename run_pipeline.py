@@ -6,7 +6,7 @@
 Checks the settings of all stages first, hands each flag to the stages that know it, and returns the exit code of the stage
 that failed. A stage whose output is up to date says so and returns at once.
 """
-from fastsae import early_stop
+from fastsae.runtime import early_stop
 from fastsae.settings import startup
 
 if __name__ == "__main__":
@@ -19,9 +19,9 @@ import subprocess
 import sys
 
 import config
-from fastsae import signals
-from fastsae.errors import EnvironmentFailure, InputError
-from fastsae.stage import end, run_stage
+from fastsae.runtime import signals
+from fastsae.runtime.errors import EnvironmentFailure, InputError
+from fastsae.runtime.stage import end, run_stage
 
 
 def main():

@@ -9,7 +9,7 @@ reads), `metrics.json` with the final figures, `metrics.jsonl` with one line per
 and `SAE_....resume.pt`, from which the same command goes on after an interruption and ends in the same bytes. Activations
 beyond BUFFER_TOKENS stay on the disk.
 """
-from fastsae import early_stop
+from fastsae.runtime import early_stop
 from fastsae.settings import startup
 
 if __name__ == "__main__":
@@ -27,11 +27,11 @@ from typing import NamedTuple
 import numpy as np
 
 import config
-from fastsae import artifacts, progress, storage
 from fastsae.activations_file import read_metadata
-from fastsae.errors import EnvironmentFailure, InputError, Terminated
-from fastsae.stage import end, run_stage
-from fastsae.stops import deferred_stop, stop, stop_asked
+from fastsae.runtime import artifacts, progress, storage
+from fastsae.runtime.errors import EnvironmentFailure, InputError, Terminated
+from fastsae.runtime.stage import end, run_stage
+from fastsae.runtime.stops import deferred_stop, stop, stop_asked
 from fastsae.tokens import TEST, VALIDATION
 from fastsae.training_limits import no_finite_loss, require_memory
 
@@ -89,8 +89,9 @@ def main():
     settings.show()
     source = read_metadata(settings.activations_path)
     require_named_dataset(settings, source)
-    from fastsae import monitoring, parallel  # after the settings: loading torch takes seconds
+    from fastsae import monitoring
     from fastsae.metrics import measured_on
+    from fastsae.runtime import distributed  # after the settings: loading torch takes seconds
 
     progress.step("looking at what is there")
     plans = make_plans(settings, source)
@@ -99,7 +100,7 @@ def main():
     storage.require_writable(each.path.with_suffix(".resume.jsonl") for each in todo)
     failed = train_all(todo, source, settings) if todo else {}
     plans = [each for each in plans if each.path not in failed]
-    if plans and parallel.world()[0] == 0:
+    if plans and distributed.world()[0] == 0:
         metas = {each.path: artifacts.read_checkpoint_metadata(each.path) for each in plans}  # once: reading checks every byte
         for each in plans:
             monitoring.write_beside(each.path, metas[each.path], each.beside)
@@ -137,9 +138,9 @@ def hand_over(metas, settings):
 
 def train_all(plans, source, settings):
     """Open the activations of stage 1, say what is in them, and train; returns as `train`."""
-    from fastsae import parallel
     from fastsae.language_model import choose_device
     from fastsae.model_names import described
+    from fastsae.runtime import distributed
     from fastsae.training_data import Tokens
 
     print(f"activations: {described(source['model_name'])}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
@@ -148,9 +149,9 @@ def train_all(plans, source, settings):
     device = choose_device(settings.DEVICE)
     device = "cpu" if device == "mps" else device  # which has no sparse products
     require_memory(settings.M, source.get("d_model", 0), len(plans), device)
-    parallel.start(device)
+    distributed.start(device)
     for name, refused in (("RESAMPLE_EVERY", settings.RESAMPLE_EVERY), ("ENGINE", settings.ENGINE == "reference")):
-        if refused and parallel.together():
+        if refused and distributed.together():
             raise InputError(f"{name}: looks at one process's tokens only. leave it out under torchrun, or train without torchrun.")
     tokens = Tokens(settings.activations_path, validation_fraction=settings.VALIDATION_FRACTION, test_fraction=settings.TEST_FRACTION,
                     seed=settings.SEED, use=settings.USE_TOKENS, exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX,
@@ -213,12 +214,12 @@ def train(plans, tokens, settings, device):
 
     Returns {path: what to say} of those that came to no number.
     """
-    from fastsae import parallel
+    from fastsae.runtime import distributed
     from fastsae.training_data import TrainingRows
 
     sample = tokens.rows(np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE]))  # (n, d)
     runs, failed = [start_run(each, tokens, sample, device) for each in plans], {}
-    parallel.wait_for_all()  # until all have read the states that rank 0 may soon remove
+    distributed.wait_for_all()  # until all have read the states that rank 0 may soon remove
     data = TrainingRows(tokens.activations, tokens.train, batch_size=settings.BATCH_SIZE, buffer_tokens=settings.BUFFER_TOKENS,
                         seed=settings.SEED)
     n_batches = data.n_batches()
@@ -234,7 +235,7 @@ def train(plans, tokens, settings, device):
                         if (run.epoch, run.batch) == (epoch, batch):
                             one_step(run, x, (epoch - 1) * n_batches + batch, n_batches, device)
                     bar.part((batch + 1) / n_batches)
-                    if stopping := parallel.anywhere(stop_asked()):
+                    if stopping := distributed.anywhere(stop_asked()):
                         stop()
                     if time.monotonic() - last_save > settings.SAVE_EVERY:
                         save(runs)
@@ -312,16 +313,16 @@ def is_over(run):
 
 def finish(run, tokens, device):
     """Write the best weights on validation, their figures (of the test part) and curves."""
-    from fastsae import parallel
     from fastsae.autoencoder import save_sae
     from fastsae.monitoring import write_beside
+    from fastsae.runtime import distributed
     from fastsae.training_run import final_metrics
 
     seconds = run.elapsed()
     timing = {"seconds": round(seconds, 2), "device": device}
     if not run.plan.several:  # else these are the seconds of the whole pass
         timing["tokens_per_second"] = round(run.trained_tokens / seconds, 1)
-    if parallel.world()[0]:
+    if distributed.world()[0]:
         return
     plan, sae = run.plan, run.best()
     metrics = final_metrics(sae, tokens, run.history)
@@ -377,14 +378,15 @@ def penalty(settings, warmup=1.0):
 
 def end_epoch(run, tokens):
     """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run. Returns its line."""
-    from fastsae import monitoring, parallel
+    from fastsae import monitoring
+    from fastsae.runtime import distributed
 
-    line = parallel.from_rank_0(lambda: epoch_line(run, tokens, run.plan.settings))
+    line = distributed.from_rank_0(lambda: epoch_line(run, tokens, run.plan.settings))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
         settings, of = run.plan.settings, run.plan.path.name if run.plan.several else ""
         raise no_finite_loss(settings.values, settings.defaults, run.epoch, of)
     run.end_epoch(line)
-    if parallel.world()[0] == 0:
+    if distributed.world()[0] == 0:
         # not metrics.jsonl: until this run has ended, an earlier one's files stand together
         artifacts.write_text(run.plan.path.with_suffix(".resume.jsonl"), monitoring.lines_of(run.history))
     return line

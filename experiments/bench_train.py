@@ -58,7 +58,7 @@ def main():
 
 def load(path):
     """(training tokens in a fixed random order (n, d) float32, validation tokens), split by example as train_sae.py does."""
-    from fastsae import artifacts
+    from fastsae.runtime import artifacts
     from fastsae.tokens import split_examples, token_norms, usable_tokens
 
     data = artifacts.read_npz(path, made_by="extract_activations.py")

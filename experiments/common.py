@@ -67,7 +67,7 @@ def commit():
 
 def write_result(name, settings, result):
     """Write experiments/results/<name>.json and say so. Of folders of this machine only the last name stays."""
-    from fastsae import artifacts
+    from fastsae.runtime import artifacts
 
     path = RESULTS / f"{name}.json"
     content = {"settings": without_folders(settings), "commit": commit(), "machine": machine(), **result}
@@ -105,7 +105,7 @@ def code_version():
 
 def remembered(path, key, compute):
     """What `compute()` returned, JSON-able, when this code was asked for `key` before, from the journal at `path`; else that, appended."""
-    from fastsae import artifacts
+    from fastsae.runtime import artifacts
 
     name = artifacts.fingerprint("study", key, {"code": code_version()})
     for line in artifacts.read_lines(path):

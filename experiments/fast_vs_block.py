@@ -89,7 +89,7 @@ def key(run):
 
 def write_datasets(settings, work):
     """{name: path} of the dialogues that train, those that are held out, the plain text and the labelled texts."""
-    from fastsae import artifacts
+    from fastsae.runtime import artifacts
     from fastsae.sources import read_dataset
 
     dialogues = read_dataset(settings.DATASET_PATH, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
@@ -235,6 +235,6 @@ def figure(result, settings, path):
 
 
 if __name__ == "__main__":
-    from fastsae.stage import run_stage as run_and_report
+    from fastsae.runtime.stage import run_stage as run_and_report
 
     sys.exit(run_and_report(main))

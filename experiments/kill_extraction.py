@@ -22,7 +22,7 @@ from common import write_result
 
 import extract_activations
 from fastsae import cpu_speed, language_model  # noqa: F401
-from fastsae.stage import run_stage
+from fastsae.runtime.stage import run_stage
 
 
 def main():

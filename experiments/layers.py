@@ -22,8 +22,9 @@ from many_runs import quick_settings
 from model_inputs import require
 
 import config
-from fastsae import activations_file, artifacts
-from fastsae.stage import run_stage as run_main
+from fastsae import activations_file
+from fastsae.runtime import artifacts
+from fastsae.runtime.stage import run_stage as run_main
 
 COMPARED_LAYERS: tuple[int, ...] = (2, 6, 12, 18, 24, 28)  # residual stream after so many blocks
 N_SEEDS: int = 3              # SAEs per layer, with SEED, SEED + 1 ... (of the split, the weights and the data order)

@@ -20,7 +20,7 @@ from model_inputs import STAGES, example_ids, load_model, meant_for, require, sc
 
 import config
 from fastsae.examples import CONTENT, ROLES, SHARED_PREFIX, TEMPLATE
-from fastsae.stage import run_stage
+from fastsae.runtime.stage import run_stage
 
 SAE: str | None = None        # checkpoints or SAELens folders, with commas between; none = the one that the run's metrics.json names
 N_EXAMPLES: int = 200         # held-out examples, by lot

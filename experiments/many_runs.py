@@ -55,7 +55,7 @@ def rounded(value, digits=6):
 
 
 def main():
-    from fastsae.stage import run_stage
+    from fastsae.runtime.stage import run_stage
 
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)

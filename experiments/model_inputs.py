@@ -11,10 +11,10 @@ from common import PROJECT, run_stage
 
 import config
 from fastsae import language_model
-from fastsae.errors import InputError
 from fastsae.examples import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
 from fastsae.formats import architecture_of
 from fastsae.model_names import short_name
+from fastsae.runtime.errors import InputError
 from fastsae.sources import Deduplicator, identity, stream_examples
 from fastsae.tokens import chosen_tokens, usable_tokens
 

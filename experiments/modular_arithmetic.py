@@ -36,7 +36,7 @@ from directions import (
 from many_runs import quick_settings, run_many
 
 import config
-from fastsae import artifacts
+from fastsae.runtime import artifacts
 
 P: int = 113                              # the modulus, a prime
 TRAIN_FRACTION: float = 0.5               # of the P * P pairs; the others test generalisation
@@ -254,6 +254,6 @@ def draw_features(panel, settings, site, x, n, keys, result):
 
 
 if __name__ == "__main__":
-    from fastsae.stage import run_stage
+    from fastsae.runtime.stage import run_stage
 
     sys.exit(run_stage(main))

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import torch
 
-from fastsae import artifacts
+from fastsae.runtime import artifacts
 
 D_MODEL, N_HEADS, N_HIDDEN = 128, 4, 512
 

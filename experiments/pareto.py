@@ -191,6 +191,6 @@ def figure(runs, settings, path):
 
 
 if __name__ == "__main__":
-    from fastsae.stage import run_stage as run_and_report
+    from fastsae.runtime.stage import run_stage as run_and_report
 
     sys.exit(run_and_report(main))

@@ -157,6 +157,6 @@ def draw(path, result):
 
 
 if __name__ == "__main__":
-    from fastsae.stage import run_stage
+    from fastsae.runtime.stage import run_stage
 
     sys.exit(run_stage(main))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from common import write_figure
 
-from fastsae import artifacts
-from fastsae.errors import InputError
+from fastsae.runtime import artifacts
+from fastsae.runtime.errors import InputError
 
 # A word that a right answer holds, where there is one; the others are open.
 PROMPTS = (

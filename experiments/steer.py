@@ -27,9 +27,10 @@ from many_runs import quick_settings
 from model_inputs import STAGES, example_ids, load_model, meant_for, require, scope, some_dialogues, subjects
 
 import config
-from fastsae import artifacts, language_model
-from fastsae.errors import InputError
-from fastsae.stage import run_stage
+from fastsae import language_model
+from fastsae.runtime import artifacts
+from fastsae.runtime.errors import InputError
+from fastsae.runtime.stage import run_stage
 
 SAE: str | None = None               # checkpoint or SAELens folder; none = the one that the run's metrics.json names
 FEATURES: tuple[int, ...] | None = None  # features by number

@@ -49,7 +49,7 @@ def main():
 
 def memory():
     """Peak resident memory of train_sae.py on a file of MEMORY["tokens"] made-up tokens."""
-    from fastsae import artifacts
+    from fastsae.runtime import artifacts
 
     m = MEMORY
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def peak_resident_gb():
 
 
 def measured_training(flags):
-    from fastsae.stage import run_stage
+    from fastsae.runtime.stage import run_stage
 
     sys.argv = ["train_sae.py", *flags]
     import train_sae

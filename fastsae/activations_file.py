@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fastsae.artifacts import CHUNK_BYTES, read_npz, refusing_damage
-from fastsae.digests import Held
-from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.runtime.artifacts import CHUNK_BYTES, read_npz, refusing_damage
+from fastsae.runtime.digests import Held
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 MAKER = "extract_activations.py"
 PER_EXAMPLE = ("seq_lengths", "example_ids")
@@ -39,7 +39,7 @@ def find_shards(path):
 
 def read_metadata(path):
     """The metadata of the activations file `path`, whole or in shards; all shards must be of one run."""
-    from fastsae.artifacts import read_npz_metadata
+    from fastsae.runtime.artifacts import read_npz_metadata
 
     shards = find_shards(path)
     metadata = [read_npz_metadata(p) for p in shards or [path]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastsae import parallel
+from fastsae.runtime import distributed
 
 DENSE = ("standard", "jumprelu", "gated")
 
@@ -90,8 +90,8 @@ def dense_step(sae, x, dead, *, sparsity, bandwidth, target_l0):
     if sae.architecture == "jumprelu":
         sae.threshold.data.clamp_(min=0)  # below 0 the gate would let negative pre-activations through
     loss, features = LOSSES[sae.architecture](sae, x, sparsity=sparsity, bandwidth=bandwidth, target_l0=target_l0)
-    if parallel.together():  # means over the slices of the batch become parts of the mean over all of it
-        loss = loss * (len(x) / int(parallel.total(torch.tensor([len(x)]))))
+    if distributed.together():  # means over the slices of the batch become parts of the mean over all of it
+        loss = loss * (len(x) / int(distributed.total(torch.tensor([len(x)]))))
     loss.backward()
     return loss.detach(), (features.detach() > 0).any(0)
 

@@ -1,9 +1,9 @@
 """Autoencoders: HypotheSAEs' `SparseAutoencoder`, laid out for fast steps; its checkpoints; its features of given activations."""
 import torch
 
-from fastsae import artifacts
 from fastsae.architectures import DENSE, Normalisation, inference_weights, prepare
-from fastsae.errors import EnvironmentFailure
+from fastsae.runtime import artifacts
+from fastsae.runtime.errors import EnvironmentFailure
 from fastsae.sparse_step import TINY, Entries, active_entries, update_threshold
 
 CONFIG_NAMES = ("input_dim", "m_total_neurons", "k_active_neurons", "aux_k", "multi_k", "dead_neuron_threshold_steps",

@@ -5,7 +5,7 @@ import numpy as np
 from scipy import sparse
 from scipy.stats import rankdata
 
-from fastsae.errors import InputError
+from fastsae.runtime.errors import InputError
 from fastsae.significance import above_chance, rank_sum_p_values
 
 BLOCK = 1024           # features whose pooled values are dense at a time

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastsae import long_texts
-from fastsae.errors import InputError
+from fastsae.runtime.errors import InputError
 from fastsae.sources import Example, place, read_dataset  # noqa: F401  (offered here too: examples and their tokens go together)
 
 CONTENT, TEMPLATE, SHARED_PREFIX = 0, 1, 2          # values of token_kind

@@ -13,10 +13,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from fastsae import artifacts, storage
-from fastsae.errors import InputError
 from fastsae.formats import architecture_of, architecture_text, meant_tokens
 from fastsae.model_names import hub_id, short_name, weights_note
+from fastsae.runtime import artifacts, storage
+from fastsae.runtime.errors import InputError
 
 FORMATS = ("saelens", "sparsify")
 SAELENS_VERSION = "6.54.12"  # whose layout this is; SAELens drops the metadata of what calls itself older than 6

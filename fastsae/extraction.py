@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fastsae import artifacts, progress, ranks, storage
-from fastsae.errors import EnvironmentFailure, InputError, StageError
-from fastsae.machine_errors import is_out_of_memory
+from fastsae.runtime import artifacts, progress, ranks, storage
+from fastsae.runtime.errors import EnvironmentFailure, InputError, StageError
+from fastsae.runtime.machine_errors import is_out_of_memory
 from fastsae.sources import place
 from fastsae.tokens import token_norms
 

@@ -7,8 +7,8 @@ import os
 import zipfile
 from pathlib import Path
 
-from fastsae.artifacts import is_sealed
-from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.runtime.artifacts import is_sealed
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 NO_WEIGHTS = {  # first bytes of files that are often taken for weights
     b"version https://git-lfs": "is a Git LFS pointer, which only names the weights. "

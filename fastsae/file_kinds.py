@@ -5,7 +5,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from fastsae.errors import InputError
+from fastsae.runtime.errors import InputError
 from fastsae.settings.folders import TO_ROWS, folder_advice
 
 HEAD = 1 << 16  # bytes looked at

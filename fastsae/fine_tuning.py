@@ -1,10 +1,10 @@
 """Training that starts from an autoencoder that is there already, of this project or another library."""
 import torch
 
-from fastsae.digests import Held
-from fastsae.errors import EnvironmentFailure, InputError
 from fastsae.foreign_files import Parts
 from fastsae.formats import architecture_of, check_fit, content_sha256, load_sae, locate
+from fastsae.runtime.digests import Held
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 STARTS = {"topk": ("topk",), "batchtopk": ("batchtopk", "topk", "jumprelu"), "standard": ("standard",),
           "jumprelu": ("jumprelu", "batchtopk", "standard"), "gated": ("jumprelu", "standard")}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fastsae.errors import EnvironmentFailure, InputError
-from fastsae.storage import from_json
+from fastsae.runtime.errors import EnvironmentFailure, InputError
+from fastsae.runtime.storage import from_json
 
 
 @dataclass

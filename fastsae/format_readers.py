@@ -7,9 +7,9 @@ import re
 import numpy as np
 import torch
 
-from fastsae import artifacts
-from fastsae.errors import EnvironmentFailure, InputError
 from fastsae.foreign_files import Config, Parts, Tensors, read_config, read_safetensors
+from fastsae.runtime import artifacts
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 SAELENS = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
 DICTIONARY_CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",

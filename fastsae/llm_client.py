@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from fastsae import artifacts, masking, progress
 from fastsae.bounded_http import CUT_OFF, ExchangeFailed, Reply, post, tls_context
-from fastsae.errors import InputError, StageError
 from fastsae.llm_replies import MAX_TEXT, NoCompletion, cleaned, error_message, is_completion_type, one_line, read_completion
+from fastsae.runtime import artifacts, masking, progress
+from fastsae.runtime.errors import InputError, StageError
 
 LOCAL = "local:"
 DEFAULT_URL = "https://api.openai.com/v1"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsae.machine_errors import cause_in_machine
+from fastsae.runtime.machine_errors import cause_in_machine
 from fastsae.token_text import visible
 
 BLOCK = 256  # features at a time

@@ -4,7 +4,7 @@ import torch
 
 from fastsae.activations_file import release
 from fastsae.autoencoder import decode, encode
-from fastsae.stops import stop_if_asked
+from fastsae.runtime.stops import stop_if_asked
 
 BATCH = 4096
 IN_ALL = ("mse", "normalized_mse", "explained_variance", "l0", "mse_template_tokens", "n_tokens")

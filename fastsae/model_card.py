@@ -7,12 +7,12 @@ import hashlib
 import json
 import re
 
-from fastsae import artifacts
 from fastsae.export import dataset_name, folder_of
 from fastsae.formats import architecture_text, is_plain_text, meant_tokens, nested_prefixes, target_k, trained_architecture
 from fastsae.metrics import measured_on
 from fastsae.model_names import described, hub_id, weights_note
-from fastsae.storage import as_utf8
+from fastsae.runtime import artifacts
+from fastsae.runtime.storage import as_utf8
 
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("l0", "L0"),
            ("dead_fraction", "dead features"), ("cosine_similarity", "cosine similarity"), ("mse", "MSE (FAST, eq. 7)"))

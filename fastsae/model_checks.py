@@ -1,7 +1,7 @@
 """What is checked of a language model before its numbers are trusted: that attention is causal, that a device computes right."""
 import sys
 
-from fastsae.errors import InputError
+from fastsae.runtime.errors import InputError
 
 SAMPLE = (2, 16)                                                  # rows and tokens of the sample
 BOUNDS = {"float32": (1e-3, 1e-2), "bfloat16": (0.05, 0.5), "float16": (0.05, 0.5)}  # median and largest difference of a token

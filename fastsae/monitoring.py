@@ -3,8 +3,8 @@ import importlib.util
 import io
 import json
 
-from fastsae import artifacts, storage
-from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.runtime import artifacts, storage
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsae import artifacts, storage
 from fastsae.model_names import short_name
+from fastsae.runtime import artifacts, storage
 from fastsae.token_text import seen_values
 
 BATCH = 128          # features per file

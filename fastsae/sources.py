@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from fastsae import file_kinds
-from fastsae.artifacts import file_sha256
-from fastsae.digests import reading
-from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.runtime.artifacts import file_sha256
+from fastsae.runtime.digests import reading
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
                   "bing": "assistant", "bard": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastsae import parallel
+from fastsae.runtime import distributed
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -171,14 +171,14 @@ def _above(sae, x_centred, bound):
 
 def _batch_top_k(sae, x_centred):
     """The K * B largest entries of the batch. A bound a little under the usual threshold leaves few candidates to sort."""
-    n_rows = int(parallel.total(torch.tensor([len(x_centred)])))
+    n_rows = int(distributed.total(torch.tensor([len(x_centred)])))
     n_wanted = min(sae.k_active_neurons, sae.m_total_neurons) * n_rows
     candidates = _above(sae, x_centred, 0.8 * sae.threshold if sae.threshold > 0 else _first_bound(sae, x_centred))
-    values = parallel.joined(candidates.value)
+    values = distributed.joined(candidates.value)
     if len(values) < n_wanted:
         candidates = _above(sae, x_centred, -torch.inf)
-        values = parallel.joined(candidates.value)
-    if parallel.together():  # each process keeps those of its own that are among the largest of all
+        values = distributed.joined(candidates.value)
+    if distributed.together():  # each process keeps those of its own that are among the largest of all
         chosen = candidates.value >= values.topk(n_wanted, sorted=False).values.min()
     else:
         chosen = values.topk(n_wanted, sorted=False).indices.sort().values
@@ -192,7 +192,7 @@ def _first_bound(sae, x_centred):
     _, pre = next(_blocks(sae, x_centred, torch.float32))
     largest = pre.flatten().topk(min(sae.k_active_neurons * len(pre), pre.numel()), sorted=False).values
     bound = 0.8 * largest.min() if len(largest) else pre.new_tensor(0.0)
-    return parallel.least(torch.where(bound > 0, bound, -torch.inf))
+    return distributed.least(torch.where(bound > 0, bound, -torch.inf))
 
 
 @torch.no_grad()
@@ -250,7 +250,7 @@ def sparse_step(sae, x, dead, *, aux_coef, select=torch.float32):
 
 def _rows_of_all(x):
     """How many rows the batch has in all processes together."""
-    return int(parallel.total(torch.tensor([len(x)]))) if parallel.together() else len(x)
+    return int(distributed.total(torch.tensor([len(x)]))) if distributed.together() else len(x)
 
 
 def _variance(x):
@@ -258,8 +258,8 @@ def _variance(x):
 
     The rows must be roughly centred, or the difference of squares would lose digits: x - b_dec and residuals are.
     """
-    if parallel.together():
-        sums = parallel.total(torch.cat([x.sum(0), torch.linalg.vector_norm(x).square()[None], x.new_tensor([len(x)])]))
+    if distributed.together():
+        sums = distributed.total(torch.cat([x.sum(0), torch.linalg.vector_norm(x).square()[None], x.new_tensor([len(x)])]))
         n, d = sums[-1], x.shape[1]
         return (sums[-2] / (n * d) - (sums[:-2] / n).square().mean()).clamp_min(TINY)
     return (torch.linalg.vector_norm(x).square() / x.numel() - x.mean(0).square().mean()).clamp_min(TINY)
@@ -299,6 +299,6 @@ def update_threshold(sae, values, rate=1e-2):
     (HypotheSAEs starts it at 0, which leaves it too low after short runs.)
     """
     positive = torch.where(values > 0, values, torch.inf)
-    positive = parallel.least(positive.min() if len(values) else values.new_tensor(torch.inf))
+    positive = distributed.least(positive.min() if len(values) else values.new_tensor(torch.inf))
     positive = torch.where(positive.isinf(), sae.threshold, positive)
     sae.threshold.copy_(torch.where(sae.threshold == 0, positive, sae.threshold.lerp(positive, rate)))

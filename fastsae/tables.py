@@ -6,8 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from fastsae import artifacts, storage
-from fastsae.errors import EnvironmentFailure
+from fastsae.runtime import artifacts, storage
+from fastsae.runtime.errors import EnvironmentFailure
 
 SEAL = "sha256"  # the last key of the first line of interpretations.jsonl
 # Programs cut a CSV at commas, semicolons, tabs or bars, whatever stands around these, and lines at

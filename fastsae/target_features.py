@@ -8,7 +8,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 
 from fastsae.activations_file import release
 from fastsae.categories import auc_matrix, correlations, dense_blocks, first_half
-from fastsae.stops import stop_if_asked
+from fastsae.runtime.stops import stop_if_asked
 
 METHOD_VERSION = 2       # of the selection; 1 was HypotheSAEs' own separation_score, without a least support
 LASSO_FEATURES = 4096    # lasso sees at most so many, those of largest correlation

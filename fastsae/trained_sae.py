@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from fastsae import autoencoder, formats
-from fastsae.errors import InputError
 from fastsae.examples import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
 from fastsae.formats import architecture_of, architecture_text, is_plain_text, nested_prefixes, target_k
 from fastsae.language_model import ResidualModel, choose_device, load_tokenizer, require_same
 from fastsae.model_names import described
+from fastsae.runtime.errors import InputError
 from fastsae.sparse_step import Entries
 from fastsae.tables import read_labels
 from fastsae.token_text import TokenTexts, visible

@@ -5,9 +5,9 @@ import threading
 import numpy as np
 import torch
 
-from fastsae import parallel
 from fastsae.activations_file import open_activations, release
-from fastsae.errors import InputError
+from fastsae.runtime import distributed
+from fastsae.runtime.errors import InputError
 from fastsae.tokens import (
     TEST,
     TRAIN,
@@ -116,7 +116,7 @@ class TrainingRows:
             pieces = (self.buffer[order[a:b]] for a, b in zip(ends[first:], ends[first + 1:]))
         else:
             pieces = _regrouped(self._served(epoch, ends[first]), np.diff(ends[first:]))
-        yield from (torch.from_numpy(piece[parallel.share(len(piece))]).float() for piece in pieces)
+        yield from (torch.from_numpy(piece[distributed.share(len(piece))]).float() for piece in pieces)
 
     def order(self, epoch):
         """The rows of one epoch as they are served."""
@@ -166,7 +166,7 @@ class TrainingRows:
 def batch_ends(n, size):
     """Where batches of `size` of n rows end; a last row left alone joins the batch before: it has no variance to divide its loss by."""
     ends = [*range(size, n, size), n]
-    if len(ends) > 1 and ends[-1] - ends[-2] < max(2, parallel.world()[1]):
+    if len(ends) > 1 and ends[-1] - ends[-2] < max(2, distributed.world()[1]):
         del ends[-2]
     return ends
 

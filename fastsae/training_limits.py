@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastsae.errors import InputError
+from fastsae.runtime.errors import InputError
 
 COPIES = 5  # of the weights: themselves, the best so far, gradients, Adam's two moments
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from fastsae import artifacts, parallel
 from fastsae.architectures import choose_normalisation
 from fastsae.autoencoder import inference_form, new_sae
 from fastsae.dead_features import considered
-from fastsae.errors import EnvironmentFailure
 from fastsae.initialisation import initialise
 from fastsae.metrics import IN_ALL, evaluate
+from fastsae.runtime import artifacts, distributed
+from fastsae.runtime.errors import EnvironmentFailure
 
 
 class TrainingRun:
@@ -48,11 +48,11 @@ class TrainingRun:
         dead = considered(self.tokens_since_fired >= dead_after, self.epoch + self.batch, self.sae.aux_k or 0)
         loss, fired = fill_gradients(self.sae, self.normalisation(x), dead)
         n_tokens = len(x)
-        if parallel.together():
-            loss, fired = parallel.total(loss), parallel.anywhere(fired)
-            n_tokens = int(parallel.total(torch.tensor([n_tokens])))
+        if distributed.together():
+            loss, fired = distributed.total(loss), distributed.anywhere(fired)
+            n_tokens = int(distributed.total(torch.tensor([n_tokens])))
             for parameter in self.sae.parameters():
-                parallel.total(parameter.grad)
+                distributed.total(parameter.grad)
         self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + n_tokens)
         self.sae.adjust_decoder_gradient_()  # keep only what turns the decoder's directions
         if clip_grad is not None:
@@ -90,7 +90,7 @@ class TrainingRun:
 
     def save(self, path, fingerprint):
         """Write the whole state; it takes the place of the one before when it is complete. Rank 0 writes for all: theirs are equal."""
-        if parallel.world()[0]:
+        if distributed.world()[0]:
             return
         plain = {name: getattr(self, name) for name in ("epoch", "batch", "trained_tokens", "history", "best_epoch")}
         artifacts.write_checkpoint(path, {

@@ -59,7 +59,7 @@ def write_activations(tmp_path):
 @pytest.fixture
 def outcome(capsys):
     """Run a function as a stage: (exit code, lines on stderr)."""
-    from fastsae.stage import run_stage
+    from fastsae.runtime.stage import run_stage
 
     def run(main):
         capsys.readouterr()
@@ -90,7 +90,8 @@ def snapshot(folder):
 
 
 def put_activations(folder, activations, lengths, *, dataset=None, kind=None, token_ids=None):
-    from fastsae import artifacts, language_model
+    from fastsae import language_model
+    from fastsae.runtime import artifacts
 
     n = len(activations)
     inputs = {"dataset": artifacts.file_sha256(dataset) if dataset else "made up",
@@ -110,7 +111,7 @@ def run_main(monkeypatch):
     """Call a script's `main()` in this process with the given flags, through `run_stage`; returns the exit code."""
     import importlib
 
-    from fastsae.stage import run_stage
+    from fastsae.runtime.stage import run_stage
 
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", "--no-print-settings", *map(str, flags)])

@@ -1,7 +1,7 @@
 """Stages in forked copies of a process that has imported everything (about a tenth of a second each), to be killed and starved.
 
 `Stages` starts this file as a process of its own, with one thread: OpenMP's threads do not survive a fork. Before every operation
-of fastsae.storage the fork looks whether it is to die or to fail there; any other way of writing into the folder is reported.
+of fastsae.runtime.storage the fork looks whether it is to die or to fail there; any other way of writing into the folder is reported.
 """
 import functools
 import gc
@@ -139,8 +139,8 @@ def read(report, suffix):
 
 
 def in_fork(job, report):
-    from fastsae import storage
-    from fastsae.stage import run_stage
+    from fastsae.runtime import storage
+    from fastsae.runtime.stage import run_stage
 
     for number, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(report.with_name(report.name + suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -179,7 +179,7 @@ def at_operation(job, operations, operation, path):
 
 
 def look_for_foreign(foreign, folder, event, arguments):
-    """An audit hook: what changes `folder` must be called by fastsae/storage.py."""
+    """An audit hook: what changes `folder` must be called by fastsae/runtime/storage.py."""
     if event == "open":
         path, mode, flags = arguments
         paths = [path] if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else []
@@ -187,7 +187,7 @@ def look_for_foreign(foreign, folder, event, arguments):
         paths = arguments[:WRITING.get(event, 0)]
     if any(isinstance(path, (str, os.PathLike)) and str(path).startswith(folder) for path in paths):
         frame = sys._getframe(1)
-        while frame and not frame.f_code.co_filename.endswith("fastsae/storage.py"):
+        while frame and not frame.f_code.co_filename.endswith("fastsae/runtime/storage.py"):
             frame = frame.f_back
         if not frame:
             foreign.append(f"{event} {paths}")

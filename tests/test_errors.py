@@ -16,8 +16,9 @@ import torch
 from conftest import PROJECT, line_of, snapshot
 
 import interpret_sae
-from fastsae import artifacts, extraction, stops, storage
-from fastsae.errors import EnvironmentFailure, InputError
+from fastsae import extraction
+from fastsae.runtime import artifacts, stops, storage
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 SMALL = ["--m", "8", "--k", "2", "--no-use-matryoshka", "--n-epochs", "1", "--device", "cpu", "--run-name", "r"]
 
@@ -208,7 +209,7 @@ def test_a_bug_is_not_hidden(outcome, error, tmp_path, monkeypatch):
 
 
 def stage_process(body, stdout):
-    code = f"import sys; from fastsae.stage import run_stage; sys.exit(run_stage(lambda: {body}))"
+    code = f"import sys; from fastsae.runtime.stage import run_stage; sys.exit(run_stage(lambda: {body}))"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run([sys.executable, "-c", code], cwd=PROJECT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, timeout=60)
 

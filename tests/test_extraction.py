@@ -7,7 +7,7 @@ import torch
 from conftest import PROJECT
 
 import extract_activations
-from fastsae import artifacts, extraction
+from fastsae import extraction
 from fastsae.examples import (
     CONTENT,
     SHARED_PREFIX,
@@ -20,6 +20,7 @@ from fastsae.examples import (
     pad_activations,
     read_dataset,
 )
+from fastsae.runtime import artifacts
 
 TEXTS = ["The bread rose twice.", "I forgot the key, so I waited on the stairs until Ada came home.", "Seven times eight is fifty-six.",
          "Why does the tap drip only at night?", "We chose the longer road."]
@@ -281,7 +282,7 @@ def test_template_dates_are_pinned(smol_tokenizer):
 def test_a_template_that_refuses_names_the_line(smol_tokenizer):
     import copy
 
-    from fastsae.errors import InputError
+    from fastsae.runtime.errors import InputError
 
     tokenizer = copy.copy(smol_tokenizer)
     tokenizer.chat_template = "{% if messages[0].role == 'assistant' %}{{ raise_exception('must begin with user') }}{% endif %}x"

@@ -11,9 +11,10 @@ import torch
 from conftest import PROJECT
 
 import extract_activations
-from fastsae import activations_file, artifacts, cpu_speed, extraction, language_model, sources
-from fastsae.errors import EnvironmentFailure, InputError
+from fastsae import activations_file, cpu_speed, extraction, language_model, sources
 from fastsae.examples import CONTENT, ChatTokenizer, TokenTable, cut_blocks, tokenise
+from fastsae.runtime import artifacts
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.sources import Deduplicator, Example, stream_examples, stream_text
 
 WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()

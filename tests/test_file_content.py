@@ -26,10 +26,11 @@ from test_formats import (
     trained,
 )
 
-from fastsae import activations_file, artifacts, file_content, formats, machine_errors, storage
-from fastsae.errors import EnvironmentFailure, InputError
+from fastsae import activations_file, file_content, formats
 from fastsae.fine_tuning import check_start
 from fastsae.formats import load_sae
+from fastsae.runtime import artifacts, machine_errors, storage
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 VARIANTS = {
     "plain": {},

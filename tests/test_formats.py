@@ -10,10 +10,9 @@ import torch
 from conftest import planted_tokens
 from safetensors.torch import load_file, save_file
 
-from fastsae import artifacts, export, language_model, storage
+from fastsae import export, language_model
 from fastsae.architectures import Normalisation
 from fastsae.autoencoder import decode, encode, inference_form, new_sae, save_sae
-from fastsae.errors import EnvironmentFailure, InputError
 from fastsae.fine_tuning import check_start, start_from
 from fastsae.formats import (
     architecture_of,
@@ -24,6 +23,8 @@ from fastsae.formats import (
     trained_architecture,
 )
 from fastsae.model_names import EMBEDDED, described, hub_id
+from fastsae.runtime import artifacts, storage
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.trained_sae import TrainedSae
 
 D, M, K = 12, 40, 4

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastsae import activations_file, artifacts, formats
-from fastsae.errors import EnvironmentFailure
+from fastsae import activations_file, formats
+from fastsae.runtime import artifacts
+from fastsae.runtime.errors import EnvironmentFailure
 
 SMALL = ["--m", "8", "--k", "2", "--no-use-matryoshka", "--n-epochs", "1", "--device", "cpu", "--run-name", "r"]
 

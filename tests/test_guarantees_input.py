@@ -11,11 +11,12 @@ from conftest import line_of, snapshot
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 import interpret_sae
-from fastsae import activations_file, artifacts, extraction, language_model
-from fastsae.errors import EnvironmentFailure, InputError, StageError
+from fastsae import activations_file, extraction, language_model
 from fastsae.examples import ChatTokenizer, Example, read_dataset, tokenise
 from fastsae.formats import load_sae
 from fastsae.llm_client import Journal
+from fastsae.runtime import artifacts
+from fastsae.runtime.errors import EnvironmentFailure, InputError, StageError
 from fastsae.sources import stream_examples, stream_text
 
 GOOD = '{"text": "one"}\n'

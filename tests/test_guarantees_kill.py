@@ -6,7 +6,7 @@ import re
 import pytest
 from tiny_world import STAGES, contents, in_parallel, replay
 
-from fastsae import artifacts
+from fastsae.runtime import artifacts
 
 
 def assert_whole(world, worker, script):
@@ -28,7 +28,7 @@ def assert_outcome(world, worker, script):
 
 
 def test_nothing_happens_twice(world, worker):
-    """The second run of each stage says so and changes nothing; the first wrote through fastsae.storage only."""
+    """The second run of each stage says so and changes nothing; the first wrote through fastsae.runtime.storage only."""
     for script in STAGES:
         replay(world, worker, script)
         before = {path: path.stat().st_mtime_ns for path in worker.out.rglob("*") if path.is_file()}

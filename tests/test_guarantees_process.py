@@ -16,12 +16,13 @@ from conftest import PROJECT
 from loopback import Endpoint
 from source_tree import python_files
 
-from fastsae import language_model, storage
-from fastsae.errors import EnvironmentFailure
-from fastsae.stage import run_stage
+from fastsae import language_model
+from fastsae.runtime import storage
+from fastsae.runtime.errors import EnvironmentFailure
+from fastsae.runtime.stage import run_stage
 
 SOURCES = python_files(".", "fastsae")
-STORAGE = "fastsae/storage.py"
+STORAGE = "fastsae/runtime/storage.py"
 WRITERS = {"write_text", "write_bytes", "unlink", "rmdir", "mkdir", "makedirs", "removedirs", "rmtree", "copyfile", "copy2", "copytree",
            "symlink_to", "hardlink_to", "mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory", "savez",
            "savez_compressed", "save", "savetxt", "savefig", "to_csv", "tofile", "memmap", "touch", "truncate", "ftruncate",
@@ -29,13 +30,13 @@ WRITERS = {"write_text", "write_bytes", "unlink", "rmdir", "mkdir", "makedirs", 
            "extract", "extractall", "SummaryWriter", "pwrite", "writev", "mknod", "chmod"}
 OF_OS = {"replace", "rename", "renames", "remove", "link", "symlink", "write", "open"}
 ALLOWED = {  # (path, call): why
-    ("fastsae/early_stop.py", "os.write"): "to stderr",
-    ("fastsae/artifacts.py", "torch.save"): "into memory",
+    ("fastsae/runtime/early_stop.py", "os.write"): "to stderr",
+    ("fastsae/runtime/artifacts.py", "torch.save"): "into memory",
     ("fastsae/monitoring.py", "figure.savefig"): "into memory",
     ("fastsae/export.py", "save"): "into memory",
     ("train_sae.py", "run.save"): "TrainingRun.save, which calls artifacts.write_checkpoint",
     ("train_sae.py", "save"): "that, for each run",
-    ("fastsae/artifacts.py", "archive.open"): "a member of a zip archive in a file of storage",
+    ("fastsae/runtime/artifacts.py", "archive.open"): "a member of a zip archive in a file of storage",
     ("fastsae/monitoring.py", "SummaryWriter"): "TensorBoard's own log, if asked for",
     ("fastsae/activations_file.py", "np.memmap"): "mode r",
     ("fastsae/language_model.py", "model.save_pretrained"): "into a scratch folder of storage",

@@ -9,7 +9,7 @@ import pytest
 from conftest import PROJECT, planted_tokens
 
 import config
-from fastsae import progress
+from fastsae.runtime import progress
 
 SCRIPTS = ["extract_activations.py", "train_sae.py", "interpret_sae.py", "run_pipeline.py"]
 TINY = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--run-name", "r", "--device", "cpu"]

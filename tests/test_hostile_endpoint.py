@@ -11,7 +11,7 @@ import pytest
 from loopback import RawEndpoint, completion, http_reply
 
 from fastsae import bounded_http, llm_client, llm_replies
-from fastsae.errors import InputError
+from fastsae.runtime.errors import InputError
 
 KEY = "sk-secret-0123456789"
 GOOD = http_reply(completion("mentions bread"))
@@ -410,7 +410,7 @@ def test_a_damaged_journal_loses_no_good_line(tmp_path, tally):
 
 
 def test_what_a_journal_says_is_cleaned_too(tmp_path, monkeypatch):
-    from fastsae import storage
+    from fastsae.runtime import storage
 
     path, scope = tmp_path / "j.jsonl", ["m", None, {}]
     key = llm_client.Journal(path, scope).key("p")

@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from fastsae import activations_file, artifacts, digests, language_model, sources, tables
-from fastsae.errors import EnvironmentFailure, InputError
+from fastsae import activations_file, language_model, sources, tables
+from fastsae.runtime import artifacts, digests
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fastsae import sources
-from fastsae.errors import InputError
+from fastsae.runtime.errors import InputError
 from fastsae.sources import read_dataset
 
 ROWS = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(5)).encode()

@@ -17,7 +17,7 @@ from fastsae.categories import (
     shuffled_count,
     target_numbers,
 )
-from fastsae.errors import InputError
+from fastsae.runtime.errors import InputError
 from fastsae.target_features import select_features
 
 

@@ -7,7 +7,7 @@ from conftest import line_of
 from loopback import Endpoint, completion
 
 from fastsae import llm_client
-from fastsae.errors import InputError
+from fastsae.runtime.errors import InputError
 
 KEY = "sk-secret-0123456789"
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from loopback import RawEndpoint, completion, http_reply
 
-from fastsae import llm_client, masking
-from fastsae.errors import InputError
+from fastsae import llm_client
+from fastsae.runtime import masking
+from fastsae.runtime.errors import InputError
 
 KEY = "sk-secret-0123456789"
 GOOD = http_reply(completion("mentions bread"))
@@ -106,7 +107,7 @@ def test_secrets_of_an_address_are_sent_as_wanted_and_masked(server, monkeypatch
 
 
 def test_the_log_of_a_bug_holds_no_secret(outcome, monkeypatch, capsys):
-    from fastsae import errors, storage
+    from fastsae.runtime import errors, storage
 
     kept = []
     monkeypatch.setattr(storage, "write_text", lambda path, text: kept.append(text))

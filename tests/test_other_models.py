@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastsae import cpu_speed, extraction, language_model, model_checks
-from fastsae.errors import InputError
 from fastsae.examples import TokenTable, mark_shared_prefix
+from fastsae.runtime.errors import InputError
 
 SIZES = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 2, "max_position_embeddings": 256}
@@ -116,7 +116,7 @@ def test_a_multimodal_model_through_the_script(tmp_path, tiny, smol_tokenizer, r
     dataset.write_text("".join(json.dumps({"text": "word " * n}) + "\n" for n in (3, 9, 40)))
     flags = ["--dataset-path", dataset, "--output-dir", tmp_path, "--model-name", folder, "--device", "cpu", "--storage-dtype", "float32"]
     assert run_main("extract_activations", *flags, "--layer-idx", 2) == 0
-    from fastsae import artifacts
+    from fastsae.runtime import artifacts
 
     data = artifacts.read_npz(tmp_path / "activations" / "activations_layer2.npz", made_by="the test")
     rows = []

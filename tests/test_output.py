@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 
-from fastsae import progress
-from fastsae.console import Console, shown
-from fastsae.errors import EnvironmentFailure, InputError
-from fastsae.stage import require_printed, run_stage
+from fastsae.runtime import progress
+from fastsae.runtime.console import Console, shown
+from fastsae.runtime.errors import EnvironmentFailure, InputError
+from fastsae.runtime.stage import require_printed, run_stage
 
 FORGED = ['x\nsummary: {"stage": "forged"}', 'x\rsummary: {"stage": "forged"}', 'x\x85summary: {"stage": "forged"}',
           'x\u2028summary: {"stage": "forged"}', 'summary: {"stage": "forged"}', "x\nwarning: forged", "x\nerror: forged",
@@ -90,7 +90,7 @@ def hostile_dataset(folder, value):
 def test_categories_and_targets_of_a_dataset_forge_nothing(planted_once, tmp_path, run_main, capsys, quiet):
     import shutil
 
-    from fastsae import artifacts
+    from fastsae.runtime import artifacts
 
     shutil.copytree(planted_once, tmp_path, dirs_exist_ok=True)
     value = '\nsummary: {"stage": "forged"}\x1b[2J\u202e'
@@ -130,7 +130,7 @@ def test_flags_forge_nothing(script, flags, run_main, capsys, tmp_path):
 
 def quick(body, prefix="", **options):
     """A stage in a process of its own, started through a shell that closes or fills its handles: (exit code, stderr)."""
-    code = ("import sys; from fastsae import stage; from fastsae.stage import run_stage; "
+    code = ("import sys; from fastsae import stage; from fastsae.runtime.stage import run_stage; "
             f"stage.end(run_stage(lambda: {body}))")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | options
     done = subprocess.run(["bash", "-c", f'"$0" -c "$1" {prefix}', sys.executable, code], cwd=PROJECT, capture_output=True, env=env,
@@ -165,7 +165,7 @@ def test_help_that_cannot_be_printed_is_an_error(script):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_a_terminal_that_lacks_characters_gets_escapes(encoding):
-    code = ("import sys; from fastsae.stage import run_stage, end\n"
+    code = ("import sys; from fastsae.runtime.stage import run_stage, end\n"
             "end(run_stage(lambda: [print('größe 日本 \\u202e'), print('größe 日本', file=sys.stderr)] and 0))")
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, timeout=60,
                           env={**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"})

@@ -14,11 +14,12 @@ from conftest import planted_tokens
 from pretended_cuda import Refused, device_of, pretended
 
 import train_sae
-from fastsae import extraction, initialisation, language_model, llm_client, load_sae, parallel
+from fastsae import extraction, initialisation, language_model, llm_client, load_sae
 from fastsae.architectures import dense_step
 from fastsae.autoencoder import new_sae, reference_step
-from fastsae.errors import InputError
 from fastsae.initialisation import initialise
+from fastsae.runtime import distributed
+from fastsae.runtime.errors import InputError
 from fastsae.sparse_step import sparse_step
 from fastsae.training_run import TrainingRun
 
@@ -321,7 +322,7 @@ def test_each_process_of_a_machine_has_its_device(monkeypatch, setting, local_ra
     with pretended() as machine:
         assert language_model.choose_device(setting) == expected
         assert machine.current == int(expected == "cuda:1")
-        parallel.torch.cuda.set_device(0)
+        distributed.torch.cuda.set_device(0)
 
 
 @pytest.mark.parametrize("setting", ["cuda:2", "cuda:99999999999999999999"])

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from fastsae import progress
-from fastsae.progress import Task, duration
-from fastsae.stage import run_stage
+from fastsae.runtime import progress
+from fastsae.runtime.progress import Task, duration
+from fastsae.runtime.stage import run_stage
 
 
 def after(seconds, task):

@@ -11,9 +11,10 @@ import torch
 from conftest import PROJECT, planted_tokens, put_activations
 
 import fastsae
-from fastsae import artifacts, formats
-from fastsae.errors import InputError
-from fastsae.stage import run_stage
+from fastsae import formats
+from fastsae.runtime import artifacts
+from fastsae.runtime.errors import InputError
+from fastsae.runtime.stage import run_stage
 from fastsae.trained_sae import text_table
 
 TEXTS = ["The bread rose twice.", "Where did I leave the key?", "Seven times eight is fifty-six.", "We chose the longer road.",

@@ -9,10 +9,11 @@ import pytest
 import torch.distributed as dist
 from conftest import PROJECT
 
-from fastsae import extraction, parallel, ranks
-from fastsae.errors import EnvironmentFailure, InputError, Terminated
-from fastsae.ranks import Ranks
-from fastsae.stage import run_stage
+from fastsae import extraction
+from fastsae.runtime import distributed, ranks
+from fastsae.runtime.errors import EnvironmentFailure, InputError, Terminated
+from fastsae.runtime.ranks import Ranks
+from fastsae.runtime.stage import run_stage
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 REFUSED = [
@@ -111,7 +112,7 @@ def free_port():
     ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT")])
 def test_training_needs_a_place_to_meet(monkeypatch, outcome, environment, named):
     use(monkeypatch, RANK="0", WORLD_SIZE="2", **environment)
-    code, lines = outcome(lambda: parallel.start("cpu"))
+    code, lines = outcome(lambda: distributed.start("cpu"))
     assert (code, len(lines)) == (2, 1) and lines[0].startswith(f"error: {named}: ")
 
 
@@ -125,51 +126,51 @@ def test_training_says_for_whom_it_waits(monkeypatch, capsys):
     def come(_):
         store.set(f"here/{next(others)}", "")
 
-    stores = parallel._store
+    stores = distributed._store
     store = stores(0, 3)
-    monkeypatch.setattr(parallel, "_store", lambda rank, size: store)
-    monkeypatch.setattr(parallel.time, "sleep", come)
-    assert parallel._meet(0, 3) is store
+    monkeypatch.setattr(distributed, "_store", lambda rank, size: store)
+    monkeypatch.setattr(distributed.time, "sleep", come)
+    assert distributed._meet(0, 3) is store
     assert capsys.readouterr().err.splitlines() == ["waiting for ranks 1 and 2 of 3 to start this stage.",
                                                     "waiting for rank 2 of 3 to start this stage."]
 
 
 def test_who_never_comes_is_named(monkeypatch):
-    monkeypatch.setattr(parallel, "_store", lambda rank, size: dist.HashStore())
-    monkeypatch.setattr(parallel, "PATIENCE", parallel.timedelta(0))
+    monkeypatch.setattr(distributed, "_store", lambda rank, size: dist.HashStore())
+    monkeypatch.setattr(distributed, "PATIENCE", distributed.timedelta(0))
     with pytest.raises(EnvironmentFailure, match="^WORLD_SIZE: rank 1 of 2 did not come"):
-        parallel._meet(0, 2)
+        distributed._meet(0, 2)
 
 
 def test_other_ranks_wait_for_rank_0_to_answer(monkeypatch, capsys):
     """A listener that opens late is found, and its absence is said."""
     monkeypatch.setattr(ranks.Waiting, "FIRST_WORD", 0.0)
     port, opened = int(free_port()), []
-    monkeypatch.setattr(parallel.time, "sleep", lambda _: opened or opened.append(socket.create_server(("127.0.0.1", port))))
-    parallel._await_answer("127.0.0.1", port)
+    monkeypatch.setattr(distributed.time, "sleep", lambda _: opened or opened.append(socket.create_server(("127.0.0.1", port))))
+    distributed._await_answer("127.0.0.1", port)
     opened[0].close()
     assert capsys.readouterr().err == f"waiting for rank 0 to answer at 127.0.0.1:{port} (Connection refused).\n"
-    monkeypatch.setattr(parallel, "PATIENCE", parallel.timedelta(0))
+    monkeypatch.setattr(distributed, "PATIENCE", distributed.timedelta(0))
     with pytest.raises(EnvironmentFailure, match="^MASTER_ADDR: no answer from 127.0.0.1"):
-        parallel._await_answer("127.0.0.1", port)
+        distributed._await_answer("127.0.0.1", port)
 
 
 def test_processes_that_share_a_cuda_device_are_refused(monkeypatch):
     """NCCL would end with a page of its own."""
     store = dist.HashStore()
-    monkeypatch.setattr(parallel.torch.cuda, "get_device_properties", lambda device: type("P", (), {"uuid": "GPU-1"}))
+    monkeypatch.setattr(distributed.torch.cuda, "get_device_properties", lambda device: type("P", (), {"uuid": "GPU-1"}))
     for rank, other in ((0, "GPU-2"), (1, "GPU-1")):
         store.set("device/2", f"{os.uname().nodename} GPU-3")
         store.set(f"device/{1 - rank}", f"{os.uname().nodename} {other}")
         if rank == 0:
-            parallel._require_own_devices(store, 0, 3, "cuda:0")
+            distributed._require_own_devices(store, 0, 3, "cuda:0")
             continue
         with pytest.raises(InputError, match="^DEVICE: ranks 0 and 1 would train on the same cuda:0"):
-            parallel._require_own_devices(store, 1, 3, "cuda:0")
+            distributed._require_own_devices(store, 1, 3, "cuda:0")
 
 
 def test_a_stop_is_left_to_all_where_others_wait(monkeypatch):
-    from fastsae import stops
+    from fastsae.runtime import stops
 
     monkeypatch.setitem(stops._waiting, "asked", 15)
     with pytest.raises(Terminated):

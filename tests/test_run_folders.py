@@ -9,7 +9,8 @@ import pytest
 from conftest import planted_tokens
 
 import config
-from fastsae import extraction, model_names, storage
+from fastsae import extraction, model_names
+from fastsae.runtime import storage
 from fastsae.settings import resolving
 
 SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--run-name", "test", "--device", "cpu", "--batch-size", 64]

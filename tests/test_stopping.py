@@ -10,9 +10,9 @@ import time
 import pytest
 from conftest import PROJECT
 
-from fastsae import early_stop, signals, stage
-from fastsae.errors import InputError
-from fastsae.stage import run_stage
+from fastsae.runtime import early_stop, signals, stage
+from fastsae.runtime.errors import InputError
+from fastsae.runtime.stage import run_stage
 
 STOPPED = "stopped: what was finished is kept; the same command continues.\n"
 NUMBERS = pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])

@@ -170,7 +170,7 @@ def tiny(tmp_path_factory, smol_tokenizer):
     """Flags for a folder with a tiny random model, a dataset of 40 labelled texts and a trained autoencoder."""
     import transformers
 
-    from fastsae.stage import run_stage
+    from fastsae.runtime.stage import run_stage
 
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)

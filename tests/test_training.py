@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import planted_tokens
 
-from fastsae import artifacts
 from fastsae.autoencoder import checkpoint_name, encode
 from fastsae.formats import load_sae
 from fastsae.metrics import evaluate
+from fastsae.runtime import artifacts
 from fastsae.tokens import TEST, TRAIN, VALIDATION, split_examples, split_texts, usable_tokens
 
 SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--device", "cpu", "--run-name", "test"]

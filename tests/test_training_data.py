@@ -106,7 +106,7 @@ def test_rows_beyond_the_buffer_stay_on_the_disk(tmp_path, write_activations):
     tokens = np.random.default_rng(0).standard_normal((200_000, 512)).astype(np.float32)
     flags = write_activations(tokens, [100] * 2000)
     code = ("import sys, resource, torch, numpy, hypothesaes.sae, train_sae\n"
-            "from fastsae.stage import run_stage\n"
+            "from fastsae.runtime.stage import run_stage\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "assert run_stage(train_sae.main) == 0\n"
             "print('grew', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")

@@ -3,7 +3,7 @@ import pytest
 from conftest import planted_tokens
 
 from fastsae import training_limits
-from fastsae.errors import InputError
+from fastsae.runtime.errors import InputError
 from fastsae.training_limits import bytes_needed, cause_of_divergence, memory_of, require_memory
 
 DEFAULTS = {"LEARNING_RATE": 5e-4, "L1_COEFFICIENT": 5.0, "L0_COEFFICIENT": 6.0, "AUX_COEF": 1 / 32, "INIT_ENCODER_SCALE": None}

@@ -11,8 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fastsae import ranks, stops
-from fastsae.errors import EnvironmentFailure, InputError
+from fastsae.runtime import ranks, stops
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 PATIENCE = timedelta(minutes=30)  # of a process that waits for another one
 

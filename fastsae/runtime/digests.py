@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastsae import storage
-from fastsae.artifacts import file_sha256
-from fastsae.errors import EnvironmentFailure
+from fastsae.runtime import storage
+from fastsae.runtime.artifacts import file_sha256
+from fastsae.runtime.errors import EnvironmentFailure
 
 REMEMBERED_FROM = 1 << 24  # bytes; smaller files are read each time
 SETTLED = 2.0              # seconds without a change before a digest is remembered: the coarsest clock of a file system

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fastsae.errors import InputError
+from fastsae.runtime.errors import InputError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 REMEDY = "start the stage with torchrun, which sets them all, or unset them (unset {})."

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 
-from fastsae.early_stop import STOPS, end_now
+from fastsae.runtime.early_stop import STOPS, end_now
 
 ANSWER_WITHIN = 4.0  # seconds from the signal to the end of the process, where nothing is being saved
 SAVE_WITHIN = 16.0   # seconds more for a stage that saves; service managers kill after 30

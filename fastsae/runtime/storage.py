@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastsae import ranks, stops
-from fastsae.errors import EnvironmentFailure
+from fastsae.runtime import ranks, stops
+from fastsae.runtime.errors import EnvironmentFailure
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.S)
 SCRATCH = ".scratch-"

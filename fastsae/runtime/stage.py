@@ -9,8 +9,8 @@ import time
 import traceback
 from pathlib import Path
 
-from fastsae import console, early_stop, machine_errors, masking, signals, stops, storage
-from fastsae.errors import EXIT_BUG, EXIT_ENVIRONMENT, EnvironmentFailure, StageError, Terminated
+from fastsae.runtime import console, early_stop, machine_errors, masking, signals, stops, storage
+from fastsae.runtime.errors import EXIT_BUG, EXIT_ENVIRONMENT, EnvironmentFailure, StageError, Terminated
 
 _parent = {"in_pipeline": False}
 

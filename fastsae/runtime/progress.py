@@ -5,8 +5,8 @@ import sys
 import threading
 import time
 
-from fastsae import ranks, stage, stops
-from fastsae.console import Console, OwnLine
+from fastsae.runtime import ranks, stage, stops
+from fastsae.runtime.console import Console, OwnLine
 
 INTERVAL = 30.0  # seconds between lines where stderr is no terminal; shorter runs print none
 

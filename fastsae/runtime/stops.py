@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastsae.errors import Terminated
+from fastsae.runtime.errors import Terminated
 
 _waiting: dict[str, Any] = {"running": False, "deferred": False, "asked": None, "raised": None, "saving": False, "at": -math.inf,
                             "joined": False, "at_end": []}

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsae.errors import EnvironmentFailure, InputError
-from fastsae.machine_errors import cause_in_machine
-from fastsae.storage import (  # noqa: F401
+from fastsae.runtime.errors import EnvironmentFailure, InputError
+from fastsae.runtime.machine_errors import cause_in_machine
+from fastsae.runtime.storage import (  # noqa: F401
     append_line,
     committed,
     from_json,
