@@ -21,11 +21,11 @@ import numpy as np
 
 import config
 from fastsae import activations_file, extraction
-from fastsae.examples import CONTENT, SHARED_PREFIX, ChatTokenizer, cut_blocks, mark_shared_prefix, tokenise
+from fastsae.data.datasets import Deduplicator, identity, require_two, stream_examples, stream_text
+from fastsae.data.tokenization import CONTENT, SHARED_PREFIX, ChatTokenizer, cut_blocks, mark_shared_prefix, tokenise
 from fastsae.runtime import artifacts, progress, storage
 from fastsae.runtime.errors import InputError
 from fastsae.runtime.stage import end, run_stage
-from fastsae.sources import Deduplicator, identity, require_two, stream_examples, stream_text
 
 LAYERS: tuple[int, ...] | None = None   # several layers in one pass, a file each, at the cost of the deepest; none = LAYER_IDX
 USE_CHAT_TEMPLATE: bool = True          # render each example with the model's own template; off: plain text

@@ -206,11 +206,11 @@ class Features:
 
     def __init__(self, settings, checkpoint_path, sae_meta):
         from fastsae.categories import add_categories
+        from fastsae.data.datasets import identity
         from fastsae.feature_evidence import Evidence
         from fastsae.formats import load_sae
         from fastsae.language_model import choose_device, load_tokenizer, locate, require_same
         from fastsae.logit_lens import add_lens
-        from fastsae.sources import identity
 
         self.settings, self.sae_meta, self.checkpoint_path = settings, sae_meta, checkpoint_path
         self.comparison = None  # of the hypotheses with what needs no features
@@ -251,7 +251,7 @@ class Features:
 
     def read_examples(self, label_field):
         """The examples whose activations there are (deduplication may have left some out), with that field as their label."""
-        from fastsae.sources import read_dataset
+        from fastsae.data.datasets import read_dataset
 
         return read_dataset(self.settings.DATASET_PATH, text_field=self.settings.TEXT_FIELD, label_field=label_field,
                             only_lines=self.example_ids, sha256=self.source["inputs"]["dataset"])

@@ -28,11 +28,11 @@ import numpy as np
 
 import config
 from fastsae.activations_file import read_metadata
+from fastsae.data.token_masks import TEST, VALIDATION
 from fastsae.runtime import artifacts, progress, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError, Terminated
 from fastsae.runtime.stage import end, run_stage
 from fastsae.runtime.stops import deferred_stop, stop, stop_asked
-from fastsae.tokens import TEST, VALIDATION
 from fastsae.training_limits import no_finite_loss, require_memory
 
 ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated

@@ -2,7 +2,7 @@
 import numpy as np
 from model_inputs import example_ids, meant_for, some_dialogues
 
-from fastsae.examples import SHARED_PREFIX
+from fastsae.data.tokenization import SHARED_PREFIX
 
 N_BOOTSTRAP = 1000
 

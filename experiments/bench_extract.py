@@ -20,8 +20,8 @@ import torch
 from common import PROJECT, write_result
 
 from fastsae import extraction, language_model
-from fastsae.examples import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
-from fastsae.sources import stream_examples
+from fastsae.data.datasets import stream_examples
+from fastsae.data.tokenization import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
 
 MODEL = "SmolLM2-135M-Instruct"
 SHAPE_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,

@@ -58,8 +58,8 @@ def main():
 
 def load(path):
     """(training tokens in a fixed random order (n, d) float32, validation tokens), split by example as train_sae.py does."""
+    from fastsae.data.token_masks import split_examples, token_norms, usable_tokens
     from fastsae.runtime import artifacts
-    from fastsae.tokens import split_examples, token_norms, usable_tokens
 
     data = artifacts.read_npz(path, made_by="extract_activations.py")
     usable, _ = usable_tokens(token_norms(data["activations"]), data["token_kind"], exclude_shared_prefix=True, max_norm_ratio=10.0)

@@ -41,8 +41,8 @@ def compare(folder):
     import torch
     from hypothesaes.sae import SparseAutoencoder
 
+    from fastsae.data.token_masks import token_norms, usable_tokens
     from fastsae.formats import load_sae
-    from fastsae.tokens import token_norms, usable_tokens
 
     metrics_path = next(folder.glob("checkpoints/*/metrics.json"))
     metrics = json.loads(metrics_path.read_text())

@@ -28,8 +28,8 @@ class Labelled:
 
     def __init__(self, path, dataset_path, tokenizer, settings):
         from fastsae.activations_file import open_activations
-        from fastsae.sources import read_dataset
-        from fastsae.tokens import token_norms, usable_tokens
+        from fastsae.data.datasets import read_dataset
+        from fastsae.data.token_masks import token_norms, usable_tokens
 
         self.data, self.tokenizer, self.settings = open_activations(path), tokenizer, settings
         self.examples = read_dataset(dataset_path, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,

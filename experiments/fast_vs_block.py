@@ -89,8 +89,8 @@ def key(run):
 
 def write_datasets(settings, work):
     """{name: path} of the dialogues that train, those that are held out, the plain text and the labelled texts."""
+    from fastsae.data.datasets import read_dataset
     from fastsae.runtime import artifacts
-    from fastsae.sources import read_dataset
 
     dialogues = read_dataset(settings.DATASET_PATH, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
                              max_examples=settings.MAX_EXAMPLES)

@@ -16,7 +16,7 @@ N_BOOTSTRAP = 2000
 
 def split(examples, fraction, seed):
     """(training, held out), drawn by the seed, each in the order of the dataset."""
-    from fastsae.tokens import split_examples
+    from fastsae.data.token_masks import split_examples
 
     held_out = split_examples(len(examples), fraction, seed)
     return [e for e, out in zip(examples, held_out) if not out], [e for e, out in zip(examples, held_out) if out]
@@ -31,7 +31,7 @@ def as_row(example, label_field, text_field="text"):
 
 def mark_special(token_ids, kind, tokenizer, strings=SPECIAL):
     """(n_tokens,) bool: the tokens that spell one of `strings` and that the chat template wrote; a string may take several."""
-    from fastsae.examples import CONTENT
+    from fastsae.data.tokenization import CONTENT
 
     ids, by_template = np.asarray(token_ids), np.asarray(kind) != CONTENT
     special = np.zeros(len(ids), bool)
@@ -49,7 +49,7 @@ class HeldOut:
 
     def __init__(self, path, tokenizer):
         from fastsae.activations_file import open_activations
-        from fastsae.tokens import token_norms, usable_tokens
+        from fastsae.data.token_masks import token_norms, usable_tokens
 
         data = open_activations(path)
         self.activations, kind = np.asarray(data["activations"]), data["token_kind"]     # (n_tokens, d)

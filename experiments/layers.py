@@ -97,10 +97,10 @@ def share_activations(root, folder, layer):
 
 def purity_of(checkpoint, folder, layer, settings):
     """(M,) of each feature, the share of its activation on its commonest token (by name); nan for those that hardly ever fire."""
+    from fastsae.data.token_text import token_names
     from fastsae.feature_statistics import collect
     from fastsae.formats import load_sae
     from fastsae.language_model import load_tokenizer
-    from fastsae.token_text import token_names
 
     data = activations_file.open_activations(folder / "activations" / f"activations_layer{layer}.npz")
     tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)

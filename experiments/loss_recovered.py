@@ -19,7 +19,7 @@ from many_runs import quick_settings
 from model_inputs import STAGES, example_ids, load_model, meant_for, require, scope, some_dialogues, subjects
 
 import config
-from fastsae.examples import CONTENT, ROLES, SHARED_PREFIX, TEMPLATE
+from fastsae.data.tokenization import CONTENT, ROLES, SHARED_PREFIX, TEMPLATE
 from fastsae.runtime.stage import run_stage
 
 SAE: str | None = None        # checkpoints or SAELens folders, with commas between; none = the one that the run's metrics.json names

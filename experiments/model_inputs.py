@@ -11,12 +11,12 @@ from common import PROJECT, run_stage
 
 import config
 from fastsae import language_model
-from fastsae.examples import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
+from fastsae.data.datasets import Deduplicator, identity, stream_examples
+from fastsae.data.token_masks import chosen_tokens, usable_tokens
+from fastsae.data.tokenization import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
 from fastsae.formats import architecture_of
 from fastsae.model_names import short_name
 from fastsae.runtime.errors import InputError
-from fastsae.sources import Deduplicator, identity, stream_examples
-from fastsae.tokens import chosen_tokens, usable_tokens
 
 STAGES = [PROJECT / name for name in config.STAGES[:2]]
 

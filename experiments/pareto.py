@@ -111,7 +111,7 @@ def spliced_losses(settings, work, saes, chosen, max_norm):
     """
     from fastsae import intervention, language_model
     from fastsae.activations_file import open_activations
-    from fastsae.tokens import token_norms, usable_tokens
+    from fastsae.data.token_masks import token_norms, usable_tokens
 
     data = open_activations(work / "activations" / f"activations_layer{settings.LAYER_IDX}.npz")
     starts = np.concatenate([[0], np.cumsum(data["seq_lengths"])])

@@ -64,10 +64,10 @@ def study(folder, dataset, fields, args):
 def evidence_of(folder, dataset):
     """(`Evidence` of the autoencoder under `folder`, what the result says of it)."""
     from fastsae.activations_file import open_activations
+    from fastsae.data.datasets import read_dataset
     from fastsae.feature_evidence import Evidence
     from fastsae.formats import load_sae
     from fastsae.language_model import load_tokenizer
-    from fastsae.sources import read_dataset
 
     metrics_path = next(folder.glob("checkpoints/*/metrics.json"))
     sae, meta = load_sae(metrics_path.with_name(json.loads(metrics_path.read_text())["checkpoint"]))

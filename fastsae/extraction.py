@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from fastsae.data.datasets import place
+from fastsae.data.token_masks import token_norms
 from fastsae.runtime import artifacts, progress, ranks, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError, StageError
 from fastsae.runtime.machine_errors import is_out_of_memory
-from fastsae.sources import place
-from fastsae.tokens import token_norms
 
 NOTE = "run.json"  # in a folder of parts: what they are of
 MAKER = "extract_activations.py"

@@ -7,8 +7,8 @@ to each feature's largest when they grow too long. `tests/test_interpretation_st
 import numpy as np
 from scipy import sparse
 
-from fastsae.examples import ROLES
-from fastsae.tokens import chosen_tokens, usable_tokens
+from fastsae.data.token_masks import chosen_tokens, usable_tokens
+from fastsae.data.tokenization import ROLES
 
 BLOCK_TOKENS = 8192          # about so many tokens of whole examples are worked on at a time
 PRE_ACTIVATIONS = 1 << 24    # at most so many encoder outputs at a time (64 MiB)

@@ -8,11 +8,11 @@ import hashlib
 from pathlib import Path
 
 from fastsae import file_content
+from fastsae.data.token_masks import chosen_tokens, token_norms, usable_tokens
 from fastsae.model_names import described, short_name
 from fastsae.runtime import artifacts
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import InputError
-from fastsae.tokens import chosen_tokens, token_norms, usable_tokens
 
 FILES = {"saelens": ("sae_weights.safetensors", "cfg.json"), "sparsify": ("sae.safetensors", "cfg.json"),
          "dictionary_learning": ("ae.pt", "config.json"), "gemma scope": ("params.npz",)}  # the first one tells the format
@@ -243,7 +243,7 @@ def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
     """
     import numpy as np
 
-    from fastsae.examples import CONTENT
+    from fastsae.data.tokenization import CONTENT
     from fastsae.metrics import evaluate
 
     check_fit(path, sae, meta, activations_path, activations_meta, data["activations"].shape[1], "SAE_PATH")

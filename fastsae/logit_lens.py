@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastsae.data.token_text import visible
 from fastsae.runtime.machine_errors import cause_in_machine
-from fastsae.token_text import visible
 
 BLOCK = 256  # features at a time
 HEAD = ("lm_head.weight",)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fastsae.data.token_text import seen_values
 from fastsae.model_names import short_name
 from fastsae.runtime import artifacts, storage
-from fastsae.token_text import seen_values
 
 BATCH = 128          # features per file
 MAX_TOKENS = 1024    # per activation

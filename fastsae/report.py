@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsae.examples import ROLES
-from fastsae.token_text import seen_values, with_text
+from fastsae.data.token_text import seen_values, with_text
+from fastsae.data.tokenization import ROLES
 
 DIALOGUE_TOKENS = 1024  # of an example kept in the report; longer ones are cut around the place shown
 KIND_LETTERS = "ctp"    # content, chat template, prefix shared by all examples

@@ -6,9 +6,7 @@ import numpy as np
 import torch
 
 from fastsae.activations_file import open_activations, release
-from fastsae.runtime import distributed
-from fastsae.runtime.errors import InputError
-from fastsae.tokens import (
+from fastsae.data.token_masks import (
     TEST,
     TRAIN,
     VALIDATION,
@@ -18,6 +16,8 @@ from fastsae.tokens import (
     token_norms,
     usable_tokens,
 )
+from fastsae.runtime import distributed
+from fastsae.runtime.errors import InputError
 
 CHUNK_ROWS = 1024     # rows that are read together, at most: neighbours in the file, so their examples are the same few
 CHUNKS_PER_PART = 64  # and at least so many chunks come into the pool at a time, so that it holds many examples

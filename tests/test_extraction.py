@@ -8,7 +8,7 @@ from conftest import PROJECT
 
 import extract_activations
 from fastsae import extraction
-from fastsae.examples import (
+from fastsae.data.tokenization import (
     CONTENT,
     SHARED_PREFIX,
     TEMPLATE,

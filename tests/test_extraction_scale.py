@@ -11,11 +11,12 @@ import torch
 from conftest import PROJECT
 
 import extract_activations
-from fastsae import activations_file, cpu_speed, extraction, language_model, sources
-from fastsae.examples import CONTENT, ChatTokenizer, TokenTable, cut_blocks, tokenise
+from fastsae import activations_file, cpu_speed, extraction, language_model
+from fastsae.data import datasets
+from fastsae.data.datasets import Deduplicator, Example, stream_examples, stream_text
+from fastsae.data.tokenization import CONTENT, ChatTokenizer, TokenTable, cut_blocks, tokenise
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError
-from fastsae.sources import Deduplicator, Example, stream_examples, stream_text
 
 WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()
 
@@ -259,7 +260,7 @@ def test_block_mode_joins_the_examples(tmp_path, extract, llama):
 
 
 def test_a_plain_text_in_blocks(tmp_path, extract, smol_tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 200)
+    monkeypatch.setattr(datasets, "PIECE_CHARACTERS", 200)
     text = "".join(f"{' '.join(WORDS[i % 5:])}.\n" for i in range(30)) + "An <|im_start|> in the text.\n"
     path = tmp_path / "corpus.txt"
     path.write_text(text)
@@ -308,7 +309,7 @@ def test_dropped_examples_are_counted_and_lines_kept(tmp_path, extract, dataset,
     assert extract("--dedup-ngram", 8) == 0
     data = activations_of(tmp_path / "out")
     assert data["example_ids"].tolist() == [1, 2, 4] and "1 duplicates dropped" in capsys.readouterr().out
-    kept = sources.read_dataset(dataset, only_lines=data["example_ids"])
+    kept = datasets.read_dataset(dataset, only_lines=data["example_ids"])
     assert [e.line for e in kept] == [1, 2, 4]
 
 

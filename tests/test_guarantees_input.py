@@ -12,12 +12,12 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 import interpret_sae
 from fastsae import activations_file, extraction, language_model
-from fastsae.examples import ChatTokenizer, Example, read_dataset, tokenise
+from fastsae.data.datasets import stream_examples, stream_text
+from fastsae.data.tokenization import ChatTokenizer, Example, read_dataset, tokenise
 from fastsae.formats import load_sae
 from fastsae.llm_client import Journal
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError, StageError
-from fastsae.sources import stream_examples, stream_text
 
 GOOD = '{"text": "one"}\n'
 MESSAGE_ROLES = [("human", "user"), ("gpt", "assistant"), ("system", "system"), ("chatgpt", "assistant"), ("function", "tool"),
@@ -140,7 +140,7 @@ def test_a_text_field_that_was_named_goes_before_messages(dataset):
 def test_the_last_line_wanted_is_found_once(dataset):
     from unittest.mock import patch
 
-    with patch("fastsae.sources.max", wraps=max, create=True) as largest:
+    with patch("fastsae.data.datasets.max", wraps=max, create=True) as largest:
         assert [e.line for e in read_dataset(dataset(GOOD * 50), only_lines=[2, 40])] == [2, 40] and largest.call_count <= 1
 
 

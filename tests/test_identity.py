@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from fastsae import activations_file, language_model, sources, tables
+from fastsae import activations_file, language_model, tables
+from fastsae.data import datasets
 from fastsae.runtime import artifacts, digests
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
@@ -232,9 +233,9 @@ def test_a_dataset_that_was_replaced_before_it_was_read(tmp_path, name):
     """And put back afterwards: what counts is the content that was read."""
     path = tmp_path / name
     one, other = ("".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(9)) for word in ("one", "two"))
-    stream = sources.stream_text if name.endswith(".txt") else sources.stream_examples
+    stream = datasets.stream_text if name.endswith(".txt") else datasets.stream_examples
     path.write_text(one)
-    looked_at, _ = sources.identity(str(path))
+    looked_at, _ = datasets.identity(str(path))
     assert list(stream(path, sha256=looked_at))
     path.write_text(other)
     with pytest.raises(EnvironmentFailure, match="was replaced or changed while this run read it. run again"):
@@ -248,12 +249,12 @@ def test_a_dataset_that_was_replaced_before_it_was_read(tmp_path, name):
 def test_what_is_not_needed_of_a_dataset_is_looked_at_as_well(tmp_path, how):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i}"}) + "\n" for i in range(9)))
-    looked_at, _ = sources.identity(str(path))
-    assert len(sources.read_dataset(path, sha256=looked_at, **how)) in (2, 3)
+    looked_at, _ = datasets.identity(str(path))
+    assert len(datasets.read_dataset(path, sha256=looked_at, **how)) in (2, 3)
     with open(path, "a") as file:
         file.write("one more line")
     with pytest.raises(EnvironmentFailure, match="was replaced or changed"):
-        sources.read_dataset(path, sha256=looked_at, **how)
+        datasets.read_dataset(path, sha256=looked_at, **how)
 
 
 def test_activations_that_are_replaced_while_they_are_opened(tmp_path, write_activations, monkeypatch):

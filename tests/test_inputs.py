@@ -14,9 +14,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from fastsae import sources
+from fastsae.data import datasets
+from fastsae.data.datasets import read_dataset
 from fastsae.runtime.errors import InputError
-from fastsae.sources import read_dataset
 
 ROWS = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(5)).encode()
 
@@ -135,7 +135,7 @@ def test_a_folder_is_one_line_by_what_is_in_it(tmp_path, run_main, capsys, files
     with pytest.raises(SystemExit, match="2"):
         run_main("extract_activations", "--dataset-path", folder, "--output-dir", tmp_path / "out", "--device", "cpu")
     with pytest.raises(InputError, match="^DATASET_PATH: "):
-        sources.identity(folder)
+        datasets.identity(folder)
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: DATASET_PATH: {folder} {what}") and remedy.replace("PATH", str(folder)) in line
 
@@ -148,7 +148,7 @@ def test_a_plain_text_names_both_ways_at_once(tmp_path, run_script):
 
 
 def one(row, **how):
-    return sources._example(1, row, how.get("text_field", "text"), how.get("label_field")).messages
+    return datasets._example(1, row, how.get("text_field", "text"), how.get("label_field")).messages
 
 
 @pytest.mark.parametrize("row, messages", [
@@ -196,11 +196,11 @@ def test_rows_of_json_are_not_taken_for_something_else(dataset, content):
 @pytest.mark.parametrize("text", [b"ORC is a word.\n", b"BZh, he said.\n", b"RIFFS of guitars.\n", b"a,b\nc,d\n", b"- a: list\n", b"ID3\n"])
 def test_plain_text_is_not_taken_for_something_else(tmp_path, text):
     (tmp_path / "a.txt").write_bytes(text)
-    piece, = sources.stream_text(tmp_path / "a.txt")
+    piece, = datasets.stream_text(tmp_path / "a.txt")
     assert piece.messages[0]["content"] == text.decode()
 
 
 def test_a_compressed_plain_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(gzip.compress(b"text"))
     with pytest.raises(InputError, match="is compressed by gzip"):
-        list(sources.stream_text(tmp_path / "a.txt"))
+        list(datasets.stream_text(tmp_path / "a.txt"))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from scipy import sparse
 
-from fastsae import feature_statistics, token_text
+from fastsae import feature_statistics
 from fastsae.autoencoder import new_sae
+from fastsae.data import token_text
 from fastsae.feature_evidence import Evidence, level_name
 from fastsae.feature_statistics import Histogram, Kept, PairSums, collect, lottery
 from fastsae.logit_lens import promoted_and_suppressed
@@ -222,7 +223,7 @@ def test_report_and_batches_show_that_peak_too(smol_tokenizer):
     from types import SimpleNamespace
 
     from fastsae import neuronpedia, report
-    from fastsae.examples import Example
+    from fastsae.data.tokenization import Example
 
     sae, data = made_up()
     ids = smol_tokenizer("a 🦜", add_special_tokens=False)["input_ids"]
@@ -278,7 +279,7 @@ def test_unembedding_folds_the_final_norm(tmp_path):
 
 
 def test_evidence_of_neighbours_and_values(smol_tokenizer):
-    from fastsae.examples import Example
+    from fastsae.data.tokenization import Example
 
     sae, data = made_up()
     examples = [Example(i + 1, [{"role": "user", "content": "x"}], True) for i in range(len(data["seq_lengths"]))]

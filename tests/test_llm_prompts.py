@@ -7,11 +7,11 @@ import pytest
 from scipy import sparse
 
 from fastsae import llm_labels
-from fastsae.examples import ChatTokenizer, Example, mark_shared_prefix, tokenise
+from fastsae.data.token_text import TokenTexts
+from fastsae.data.tokenization import ChatTokenizer, Example, mark_shared_prefix, tokenise
 from fastsae.feature_evidence import Evidence
 from fastsae.llm_client import Asker
 from fastsae.llm_labels import MAX_TOKENS, MIN_HELD_OUT, Labelling, Shown, plain_text
-from fastsae.token_text import TokenTexts
 
 CJK = "今天天气很好我们去公园散步看见了许多花和树"
 WORDS = "bread rose while rain fell on seven quiet houses and nobody chose the longer road home past them".split()

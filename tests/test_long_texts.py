@@ -9,9 +9,9 @@ import pytest
 from conftest import PROJECT
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fastsae import long_texts
-from fastsae.examples import ChatTokenizer, Example
-from fastsae.sources import Deduplicator
+from fastsae.data import long_texts
+from fastsae.data.datasets import Deduplicator
+from fastsae.data.tokenization import ChatTokenizer, Example
 
 NEWER = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -160,7 +160,7 @@ def test_no_more_of_a_text_is_tokenised_than_is_kept(smol_tokenizer, monkeypatch
 
 
 def test_examples_are_batched_by_their_length(smol_tokenizer, monkeypatch):
-    from fastsae import examples
+    from fastsae.data import tokenization as examples
 
     sizes = []
     monkeypatch.setattr(examples, "BATCH_CHARACTERS", 1000)
@@ -172,7 +172,7 @@ def test_examples_are_batched_by_their_length(smol_tokenizer, monkeypatch):
 
 
 def test_a_template_that_drops_most_turns_costs_little(smol_tokenizer):
-    from fastsae.examples import _spans_found
+    from fastsae.data.tokenization import _spans_found
 
     messages = [{"role": "user", "content": f"missing {i}"} for i in range(4_000)]
     text = "x" * 400_000 + "last turn"
@@ -183,13 +183,13 @@ def test_a_template_that_drops_most_turns_costs_little(smol_tokenizer):
 
 
 def test_deduplication_of_a_long_text_in_pieces(monkeypatch):
-    from fastsae import sources
+    from fastsae.data import datasets
 
     words = [f"w{i}" for i in range(500)]
     long = Example(1, [{"role": "user", "content": " ".join(words)}])
     whole = Deduplicator(7)
     whole.is_new(long)
-    monkeypatch.setattr(sources, "GRAMS_AT_ONCE", 32)
+    monkeypatch.setattr(datasets, "GRAMS_AT_ONCE", 32)
     pieces = Deduplicator(7)
     pieces.is_new(long)
     assert pieces.runs[0].tolist() == whole.runs[0].tolist() and len(whole.runs[0]) == 494

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsae import cpu_speed, extraction, language_model, model_checks
-from fastsae.examples import TokenTable, mark_shared_prefix
+from fastsae.data.tokenization import TokenTable, mark_shared_prefix
 from fastsae.runtime.errors import InputError
 
 SIZES = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -8,10 +8,10 @@ import torch
 from conftest import planted_tokens
 
 from fastsae.autoencoder import checkpoint_name, encode
+from fastsae.data.token_masks import TEST, TRAIN, VALIDATION, split_examples, split_texts, usable_tokens
 from fastsae.formats import load_sae
 from fastsae.metrics import evaluate
 from fastsae.runtime import artifacts
-from fastsae.tokens import TEST, TRAIN, VALIDATION, split_examples, split_texts, usable_tokens
 
 SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--device", "cpu", "--run-name", "test"]
 

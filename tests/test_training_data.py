@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import PROJECT, planted_tokens
 
-from fastsae.tokens import chosen_tokens
+from fastsae.data.token_masks import chosen_tokens
 from fastsae.training_data import CHUNK_ROWS, TrainingRows, batch_ends, mixed
 
 

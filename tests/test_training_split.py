@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import planted_tokens
 
+from fastsae.data.token_masks import TEST, TRAIN, VALIDATION, split_examples, split_texts, text_numbers, usable_tokens
 from fastsae.formats import load_sae
-from fastsae.tokens import TEST, TRAIN, VALIDATION, split_examples, split_texts, text_numbers, usable_tokens
 
 SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 3, "--device", "cpu", "--run-name", "test"]
 

@@ -3,7 +3,7 @@ import hashlib
 
 import numpy as np
 
-from fastsae.examples import ROLES, SHARED_PREFIX
+from fastsae.data.tokenization import ROLES, SHARED_PREFIX
 
 
 def token_norms(activations, block=65536):

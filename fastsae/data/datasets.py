@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsae import file_kinds
+from fastsae.data import file_kinds
 from fastsae.runtime.artifacts import file_sha256
 from fastsae.runtime.digests import reading
 from fastsae.runtime.errors import EnvironmentFailure, InputError

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastsae import long_texts
+from fastsae.data import long_texts
+from fastsae.data.datasets import Example, place, read_dataset  # noqa: F401  (offered here too: examples and their tokens go together)
 from fastsae.runtime.errors import InputError
-from fastsae.sources import Example, place, read_dataset  # noqa: F401  (offered here too: examples and their tokens go together)
 
 CONTENT, TEMPLATE, SHARED_PREFIX = 0, 1, 2          # values of token_kind
 BATCH_CHARACTERS = 1 << 22                          # of the examples tokenised together

@@ -1,0 +1,1 @@
+"""Rows of datasets, chat templates, tokens and which of them count."""
