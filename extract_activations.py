@@ -20,7 +20,7 @@ import hashlib
 import numpy as np
 
 import config
-from fastsae import activations_file, extraction
+from fastsae.activations import extraction, files
 from fastsae.data.datasets import Deduplicator, identity, require_two, stream_examples, stream_text
 from fastsae.data.tokenization import CONTENT, SHARED_PREFIX, ChatTokenizer, cut_blocks, mark_shared_prefix, tokenise
 from fastsae.runtime import artifacts, progress, storage
@@ -115,7 +115,7 @@ def require_same_model(settings, inputs, parts=None):
 def print_summary(settings, layers, started, status, **more):
     """The summary line; it names the first layer's file."""
     path = path_of(settings, next(iter(layers)))
-    about = activations_file.read_metadata(path)
+    about = files.read_metadata(path)
     progress.summary("extract_activations", path, started, status=status, layers=list(layers), n_examples=about["n_examples"],
                      n_tokens=about["n_tokens"], **more)
 
@@ -142,9 +142,9 @@ def parts_folder(settings, by_layer):
 
 def up_to_date(path, metadata):
     """True if the file, or all of its shards, is there, whole (every byte is checked) and made from the same."""
-    shards = activations_file.find_shards(path)
+    shards = files.find_shards(path)
     return bool(shards) and artifacts.matches(shards[0], metadata, lambda _: artifacts.metadata_of(
-        activations_file.open_activations(path), path))
+        files.open_activations(path), path))
 
 
 def read_tokens(settings, dataset_path, sha256, tokenizer):
@@ -209,13 +209,13 @@ def write_layer(path, parts, table, metadata, settings, n_processes):
     shard_tokens = max(1, settings.SHARD_BYTES // (metadata["d_model"] * np.dtype(settings.STORAGE_DTYPE).itemsize))
     shards = extraction.split_shards(table.lengths, shard_tokens)
     rows = extraction.RowStream(parts, f"activations_{layer}")
-    before = activations_file.find_shards(path)
+    before = files.find_shards(path)
     timing = timing_of(parts, table, metadata, n_processes)
     artifacts.write_json(path.with_suffix(".json"), timing)  # before the file that counts as done once it is there
     written = []
     for number, (first, last) in enumerate(shards, 1):
         a, b = int(starts[first]), int(starts[last])
-        target = activations_file.shard_path(path, number, len(shards))
+        target = files.shard_path(path, number, len(shards))
         artifacts.write_npz(target, {
             "activations": ((b - a, metadata["d_model"]), settings.STORAGE_DTYPE, rows.take(b - a)),
             "seq_lengths": table.lengths[first:last], "token_ids": table.ids[a:b], "token_kind": table.kind[a:b],

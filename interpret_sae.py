@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 import config
-from fastsae import activations_file, formats, llm_client, tables
+from fastsae import formats, llm_client, tables
+from fastsae.activations import files as activations_file
 from fastsae.model_names import short_name
 from fastsae.runtime import artifacts, progress, ranks, storage
 from fastsae.runtime.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError

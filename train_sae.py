@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 import config
-from fastsae.activations_file import read_metadata
+from fastsae.activations.files import read_metadata
 from fastsae.data.token_masks import TEST, VALIDATION
 from fastsae.runtime import artifacts, progress, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError, Terminated

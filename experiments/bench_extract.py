@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from common import PROJECT, write_result
 
-from fastsae import extraction, language_model
+from fastsae import language_model
+from fastsae.activations import extraction
 from fastsae.data.datasets import stream_examples
 from fastsae.data.tokenization import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
 

@@ -27,7 +27,7 @@ class Labelled:
     """A labelled dataset's activations at one layer, and the evidence that an autoencoder's features find in it."""
 
     def __init__(self, path, dataset_path, tokenizer, settings):
-        from fastsae.activations_file import open_activations
+        from fastsae.activations.files import open_activations
         from fastsae.data.datasets import read_dataset
         from fastsae.data.token_masks import token_norms, usable_tokens
 

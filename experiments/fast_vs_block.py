@@ -199,7 +199,7 @@ def compare(errors, l0, architecture, layer, sinks):
 
 def counts(work, settings):
     """What there was to train on and to measure with."""
-    from fastsae.activations_file import read_metadata
+    from fastsae.activations.files import read_metadata
 
     folders = {**FOLDERS, "held out": "held_out", **({"labelled": "labelled"} if settings.LABELLED_PATH else {})}
     found = {name: read_metadata(activations(work, folder, settings.LAYERS[0])) for name, folder in folders.items()}

@@ -48,7 +48,7 @@ class HeldOut:
     """The activations file of held-out dialogues, which of their tokens are special, and which belong to each set."""
 
     def __init__(self, path, tokenizer):
-        from fastsae.activations_file import open_activations
+        from fastsae.activations.files import open_activations
         from fastsae.data.token_masks import token_norms, usable_tokens
 
         data = open_activations(path)

@@ -22,7 +22,7 @@ from many_runs import quick_settings
 from model_inputs import require
 
 import config
-from fastsae import activations_file
+from fastsae.activations import files
 from fastsae.runtime import artifacts
 from fastsae.runtime.stage import run_stage as run_main
 
@@ -89,7 +89,7 @@ def one_seed(settings, root, layer, seed):
 def share_activations(root, folder, layer):
     """Let `folder` have the layer's activations, as links, so that its stages know nothing of the others."""
     (folder / "activations").mkdir(parents=True, exist_ok=True)
-    for file in activations_file.find_shards(root / "activations" / f"activations_layer{layer}.npz"):
+    for file in files.find_shards(root / "activations" / f"activations_layer{layer}.npz"):
         link = folder / "activations" / file.name
         link.unlink(missing_ok=True)
         link.symlink_to(file.resolve())
@@ -102,7 +102,7 @@ def purity_of(checkpoint, folder, layer, settings):
     from fastsae.formats import load_sae
     from fastsae.language_model import load_tokenizer
 
-    data = activations_file.open_activations(folder / "activations" / f"activations_layer{layer}.npz")
+    data = files.open_activations(folder / "activations" / f"activations_layer{layer}.npz")
     tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)
     name_of_token, names = token_names(tokenizer, data["token_ids"])
     sae, meta = load_sae(checkpoint)

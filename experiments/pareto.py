@@ -110,7 +110,7 @@ def spliced_losses(settings, work, saes, chosen, max_norm):
     Over the predicted tokens of the examples `chosen` (positions in the activations file) that come after a replaced token.
     """
     from fastsae import intervention, language_model
-    from fastsae.activations_file import open_activations
+    from fastsae.activations.files import open_activations
     from fastsae.data.token_masks import token_norms, usable_tokens
 
     data = open_activations(work / "activations" / f"activations_layer{settings.LAYER_IDX}.npz")

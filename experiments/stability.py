@@ -90,7 +90,7 @@ def agreement(sets, threshold):
 
 def baseline(settings, m):
     """The agreement of sets that know nothing of each other: random directions, and tokens by lot less their mean."""
-    from fastsae.activations_file import open_activations
+    from fastsae.activations.files import open_activations
     from fastsae.data.token_masks import token_norms, usable_tokens
 
     data = open_activations(settings.activations_path)

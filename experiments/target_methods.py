@@ -63,7 +63,7 @@ def study(folder, dataset, fields, args):
 
 def evidence_of(folder, dataset):
     """(`Evidence` of the autoencoder under `folder`, what the result says of it)."""
-    from fastsae.activations_file import open_activations
+    from fastsae.activations.files import open_activations
     from fastsae.data.datasets import read_dataset
     from fastsae.feature_evidence import Evidence
     from fastsae.formats import load_sae

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastsae.activations.extraction import split_batches
 from fastsae.autoencoder import decode, encode
-from fastsae.extraction import split_batches
 from fastsae.language_model import decoder_stack
 
 LOGIT_ROWS = 512  # rows of logits that are turned into losses at a time: 512 x 49,152 floats are 100 MB

@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 
-from fastsae.activations_file import release
+from fastsae.activations.files import release
 from fastsae.autoencoder import decode, encode
 from fastsae.runtime.stops import stop_if_asked
 

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 from scipy.sparse import csc_matrix, csr_matrix
 
-from fastsae.activations_file import release
+from fastsae.activations.files import release
 from fastsae.categories import auc_matrix, correlations, dense_blocks, first_half
 from fastsae.runtime.stops import stop_if_asked
 

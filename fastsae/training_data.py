@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import torch
 
-from fastsae.activations_file import open_activations, release
+from fastsae.activations.files import open_activations, release
 from fastsae.data.token_masks import (
     TEST,
     TRAIN,

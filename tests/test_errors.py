@@ -16,7 +16,7 @@ import torch
 from conftest import PROJECT, line_of, snapshot
 
 import interpret_sae
-from fastsae import extraction
+from fastsae.activations import extraction
 from fastsae.runtime import artifacts, stops, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 

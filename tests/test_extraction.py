@@ -7,7 +7,7 @@ import torch
 from conftest import PROJECT
 
 import extract_activations
-from fastsae import extraction
+from fastsae.activations import extraction
 from fastsae.data.tokenization import (
     CONTENT,
     SHARED_PREFIX,

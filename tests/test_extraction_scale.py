@@ -11,7 +11,8 @@ import torch
 from conftest import PROJECT
 
 import extract_activations
-from fastsae import activations_file, cpu_speed, extraction, language_model
+from fastsae import cpu_speed, language_model
+from fastsae.activations import extraction, files as activations_file
 from fastsae.data import datasets
 from fastsae.data.datasets import Deduplicator, Example, stream_examples, stream_text
 from fastsae.data.tokenization import CONTENT, ChatTokenizer, TokenTable, cut_blocks, tokenise

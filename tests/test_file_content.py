@@ -26,7 +26,8 @@ from test_formats import (
     trained,
 )
 
-from fastsae import activations_file, file_content, formats
+from fastsae import file_content, formats
+from fastsae.activations import files
 from fastsae.fine_tuning import check_start
 from fastsae.formats import load_sae
 from fastsae.runtime import artifacts, machine_errors, storage
@@ -325,7 +326,7 @@ def test_errors_of_the_machine_are_no_damage(
     if reader in ("npz", "mapped"):
         write_activations(np.ones((4, 2), np.float16), [2, 2])
         path = tmp_path / "activations" / "activations_layer12.npz"
-        read = {"npz": artifacts.read_npz_metadata, "mapped": activations_file.open_activations}[
+        read = {"npz": artifacts.read_npz_metadata, "mapped": files.open_activations}[
             reader
         ]
     elif reader in ("checkpoint", "load_sae"):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastsae import activations_file, formats
+from fastsae import formats
+from fastsae.activations import files
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure
 
@@ -147,7 +148,7 @@ def reads_as(kind, path, content):
         if kind == "npz":
             found = artifacts.read_npz(path, ["activations", "seq_lengths"], made_by="extract_activations.py")
         elif kind == "mapped":
-            found = activations_file.open_activations(path)
+            found = files.open_activations(path)
             found.pop("metadata")
         else:
             found = artifacts.read_checkpoint(path)

@@ -11,7 +11,8 @@ from conftest import line_of, snapshot
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 import interpret_sae
-from fastsae import activations_file, extraction, language_model
+from fastsae import language_model
+from fastsae.activations import extraction, files
 from fastsae.data.datasets import stream_examples, stream_text
 from fastsae.data.tokenization import ChatTokenizer, Example, read_dataset, tokenise
 from fastsae.formats import load_sae
@@ -326,7 +327,7 @@ def readers(folder, write_activations, smol_tokenizer):
     lines = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(ROWS)).encode()
     return {"JSONL": (7000, lines, dataset), "JSON array": (5000, json.dumps(ROWS, indent=1, ensure_ascii=False).encode(), dataset),
             "plain text": (2000, "A café.\nTwo lines.\r\n".encode() * 5, lambda path: list(stream_text(path))),
-            "activations": (1500, npz.read_bytes(), activations_file.open_activations),
+            "activations": (1500, npz.read_bytes(), files.open_activations),
             "checkpoint": (2500, (folder / "a.pt").read_bytes(), load_sae),
             "metrics": (1000, b'{"checkpoint": "sae.pt", "mse": 1.5}', metrics),
             "journal": (2000, (folder / "j.jsonl").read_bytes(), lambda path: Journal(path, ["m", None, {}]).get("p"))}

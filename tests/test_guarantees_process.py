@@ -38,7 +38,7 @@ ALLOWED = {  # (path, call): why
     ("train_sae.py", "save"): "that, for each run",
     ("fastsae/runtime/artifacts.py", "archive.open"): "a member of a zip archive in a file of storage",
     ("fastsae/monitoring.py", "SummaryWriter"): "TensorBoard's own log, if asked for",
-    ("fastsae/activations_file.py", "np.memmap"): "mode r",
+    ("fastsae/activations/files.py", "np.memmap"): "mode r",
     ("fastsae/language_model.py", "model.save_pretrained"): "into a scratch folder of storage",
     ("fastsae/language_model.py", "archive.extract"): "the same",
     ("fastsae/language_model.py",

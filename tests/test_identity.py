@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from fastsae import activations_file, language_model, tables
+from fastsae import language_model, tables
+from fastsae.activations import files
 from fastsae.data import datasets
 from fastsae.runtime import artifacts, digests
 from fastsae.runtime.errors import EnvironmentFailure, InputError
@@ -260,17 +261,17 @@ def test_what_is_not_needed_of_a_dataset_is_looked_at_as_well(tmp_path, how):
 def test_activations_that_are_replaced_while_they_are_opened(tmp_path, write_activations, monkeypatch):
     """Their members are read one after the other: they must not come from two files of equal sizes."""
     write_activations(np.zeros((6, 4), np.float16), [2, 4])
-    path, plain = tmp_path / "activations" / "activations_layer12.npz", activations_file.read_npz
-    assert len(activations_file.open_activations(path)["token_ids"]) == 6
+    path, plain = tmp_path / "activations" / "activations_layer12.npz", files.read_npz
+    assert len(files.open_activations(path)["token_ids"]) == 6
 
     def replaced(*arguments, **how):
         found = plain(*arguments, **how)
         write_activations(np.ones((6, 4), np.float16), [4, 2])
         return found
 
-    monkeypatch.setattr(activations_file, "read_npz", replaced)
+    monkeypatch.setattr(files, "read_npz", replaced)
     with pytest.raises(EnvironmentFailure, match="activations_layer12.npz: was replaced or changed"):
-        activations_file.open_activations(path)
+        files.open_activations(path)
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "activations", "dataset", "model"])

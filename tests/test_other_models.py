@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastsae import cpu_speed, extraction, language_model, model_checks
+from fastsae import cpu_speed, language_model, model_checks
+from fastsae.activations import extraction
 from fastsae.data.tokenization import TokenTable, mark_shared_prefix
 from fastsae.runtime.errors import InputError
 

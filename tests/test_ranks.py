@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from conftest import PROJECT
 
-from fastsae import extraction
+from fastsae.activations import extraction
 from fastsae.runtime import distributed, ranks
 from fastsae.runtime.errors import EnvironmentFailure, InputError, Terminated
 from fastsae.runtime.ranks import Ranks

@@ -9,7 +9,8 @@ import pytest
 from conftest import planted_tokens
 
 import config
-from fastsae import extraction, model_names
+from fastsae import model_names
+from fastsae.activations import extraction
 from fastsae.runtime import storage
 from fastsae.settings import resolving
 

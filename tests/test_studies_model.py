@@ -259,7 +259,7 @@ def test_what_other_code_or_data_computed_is_not_remembered(tiny, study, tmp_pat
 
 def test_held_out_examples_are_the_test_examples(tiny, study):
     import config
-    from fastsae.activations_file import open_activations
+    from fastsae.activations.files import open_activations
 
     folder, flags = tiny
     inputs = importlib.import_module("model_inputs")

@@ -1,0 +1,1 @@
+"""The residual stream of tokens: extracted in batches, kept in files."""
