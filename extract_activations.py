@@ -49,10 +49,13 @@ def main():
     with extraction.World() as world:
         started = progress.start(quiet=settings.QUIET)
         settings.show()
-        from fastsae import language_model, model_names  # after the settings: loading libraries takes seconds
+        from fastsae.lm import (
+            language_model,
+            names,  # after the settings: loading libraries takes seconds
+        )
 
         if world.rank == 0:
-            print(f"model: {model_names.described(settings.MODEL_NAME)}")
+            print(f"model: {names.described(settings.MODEL_NAME)}")
         world.use_own_cores()
         progress.step("checking the dataset and the model")
         dataset, dataset_path = identity(settings.DATASET_PATH)
@@ -101,7 +104,7 @@ def main():
 
 def require_same_model(settings, inputs, parts=None):
     """InputError if the model is no longer the one whose fingerprint the results will have; `parts` made with it go."""
-    from fastsae.language_model import require_same
+    from fastsae.lm.language_model import require_same
 
     try:
         require_same(settings.MODEL_NAME, settings.MODEL_REVISION, settings.CACHE_DIR, inputs["model"],

@@ -27,7 +27,7 @@ import numpy as np
 import config
 from fastsae import formats, llm_client, tables
 from fastsae.activations import files as activations_file
-from fastsae.model_names import short_name
+from fastsae.lm.names import short_name
 from fastsae.runtime import artifacts, progress, ranks, storage
 from fastsae.runtime.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError
 from fastsae.runtime.stage import end, require_printed, run_stage
@@ -210,7 +210,7 @@ class Features:
         from fastsae.data.datasets import identity
         from fastsae.feature_evidence import Evidence
         from fastsae.formats import load_sae
-        from fastsae.language_model import choose_device, load_tokenizer, locate, require_same
+        from fastsae.lm.language_model import choose_device, load_tokenizer, locate, require_same
         from fastsae.logit_lens import add_lens
 
         self.settings, self.sae_meta, self.checkpoint_path = settings, sae_meta, checkpoint_path

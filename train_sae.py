@@ -138,8 +138,8 @@ def hand_over(metas, settings):
 
 def train_all(plans, source, settings):
     """Open the activations of stage 1, say what is in them, and train; returns as `train`."""
-    from fastsae.language_model import choose_device
-    from fastsae.model_names import described
+    from fastsae.lm.language_model import choose_device
+    from fastsae.lm.names import described
     from fastsae.runtime import distributed
     from fastsae.training_data import Tokens
 

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from common import PROJECT, write_result
 
-from fastsae import language_model
 from fastsae.activations import extraction
 from fastsae.data.datasets import stream_examples
 from fastsae.data.tokenization import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
+from fastsae.lm import language_model
 
 MODEL = "SmolLM2-135M-Instruct"
 SHAPE_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -196,10 +196,10 @@ def gemm_rates(config, dtype, n_tokens, device):
     weights = [(inputs[a], torch.randn(b, a, device=device, dtype=dtype)) for a, b in shapes(config)]
     ways = {"torch_matmul": [lambda x=x, w=w: torch.nn.functional.linear(x, w) for x, w in weights]}
     if device == "cpu":
-        from fastsae import cpu_speed
+        from fastsae.lm import cpu_kernels
 
-        packed = [(x, cpu_speed.packed(w)) for x, w in weights]
-        ways["packed"] = [lambda x=x, w=w: cpu_speed.product(x, w) for x, w in packed]
+        packed = [(x, cpu_kernels.packed(w)) for x, w in weights]
+        ways["packed"] = [lambda x=x, w=w: cpu_kernels.product(x, w) for x, w in packed]
     rates = {}
     with torch.inference_mode():
         for name, calls in ways.items():

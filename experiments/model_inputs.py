@@ -10,12 +10,12 @@ import numpy as np
 from common import PROJECT, run_stage
 
 import config
-from fastsae import language_model
 from fastsae.data.datasets import Deduplicator, identity, stream_examples
 from fastsae.data.token_masks import chosen_tokens, usable_tokens
 from fastsae.data.tokenization import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
 from fastsae.formats import architecture_of
-from fastsae.model_names import short_name
+from fastsae.lm import language_model
+from fastsae.lm.names import short_name
 from fastsae.runtime.errors import InputError
 
 STAGES = [PROJECT / name for name in config.STAGES[:2]]
@@ -117,7 +117,7 @@ def load_model(subject, settings):
     model = language_model.load_model(subject.model_name, revision=subject.revision, cache_dir=settings.CACHE_DIR, device=device,
                                       dtype=language_model.choose_dtype(settings.DTYPE, device))
     if device == "cpu":
-        from fastsae.cpu_speed import quicken
+        from fastsae.lm.cpu_kernels import quicken
 
         quicken(language_model.decoder_stack(model))
     return model

@@ -109,9 +109,10 @@ def spliced_losses(settings, work, saes, chosen, max_norm):
 
     Over the predicted tokens of the examples `chosen` (positions in the activations file) that come after a replaced token.
     """
-    from fastsae import intervention, language_model
+    from fastsae import intervention
     from fastsae.activations.files import open_activations
     from fastsae.data.token_masks import token_norms, usable_tokens
+    from fastsae.lm import language_model
 
     data = open_activations(work / "activations" / f"activations_layer{settings.LAYER_IDX}.npz")
     starts = np.concatenate([[0], np.cumsum(data["seq_lengths"])])

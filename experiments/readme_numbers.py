@@ -16,7 +16,7 @@ import studies_page
 from common import PROJECT, RESULTS
 
 import config
-from fastsae.model_names import described
+from fastsae.lm.names import described
 from fastsae.settings import declarations
 
 

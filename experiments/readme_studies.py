@@ -15,7 +15,7 @@ from studies_page_fast import (
     plain_text_of,
 )
 
-from fastsae.model_names import described
+from fastsae.lm.names import described
 
 PAPER_MSE = {"standard": (1.3892, 1.4749, 2.0024), "jumprelu": (-9.1659, -6.8466, -6.5926)}  # log2 MSE where PAPER_MSE_ST is
 WITH, WITHOUT = "all tokens", "without prefix and sinks"

@@ -27,7 +27,7 @@ from many_runs import quick_settings
 from model_inputs import STAGES, example_ids, load_model, meant_for, require, scope, some_dialogues, subjects
 
 import config
-from fastsae import language_model
+from fastsae.lm import language_model
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import InputError
 from fastsae.runtime.stage import run_stage

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from fastsae.formats import architecture_of, architecture_text, meant_tokens
-from fastsae.model_names import hub_id, short_name, weights_note
+from fastsae.lm.names import hub_id, short_name, weights_note
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import InputError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastsae import file_content
 from fastsae.data.token_masks import chosen_tokens, token_norms, usable_tokens
-from fastsae.model_names import described, short_name
+from fastsae.lm.names import described, short_name
 from fastsae.runtime import artifacts
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import InputError

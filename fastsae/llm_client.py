@@ -241,7 +241,7 @@ class LocalModel:
         if self.loaded is None:
             import torch
 
-            from fastsae import language_model as source
+            from fastsae.lm import language_model as source
 
             name, self.device = self.model.removeprefix(LOCAL), source.choose_device(self.device)
             dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32

@@ -88,7 +88,7 @@ def _final_norm(folder):
     """The module of the model's final norm, without its values; None for a model that transformers does not know or that has none."""
     import transformers
 
-    from fastsae.language_model import decoder_stack, load_config
+    from fastsae.lm.language_model import decoder_stack, load_config
 
     try:
         config = load_config(str(folder))

@@ -9,8 +9,8 @@ import re
 
 from fastsae.export import dataset_name, folder_of
 from fastsae.formats import architecture_text, is_plain_text, meant_tokens, nested_prefixes, target_k, trained_architecture
+from fastsae.lm.names import described, hub_id, weights_note
 from fastsae.metrics import measured_on
-from fastsae.model_names import described, hub_id, weights_note
 from fastsae.runtime import artifacts
 from fastsae.runtime.storage import as_utf8
 

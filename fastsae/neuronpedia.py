@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsae.data.token_text import seen_values
-from fastsae.model_names import short_name
+from fastsae.lm.names import short_name
 from fastsae.runtime import artifacts, storage
 
 BATCH = 128          # features per file

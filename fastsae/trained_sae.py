@@ -10,8 +10,8 @@ from fastsae.data.token_masks import chosen_tokens, usable_tokens
 from fastsae.data.token_text import TokenTexts, visible
 from fastsae.data.tokenization import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
 from fastsae.formats import architecture_of, architecture_text, is_plain_text, nested_prefixes, target_k
-from fastsae.language_model import ResidualModel, choose_device, load_tokenizer, require_same
-from fastsae.model_names import described
+from fastsae.lm.language_model import ResidualModel, choose_device, load_tokenizer, require_same
+from fastsae.lm.names import described
 from fastsae.runtime.errors import InputError
 from fastsae.sparse_step import Entries
 from fastsae.tables import read_labels

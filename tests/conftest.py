@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def smol_tokenizer():
-    from fastsae.language_model import load_tokenizer
+    from fastsae.lm.language_model import load_tokenizer
 
     return load_tokenizer("SmolLM2-135M-Instruct")
 
@@ -90,7 +90,7 @@ def snapshot(folder):
 
 
 def put_activations(folder, activations, lengths, *, dataset=None, kind=None, token_ids=None):
-    from fastsae import language_model
+    from fastsae.lm import language_model
     from fastsae.runtime import artifacts
 
     n = len(activations)

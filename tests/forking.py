@@ -63,7 +63,8 @@ def preload():
     modules = [module_name(path) for path in python_files("fastsae")]
     for name in (*LATE, *modules, "extract_activations", "train_sae", "interpret_sae"):
         importlib.import_module(name)
-    from fastsae import language_model, llm_client
+    from fastsae import llm_client
+    from fastsae.lm import language_model
 
     torch.set_num_threads(1)
     llm_client.FIRST_WAIT = 0.01  # hardly any waiting between tries

@@ -44,7 +44,7 @@ def dataset(tmp_path):
 def smol_model():
     import transformers
 
-    from fastsae.language_model import locate
+    from fastsae.lm.language_model import locate
 
     return transformers.AutoModelForCausalLM.from_pretrained(locate("SmolLM2-135M-Instruct"))
 
@@ -158,7 +158,7 @@ def test_what_the_tokenizer_adds_stands_around_the_whole_text(tmp_path, smol_tok
     """A text with a control string in it is tokenised in pieces; BOS and EOS belong to none of them."""
     from tokenizers.processors import TemplateProcessing
 
-    from fastsae.language_model import load_tokenizer
+    from fastsae.lm.language_model import load_tokenizer
 
     smol_tokenizer.save_pretrained(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))

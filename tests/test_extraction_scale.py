@@ -11,11 +11,11 @@ import torch
 from conftest import PROJECT
 
 import extract_activations
-from fastsae import cpu_speed, language_model
 from fastsae.activations import extraction, files as activations_file
 from fastsae.data import datasets
 from fastsae.data.datasets import Deduplicator, Example, stream_examples, stream_text
 from fastsae.data.tokenization import CONTENT, ChatTokenizer, TokenTable, cut_blocks, tokenise
+from fastsae.lm import cpu_kernels, language_model
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
@@ -129,11 +129,11 @@ def test_plain_attention_by_hand_and_against_sdpa():
     module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True)
     one = torch.ones(1, 1, 2, 4)
     value = torch.tensor([[1.0], [3.0]]).expand(2, 4)[None, None]
-    out, _ = cpu_speed.plain_attention(types.SimpleNamespace(), one, one, value, None, scaling=0.5)
+    out, _ = cpu_kernels.plain_attention(types.SimpleNamespace(), one, one, value, None, scaling=0.5)
     assert torch.allclose(out[0, :, 0, 0], torch.tensor([1.0, 2.0]))  # the first sees itself, the second both alike
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 7, 8, generator=generator) for heads in (4, 2, 2))
-    out, _ = cpu_speed.plain_attention(module, query, key, value, None, scaling=8 ** -0.5)
+    out, _ = cpu_kernels.plain_attention(module, query, key, value, None, scaling=8 ** -0.5)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
     assert torch.allclose(out, expected, atol=1e-6)
 

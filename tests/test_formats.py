@@ -10,7 +10,7 @@ import torch
 from conftest import planted_tokens
 from safetensors.torch import load_file, save_file
 
-from fastsae import export, language_model
+from fastsae import export
 from fastsae.architectures import Normalisation
 from fastsae.autoencoder import decode, encode, inference_form, new_sae, save_sae
 from fastsae.fine_tuning import check_start, start_from
@@ -22,7 +22,8 @@ from fastsae.formats import (
     load_sae,
     trained_architecture,
 )
-from fastsae.model_names import EMBEDDED, described, hub_id
+from fastsae.lm import language_model
+from fastsae.lm.names import EMBEDDED, described, hub_id
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.trained_sae import TrainedSae

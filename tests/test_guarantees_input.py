@@ -11,12 +11,12 @@ from conftest import line_of, snapshot
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 import interpret_sae
-from fastsae import language_model
 from fastsae.activations import extraction, files
 from fastsae.data.datasets import stream_examples, stream_text
 from fastsae.data.tokenization import ChatTokenizer, Example, read_dataset, tokenise
 from fastsae.formats import load_sae
 from fastsae.llm_client import Journal
+from fastsae.lm import language_model
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError, StageError
 

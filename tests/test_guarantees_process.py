@@ -16,7 +16,7 @@ from conftest import PROJECT
 from loopback import Endpoint
 from source_tree import python_files
 
-from fastsae import language_model
+from fastsae.lm import language_model
 from fastsae.runtime import storage
 from fastsae.runtime.errors import EnvironmentFailure
 from fastsae.runtime.stage import run_stage
@@ -39,9 +39,9 @@ ALLOWED = {  # (path, call): why
     ("fastsae/runtime/artifacts.py", "archive.open"): "a member of a zip archive in a file of storage",
     ("fastsae/monitoring.py", "SummaryWriter"): "TensorBoard's own log, if asked for",
     ("fastsae/activations/files.py", "np.memmap"): "mode r",
-    ("fastsae/language_model.py", "model.save_pretrained"): "into a scratch folder of storage",
-    ("fastsae/language_model.py", "archive.extract"): "the same",
-    ("fastsae/language_model.py",
+    ("fastsae/lm/language_model.py", "model.save_pretrained"): "into a scratch folder of storage",
+    ("fastsae/lm/language_model.py", "archive.extract"): "the same",
+    ("fastsae/lm/language_model.py",
      "_load(transformers.AutoTokenizer.from_pretrained, str(gguf), EMBEDDED['name']).save_pretrained"): "the same"}
 
 
@@ -91,7 +91,7 @@ def test_code_of_models_is_never_asked_for():
     texts = {path: (PROJECT / path).read_text() for path in SOURCES}
     said = {path: text.count("trust_remote_code") for path, text in texts.items()}
     loaders = {path: re.findall(r"(.{7})\w*(?<!def )\.from_pretrained\b(?=\()", text) for path, text in texts.items()}
-    assert {path: n for path, n in said.items() if n} == {"fastsae/language_model.py": 1} and not any(loaders.values())
+    assert {path: n for path, n in said.items() if n} == {"fastsae/lm/language_model.py": 1} and not any(loaders.values())
     seen = {}
     language_model._load(lambda located, **options: seen.update(options), "org/model", "org/model")
     assert seen["trust_remote_code"] is False

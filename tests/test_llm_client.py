@@ -123,7 +123,7 @@ def test_a_wrong_address_ends_the_stage_before_its_work(planted, run_script):
 
 
 def test_a_local_interpreter_uses_the_cache_folder_and_its_own_name(tmp_path, monkeypatch):
-    from fastsae import language_model
+    from fastsae.lm import language_model
 
     seen = []
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastsae import cpu_speed, language_model, model_checks
 from fastsae.activations import extraction
 from fastsae.data.tokenization import TokenTable, mark_shared_prefix
+from fastsae.lm import checks, cpu_kernels, language_model
 from fastsae.runtime.errors import InputError
 
 SIZES = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -164,10 +164,10 @@ def test_gated_mlps_are_replaced_by_what_equals_them(activation):
 
     torch.manual_seed(0)
     mlp = Gemma3MLP(Gemma3TextConfig(hidden_size=48, intermediate_size=96, hidden_activation=activation)).eval()
-    assert cpu_speed.GatedMlp.fits(mlp) and cpu_speed.same_result(cpu_speed.GatedMlp(mlp), mlp)
+    assert cpu_kernels.GatedMlp.fits(mlp) and cpu_kernels.same_result(cpu_kernels.GatedMlp(mlp), mlp)
     x = torch.randn(3, 5, 48)
     with torch.inference_mode():
-        assert torch.allclose(cpu_speed.GatedMlp(mlp)(x), mlp(x), atol=1e-6)
+        assert torch.allclose(cpu_kernels.GatedMlp(mlp)(x), mlp(x), atol=1e-6)
 
     class Sparse(Gemma3MLP):  # the same parts, used in another way
         def forward(self, x):
@@ -175,7 +175,7 @@ def test_gated_mlps_are_replaced_by_what_equals_them(activation):
             return self.down_proj(self.act_fn(gate - gate.mean(-1, keepdim=True)) * self.up_proj(x))
 
     other = Sparse(Gemma3TextConfig(hidden_size=48, intermediate_size=96, hidden_activation=activation)).eval()
-    assert cpu_speed.GatedMlp.fits(other) and not cpu_speed.same_result(cpu_speed.GatedMlp(other), other)
+    assert cpu_kernels.GatedMlp.fits(other) and not cpu_kernels.same_result(cpu_kernels.GatedMlp(other), other)
 
 
 class WrongDevice:
@@ -207,11 +207,11 @@ class FakeModel:
                                                    (float("nan"), torch.float32, False)])
 def test_a_device_that_computes_something_else_is_noticed(factor, dtype, agrees, capsys):
     model = FakeModel(factor, dtype)
-    found, largest = model_checks.device_agrees(model, model_checks.sample_ids(model), "wrong")
+    found, largest = checks.device_agrees(model, checks.sample_ids(model), "wrong")
     assert found is agrees and model.device == "wrong" and (largest > 0.01 or factor == 1 + 1e-5)
-    model_checks.move(FakeModel(factor, dtype), "wrong")
+    checks.move(FakeModel(factor, dtype), "wrong")
     assert ("warning: DEVICE: wrong and the CPU differ" in capsys.readouterr().err) is not agrees
-    assert model_checks.device_agrees(FakeModel(factor, dtype), model_checks.sample_ids(model), "cpu")[0] is True
+    assert checks.device_agrees(FakeModel(factor, dtype), checks.sample_ids(model), "cpu")[0] is True
 
 
 @pytest.mark.parametrize("family", ["gemma 3, window of 12", "gemma 3, tied and untied", "qwen2", "nested", "linear attention", "vault"])

@@ -9,8 +9,8 @@ import pytest
 from conftest import planted_tokens
 
 import config
-from fastsae import model_names
 from fastsae.activations import extraction
+from fastsae.lm import names as model_names
 from fastsae.runtime import storage
 from fastsae.settings import resolving
 

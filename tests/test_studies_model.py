@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import PROJECT
 
-from fastsae import intervention, language_model
+from fastsae import intervention
 from fastsae.autoencoder import new_sae
 from fastsae.initialisation import initialise
+from fastsae.lm import language_model
 
 TEXTS = ["The bread rose twice before noon.", "Seven times eight is fifty-six.", "Why does the tap drip only at night?"]
 

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from fastsae.model_checks import move, require_causal
+from fastsae.lm.checks import move, require_causal
 from fastsae.runtime import ranks, storage
 from fastsae.runtime.artifacts import file_sha256, write_json
 from fastsae.runtime.digests import Held, content_sha256
@@ -361,7 +361,7 @@ class ResidualModel:
             move(self, device)
         require_causal(self, name)
         if device == "cpu" and not exact_twin:
-            from fastsae.cpu_speed import quicken
+            from fastsae.lm.cpu_kernels import quicken
 
             quicken(stack)
 

@@ -1,0 +1,1 @@
+"""Language models: where they come from, their residual stream, checks and fast CPU kernels."""
