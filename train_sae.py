@@ -90,8 +90,8 @@ def main():
     source = read_metadata(settings.activations_path)
     require_named_dataset(settings, source)
     from fastsae import monitoring
-    from fastsae.metrics import measured_on
     from fastsae.runtime import distributed  # after the settings: loading torch takes seconds
+    from fastsae.sae.metrics import measured_on
 
     progress.step("looking at what is there")
     plans = make_plans(settings, source)
@@ -188,9 +188,9 @@ class Plan(NamedTuple):
 
 def make_plans(settings, source):
     """A Plan for each of SEEDS x K_LIST x L1_COEFFICIENT_LIST, or the one that the settings without lists describe."""
-    from fastsae.autoencoder import checkpoint_name
     from fastsae.dead_features import tokens_until_dead
     from fastsae.formats import content_sha256, start_of
+    from fastsae.sae.autoencoder import checkpoint_name
 
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     plans = []
@@ -313,9 +313,9 @@ def is_over(run):
 
 def finish(run, tokens, device):
     """Write the best weights on validation, their figures (of the test part) and curves."""
-    from fastsae.autoencoder import save_sae
     from fastsae.monitoring import write_beside
     from fastsae.runtime import distributed
+    from fastsae.sae.autoencoder import save_sae
     from fastsae.training_run import final_metrics
 
     seconds = run.elapsed()
@@ -357,9 +357,9 @@ def step_function(settings, device, n_done):
     """The function that fills the gradients of the batch after `n_done` others: `step(sae, x, dead) -> (loss, fired)`."""
     import torch
 
-    from fastsae.architectures import DENSE, dense_step
-    from fastsae.autoencoder import reference_step
-    from fastsae.sparse_step import sparse_step
+    from fastsae.sae.architectures import DENSE, dense_step
+    from fastsae.sae.autoencoder import reference_step
+    from fastsae.sae.sparse_step import sparse_step
 
     if settings.ARCHITECTURE in DENSE:
         warmup = min(1.0, (n_done + 1) / settings.SPARSITY_WARMUP_STEPS) if settings.SPARSITY_WARMUP_STEPS else 1.0
@@ -394,8 +394,8 @@ def end_epoch(run, tokens):
 
 def epoch_line(run, tokens, settings):
     """What metrics.jsonl says of an epoch."""
-    from fastsae.architectures import DENSE, validation_loss
-    from fastsae.metrics import evaluate
+    from fastsae.sae.architectures import DENSE, validation_loss
+    from fastsae.sae.metrics import evaluate
 
     result = evaluate(run.result(), tokens.activations, tokens.validation, tokens.example, tokens.special)
     line = {"epoch": run.epoch, "loss": float(run.loss_sum) / len(tokens.train), "normalized_mse": result["normalized_mse"],

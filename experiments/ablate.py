@@ -13,8 +13,8 @@ def ablation(subject, model, settings, features, *, n_others, n_examples):
     Losses count the tokens after the shared prefix. A feature's own effect sits in the examples where it fires; in the others the
     stream is not touched, so any change there would be an error of ours.
     """
-    from fastsae.autoencoder import encode
     from fastsae.intervention import next_token_losses, only, residual_stream, without_feature
+    from fastsae.sae.autoencoder import encode
 
     table = some_dialogues(subject, settings, n_examples, held_out=True)
     examples, sae = example_ids(table), subject.sae

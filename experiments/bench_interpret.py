@@ -41,8 +41,8 @@ def main():
 def measure(part):
     import torch
 
-    from fastsae.autoencoder import new_sae
     from fastsae.feature_statistics import collect
+    from fastsae.sae.autoencoder import new_sae
 
     m, k, n = PARTS[part]
     generator = torch.Generator().manual_seed(0)

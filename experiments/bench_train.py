@@ -133,7 +133,7 @@ def ours(select, **start):
 def our_run(x, m, k, prefixes, select, start):
     import functools
 
-    from fastsae.sparse_step import sparse_step
+    from fastsae.sae.sparse_step import sparse_step
     from fastsae.training_run import TrainingRun
 
     run = TrainingRun({"input_dim": x.shape[1], "m_total_neurons": m, "k_active_neurons": k, "aux_k": 2 * k, "prefix_lengths": prefixes},
@@ -142,7 +142,7 @@ def our_run(x, m, k, prefixes, select, start):
 
 
 def reconstruction_of(sae):
-    from fastsae.autoencoder import decode, encode
+    from fastsae.sae.autoencoder import decode, encode
 
     return lambda x: decode(sae, encode(sae, x))
 

@@ -70,7 +70,7 @@ def compare(folder):
 def figures(sae, data, chosen, example):
     import torch
 
-    from fastsae.metrics import evaluate
+    from fastsae.sae.metrics import evaluate
 
     result = evaluate(sae, torch.from_numpy(data["activations"]), np.flatnonzero(chosen), example, data["token_kind"] != 0)
     return {name: result[name] for name in ("normalized_mse", "l0", "dead_fraction")}

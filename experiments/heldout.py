@@ -73,7 +73,7 @@ class HeldOut:
 
     def measure(self, sae):
         """(figures on each set, {name: (n_dialogues,) errors, nan where a dialogue has no such token})."""
-        from fastsae.metrics import evaluate
+        from fastsae.sae.metrics import evaluate
 
         errors = np.empty(len(self.example))                                             # (n_tokens,) squared, summed over d
         overall = evaluate(sae, self.activations, np.arange(len(errors)), self.example, self.special, errors=errors)

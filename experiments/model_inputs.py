@@ -45,7 +45,7 @@ class Subject:
 
     def describe(self):
         """What a result says of it."""
-        from fastsae.metrics import measured_on
+        from fastsae.sae.metrics import measured_on
 
         sae, metrics = self.sae, self.meta.get("metrics", {})
         return {"checkpoint": self.name, "layer": self.layer, "model": self.model_name, "architecture": architecture_of(sae),

@@ -178,8 +178,8 @@ def fired_features(settings, site, variant, seed, x):
     """(decoder rows (m, d), activations (tokens, m), metrics) of the features of a trained autoencoder that fire on some token of x."""
     import torch
 
-    from fastsae.autoencoder import checkpoint_name, encode
     from fastsae.formats import load_sae
+    from fastsae.sae.autoencoder import checkpoint_name, encode
 
     architecture, m, sparsity = variant
     by_l1 = architecture == "standard"

@@ -111,9 +111,9 @@ def train(settings, case, architecture, seed, tokens, steps, coefficient):
     """(decoder rows (M, d), L0 on the first tokens) after `steps` of this project's training."""
     import torch
 
-    from fastsae.architectures import DENSE, dense_step
-    from fastsae.autoencoder import encode
-    from fastsae.sparse_step import sparse_step
+    from fastsae.sae.architectures import DENSE, dense_step
+    from fastsae.sae.autoencoder import encode
+    from fastsae.sae.sparse_step import sparse_step
     from fastsae.training_run import TrainingRun, learning_rate_factor
 
     n_directions, d, active, _ = case

@@ -68,8 +68,8 @@ def train_flags(settings, m):
 
 def compared(settings, m, k):
     """The agreement of the autoencoders of one size, and their own figures."""
-    from fastsae.autoencoder import checkpoint_name
     from fastsae.formats import load_sae
+    from fastsae.sae.autoencoder import checkpoint_name
 
     decoders, figures, name = [], [], checkpoint_name(m, k, None, settings.ARCHITECTURE).removesuffix(".pt")
     for seed in settings.SEEDS:

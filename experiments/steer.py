@@ -209,7 +209,7 @@ def average_maximum(sae, x, example):
     """(M,) each feature's maximum on the rows of x (n, d) of an example, averaged over the examples; example (n,) its numbers."""
     import torch
 
-    from fastsae.autoencoder import encode
+    from fastsae.sae.autoencoder import encode
 
     _, number = np.unique(example, return_inverse=True)
     n, m = int(number.max()) + 1, sae.m_total_neurons

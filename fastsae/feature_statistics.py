@@ -124,7 +124,7 @@ def encode_rows(sae, x):
     """Features of activations x (n, d), a float32 CPU tensor, as a scipy CSR matrix (n, M) float32."""
     import torch
 
-    from fastsae.autoencoder import encode
+    from fastsae.sae.autoencoder import encode
 
     indices, data, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)], [np.zeros(1, np.int64)]
     for part in x.split(max(64, min(BLOCK_TOKENS, PRE_ACTIVATIONS // sae.m_total_neurons))):

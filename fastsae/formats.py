@@ -120,7 +120,7 @@ def load_foreign(path, device="cpu"):
     where the number of active features is not fixed (`sae.k_active_neurons` is then only a guess for sizes, see `fit`).
     """
     from fastsae import format_readers
-    from fastsae.autoencoder import new_sae
+    from fastsae.sae.autoencoder import new_sae
 
     kind, files = locate(path)
     parts = {"saelens": format_readers.read_saelens, "sparsify": format_readers.read_sparsify,
@@ -146,7 +146,7 @@ def load_sae(path, device="cpu"):
     `path` is a .pt, a run's folder under checkpoints/, or what `locate` knows. Raises EnvironmentFailure if a file is damaged,
     InputError if it is missing or holds what this project cannot compute exactly.
     """
-    from fastsae.autoencoder import load_checkpoint
+    from fastsae.sae.autoencoder import load_checkpoint
 
     kind, files = locate(path)
     if kind == "fastsae":
@@ -244,7 +244,7 @@ def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
     import numpy as np
 
     from fastsae.data.tokenization import CONTENT
-    from fastsae.metrics import evaluate
+    from fastsae.sae.metrics import evaluate
 
     check_fit(path, sae, meta, activations_path, activations_meta, data["activations"].shape[1], "SAE_PATH")
     own = meta["settings"]

@@ -10,9 +10,9 @@ import re
 from fastsae.export import dataset_name, folder_of
 from fastsae.formats import architecture_text, is_plain_text, meant_tokens, nested_prefixes, target_k, trained_architecture
 from fastsae.lm.names import described, hub_id, weights_note
-from fastsae.metrics import measured_on
 from fastsae.runtime import artifacts
 from fastsae.runtime.storage import as_utf8
+from fastsae.sae.metrics import measured_on
 
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("l0", "L0"),
            ("dead_fraction", "dead features"), ("cosine_similarity", "cosine similarity"), ("mse", "MSE (FAST, eq. 7)"))

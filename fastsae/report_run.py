@@ -8,7 +8,7 @@ from fastsae import report_charts as charts
 from fastsae.export import dataset_name
 from fastsae.formats import architecture_text
 from fastsae.lm.names import described, short_name
-from fastsae.metrics import measured_on
+from fastsae.sae.metrics import measured_on
 from fastsae.significance import LEVEL
 
 AUC_BOUND = 0.8  # a feature above this separates its category well; the report counts them

@@ -1,7 +1,7 @@
 """Dead features begin again in the direction of what the autoencoder fails to reconstruct."""
 import torch
 
-from fastsae.autoencoder import decode, encode
+from fastsae.sae.autoencoder import decode, encode
 
 PER_FEATURE = ("neuron_bias", "gate_bias", "log_magnitude", "threshold")
 

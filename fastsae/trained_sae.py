@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastsae import autoencoder, formats
+from fastsae import formats
 from fastsae.data.token_masks import chosen_tokens, usable_tokens
 from fastsae.data.token_text import TokenTexts, visible
 from fastsae.data.tokenization import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
@@ -13,7 +13,8 @@ from fastsae.formats import architecture_of, architecture_text, is_plain_text, n
 from fastsae.lm.language_model import ResidualModel, choose_device, load_tokenizer, require_same
 from fastsae.lm.names import described
 from fastsae.runtime.errors import InputError
-from fastsae.sparse_step import Entries
+from fastsae.sae import autoencoder
+from fastsae.sae.sparse_step import Entries
 from fastsae.tables import read_labels
 
 N_TOP = 3  # features per token in a printed text

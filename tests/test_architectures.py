@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import planted_tokens
 
-from fastsae.architectures import DENSE, Jump, Normalisation, choose_normalisation, dense_step
-from fastsae.autoencoder import decode, encode, inference_form, new_sae
 from fastsae.formats import load_sae
-from fastsae.initialisation import initialise
+from fastsae.sae.architectures import DENSE, Jump, Normalisation, choose_normalisation, dense_step
+from fastsae.sae.autoencoder import decode, encode, inference_form, new_sae
+from fastsae.sae.initialisation import initialise
 
 
 def make(architecture, d=12, m=40, k=4, seed=0):

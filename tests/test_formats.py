@@ -11,8 +11,6 @@ from conftest import planted_tokens
 from safetensors.torch import load_file, save_file
 
 from fastsae import export
-from fastsae.architectures import Normalisation
-from fastsae.autoencoder import decode, encode, inference_form, new_sae, save_sae
 from fastsae.fine_tuning import check_start, start_from
 from fastsae.formats import (
     architecture_of,
@@ -26,6 +24,8 @@ from fastsae.lm import language_model
 from fastsae.lm.names import EMBEDDED, described, hub_id
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
+from fastsae.sae.architectures import Normalisation
+from fastsae.sae.autoencoder import decode, encode, inference_form, new_sae, save_sae
 from fastsae.trained_sae import TrainedSae
 
 D, M, K = 12, 40, 4

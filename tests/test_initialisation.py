@@ -3,8 +3,8 @@ import pytest
 import torch
 from hypothesaes.sae import SparseAutoencoder
 
-from fastsae.autoencoder import decode, encode, new_sae
-from fastsae.initialisation import draw_directions, geometric_median, initialise
+from fastsae.sae.autoencoder import decode, encode, new_sae
+from fastsae.sae.initialisation import draw_directions, geometric_median, initialise
 
 
 def fresh(d=12, m=40, k=4, **options):

@@ -5,11 +5,11 @@ import torch
 from scipy import sparse
 
 from fastsae import feature_statistics
-from fastsae.autoencoder import new_sae
 from fastsae.data import token_text
 from fastsae.feature_evidence import Evidence, level_name
 from fastsae.feature_statistics import Histogram, Kept, PairSums, collect, lottery
 from fastsae.logit_lens import promoted_and_suppressed
+from fastsae.sae.autoencoder import new_sae
 
 
 def made_up(n_examples=40, d=12, m=20, k=3, seed=0, batch_topk=False):

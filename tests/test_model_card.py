@@ -8,8 +8,8 @@ from huggingface_hub import ModelCard
 from test_formats import SOURCE, trained
 
 from fastsae import export, model_card
-from fastsae.autoencoder import save_sae
 from fastsae.runtime import artifacts
+from fastsae.sae.autoencoder import save_sae
 
 METRICS = {"normalized_mse": 0.25, "explained_variance": 0.75, "l0": 4.0, "dead_fraction": 0.0, "cosine_similarity": 0.9, "mse": 1.5,
            "n_train_tokens": 1000, "n_validation_tokens": 100}

@@ -14,15 +14,16 @@ from conftest import planted_tokens
 from pretended_cuda import Refused, device_of, pretended
 
 import train_sae
-from fastsae import initialisation, llm_client, load_sae
+from fastsae import llm_client, load_sae
 from fastsae.activations import extraction
-from fastsae.architectures import dense_step
-from fastsae.autoencoder import new_sae, reference_step
-from fastsae.initialisation import initialise
 from fastsae.lm import language_model
 from fastsae.runtime import distributed
 from fastsae.runtime.errors import InputError
-from fastsae.sparse_step import sparse_step
+from fastsae.sae import initialisation
+from fastsae.sae.architectures import dense_step
+from fastsae.sae.autoencoder import new_sae, reference_step
+from fastsae.sae.initialisation import initialise
+from fastsae.sae.sparse_step import sparse_step
 from fastsae.training_run import TrainingRun
 
 WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()

@@ -18,10 +18,10 @@ import pareto
 import readme_studies
 import studies_page_fast
 
-from fastsae.autoencoder import new_sae
 from fastsae.data.datasets import Example, read_dataset
 from fastsae.data.tokenization import SHARED_PREFIX, ChatTokenizer, mark_shared_prefix, tokenise
-from fastsae.metrics import evaluate
+from fastsae.sae.autoencoder import new_sae
+from fastsae.sae.metrics import evaluate
 
 WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses user assistant".split()
 

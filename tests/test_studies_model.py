@@ -10,9 +10,9 @@ import torch
 from conftest import PROJECT
 
 from fastsae import intervention
-from fastsae.autoencoder import new_sae
-from fastsae.initialisation import initialise
 from fastsae.lm import language_model
+from fastsae.sae.autoencoder import new_sae
+from fastsae.sae.initialisation import initialise
 
 TEXTS = ["The bread rose twice before noon.", "Seven times eight is fifty-six.", "Why does the tap drip only at night?"]
 
@@ -128,7 +128,7 @@ def test_loss_recovered_by_hand():
 
 
 def test_ablation_takes_away_one_feature_only(some_sae):
-    from fastsae.autoencoder import encode
+    from fastsae.sae.autoencoder import encode
 
     x = 10 * torch.randn(50, 576, generator=torch.Generator().manual_seed(1))
     entries = encode(some_sae, x)
@@ -279,7 +279,7 @@ def test_held_out_examples_are_the_test_examples(tiny, study):
 
 
 def test_an_autoencoder_of_another_width_is_one_line(tiny, study, tmp_path, some_sae, capsys):
-    from fastsae.autoencoder import save_sae
+    from fastsae.sae.autoencoder import save_sae
 
     save_sae(tmp_path / "wide.pt", some_sae, {})
     assert study("loss_recovered", *tiny[1], "--sae", tmp_path / "wide.pt")[0] == 2

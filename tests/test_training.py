@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import planted_tokens
 
-from fastsae.autoencoder import checkpoint_name, encode
 from fastsae.data.token_masks import TEST, TRAIN, VALIDATION, split_examples, split_texts, usable_tokens
 from fastsae.formats import load_sae
-from fastsae.metrics import evaluate
 from fastsae.runtime import artifacts
+from fastsae.sae.autoencoder import checkpoint_name, encode
+from fastsae.sae.metrics import evaluate
 
 SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--device", "cpu", "--run-name", "test"]
 
@@ -69,7 +69,7 @@ def test_hypothesaes_reads_the_checkpoint(tmp_path, write_activations, run_main)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x)[0], ours(x)[0])
     activations = loaded.get_activations(tokens[:50], show_progress=False)
-    from fastsae.autoencoder import encode
+    from fastsae.sae.autoencoder import encode
     entries = encode(ours, x)
     dense = np.zeros_like(activations)
     dense[entries.row, entries.column] = entries.value
@@ -171,7 +171,7 @@ def test_metrics_by_hand():
     distances from it 4, 4, 8, so the normalised MSE is 20 / 16. Eq. 7: example 0 has (0 + 2) / 2 = 1, example 1 has 8: mean 4.5.
     The only special token is the second, with error 4 / 2. L0: two of three tokens fire.
     """
-    from fastsae.autoencoder import new_sae
+    from fastsae.sae.autoencoder import new_sae
 
     sae = new_sae({"input_dim": 2, "m_total_neurons": 2, "k_active_neurons": 1, "aux_k": 0, "prefix_lengths": [1, 2]}).eval()
     with torch.no_grad():
@@ -365,8 +365,8 @@ def test_k_of_all_features_and_no_rows(tmp_path, write_activations, run_main):
 
 def test_batchtopk_starts_without_all_pre_activations(monkeypatch):
     """The bound guessed for a threshold that is still 0 leaves exactly the entries that none would leave, from far fewer candidates."""
-    from fastsae import sparse_step
-    from fastsae.autoencoder import new_sae
+    from fastsae.sae import sparse_step
+    from fastsae.sae.autoencoder import new_sae
 
     torch.manual_seed(0)
     sae = new_sae({"input_dim": 32, "m_total_neurons": 256, "k_active_neurons": 4, "aux_k": 0, "architecture": "batchtopk"})
@@ -393,7 +393,7 @@ def test_activations_replaced_while_training_begins(tmp_path, write_activations,
 
 
 def test_a_cpu_without_bfloat16(monkeypatch):
-    from fastsae import sparse_step
+    from fastsae.sae import sparse_step
 
     monkeypatch.setattr(sparse_step, "HAS_BFLOAT16", False)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *_: pytest.fail("such a CPU refuses it"))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import planted_tokens
 
-from fastsae.architectures import dense_step
-from fastsae.autoencoder import decode, encode
 from fastsae.resampling import resample
-from fastsae.sparse_step import sparse_step
+from fastsae.sae.architectures import dense_step
+from fastsae.sae.autoencoder import decode, encode
+from fastsae.sae.sparse_step import sparse_step
 from fastsae.training_run import TrainingRun
 
 SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 3, "--device", "cpu", "--run-name", "test", "--max-norm-ratio", "none"]

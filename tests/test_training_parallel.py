@@ -47,8 +47,8 @@ def test_two_processes_train_what_one_does(tmp_path, write_activations):
 STEPS = """
 import os, sys, torch
 from fastsae import parallel
-from fastsae.architectures import dense_step
-from fastsae.sparse_step import sparse_step
+from fastsae.sae.architectures import dense_step
+from fastsae.sae.sparse_step import sparse_step
 from fastsae.training_run import TrainingRun
 parallel.start("cpu")
 found, (x, configs) = {}, torch.load(sys.argv[1])

@@ -118,8 +118,8 @@ def test_summary_and_card_name_the_part(tmp_path, write_activations, run_main, c
 
 
 def test_a_checkpoint_from_before_the_test_part_says_validation():
-    from fastsae.metrics import measured_on
     from fastsae.model_card import figures, header
+    from fastsae.sae.metrics import measured_on
 
     metrics = dict.fromkeys(("normalized_mse", "explained_variance", "l0", "dead_fraction", "cosine_similarity", "mse"), 0.5)
     meta = {"metrics": {**metrics, "n_validation_tokens": 9, "n_train_tokens": 90}, "settings": {"ARCHITECTURE": "topk", "M": 4, "K": 1},

@@ -3,9 +3,9 @@ import pytest
 import torch
 from hypothesaes.sae import SparseAutoencoder
 
-from fastsae.autoencoder import new_sae, reference_step
-from fastsae.initialisation import initialise
-from fastsae.sparse_step import sparse_step
+from fastsae.sae.autoencoder import new_sae, reference_step
+from fastsae.sae.initialisation import initialise
+from fastsae.sae.sparse_step import sparse_step
 
 VARIANTS = {"topk": {}, "matryoshka": {"prefix_lengths": [8, 24, 64]}, "batchtopk": {"use_batch_topk": True},
             "matryoshka batchtopk": {"prefix_lengths": [16, 64], "use_batch_topk": True}}
@@ -123,7 +123,7 @@ def test_batchtopk_threshold_starts_at_the_first_batch():
 
 @pytest.mark.parametrize(("m", "k"), [(256, 8), (4608, 32), (1536, 5), (3000, 700)])
 def test_top_columns_are_the_largest(m, k):
-    from fastsae.sparse_step import top_columns
+    from fastsae.sae.sparse_step import top_columns
 
     pre = torch.randn(40, m, generator=torch.Generator().manual_seed(1))
     expected = pre.topk(k, dim=1).indices.sort(1).values
@@ -133,7 +133,7 @@ def test_top_columns_are_the_largest(m, k):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16_selection_keeps_exact_values(variant):
     """Whatever features the coarse product picks, their activations are those of float32."""
-    from fastsae.sparse_step import active_entries
+    from fastsae.sae.sparse_step import active_entries
 
     sae, x = make(**VARIANTS[variant])
     x_centred = x - sae.input_bias

@@ -34,8 +34,8 @@ def test_every_trap_has_its_test(trap):
 
 
 def test_encoding_changes_nothing():
-    from fastsae.autoencoder import encode, new_sae
-    from fastsae.initialisation import initialise
+    from fastsae.sae.autoencoder import encode, new_sae
+    from fastsae.sae.initialisation import initialise
 
     sae = new_sae({"input_dim": 8, "m_total_neurons": 16, "k_active_neurons": 2, "use_batch_topk": True})
     x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))

@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from fastsae.architectures import DENSE, start_threshold
+from fastsae.sae.architectures import DENSE, start_threshold
 
 LEAN = 0.25                     # of mixed directions towards a token each, against 1 at random
 MEDIAN_COLUMNS = 512            # sorted at a time
@@ -61,7 +61,7 @@ def draw_directions(kind, m, sample, seed):
 
 def best_scale(sae, sample):
     """The factor that brings the reconstructions of `sample` (n, d) closest to it, by least squares; 1 where nothing fires."""
-    from fastsae.sparse_step import active_entries
+    from fastsae.sae.sparse_step import active_entries
 
     x = sample - sae.input_bias
     reconstruction = active_entries(sae, x, training=sae.architecture not in DENSE).times(sae.decoder.weight.t().contiguous())

@@ -1,10 +1,10 @@
 """Autoencoders: HypotheSAEs' `SparseAutoencoder`, laid out for fast steps; its checkpoints; its features of given activations."""
 import torch
 
-from fastsae.architectures import DENSE, Normalisation, inference_weights, prepare
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure
-from fastsae.sparse_step import TINY, Entries, active_entries, update_threshold
+from fastsae.sae.architectures import DENSE, Normalisation, inference_weights, prepare
+from fastsae.sae.sparse_step import TINY, Entries, active_entries, update_threshold
 
 CONFIG_NAMES = ("input_dim", "m_total_neurons", "k_active_neurons", "aux_k", "multi_k", "dead_neuron_threshold_steps",
                 "prefix_lengths", "use_batch_topk")

@@ -3,8 +3,8 @@ import numpy as np
 import torch
 
 from fastsae.activations.files import release
-from fastsae.autoencoder import decode, encode
 from fastsae.runtime.stops import stop_if_asked
+from fastsae.sae.autoencoder import decode, encode
 
 BATCH = 4096
 IN_ALL = ("mse", "normalized_mse", "explained_variance", "l0", "mse_template_tokens", "n_tokens")

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: the module, its architectures, the sparse training step, metrics."""
