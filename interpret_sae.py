@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 
 import config
-from fastsae import formats, llm_client, tables
+from fastsae import llm_client, tables
 from fastsae.activations import files as activations_file
+from fastsae.formats import load
 from fastsae.lm.names import short_name
 from fastsae.runtime import artifacts, progress, ranks, storage
 from fastsae.runtime.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError
@@ -137,7 +138,7 @@ def chosen_sae(settings):
         path = named_checkpoint(settings.run_dir)
         return path, artifacts.read_checkpoint_metadata(path)
     source = activations_file.read_metadata(settings.activations_path)
-    return Path(settings.SAE_PATH), {"fingerprint": formats.fingerprint_of(settings.SAE_PATH), "activations": source,
+    return Path(settings.SAE_PATH), {"fingerprint": load.fingerprint_of(settings.SAE_PATH), "activations": source,
                                      "inputs": {"activations": source["fingerprint"]}}
 
 
@@ -209,7 +210,7 @@ class Features:
         from fastsae.categories import add_categories
         from fastsae.data.datasets import identity
         from fastsae.feature_evidence import Evidence
-        from fastsae.formats import load_sae
+        from fastsae.formats.load import load_sae
         from fastsae.lm.language_model import choose_device, load_tokenizer, locate, require_same
         from fastsae.logit_lens import add_lens
 
@@ -232,7 +233,7 @@ class Features:
         if loaded_meta["fingerprint"] != sae_meta["fingerprint"]:
             raise EnvironmentFailure(f"{checkpoint_path}: was replaced while this run began. run again.")
         if settings.SAE_PATH:
-            formats.fit(checkpoint_path, sae, loaded_meta, settings.activations_path, self.source, data, seed=settings.SEED)
+            load.fit(checkpoint_path, sae, loaded_meta, settings.activations_path, self.source, data, seed=settings.SEED)
         self.sae_meta = sae_meta = loaded_meta
         self.examples = self.read_examples(settings.LABEL_FIELD)
         tokenizer = load_tokenizer(self.source["model_name"], revision=self.source["model_revision"], cache_dir=settings.CACHE_DIR)

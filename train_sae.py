@@ -128,8 +128,8 @@ def require_named_dataset(settings, source):
 
 def hand_over(metas, settings):
     """What others need of the autoencoders {path: metadata}: folders for other libraries, and the model card."""
-    from fastsae.export import bring_up_to_date
-    from fastsae.model_card import write_card
+    from fastsae.formats.export import bring_up_to_date
+    from fastsae.formats.model_card import write_card
 
     for path in metas:
         bring_up_to_date(path, settings.EXPORT or ())
@@ -189,7 +189,7 @@ class Plan(NamedTuple):
 def make_plans(settings, source):
     """A Plan for each of SEEDS x K_LIST x L1_COEFFICIENT_LIST, or the one that the settings without lists describe."""
     from fastsae.dead_features import tokens_until_dead
-    from fastsae.formats import content_sha256, start_of
+    from fastsae.formats.load import content_sha256, start_of
     from fastsae.sae.autoencoder import checkpoint_name
 
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
@@ -338,7 +338,7 @@ def finish(run, tokens, device):
 
 def sae_config(d, settings):
     """What `autoencoder.new_sae` builds from; HypotheSAEs counts dead features in steps."""
-    from fastsae.formats import trained_architecture
+    from fastsae.formats.load import trained_architecture
 
     prefixes = list(settings.MATRYOSHKA_PREFIXES) if settings.USE_MATRYOSHKA else None
     architecture = trained_architecture(settings.values)
@@ -409,7 +409,7 @@ def epoch_line(run, tokens, settings):
 
 
 def print_results(metrics, timing, settings):
-    from fastsae.formats import target_k
+    from fastsae.formats.load import target_k
 
     print(f"epochs: {metrics['epochs']}, best {metrics['best_epoch']}; {timing['seconds']} s"
           + (f", {timing['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in timing else "") + f" ({timing['device']})")

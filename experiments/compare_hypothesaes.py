@@ -42,7 +42,7 @@ def compare(folder):
     from hypothesaes.sae import SparseAutoencoder
 
     from fastsae.data.token_masks import token_norms, usable_tokens
-    from fastsae.formats import load_sae
+    from fastsae.formats.load import load_sae
 
     metrics_path = next(folder.glob("checkpoints/*/metrics.json"))
     metrics = json.loads(metrics_path.read_text())

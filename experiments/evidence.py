@@ -75,7 +75,7 @@ def study(cells, labelled):
 
     cells: [((source, architecture, layer, sinks in training, seed), checkpoint path)]; labelled: {layer: a `Labelled`}.
     """
-    from fastsae.formats import load_sae
+    from fastsae.formats.load import load_sae
 
     groups, draws = {}, {}
     for cell, path in cells:

@@ -156,7 +156,7 @@ def checkpoint(work, source, architecture, layer, sinks, seed):
 
 def measure(settings, work, layer):
     """(numbers of held-out tokens, a dict for each autoencoder of a layer, `per_dialogue` in it for the intervals)."""
-    from fastsae.formats import load_sae
+    from fastsae.formats.load import load_sae
     from fastsae.lm.language_model import load_tokenizer
 
     tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)

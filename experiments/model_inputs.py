@@ -1,6 +1,6 @@
 """What the studies that run the whole model share: an autoencoder with its layer and model, held-out examples, and a journal.
 
-Autoencoders come from this project (`.pt`) or in SAELens' format (a folder); `fastsae.formats.load_sae` reads both.
+Autoencoders come from this project (`.pt`) or in SAELens' format (a folder); `fastsae.formats.load.load_sae` reads both.
 """
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import config
 from fastsae.data.datasets import Deduplicator, identity, stream_examples
 from fastsae.data.token_masks import chosen_tokens, usable_tokens
 from fastsae.data.tokenization import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
-from fastsae.formats import architecture_of
+from fastsae.formats.load import architecture_of
 from fastsae.lm import language_model
 from fastsae.lm.names import short_name
 from fastsae.runtime.errors import InputError
@@ -82,7 +82,7 @@ def subjects(settings):
 
 def open_subject(path, settings):
     """Load an autoencoder; its model and layer are those its metadata name, else, or by flag, MODEL_NAME and LAYER_IDX."""
-    from fastsae.formats import load_sae
+    from fastsae.formats.load import load_sae
 
     device = language_model.choose_device(settings.DEVICE)
     sae, meta = load_sae(path, "cpu" if device == "mps" else device)

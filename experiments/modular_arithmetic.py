@@ -178,7 +178,7 @@ def fired_features(settings, site, variant, seed, x):
     """(decoder rows (m, d), activations (tokens, m), metrics) of the features of a trained autoencoder that fire on some token of x."""
     import torch
 
-    from fastsae.formats import load_sae
+    from fastsae.formats.load import load_sae
     from fastsae.sae.autoencoder import checkpoint_name, encode
 
     architecture, m, sparsity = variant

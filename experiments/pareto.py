@@ -77,7 +77,7 @@ def listed(values):
 
 def measure(settings, work):
     """(figures of every autoencoder, one dict each, number of test examples, the same for all, that the losses are over)."""
-    from fastsae.formats import load_sae
+    from fastsae.formats.load import load_sae
 
     saes, metadata = {}, {}
     for path in sorted((work / "checkpoints").glob("*/SAE_*.pt")):

@@ -68,7 +68,7 @@ def train_flags(settings, m):
 
 def compared(settings, m, k):
     """The agreement of the autoencoders of one size, and their own figures."""
-    from fastsae.formats import load_sae
+    from fastsae.formats.load import load_sae
     from fastsae.sae.autoencoder import checkpoint_name
 
     decoders, figures, name = [], [], checkpoint_name(m, k, None, settings.ARCHITECTURE).removesuffix(".pt")

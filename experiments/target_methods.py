@@ -66,7 +66,7 @@ def evidence_of(folder, dataset):
     from fastsae.activations.files import open_activations
     from fastsae.data.datasets import read_dataset
     from fastsae.feature_evidence import Evidence
-    from fastsae.formats import load_sae
+    from fastsae.formats.load import load_sae
     from fastsae.lm.language_model import load_tokenizer
 
     metrics_path = next(folder.glob("checkpoints/*/metrics.json"))

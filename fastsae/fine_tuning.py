@@ -1,8 +1,8 @@
 """Training that starts from an autoencoder that is there already, of this project or another library."""
 import torch
 
-from fastsae.foreign_files import Parts
-from fastsae.formats import architecture_of, check_fit, content_sha256, load_sae, locate
+from fastsae.formats.load import architecture_of, check_fit, content_sha256, load_sae, locate
+from fastsae.formats.parts import Parts
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from fastsae import report_charts as charts
-from fastsae.export import dataset_name
-from fastsae.formats import architecture_text
+from fastsae.formats.export import dataset_name
+from fastsae.formats.load import architecture_text
 from fastsae.lm.names import described, short_name
 from fastsae.sae.metrics import measured_on
 from fastsae.significance import LEVEL

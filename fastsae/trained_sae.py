@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastsae import formats
 from fastsae.data.token_masks import chosen_tokens, usable_tokens
 from fastsae.data.token_text import TokenTexts, visible
 from fastsae.data.tokenization import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
-from fastsae.formats import architecture_of, architecture_text, is_plain_text, nested_prefixes, target_k
+from fastsae.formats import load
+from fastsae.formats.load import architecture_of, architecture_text, is_plain_text, nested_prefixes, target_k
 from fastsae.lm.language_model import ResidualModel, choose_device, load_tokenizer, require_same
 from fastsae.lm.names import described
 from fastsae.runtime.errors import InputError
@@ -28,7 +28,7 @@ def load_sae(path, *, model_name: str | None = None, layer: int | None = None, d
     cache_dir: where the language model is kept, as CACHE_DIR of the scripts. Raises InputError or EnvironmentFailure, whose
     text says what to do.
     """
-    sae, meta = formats.load_sae(path, "cpu" if device == "mps" else device)  # mps has no sparse products
+    sae, meta = load.load_sae(path, "cpu" if device == "mps" else device)  # mps has no sparse products
     if "source" in meta:  # of another library
         source = meta["activations"]
         source["model_name"], source["settings"]["LAYER_IDX"] = model_name or source["model_name"], source["settings"]["LAYER_IDX"] or layer

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import planted_tokens
 
-from fastsae.formats import load_sae
+from fastsae.formats.load import load_sae
 from fastsae.sae.architectures import DENSE, Jump, Normalisation, choose_normalisation, dense_step
 from fastsae.sae.autoencoder import decode, encode, inference_form, new_sae
 from fastsae.sae.initialisation import initialise

@@ -10,7 +10,7 @@ from pretended_cuda import pretended
 
 from fastsae import dead_features
 from fastsae.dead_features import considered, tokens_until_dead
-from fastsae.formats import load_sae
+from fastsae.formats.load import load_sae
 from fastsae.sae.sparse_step import sparse_step
 from fastsae.training_run import TrainingRun
 

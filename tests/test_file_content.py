@@ -26,10 +26,10 @@ from test_formats import (
     trained,
 )
 
-from fastsae import file_content, formats
 from fastsae.activations import files
 from fastsae.fine_tuning import check_start
-from fastsae.formats import load_sae
+from fastsae.formats import detect, load
+from fastsae.formats.load import load_sae
 from fastsae.runtime import artifacts, machine_errors, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
@@ -76,7 +76,7 @@ def test_what_hypothesaes_saves_computes_the_same_here(tmp_path, name):
         meta["source"]["format"] == "hypothesaes"
         and meta["activations"]["settings"]["LAYER_IDX"] is None
     )
-    assert meta["fingerprint"] == formats.content_sha256(tmp_path / "SAE_M=40_K=4.pt")
+    assert meta["fingerprint"] == load.content_sha256(tmp_path / "SAE_M=40_K=4.pt")
 
 
 def test_one_saved_before_batchtopk(tmp_path):
@@ -451,14 +451,14 @@ def test_the_kind_is_known_without_torch(tmp_path):
     hypothesaes(tmp_path / "a.pt")
     path = str(tmp_path / "a.pt")
     code = (
-        "import sys; from fastsae.file_content import kind_of\n"
+        "import sys; from fastsae.formats.detect import kind_of\n"
         f"print(kind_of({path!r}), 'torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        cwd=os.path.dirname(os.path.dirname(file_content.__file__)),
+        cwd=os.path.dirname(os.path.dirname(detect.__file__)),
     )
     assert done.stdout.split() == ["torch", "False"], done.stderr
 

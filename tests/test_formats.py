@@ -10,9 +10,9 @@ import torch
 from conftest import planted_tokens
 from safetensors.torch import load_file, save_file
 
-from fastsae import export
 from fastsae.fine_tuning import check_start, start_from
-from fastsae.formats import (
+from fastsae.formats import export
+from fastsae.formats.load import (
     architecture_of,
     architecture_text,
     check_fit,

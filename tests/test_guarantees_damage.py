@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastsae import formats
 from fastsae.activations import files
+from fastsae.formats import load as formats
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure
 

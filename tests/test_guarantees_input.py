@@ -14,7 +14,7 @@ import interpret_sae
 from fastsae.activations import extraction, files
 from fastsae.data.datasets import stream_examples, stream_text
 from fastsae.data.tokenization import ChatTokenizer, Example, read_dataset, tokenise
-from fastsae.formats import load_sae
+from fastsae.formats.load import load_sae
 from fastsae.llm_client import Journal
 from fastsae.lm import language_model
 from fastsae.runtime import artifacts

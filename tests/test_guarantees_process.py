@@ -33,7 +33,7 @@ ALLOWED = {  # (path, call): why
     ("fastsae/runtime/early_stop.py", "os.write"): "to stderr",
     ("fastsae/runtime/artifacts.py", "torch.save"): "into memory",
     ("fastsae/monitoring.py", "figure.savefig"): "into memory",
-    ("fastsae/export.py", "save"): "into memory",
+    ("fastsae/formats/export.py", "save"): "into memory",
     ("train_sae.py", "run.save"): "TrainingRun.save, which calls artifacts.write_checkpoint",
     ("train_sae.py", "save"): "that, for each run",
     ("fastsae/runtime/artifacts.py", "archive.open"): "a member of a zip archive in a file of storage",

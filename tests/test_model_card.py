@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 from test_formats import SOURCE, trained
 
-from fastsae import export, model_card
+from fastsae.formats import export, model_card
 from fastsae.runtime import artifacts
 from fastsae.sae.autoencoder import save_sae
 

@@ -11,7 +11,7 @@ import torch
 from conftest import PROJECT, planted_tokens, put_activations
 
 import fastsae
-from fastsae import formats
+from fastsae.formats import load
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import InputError
 from fastsae.runtime.stage import run_stage
@@ -57,7 +57,7 @@ def test_importing_fastsae_loads_no_library():
 
 
 def test_encode_and_decode_are_hypothesaes_own(sae, checkpoint):
-    module, _ = formats.load_sae(checkpoint)
+    module, _ = load.load_sae(checkpoint)
     x = torch.randn(2, 7, sae.d, generator=torch.Generator().manual_seed(0)) * 20
     with torch.no_grad():
         reconstruction, info = module(x.reshape(14, -1))
@@ -125,7 +125,7 @@ def test_without_a_model_it_still_encodes(tmp_path, run_main):
 
 
 def test_an_autoencoder_of_another_library_is_told_its_model(sae, checkpoint, tmp_path):
-    from fastsae.export import export
+    from fastsae.formats.export import export
 
     copy = tmp_path / checkpoint.name
     copy.write_bytes(checkpoint.read_bytes())

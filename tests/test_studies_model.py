@@ -288,8 +288,8 @@ def test_an_autoencoder_of_another_width_is_one_line(tiny, study, tmp_path, some
 
 
 def test_a_saelens_folder_gives_what_its_checkpoint_gives(tiny, study):
-    from fastsae import export
-    from fastsae.formats import load_sae
+    from fastsae.formats import export
+    from fastsae.formats.load import load_sae
 
     folder, flags = tiny
     path = next(folder.glob("checkpoints/*/SAE*.pt"))

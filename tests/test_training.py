@@ -8,7 +8,7 @@ import torch
 from conftest import planted_tokens
 
 from fastsae.data.token_masks import TEST, TRAIN, VALIDATION, split_examples, split_texts, usable_tokens
-from fastsae.formats import load_sae
+from fastsae.formats.load import load_sae
 from fastsae.runtime import artifacts
 from fastsae.sae.autoencoder import checkpoint_name, encode
 from fastsae.sae.metrics import evaluate

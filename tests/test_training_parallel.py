@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import PROJECT, planted_tokens
 
-from fastsae.formats import load_sae
+from fastsae.formats.load import load_sae
 
 FLAGS = ["--m", "64", "--k", "3", "--no-use-matryoshka", "--n-epochs", "3", "--device", "cpu", "--run-name", "test", "--batch-size", "100",
          "--max-norm-ratio", "none", "--dead-after-tokens", "400"]

@@ -7,7 +7,7 @@ import torch
 from conftest import planted_tokens
 
 from fastsae.data.token_masks import TEST, TRAIN, VALIDATION, split_examples, split_texts, text_numbers, usable_tokens
-from fastsae.formats import load_sae
+from fastsae.formats.load import load_sae
 
 SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 3, "--device", "cpu", "--run-name", "test"]
 
@@ -118,7 +118,7 @@ def test_summary_and_card_name_the_part(tmp_path, write_activations, run_main, c
 
 
 def test_a_checkpoint_from_before_the_test_part_says_validation():
-    from fastsae.model_card import figures, header
+    from fastsae.formats.model_card import figures, header
     from fastsae.sae.metrics import measured_on
 
     metrics = dict.fromkeys(("normalized_mse", "explained_variance", "l0", "dead_fraction", "cosine_similarity", "mse"), 0.5)

@@ -7,8 +7,8 @@ import hashlib
 import json
 import re
 
-from fastsae.export import dataset_name, folder_of
-from fastsae.formats import architecture_text, is_plain_text, meant_tokens, nested_prefixes, target_k, trained_architecture
+from fastsae.formats.export import dataset_name, folder_of
+from fastsae.formats.load import architecture_text, is_plain_text, meant_tokens, nested_prefixes, target_k, trained_architecture
 from fastsae.lm.names import described, hub_id, weights_note
 from fastsae.runtime import artifacts
 from fastsae.runtime.storage import as_utf8

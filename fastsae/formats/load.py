@@ -7,8 +7,8 @@ Scope's params.npz. Importing this module loads no torch, so that an up-to-date 
 import hashlib
 from pathlib import Path
 
-from fastsae import file_content
 from fastsae.data.token_masks import chosen_tokens, token_norms, usable_tokens
+from fastsae.formats import detect
 from fastsae.lm.names import described, short_name
 from fastsae.runtime import artifacts
 from fastsae.runtime.digests import Held
@@ -35,13 +35,13 @@ def locate(path):
         folder = path.parent
         of_folder = [names for names in FILES.values() if path.name in names[:2] and (folder / names[0]).is_file()]
         if not of_folder or path.suffix not in (".safetensors", ".json"):
-            return FORMAT_OF[file_content.kind_of(path)], with_neighbours(path)
+            return FORMAT_OF[detect.kind_of(path)], with_neighbours(path)
     else:
         folder = path
     for kind, names in FILES.items():
         if (folder / names[0]).is_file() and (folder == path or path.name in names):
             if kind in ("dictionary_learning", "gemma scope"):
-                return FORMAT_OF[file_content.kind_of(folder / names[0])], with_neighbours(folder / names[0])
+                return FORMAT_OF[detect.kind_of(folder / names[0])], with_neighbours(folder / names[0])
             return kind, [folder / name for name in names if (folder / name).is_file()]
     if (metrics := folder / "metrics.json").is_file() and folder == path:
         checkpoint = folder / named_checkpoint(metrics)
@@ -119,12 +119,12 @@ def load_foreign(path, device="cpu"):
     `meta["activations"]["settings"]["LAYER_IDX"]` is None where the files do not name a layer; `meta["settings"]["K"]` is None
     where the number of active features is not fixed (`sae.k_active_neurons` is then only a guess for sizes, see `fit`).
     """
-    from fastsae import format_readers
+    from fastsae.formats import readers
     from fastsae.sae.autoencoder import new_sae
 
     kind, files = locate(path)
-    parts = {"saelens": format_readers.read_saelens, "sparsify": format_readers.read_sparsify,
-             "torch": format_readers.read_torch, "gemma scope": format_readers.read_gemma_scope}[kind](files[0])
+    parts = {"saelens": readers.read_saelens, "sparsify": readers.read_sparsify,
+             "torch": readers.read_torch, "gemma scope": readers.read_gemma_scope}[kind](files[0])
     m, d = parts.w_enc.shape
     sae = new_sae({"input_dim": d, "m_total_neurons": m, "k_active_neurons": parts.k or min(m, ASSUMED_K), "prefix_lengths": parts.prefixes,
                    "architecture": parts.architecture}, device).eval()

@@ -13,7 +13,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from fastsae.formats import architecture_of, architecture_text, meant_tokens
+from fastsae.formats.load import architecture_of, architecture_text, meant_tokens
 from fastsae.lm.names import hub_id, short_name, weights_note
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import InputError
@@ -28,7 +28,7 @@ def export(path, kinds):
     Each appears complete or not at all, and is left alone where it already has this content. Raises InputError if a format
     cannot hold the architecture.
     """
-    from fastsae.formats import load_sae
+    from fastsae.formats.load import load_sae
 
     sae, meta = load_sae(path)
     for kind in kinds:
@@ -47,7 +47,7 @@ def bring_up_to_date(path, kinds):
 
     One whose format cannot hold what the checkpoint is now gets an `.old-n` name.
     """
-    from fastsae.formats import load_sae
+    from fastsae.formats.load import load_sae
 
     kinds, earlier = tuple(kinds), [kind for kind in FORMATS if kind not in kinds and folder_of(path, kind).is_dir()]
     if "sparsify" in earlier and architecture_of(load_sae(path)[0]) != "topk":

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import torch
 
-from fastsae.foreign_files import Config, Parts, Tensors, read_config, read_safetensors
+from fastsae.formats.parts import Config, Parts, Tensors, read_config, read_safetensors
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 

@@ -1,0 +1,1 @@
+"""Autoencoders of other libraries read and written, and the model card."""
