@@ -33,7 +33,7 @@ from fastsae.runtime import artifacts, progress, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError, Terminated
 from fastsae.runtime.stage import end, run_stage
 from fastsae.runtime.stops import deferred_stop, stop, stop_asked
-from fastsae.training_limits import no_finite_loss, require_memory
+from fastsae.training.limits import no_finite_loss, require_memory
 
 ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
 M: int = 256                                       # features
@@ -89,9 +89,9 @@ def main():
     settings.show()
     source = read_metadata(settings.activations_path)
     require_named_dataset(settings, source)
-    from fastsae import monitoring
     from fastsae.runtime import distributed  # after the settings: loading torch takes seconds
     from fastsae.sae.metrics import measured_on
+    from fastsae.training import monitoring
 
     progress.step("looking at what is there")
     plans = make_plans(settings, source)
@@ -141,7 +141,7 @@ def train_all(plans, source, settings):
     from fastsae.lm.language_model import choose_device
     from fastsae.lm.names import described
     from fastsae.runtime import distributed
-    from fastsae.training_data import Tokens
+    from fastsae.training.data import Tokens
 
     print(f"activations: {described(source['model_name'])}, layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
           f"{source['dataset_path']}")
@@ -188,9 +188,9 @@ class Plan(NamedTuple):
 
 def make_plans(settings, source):
     """A Plan for each of SEEDS x K_LIST x L1_COEFFICIENT_LIST, or the one that the settings without lists describe."""
-    from fastsae.dead_features import tokens_until_dead
     from fastsae.formats.load import content_sha256, start_of
     from fastsae.sae.autoencoder import checkpoint_name
+    from fastsae.training.dead_features import tokens_until_dead
 
     own = [name for name, file in settings.owner.items() if file == "train_sae.py" and name not in NOT_DECISIVE]
     plans = []
@@ -215,7 +215,7 @@ def train(plans, tokens, settings, device):
     Returns {path: what to say} of those that came to no number.
     """
     from fastsae.runtime import distributed
-    from fastsae.training_data import TrainingRows
+    from fastsae.training.data import TrainingRows
 
     sample = tokens.rows(np.sort(np.random.default_rng(settings.SEED).permutation(tokens.train)[:INIT_SAMPLE]))  # (n, d)
     runs, failed = [start_run(each, tokens, sample, device) for each in plans], {}
@@ -272,9 +272,9 @@ def save(runs):
 
 def start_run(plan, tokens, sample, device):
     """The TrainingRun of a plan at its start, which looks at a sample of the tokens, or where an earlier process left it."""
-    from fastsae import fine_tuning
-    from fastsae.monitoring import of_other_settings, open_logger
-    from fastsae.training_run import TrainingRun
+    from fastsae.training import fine_tuning
+    from fastsae.training.monitoring import of_other_settings, open_logger
+    from fastsae.training.run import TrainingRun
 
     settings = plan.settings
     run = TrainingRun(sae_config(tokens.activations.shape[1], settings), sample, seed=plan.metadata["settings"]["INIT_SEED"],
@@ -295,8 +295,8 @@ def start_run(plan, tokens, sample, device):
 
 def one_step(run, x, n_done, n_batches, device):
     """One step of `run` on the batch x, after `n_done` others; an epoch has `n_batches`."""
-    from fastsae.resampling import resample
-    from fastsae.training_run import learning_rate_factor
+    from fastsae.training.resampling import resample
+    from fastsae.training.run import learning_rate_factor
 
     settings = run.plan.settings
     factor = learning_rate_factor(n_done, n_steps=settings.N_EPOCHS * n_batches, schedule=settings.LR_SCHEDULE,
@@ -313,10 +313,10 @@ def is_over(run):
 
 def finish(run, tokens, device):
     """Write the best weights on validation, their figures (of the test part) and curves."""
-    from fastsae.monitoring import write_beside
     from fastsae.runtime import distributed
     from fastsae.sae.autoencoder import save_sae
-    from fastsae.training_run import final_metrics
+    from fastsae.training.monitoring import write_beside
+    from fastsae.training.run import final_metrics
 
     seconds = run.elapsed()
     timing = {"seconds": round(seconds, 2), "device": device}
@@ -378,8 +378,8 @@ def penalty(settings, warmup=1.0):
 
 def end_epoch(run, tokens):
     """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run. Returns its line."""
-    from fastsae import monitoring
     from fastsae.runtime import distributed
+    from fastsae.training import monitoring
 
     line = distributed.from_rank_0(lambda: epoch_line(run, tokens, run.plan.settings))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):

@@ -134,7 +134,7 @@ def our_run(x, m, k, prefixes, select, start):
     import functools
 
     from fastsae.sae.sparse_step import sparse_step
-    from fastsae.training_run import TrainingRun
+    from fastsae.training.run import TrainingRun
 
     run = TrainingRun({"input_dim": x.shape[1], "m_total_neurons": m, "k_active_neurons": k, "aux_k": 2 * k, "prefix_lengths": prefixes},
                       x[:8192], seed=0, device="cpu", learning_rate=LEARNING_RATE, **start)

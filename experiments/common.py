@@ -88,7 +88,7 @@ def without_folders(value):
 
 def write_figure(path, figure):
     """A matplotlib figure as a PNG, and say so."""
-    from fastsae.monitoring import save_figure
+    from fastsae.training.monitoring import save_figure
 
     save_figure(path, figure)
     print(f"wrote {path}")

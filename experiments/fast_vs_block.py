@@ -126,7 +126,7 @@ def activations(work, folder, layer):
 
 def smallest_source(settings, work):
     """The training tokens that every source has, at every layer and seed, with and without prefix and sinks."""
-    from fastsae.training_data import Tokens
+    from fastsae.training.data import Tokens
 
     bounds = {True: {"exclude_shared_prefix": False, "max_norm_ratio": None}, False: {"exclude_shared_prefix": True, "max_norm_ratio": 10}}
     return min(len(Tokens(activations(work, folder, layer), validation_fraction=VALIDATION_FRACTION, seed=seed, use="all", **bound).train)

@@ -114,7 +114,7 @@ def train(settings, case, architecture, seed, tokens, steps, coefficient):
     from fastsae.sae.architectures import DENSE, dense_step
     from fastsae.sae.autoencoder import encode
     from fastsae.sae.sparse_step import sparse_step
-    from fastsae.training_run import TrainingRun, learning_rate_factor
+    from fastsae.training.run import TrainingRun, learning_rate_factor
 
     n_directions, d, active, _ = case
     tokens, dense = torch.from_numpy(tokens), architecture in DENSE

@@ -8,11 +8,11 @@ import torch
 from conftest import planted_tokens
 from pretended_cuda import pretended
 
-from fastsae import dead_features
-from fastsae.dead_features import considered, tokens_until_dead
 from fastsae.formats.load import load_sae
 from fastsae.sae.sparse_step import sparse_step
-from fastsae.training_run import TrainingRun
+from fastsae.training import dead_features
+from fastsae.training.dead_features import considered, tokens_until_dead
+from fastsae.training.run import TrainingRun
 
 
 def test_the_rule_by_hand():

@@ -27,11 +27,11 @@ from test_formats import (
 )
 
 from fastsae.activations import files
-from fastsae.fine_tuning import check_start
 from fastsae.formats import detect, load
 from fastsae.formats.load import load_sae
 from fastsae.runtime import artifacts, machine_errors, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
+from fastsae.training.fine_tuning import check_start
 
 VARIANTS = {
     "plain": {},

@@ -10,7 +10,6 @@ import torch
 from conftest import planted_tokens
 from safetensors.torch import load_file, save_file
 
-from fastsae.fine_tuning import check_start, start_from
 from fastsae.formats import export
 from fastsae.formats.load import (
     architecture_of,
@@ -27,6 +26,7 @@ from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.sae.architectures import Normalisation
 from fastsae.sae.autoencoder import decode, encode, inference_form, new_sae, save_sae
 from fastsae.trained_sae import TrainedSae
+from fastsae.training.fine_tuning import check_start, start_from
 
 D, M, K = 12, 40, 4
 SOURCE = {"settings": {"LAYER_IDX": 12, "USE_CHAT_TEMPLATE": True, "MAX_LENGTH": 512}, "fingerprint": "f" * 64,

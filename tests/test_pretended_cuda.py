@@ -24,7 +24,7 @@ from fastsae.sae.architectures import dense_step
 from fastsae.sae.autoencoder import new_sae, reference_step
 from fastsae.sae.initialisation import initialise
 from fastsae.sae.sparse_step import sparse_step
-from fastsae.training_run import TrainingRun
+from fastsae.training.run import TrainingRun
 
 WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()
 TRAINING = ["--m", 24, "--k", 2, "--n-epochs", 2, "--batch-size", 64, "--dead-after-tokens", 190, "--max-norm-ratio", "none",

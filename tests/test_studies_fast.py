@@ -162,7 +162,7 @@ def test_training_takes_the_first_tokens_in_the_order_of_the_file(tmp_path, run_
     more = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 1, "--run-name", "first", "--device", "cpu"]
     assert run_main("train_sae", *flags, *more, "--max-train-tokens", 64) == 0
     assert json.loads((tmp_path / "checkpoints" / "first" / "metrics.json").read_text())["n_train_tokens"] == 64
-    from fastsae.training_data import Tokens
+    from fastsae.training.data import Tokens
 
     options = {"validation_fraction": 0.1, "seed": 0, "exclude_shared_prefix": True, "max_norm_ratio": None, "use": "all"}
     path = tmp_path / "activations" / "activations_layer12.npz"

@@ -221,7 +221,7 @@ def test_checkpoints_hold_no_time(tmp_path, write_activations, run_main):
                          ids=["topk", "batchtopk, schedule"])
 def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, write_activations, run_main, monkeypatch, capsys, variant):
     """Stopped by a signal in the middle of epochs, with dead features present; the same command goes on."""
-    import fastsae.training_run as training_run
+    import fastsae.training.run as training_run
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
     flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--n-epochs", 6, "--batch-size", 50,
@@ -263,7 +263,7 @@ def test_a_damaged_or_foreign_resume_state_is_not_used(tmp_path, write_activatio
 
 
 def test_learning_rate_schedules_by_hand():
-    from fastsae.training_run import learning_rate_factor as factor
+    from fastsae.training.run import learning_rate_factor as factor
 
     options = {"n_steps": 100, "warmup_steps": 4, "decay_fraction": 0.2}
     assert [factor(s, schedule="constant", **options) for s in (0, 1, 3, 50, 99)] == [0.25, 0.5, 1, 1, 1]
@@ -403,7 +403,7 @@ def test_a_cpu_without_bfloat16(monkeypatch):
 
 def test_an_interrupted_pass_of_several_ends_in_the_same_bytes(tmp_path, write_activations, run_main, monkeypatch):
     """Each state is saved on its own, so a kill can leave one ahead of the other; the one behind catches up."""
-    from fastsae.training_run import TrainingRun
+    from fastsae.training.run import TrainingRun
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
     flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--l1-coefficient-list", "0.5,2.5",

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import planted_tokens
 
-from fastsae.resampling import resample
 from fastsae.sae.architectures import dense_step
 from fastsae.sae.autoencoder import decode, encode
 from fastsae.sae.sparse_step import sparse_step
-from fastsae.training_run import TrainingRun
+from fastsae.training.resampling import resample
+from fastsae.training.run import TrainingRun
 
 SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 3, "--device", "cpu", "--run-name", "test", "--max-norm-ratio", "none"]
 
@@ -70,7 +70,7 @@ def test_resampling_revives_what_would_stay_dead():
 
 
 def test_a_run_with_resampling_goes_on_where_it_was_stopped(tmp_path, write_activations, run_main, monkeypatch):
-    import fastsae.training_run as training_run
+    import fastsae.training.run as training_run
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
     flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--batch-size", 50,

@@ -9,7 +9,7 @@ import torch
 from conftest import PROJECT, planted_tokens
 
 from fastsae.data.token_masks import chosen_tokens
-from fastsae.training_data import CHUNK_ROWS, TrainingRows, batch_ends, mixed
+from fastsae.training.data import CHUNK_ROWS, TrainingRows, batch_ends, mixed
 
 
 def made(n=7000, d=3, **options):
@@ -118,7 +118,7 @@ def test_rows_beyond_the_buffer_stay_on_the_disk(tmp_path, write_activations):
 
 def test_an_error_while_reading_ahead_ends_the_run(monkeypatch):
     """In a thread it would end nothing but the thread, and old rows would be served once more."""
-    from fastsae.training_data import TrainingRows
+    from fastsae.training.data import TrainingRows
 
     x = np.arange(4000, dtype=np.float32).reshape(1000, 4)
     rows, calls = TrainingRows(x, np.arange(1000), batch_size=50, buffer_tokens=300, seed=0), []

@@ -2,9 +2,9 @@
 import pytest
 from conftest import planted_tokens
 
-from fastsae import training_limits
 from fastsae.runtime.errors import InputError
-from fastsae.training_limits import bytes_needed, cause_of_divergence, memory_of, require_memory
+from fastsae.training import limits
+from fastsae.training.limits import bytes_needed, cause_of_divergence, memory_of, require_memory
 
 DEFAULTS = {"LEARNING_RATE": 5e-4, "L1_COEFFICIENT": 5.0, "L0_COEFFICIENT": 6.0, "AUX_COEF": 1 / 32, "INIT_ENCODER_SCALE": None}
 
@@ -37,12 +37,12 @@ def test_a_huge_coefficient_is_named(write_activations, run_main, capsys, flags,
 
 def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
     assert bytes_needed(256, 576) == 256 * 576 * 4 * 2 * 5
-    monkeypatch.setattr(training_limits, "memory_of", lambda device: 10 ** 9)
+    monkeypatch.setattr(limits, "memory_of", lambda device: 10 ** 9)
     require_memory(1000, 1000, 25, "cpu")
     with pytest.raises(InputError, match=r"^M: 1,000 features of 1,000 dimensions times 26 autoencoders take 1.0 GB to train, "
                                          r"cpu has 1.0 GB. lower --m, or train fewer at a time.$"):
         require_memory(1000, 1000, 26, "cpu")
-    monkeypatch.setattr(training_limits, "memory_of", lambda device: None)
+    monkeypatch.setattr(limits, "memory_of", lambda device: None)
     require_memory(10 ** 9, 10 ** 9, 1, "cuda:0")
 
 
@@ -52,7 +52,7 @@ def test_the_memory_of_this_machine_is_known():
 
 def test_a_limit_of_the_container_counts(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("123456789\n")
-    monkeypatch.setattr(training_limits, "CGROUPS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
+    monkeypatch.setattr(limits, "CGROUPS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
     assert memory_of("cpu") == 123456789
     (tmp_path / "memory.max").write_text("max\n")
     assert memory_of("cpu") > 123456789

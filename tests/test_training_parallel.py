@@ -49,7 +49,7 @@ import os, sys, torch
 from fastsae import parallel
 from fastsae.sae.architectures import dense_step
 from fastsae.sae.sparse_step import sparse_step
-from fastsae.training_run import TrainingRun
+from fastsae.training.run import TrainingRun
 parallel.start("cpu")
 found, (x, configs) = {}, torch.load(sys.argv[1])
 for variant, config in configs.items():

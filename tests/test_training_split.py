@@ -82,7 +82,7 @@ def test_the_test_part_decides_nothing(tmp_path, run_main):
 
 def test_stage_2_splits_by_what_the_examples_say(tmp_path, write_activations):
     """Thirty examples of ten texts: the copies of one are in one part."""
-    from fastsae.training_data import Tokens
+    from fastsae.training.data import Tokens
 
     tokens, _ = planted_tokens(120, 8, 16, 2)
     texts = np.random.default_rng(0).permutation(np.arange(30) % 10)

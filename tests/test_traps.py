@@ -47,7 +47,7 @@ def test_encoding_changes_nothing():
 
 
 def test_initialisation_takes_a_sample(write_activations, run_main, monkeypatch):
-    import fastsae.training_run as training_run
+    import fastsae.training.run as training_run
     import train_sae
 
     seen = []

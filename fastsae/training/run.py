@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from fastsae.dead_features import considered
 from fastsae.runtime import artifacts, distributed
 from fastsae.runtime.errors import EnvironmentFailure
 from fastsae.sae.architectures import choose_normalisation
 from fastsae.sae.autoencoder import inference_form, new_sae
 from fastsae.sae.initialisation import initialise
 from fastsae.sae.metrics import IN_ALL, evaluate
+from fastsae.training.dead_features import considered
 
 
 class TrainingRun:

@@ -1,0 +1,1 @@
+"""Training an autoencoder: data in order, a run's state, figures."""
