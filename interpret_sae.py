@@ -25,9 +25,10 @@ from pathlib import Path
 import numpy as np
 
 import config
-from fastsae import llm_client, tables
+from fastsae import llm_client
 from fastsae.activations import files as activations_file
 from fastsae.formats import load
+from fastsae.interpretation import tables
 from fastsae.lm.names import short_name
 from fastsae.runtime import artifacts, progress, ranks, storage
 from fastsae.runtime.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError
@@ -159,7 +160,7 @@ def describe(settings, checkpoint_path, sae_meta, backend):
 
     target = None
     if settings.TARGET_FIELD or settings.TARGET_VALUE:
-        from fastsae.target_features import METHOD_VERSION
+        from fastsae.interpretation.target_features import METHOD_VERSION
 
         target = {**settings.select(TARGET_SETTINGS), "method_version": METHOD_VERSION}
     llm = {**settings.select(LLM_SETTINGS), "base_url": backend.scope[1]} if backend else None
@@ -207,12 +208,12 @@ class Features:
     """The evidence on every feature, `rows` of the tables made from it, and what else the outputs need."""
 
     def __init__(self, settings, checkpoint_path, sae_meta):
-        from fastsae.categories import add_categories
         from fastsae.data.datasets import identity
-        from fastsae.feature_evidence import Evidence
         from fastsae.formats.load import load_sae
+        from fastsae.interpretation.categories import add_categories
+        from fastsae.interpretation.evidence import Evidence
+        from fastsae.interpretation.logit_lens import add_lens
         from fastsae.lm.language_model import choose_device, load_tokenizer, locate, require_same
-        from fastsae.logit_lens import add_lens
 
         self.settings, self.sae_meta, self.checkpoint_path = settings, sae_meta, checkpoint_path
         self.comparison = None  # of the hypotheses with what needs no features
@@ -280,8 +281,8 @@ class Features:
 
     def hypotheses(self):
         """Features that predict the target, with their scores; [] without one. `comparison` says what they are worth."""
-        from fastsae.categories import target_numbers
-        from fastsae.target_features import compare, select_features
+        from fastsae.interpretation.categories import target_numbers
+        from fastsae.interpretation.target_features import compare, select_features
 
         settings = self.settings
         if not (settings.TARGET_FIELD or settings.TARGET_VALUE):
@@ -339,9 +340,9 @@ def add_llm_labels(rows, outcome, work):
 
 def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settings):
     """All outputs; the JSONL, which vouches for them, comes last."""
+    from fastsae.interpretation.target_features import METHOD_VERSION
     from fastsae.report import render
     from fastsae.report_run import describe_run
-    from fastsae.target_features import METHOD_VERSION
 
     rows, evidence = features.rows, features.evidence
     shown = sorted(features.choose(len(rows)), key=lambda j: rows[j]["label_source"] in ("", "tokens"))  # an LLM's labels were paid for
@@ -358,7 +359,7 @@ def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settin
         texts["hypotheses.json"] = artifacts.to_json({**about, "method_version": METHOD_VERSION, **(features.comparison or {})}) + "\n"
     files = {}
     if settings.NEURONPEDIA_SET:
-        from fastsae.neuronpedia import write_batches
+        from fastsae.interpretation.neuronpedia import write_batches
 
         model = settings.NEURONPEDIA_MODEL or short_name(features.source["model_name"]).lower()
         paths = write_batches(folder / "neuronpedia", evidence, rows, features.lens, model_id=model, name=settings.NEURONPEDIA_SET,

@@ -41,7 +41,7 @@ def main():
 def measure(part):
     import torch
 
-    from fastsae.feature_statistics import collect
+    from fastsae.interpretation.statistics import collect
     from fastsae.sae.autoencoder import new_sae
 
     m, k, n = PARTS[part]

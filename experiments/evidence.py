@@ -39,14 +39,14 @@ class Labelled:
 
     def evidence(self, sae):
         """What the features do here, on the same tokens for every autoencoder: without shared prefix and sinks."""
-        from fastsae.feature_evidence import Evidence
+        from fastsae.interpretation.evidence import Evidence
 
         bounds = {"max_norm": self.max_norm, "exclude_shared_prefix": True}
         return Evidence(sae, self.data, self.examples, self.tokenizer, bounds, n_top=N_TOP_EXAMPLES, seed=self.settings.SEED)
 
     def per_feature(self, evidence):
         """{token_purity: (M,), category_auc: (M,) or None without labels}, nan for features that fire less than MIN_FIRINGS times here."""
-        from fastsae.categories import best_category
+        from fastsae.interpretation.categories import best_category
 
         s, auc = evidence.statistics, None
         names, labels = np.unique([str(e.label) for e in self.examples], return_inverse=True)

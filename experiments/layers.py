@@ -98,8 +98,8 @@ def share_activations(root, folder, layer):
 def purity_of(checkpoint, folder, layer, settings):
     """(M,) of each feature, the share of its activation on its commonest token (by name); nan for those that hardly ever fire."""
     from fastsae.data.token_text import token_names
-    from fastsae.feature_statistics import collect
     from fastsae.formats.load import load_sae
+    from fastsae.interpretation.statistics import collect
     from fastsae.lm.language_model import load_tokenizer
 
     data = files.open_activations(folder / "activations" / f"activations_layer{layer}.npz")

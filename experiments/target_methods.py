@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from common import write_result
 
-import fastsae.target_features as tf
+import fastsae.interpretation.target_features as tf
 
 METHODS = ("separation_score", "correlation", "lasso")
 N_FIRST, N_SELECTED = 5, 20
@@ -65,8 +65,8 @@ def evidence_of(folder, dataset):
     """(`Evidence` of the autoencoder under `folder`, what the result says of it)."""
     from fastsae.activations.files import open_activations
     from fastsae.data.datasets import read_dataset
-    from fastsae.feature_evidence import Evidence
     from fastsae.formats.load import load_sae
+    from fastsae.interpretation.evidence import Evidence
     from fastsae.lm.language_model import load_tokenizer
 
     metrics_path = next(folder.glob("checkpoints/*/metrics.json"))

@@ -7,9 +7,9 @@ import numpy as np
 from fastsae import report_charts as charts
 from fastsae.formats.export import dataset_name
 from fastsae.formats.load import architecture_text
+from fastsae.interpretation.significance import LEVEL
 from fastsae.lm.names import described, short_name
 from fastsae.sae.metrics import measured_on
-from fastsae.significance import LEVEL
 
 AUC_BOUND = 0.8  # a feature above this separates its category well; the report counts them
 METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("mse", "MSE (FAST, eq. 7)"),

@@ -10,12 +10,12 @@ from fastsae.data.token_text import TokenTexts, visible
 from fastsae.data.tokenization import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
 from fastsae.formats import load
 from fastsae.formats.load import architecture_of, architecture_text, is_plain_text, nested_prefixes, target_k
+from fastsae.interpretation.tables import read_labels
 from fastsae.lm.language_model import ResidualModel, choose_device, load_tokenizer, require_same
 from fastsae.lm.names import described
 from fastsae.runtime.errors import InputError
 from fastsae.sae import autoencoder
 from fastsae.sae.sparse_step import Entries
-from fastsae.tables import read_labels
 
 N_TOP = 3  # features per token in a printed text
 

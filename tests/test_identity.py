@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from fastsae import tables
 from fastsae.activations import files
 from fastsae.data import datasets
+from fastsae.interpretation import tables
 from fastsae.lm import language_model
 from fastsae.runtime import artifacts, digests
 from fastsae.runtime.errors import EnvironmentFailure, InputError

@@ -6,8 +6,8 @@ import pytest
 from conftest import WORDS, planted_tokens, read_table as table
 from scipy import sparse
 
-from fastsae import neuronpedia
-from fastsae.categories import (
+from fastsae.interpretation import neuronpedia
+from fastsae.interpretation.categories import (
     auc_matrix,
     best_category,
     correlations,
@@ -17,8 +17,8 @@ from fastsae.categories import (
     shuffled_count,
     target_numbers,
 )
+from fastsae.interpretation.target_features import select_features
 from fastsae.runtime.errors import InputError
-from fastsae.target_features import select_features
 
 
 def test_auc_by_hand():
@@ -69,7 +69,7 @@ def test_labels_of_one_example_each_take_no_room():
 
 
 def test_sparse_and_dense_pooled_features_agree(monkeypatch):
-    monkeypatch.setattr("fastsae.categories.BLOCK", 7)
+    monkeypatch.setattr("fastsae.interpretation.categories.BLOCK", 7)
     generator = np.random.default_rng(0)
     pooled = generator.random((60, 30)) * (generator.random((60, 30)) < 0.5)
     labels = np.repeat(np.arange(3), 20)
@@ -179,7 +179,7 @@ def test_columns_of_the_issue(tmp_path, planted, run_main):
 
 
 def test_no_hypothesis_is_said(planted, run_main, capsys, monkeypatch):
-    monkeypatch.setattr("fastsae.target_features.correlations", lambda pooled, target: np.full(pooled.shape[1], np.nan))  # all constant
+    monkeypatch.setattr("fastsae.interpretation.target_features.correlations", lambda pooled, target: np.full(pooled.shape[1], np.nan))  # all constant
     assert run_main("interpret_sae", *planted, "--target-value", "cat_river") == 0
     assert "hypotheses: none, for no feature predicts category = cat_river" in capsys.readouterr().out
 

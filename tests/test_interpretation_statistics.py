@@ -4,11 +4,11 @@ import pytest
 import torch
 from scipy import sparse
 
-from fastsae import feature_statistics
 from fastsae.data import token_text
-from fastsae.feature_evidence import Evidence, level_name
-from fastsae.feature_statistics import Histogram, Kept, PairSums, collect, lottery
-from fastsae.logit_lens import promoted_and_suppressed
+from fastsae.interpretation import statistics
+from fastsae.interpretation.evidence import Evidence, level_name
+from fastsae.interpretation.logit_lens import promoted_and_suppressed
+from fastsae.interpretation.statistics import Histogram, Kept, PairSums, collect, lottery
 from fastsae.sae.autoencoder import new_sae
 
 
@@ -57,7 +57,7 @@ def test_tokens_that_training_left_out_are_left_out_here():
 
 def test_examples_without_a_kept_token_are_no_evidence():
     """Half of the examples have no assistant's text: as rows of zeros they would tell their category from any other."""
-    from fastsae.categories import add_categories
+    from fastsae.interpretation.categories import add_categories
 
     sae, data = made_up(n_examples=400)
     half, ends = np.arange(400) % 2, np.cumsum(data["seq_lengths"])
@@ -74,7 +74,7 @@ def test_examples_without_a_kept_token_are_no_evidence():
 @pytest.mark.parametrize("batch_topk", [False, True])
 @pytest.mark.parametrize("block_tokens", [7, 64, 8192])
 def test_streaming_equals_dense(monkeypatch, block_tokens, batch_topk):
-    monkeypatch.setattr(feature_statistics, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(statistics, "BLOCK_TOKENS", block_tokens)
     sae, data = made_up(batch_topk=batch_topk)
     s = collect(sae, data["activations"], data["seq_lengths"], data["token_kind"], data["token_role"], data["token_ids"], 9, max_norm=30,
                 n_top=4, n_sampled=6)
@@ -155,7 +155,7 @@ def test_kept_examples_stay_within_their_places():
 
 def test_pairs_are_cut_to_the_largest(monkeypatch):
     """100 others with sums 1 to 100 and room for 16 after a cut: the 16 largest stay, whatever the order of arrival."""
-    monkeypatch.setattr(feature_statistics, "PAIR_LIMIT", 30)
+    monkeypatch.setattr(statistics, "PAIR_LIMIT", 30)
     sums = PairSums(1, 100)
     other = np.random.default_rng(0).permutation(100)
     sums.add_entries(np.zeros(100, np.int64), other, (other + 1).astype(np.float32))
@@ -164,7 +164,7 @@ def test_pairs_are_cut_to_the_largest(monkeypatch):
 
 
 def test_memory_does_not_grow_with_tokens_times_features(monkeypatch):
-    monkeypatch.setattr(feature_statistics, "POOLED_ENTRIES", 200)
+    monkeypatch.setattr(statistics, "POOLED_ENTRIES", 200)
     sae, data = made_up(n_examples=100)
     s = collect(sae, data["activations"], data["seq_lengths"], data["token_kind"], data["token_role"], data["token_ids"], 9)
     assert len(s.pooled_examples) == 10 == s.pooled_max.shape[0]  # 200 entries / 20 features
@@ -222,8 +222,9 @@ def test_a_peak_inside_a_character_is_seen_on_the_character(smol_tokenizer):
 def test_report_and_batches_show_that_peak_too(smol_tokenizer):
     from types import SimpleNamespace
 
-    from fastsae import neuronpedia, report
+    from fastsae import report
     from fastsae.data.tokenization import Example
+    from fastsae.interpretation import neuronpedia
 
     sae, data = made_up()
     ids = smol_tokenizer("a 🦜", add_special_tokens=False)["input_ids"]
@@ -267,7 +268,7 @@ def test_unembedding_folds_the_final_norm(tmp_path):
 
     from safetensors.torch import save_file
 
-    from fastsae.logit_lens import load_unembedding
+    from fastsae.interpretation.logit_lens import load_unembedding
 
     embedding, norm = torch.arange(6.).reshape(3, 2), torch.tensor([2., 10.])
     save_file({"model.embed_tokens.weight": embedding, "model.norm.weight": norm}, tmp_path / "model.safetensors")

@@ -9,7 +9,7 @@ from scipy import sparse
 from fastsae import llm_labels
 from fastsae.data.token_text import TokenTexts
 from fastsae.data.tokenization import ChatTokenizer, Example, mark_shared_prefix, tokenise
-from fastsae.feature_evidence import Evidence
+from fastsae.interpretation.evidence import Evidence
 from fastsae.llm_client import Asker
 from fastsae.llm_labels import MAX_TOKENS, MIN_HELD_OUT, Labelling, Shown, plain_text
 

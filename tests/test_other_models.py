@@ -217,7 +217,7 @@ def test_a_device_that_computes_something_else_is_noticed(factor, dtype, agrees,
 @pytest.mark.parametrize("family", ["gemma 3, window of 12", "gemma 3, tied and untied", "qwen2", "nested", "linear attention", "vault"])
 def test_the_logit_lens_reads_the_models_own_norm_and_head(tiny, family):
     """Gemma's norm multiplies by 1 + weight, its head is the unscaled embedding; logits of x / rms(x) must be the model's."""
-    from fastsae.logit_lens import load_unembedding
+    from fastsae.interpretation.logit_lens import load_unembedding
 
     folder, model = tiny("Gemma3Config", nested_gemma(), text_config=True) if family == "nested" else tiny(
         *(("VaultGemmaConfig", MIXED) if family == "vault" else FAMILIES[family][:2]))
@@ -234,7 +234,7 @@ def test_norms_are_told_apart_by_what_they_compute(tiny):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
-    from fastsae.logit_lens import load_unembedding, norm_offset
+    from fastsae.interpretation.logit_lens import load_unembedding, norm_offset
 
     norms = LlamaRMSNorm(8), Qwen3_5RMSNorm(8), CohereLayerNorm(8), torch.nn.LayerNorm(8), None
     assert [norm_offset(norm) for norm in norms] == [0, 1, None, None, None]

@@ -7,8 +7,8 @@ import pytest
 from conftest import read_table
 from scipy.stats import hypergeom, rankdata
 
-from fastsae.categories import category_above_chance, shuffled_aucs
-from fastsae.significance import LEVEL, above_chance, rank_sum_p_values, smallest_gap
+from fastsae.interpretation.categories import category_above_chance, shuffled_aucs
+from fastsae.interpretation.significance import LEVEL, above_chance, rank_sum_p_values, smallest_gap
 
 
 def exact(ranks, n_inside, rank_sum):

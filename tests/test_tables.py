@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from fastsae import tables
+from fastsae.interpretation import tables
 
 FORMULAS = ["=HYPERLINK(\"http://evil\")", "+1+1", "-1+1", "@SUM(A1)", "＝1+1", "＋1", "－1", "＠SUM(1)", "﹢1", "﹦1", "\u22121+1"]
 BEFORE = ["", " ", "\u00a0", "\u3000", "\ufeff", "\u200b", "\u2060", '"', "'", "“",

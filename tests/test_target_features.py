@@ -7,7 +7,7 @@ import pytest
 from conftest import read_table
 from scipy import sparse
 
-from fastsae.target_features import (
+from fastsae.interpretation.target_features import (
     finding_half,
     held_out_scores,
     least_support,

@@ -6,7 +6,7 @@ import torch
 
 from fastsae.data.token_text import TokenTexts, characteristic_tokens, evidence_label, excerpt, token_names
 from fastsae.data.tokenization import SHARED_PREFIX
-from fastsae.feature_statistics import collect, encode_rows, example_blocks
+from fastsae.interpretation.statistics import collect, encode_rows, example_blocks
 
 QUANTILES = (0.9, 0.7, 0.5, 0.3, 0.1)   # of the strongest activation per example, over the examples where a feature fires
 N_SAMPLED = 32                          # random firing examples per feature from which the quantiles are read

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.sparse import csc_matrix, csr_matrix
 
 from fastsae.activations.files import release
-from fastsae.categories import auc_matrix, correlations, dense_blocks, first_half
+from fastsae.interpretation.categories import auc_matrix, correlations, dense_blocks, first_half
 from fastsae.runtime.stops import stop_if_asked
 
 METHOD_VERSION = 2       # of the selection; 1 was HypotheSAEs' own separation_score, without a least support

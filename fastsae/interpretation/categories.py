@@ -5,8 +5,8 @@ import numpy as np
 from scipy import sparse
 from scipy.stats import rankdata
 
+from fastsae.interpretation.significance import above_chance, rank_sum_p_values
 from fastsae.runtime.errors import InputError
-from fastsae.significance import above_chance, rank_sum_p_values
 
 BLOCK = 1024           # features whose pooled values are dense at a time
 SHUFFLED_FEATURES = 2048  # at most so many features stand for all in the permutation baseline

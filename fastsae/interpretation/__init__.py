@@ -1,0 +1,1 @@
+"""What features mean: statistics, evidence, tables."""
