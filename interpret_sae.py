@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 
 import config
-from fastsae import llm_client
 from fastsae.activations import files as activations_file
 from fastsae.formats import load
 from fastsae.interpretation import tables
+from fastsae.interpretation.llm import client
 from fastsae.lm.names import short_name
 from fastsae.runtime import artifacts, progress, ranks, storage
 from fastsae.runtime.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError
@@ -85,7 +85,7 @@ def main():
     checkpoint_path, sae_meta = chosen_sae(settings)
     backend = None
     if settings.N_TOP_NEURONS:
-        backend = llm_client.choose_backend(settings.INTERPRETER_MODEL, timeout=settings.LLM_TIMEOUT, device=settings.DEVICE,
+        backend = client.choose_backend(settings.INTERPRETER_MODEL, timeout=settings.LLM_TIMEOUT, device=settings.DEVICE,
                                             cache_dir=settings.CACHE_DIR)
     metadata = describe(settings, checkpoint_path, sae_meta, backend)
     folder, jsonl_path = settings.output_dir, settings.output_dir / "interpretations.jsonl"
@@ -313,10 +313,10 @@ class Features:
 
 def labelling(features, backend, labelled, settings):
     """The LLM's work on these features, and on a random sample of those that can be scored."""
-    from fastsae.llm_labels import Labelling, Shown, plain_text
+    from fastsae.interpretation.llm.labels import Labelling, Shown, plain_text
 
-    backend = backend or llm_client.ChatEndpoint("none", None, settings.INTERPRETER_MODEL, timeout=1)  # of a dry run without a key
-    asker = llm_client.Asker(backend, settings.run_dir / "llm_replies.jsonl", n_workers=settings.N_LLM_WORKERS,
+    backend = backend or client.ChatEndpoint("none", None, settings.INTERPRETER_MODEL, timeout=1)  # of a dry run without a key
+    asker = client.Asker(backend, settings.run_dir / "llm_replies.jsonl", n_workers=settings.N_LLM_WORKERS,
                              retry_unusable=settings.RETRY_UNUSABLE)
     alive = [row["feature"] for row in features.rows if row["status"] != "dead"]
     sample = [alive[i] for i in np.random.default_rng((settings.SEED, 4)).permutation(len(alive))]

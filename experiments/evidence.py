@@ -57,14 +57,14 @@ class Labelled:
 
     def scores(self, evidence, journal):
         """The language model's scores of N_SCORED_FEATURES features by lot; None without an endpoint."""
-        from fastsae import llm_client
-        from fastsae.llm_labels import Labelling, Shown, plain_text
+        from fastsae.interpretation.llm import client
+        from fastsae.interpretation.llm.labels import Labelling, Shown, plain_text
 
-        if not llm_client.endpoint():
+        if not client.endpoint():
             return None
         seed, alive = self.settings.SEED, np.flatnonzero(evidence.statistics.count > 0)
-        backend = llm_client.choose_backend(self.settings.INTERPRETER_MODEL, timeout=60.0, device="cpu")
-        work = Labelling(Shown(evidence, [plain_text(e) for e in self.examples], seed), llm_client.Asker(backend, journal, n_workers=8),
+        backend = client.choose_backend(self.settings.INTERPRETER_MODEL, timeout=60.0, device="cpu")
+        work = Labelling(Shown(evidence, [plain_text(e) for e in self.examples], seed), client.Asker(backend, journal, n_workers=8),
                          protocol="fast", labelled=[], candidates=np.random.default_rng(seed).permutation(alive).tolist(),
                          n_scored=self.settings.N_SCORED_FEATURES, n_fidelity=0)
         return [result["score"] for result in work.run().values() if "score" in result]

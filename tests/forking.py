@@ -63,11 +63,11 @@ def preload():
     modules = [module_name(path) for path in python_files("fastsae")]
     for name in (*LATE, *modules, "extract_activations", "train_sae", "interpret_sae"):
         importlib.import_module(name)
-    from fastsae import llm_client
+    from fastsae.interpretation.llm import client
     from fastsae.lm import language_model
 
     torch.set_num_threads(1)
-    llm_client.FIRST_WAIT = 0.01  # hardly any waiting between tries
+    client.FIRST_WAIT = 0.01  # hardly any waiting between tries
     plain, loaded = language_model.load_tokenizer, {}
 
     def load_tokenizer(name, **source):

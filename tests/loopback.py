@@ -138,7 +138,7 @@ class RealModel:
     def __init__(self, name="SmolLM2-135M-Instruct", new_tokens=16, dtype="float32"):
         import torch
 
-        from fastsae.llm_client import LocalModel
+        from fastsae.interpretation.llm.client import LocalModel
 
         self.tokenizer, self.model = LocalModel(name, "cpu")._load()
         self.model.to(getattr(torch, dtype))

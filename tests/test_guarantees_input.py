@@ -15,7 +15,7 @@ from fastsae.activations import extraction, files
 from fastsae.data.datasets import stream_examples, stream_text
 from fastsae.data.tokenization import ChatTokenizer, Example, read_dataset, tokenise
 from fastsae.formats.load import load_sae
-from fastsae.llm_client import Journal
+from fastsae.interpretation.llm.client import Journal
 from fastsae.lm import language_model
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError, StageError

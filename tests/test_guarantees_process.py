@@ -137,7 +137,7 @@ def test_stages_2_and_3_ask_nothing_of_the_network(planted, run_main, no_network
 def test_a_configured_endpoint_is_asked(planted, run_main, no_network, monkeypatch):
     """The counterpart, so that the test above cannot pass for want of a trap."""
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:9/v1")
-    monkeypatch.setattr("fastsae.llm_client.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("fastsae.interpretation.llm.client.FIRST_WAIT", 0.01)
     assert run_main("interpret_sae", *planted, "--n-top-neurons", 1) == 4 and no_network
 
 

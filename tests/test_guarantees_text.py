@@ -11,7 +11,7 @@ from loopback import Endpoint, completion
 from test_interpretation_report import assert_inert
 from tiny_world import in_parallel
 
-from fastsae.llm_replies import parse_label
+from fastsae.interpretation.llm.replies import parse_label
 
 HOSTILE = (
     '<img src="http://evil.example/x.png" onerror="document.title=1">', "</script><script>document.title=1</script>",

@@ -10,7 +10,7 @@ import zlib
 import pytest
 from loopback import RawEndpoint, completion, http_reply
 
-from fastsae import bounded_http, llm_client, llm_replies
+from fastsae.interpretation.llm import bounded_http, client, replies
 from fastsae.runtime.errors import InputError
 
 KEY = "sk-secret-0123456789"
@@ -200,8 +200,8 @@ def server():
 
 
 def asker(server, path, timeout=20, **more):
-    return llm_client.Asker(
-        llm_client.ChatEndpoint(KEY, server.url, "m", timeout=timeout), path, n_workers=2, **more
+    return client.Asker(
+        client.ChatEndpoint(KEY, server.url, "m", timeout=timeout), path, n_workers=2, **more
     )
 
 
@@ -261,7 +261,7 @@ def test_what_is_no_reply_is_a_status_and_asked_once(server, tmp_path, mode, tal
 )
 def test_waits_that_mean_nothing_are_short(server, tmp_path, wait, monkeypatch):
     waits = []
-    monkeypatch.setattr(llm_client.time, "sleep", waits.append)
+    monkeypatch.setattr(client.time, "sleep", waits.append)
     assert (
         ask(
             server,
@@ -276,7 +276,7 @@ def test_waits_that_mean_nothing_are_short(server, tmp_path, wait, monkeypatch):
 
 def test_waits_of_a_call_are_bounded_in_all(server, tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(llm_client.time, "sleep", waits.append)
+    monkeypatch.setattr(client.time, "sleep", waits.append)
     assert (
         ask(
             server, tmp_path / "j.jsonl", http_reply(b"{}", "429 Busy", "Retry-After: 50"), ["one"]
@@ -288,7 +288,7 @@ def test_waits_of_a_call_are_bounded_in_all(server, tmp_path, monkeypatch):
 
 def test_the_requests_of_a_call_share_its_time(server, tmp_path, monkeypatch):
     """Each failure that passes takes 0.2 s of 0.5: the third is not waited for."""
-    monkeypatch.setattr(llm_client, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.0)
 
     def busy(sock):
         time.sleep(0.2)
@@ -302,8 +302,8 @@ def test_a_slow_resolver_and_a_server_that_reads_nothing_take_no_longer(monkeypa
     """Both would go on for 3 s."""
     silent = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
-    with silent, pytest.raises(llm_client.CallFailed, match=LATE):
-        llm_client.ChatEndpoint(KEY, url, "m", timeout=0.2).complete("x" * 20_000_000)
+    with silent, pytest.raises(client.CallFailed, match=LATE):
+        client.ChatEndpoint(KEY, url, "m", timeout=0.2).complete("x" * 20_000_000)
     resolve = socket.getaddrinfo
 
     def slowly_resolve(*args, **more):
@@ -312,8 +312,8 @@ def test_a_slow_resolver_and_a_server_that_reads_nothing_take_no_longer(monkeypa
 
     monkeypatch.setattr(socket, "getaddrinfo", slowly_resolve)
     started = time.monotonic()
-    with pytest.raises(llm_client.CallFailed, match="127.0.0.1 is not found"):
-        llm_client.ChatEndpoint(KEY, url, "m", timeout=0.2).complete("x")
+    with pytest.raises(client.CallFailed, match="127.0.0.1 is not found"):
+        client.ChatEndpoint(KEY, url, "m", timeout=0.2).complete("x")
     assert time.monotonic() - started < 3
 
 
@@ -348,7 +348,7 @@ def test_no_redirect_is_followed(server, tmp_path, status):
 
 
 def test_an_unexpected_exception_costs_one_call_and_is_named(server, tmp_path, monkeypatch):
-    endpoint = llm_client.ChatEndpoint(KEY, server.url, "m", timeout=5)
+    endpoint = client.ChatEndpoint(KEY, server.url, "m", timeout=5)
     server.behave = GOOD
     whole = endpoint.complete
 
@@ -356,7 +356,7 @@ def test_an_unexpected_exception_costs_one_call_and_is_named(server, tmp_path, m
         return whole(prompt) if prompt == "two" else {}["no such"]
 
     monkeypatch.setattr(endpoint, "complete", complete)
-    found = llm_client.Asker(endpoint, tmp_path / "j.jsonl", n_workers=1).ask(
+    found = client.Asker(endpoint, tmp_path / "j.jsonl", n_workers=1).ask(
         ["one", "two"], "labels"
     )
     assert found["two"] == ("mentions bread", None)
@@ -368,7 +368,7 @@ def test_an_unexpected_exception_costs_one_call_and_is_named(server, tmp_path, m
         endpoint, "complete", lambda prompt: (_ for _ in ()).throw(InputError("X: bad. mend."))
     )
     with pytest.raises(InputError):
-        llm_client.Asker(endpoint, tmp_path / "j.jsonl", n_workers=1).ask(["three"], "labels")
+        client.Asker(endpoint, tmp_path / "j.jsonl", n_workers=1).ask(["three"], "labels")
 
 
 # The journal
@@ -396,16 +396,16 @@ def test_a_damaged_journal_loses_no_good_line(tmp_path, tally):
     scope = ["m", None, {}]
     for i, damage in enumerate(DAMAGE):
         path = tmp_path / f"{i}.jsonl"
-        journal = llm_client.Journal(path, scope)
+        journal = client.Journal(path, scope)
         journal.add("p1", "r1")
         with open(path, "ab") as file:
             file.write(damage.replace(b'"K"', json.dumps(journal.key("p3")).encode()) + b"\n")
         journal.add("p2", None, "empty")
-        again = llm_client.Journal(path, scope)
+        again = client.Journal(path, scope)
         assert again.get("p1")["reply"] == "r1" and again.get("p2")["unusable"] == "empty"
         assert again.get("p3") is None, damage[:60]
         again.add("p3", "r3")
-        assert llm_client.Journal(path, scope).get("p3")["reply"] == "r3"
+        assert client.Journal(path, scope).get("p3")["reply"] == "r3"
     tally("damaged journals read", len(DAMAGE))
 
 
@@ -413,11 +413,11 @@ def test_what_a_journal_says_is_cleaned_too(tmp_path, monkeypatch):
     from fastsae.runtime import storage
 
     path, scope = tmp_path / "j.jsonl", ["m", None, {}]
-    key = llm_client.Journal(path, scope).key("p")
+    key = client.Journal(path, scope).key("p")
     path.write_text(
         json.dumps({"key": key, "reply": "a \ud800\x1b[2Jb\rc", "unusable": "x\ny"}) + "\n"
     )
-    assert llm_client.Journal(path, scope).get("p") == {
+    assert client.Journal(path, scope).get("p") == {
         "key": key,
         "reply": "a \ufffd[2Jb\nc",
         "unusable": "x y",
@@ -428,7 +428,7 @@ def test_what_a_journal_says_is_cleaned_too(tmp_path, monkeypatch):
         + "\n"
         + json.dumps({"key": key, "reply": "b"})
     )
-    assert list(llm_client.Journal(path, scope).replies) == [key]
+    assert list(client.Journal(path, scope).replies) == [key]
 
 
 # Texts
@@ -436,14 +436,14 @@ def test_what_a_journal_says_is_cleaned_too(tmp_path, monkeypatch):
 
 def test_texts_are_cleaned():
     assert (
-        llm_replies.cleaned("a\tb\nc") == "a\tb\nc"
-        and llm_replies.cleaned("größe 日本 👩‍🚀 می‌خواهم") == "größe 日本 👩‍🚀 می‌خواهم"
+        replies.cleaned("a\tb\nc") == "a\tb\nc"
+        and replies.cleaned("größe 日本 👩‍🚀 می‌خواهم") == "größe 日本 👩‍🚀 می‌خواهم"
     )
-    assert llm_replies.cleaned("a\r\nb\rc\u2028d\x85e\x0bf") == "a\nb\nc\nd\ne f"
+    assert replies.cleaned("a\r\nb\rc\u2028d\x85e\x0bf") == "a\nb\nc\nd\ne f"
     hidden = "\x00\x07\x1b\x7f\x9b\u200b\u200e\u202e\u2066\ufeff\ufffe\U000e0041\xad"
-    assert llm_replies.cleaned(f"a{hidden}b\udc80") == "ab\ufffd"
+    assert replies.cleaned(f"a{hidden}b\udc80") == "ab\ufffd"
     everything = "".join(map(chr, range(0x3000)))
-    assert llm_replies.cleaned(llm_replies.cleaned(everything)) == llm_replies.cleaned(everything)
+    assert replies.cleaned(replies.cleaned(everything)) == replies.cleaned(everything)
 
 
 def test_no_reply_breaks_its_reading(tally):
@@ -479,12 +479,12 @@ def test_no_reply_breaks_its_reading(tally):
             at = chance.randrange(len(body))
             body[at : at + chance.choice((0, 1, 8))] = chance.choice(pieces)
         try:
-            text, reason, usage = llm_replies.read_completion(bytes(body), "application/json")
-        except llm_replies.NoCompletion:
+            text, reason, usage = replies.read_completion(bytes(body), "application/json")
+        except replies.NoCompletion:
             continue
         assert (text is None) != (reason is None) and all(
             isinstance(n, int) and n >= 0 for n in usage.values()
         )
-        for parse in (llm_replies.parse_label, llm_replies.parse_fast, llm_replies.parse_yes_no):
+        for parse in (replies.parse_label, replies.parse_fast, replies.parse_yes_no):
             parse(text or "")
     tally("mutated completions read", 3000)

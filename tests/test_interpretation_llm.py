@@ -11,7 +11,7 @@ import pytest
 from conftest import PROJECT, read_table as table
 from loopback import Endpoint, RealModel, completion
 
-from fastsae import llm_client, llm_labels, llm_replies
+from fastsae.interpretation.llm import client, labels, replies as llm_replies
 
 KEY = "sk-secret-0123456789"
 LABELS_ONLY = ["--llm-protocol", "contrastive", "--n-fidelity-examples", 0, "--n-scored-features", 0]
@@ -110,12 +110,12 @@ def test_overlong_replies_are_unusable(reply):
 def test_fidelity_by_hand():
     """Said yes of 3, of these 2 fire; 4 fire: precision 2/3, recall 1/2, F1 4/7."""
     answers = [(True, True), (True, True), (True, False), (False, True), (False, True), (False, False)]
-    result = llm_labels.fidelity(answers)
+    result = labels.fidelity(answers)
     assert result["fidelity_precision"] == pytest.approx(2 / 3) and result["fidelity_recall"] == 0.5
     assert result["fidelity_f1"] == pytest.approx(4 / 7)
-    assert llm_labels.fidelity([(False, True), (False, False)])["fidelity_f1"] == 0
-    assert llm_labels.fidelity([*answers, (None, True)]) is None  # one of seven unclear is more than a tenth
-    assert llm_labels.fidelity([(True, True)] * 5) is None
+    assert labels.fidelity([(False, True), (False, False)])["fidelity_f1"] == 0
+    assert labels.fidelity([*answers, (None, True)]) is None  # one of seven unclear is more than a tenth
+    assert labels.fidelity([(True, True)] * 5) is None
 
 
 def test_labels_scores_and_validation_end_to_end(tmp_path, planted, run_main, endpoint, capsys):
@@ -160,7 +160,7 @@ def test_validation_uses_examples_that_the_labeller_never_saw(planted, run_main,
 
 
 def Shown(tmp_path):
-    """The `llm_labels.Shown` of made-up statistics: 40 examples, 3 features."""
+    """The `labels.Shown` of made-up statistics: 40 examples, 3 features."""
     from types import SimpleNamespace
 
     from scipy import sparse
@@ -168,7 +168,7 @@ def Shown(tmp_path):
     values = np.random.default_rng(0).random((40, 3)) * (np.random.default_rng(1).random((40, 3)) < 0.6)
     statistics = SimpleNamespace(pooled_examples=np.arange(40) * 2, pooled_max=sparse.csr_matrix(values))
     evidence = SimpleNamespace(statistics=statistics, data={}, text_numbers=np.arange(80))
-    return llm_labels.Shown(evidence, [f"text {i}" for i in range(80)], seed=0)
+    return labels.Shown(evidence, [f"text {i}" for i in range(80)], seed=0)
 
 
 def test_busy_and_failing_servers_are_waited_for(tmp_path, planted, run_main, endpoint):
@@ -182,10 +182,10 @@ def test_busy_and_failing_servers_are_waited_for(tmp_path, planted, run_main, en
 def test_slow_replies_time_out_and_a_dead_endpoint_is_left_alone(tmp_path, endpoint):
     """A call that timed out may have been paid for: it is not made again."""
     server = endpoint((0, 1.0))
-    asker = llm_client.Asker(llm_client.ChatEndpoint(KEY, server.url, "m", timeout=0.05), tmp_path / "j.jsonl", n_workers=1)
+    asker = client.Asker(client.ChatEndpoint(KEY, server.url, "m", timeout=0.05), tmp_path / "j.jsonl", n_workers=1)
     result = asker.ask([f"prompt {i}" for i in range(30)], "labels")
     assert result["prompt 0"] == (None, "failed: no whole reply within LLM_TIMEOUT")
-    assert "calls in a row failed" in result["prompt 29"][1] and len(server.requests) == llm_client.BREAKER == len(set(server.prompts()))
+    assert "calls in a row failed" in result["prompt 29"][1] and len(server.requests) == client.BREAKER == len(set(server.prompts()))
 
 
 def test_the_key_is_taken_out_of_replies(tmp_path, planted, run_main, endpoint):
@@ -193,7 +193,7 @@ def test_the_key_is_taken_out_of_replies(tmp_path, planted, run_main, endpoint):
     assert run_main("interpret_sae", *planted, "--n-top-neurons", 1, *LABELS_ONLY) == 0
     assert any(row["label"] == "mentions ***" for row in table(tmp_path))
     no_key_anywhere(tmp_path)
-    assert llm_client.public_url(f"https://user:{KEY}@host:8000/v1?key={KEY}") == "https://host:8000/v1"
+    assert client.public_url(f"https://user:{KEY}@host:8000/v1?key={KEY}") == "https://host:8000/v1"
 
 
 def test_a_dry_run_asks_and_writes_nothing(tmp_path, planted, run_main, endpoint, capsys):
@@ -238,22 +238,22 @@ def test_a_dry_run_of_no_features_counts_nothing(planted, run_main, monkeypatch,
 
 
 def test_without_an_endpoint_nothing_is_asked(planted, run_main, monkeypatch):
-    monkeypatch.setattr(llm_client, "Asker", None)
+    monkeypatch.setattr(client, "Asker", None)
     assert run_main("interpret_sae", *planted) == 0
 
 
 def test_a_torn_journal_loses_one_line_only(tmp_path):
     path = tmp_path / "journal.jsonl"
-    journal = llm_client.Journal(path, ["m", None, {}])
+    journal = client.Journal(path, ["m", None, {}])
     journal.add("p1", "r1")
     journal.add("p2", "r2")
     path.write_bytes(path.read_bytes()[:-5])
-    again = llm_client.Journal(path, ["m", None, {}])
+    again = client.Journal(path, ["m", None, {}])
     assert again.get("p1")["reply"] == "r1" and again.get("p2") is None
     again.add("p3", "r3")
-    assert llm_client.Journal(path, ["m", None, {}]).get("p3")["reply"] == "r3"
+    assert client.Journal(path, ["m", None, {}]).get("p3")["reply"] == "r3"
     for other in (["other", None, {}], ["m", "http://x", {}], ["m", None, {"temperature": 1}]):
-        assert llm_client.Journal(path, other).get("p1") is None
+        assert client.Journal(path, other).get("p1") is None
 
 
 def test_killed_half_way_and_continued_without_a_repeated_call(tmp_path, planted, endpoint):
@@ -298,7 +298,7 @@ def test_a_real_model_behind_a_real_endpoint(tmp_path, planted, run_main, endpoi
 
 
 def test_a_local_model_needs_no_endpoint(tmp_path, planted, run_main, monkeypatch):
-    monkeypatch.setattr(llm_client, "LOCAL_NEW_TOKENS", 12)
+    monkeypatch.setattr(client, "LOCAL_NEW_TOKENS", 12)
     code = run_main("interpret_sae", *planted, "--n-top-neurons", 1, *LABELS_ONLY, "--interpreter-model", "local:SmolLM2-135M-Instruct")
     labelled = [row for row in table(tmp_path) if row["label_source"] == "local:SmolLM2-135M-Instruct"]
     assert code == 0 and len(labelled) == 1

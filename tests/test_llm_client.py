@@ -6,7 +6,7 @@ import pytest
 from conftest import line_of
 from loopback import Endpoint, completion
 
-from fastsae import llm_client
+from fastsae.interpretation.llm import client
 from fastsae.runtime.errors import InputError
 
 KEY = "sk-secret-0123456789"
@@ -25,8 +25,8 @@ def complete(server):
     def ask(*replies, timeout=5):
         server.replies[:], server.requests[:] = replies, []
         try:
-            return llm_client.ChatEndpoint(KEY, server.url, "m", timeout=timeout).complete("hi"), len(server.requests)
-        except llm_client.CallFailed as error:
+            return client.ChatEndpoint(KEY, server.url, "m", timeout=timeout).complete("hi"), len(server.requests)
+        except client.CallFailed as error:
             return error, len(server.requests)
     return ask
 
@@ -63,7 +63,7 @@ def test_usage_of_any_type_is_counted(complete):
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
 def test_failures_that_pass_are_tried_again(complete, status, monkeypatch):
     waits = []
-    monkeypatch.setattr(llm_client.time, "sleep", waits.append)
+    monkeypatch.setattr(client.time, "sleep", waits.append)
     assert complete((status, {"error": {"message": "x"}}), (200, completion("fruit")))[0][0] == "fruit"
     error, n = complete((status, {"error": {"message": "x"}}))
     assert f"HTTP {status}" in error.reason and n == 4 and len(waits) == 1 + 3
@@ -79,7 +79,7 @@ def test_other_failures_are_not_tried_again(complete):
 
 def test_the_wait_that_a_server_asks_for_is_kept(complete, monkeypatch):
     waits = []
-    monkeypatch.setattr(llm_client.time, "sleep", waits.append)
+    monkeypatch.setattr(client.time, "sleep", waits.append)
     later = email.utils.formatdate(time.time() + 60, usegmt=True)
     for name, value, low, high in (("Retry-After", "7", 7, 7), ("Retry-After", later, 57, 60), ("retry-after-ms", "1500", 1.5, 1.5),
                                    ("Retry-After", "soon", 0.375, 0.5), ("Retry-After", "0", 0.375, 0.5)):
@@ -94,17 +94,17 @@ def test_the_wait_that_a_server_asks_for_is_kept(complete, monkeypatch):
 def test_an_empty_address_means_the_default_one(monkeypatch, url):
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
     monkeypatch.setenv("OPENAI_BASE_URL", url)
-    backend = llm_client.choose_backend("m", timeout=1, device="cpu")
+    backend = client.choose_backend("m", timeout=1, device="cpu")
     assert backend.url == "https://api.openai.com/v1/chat/completions" and backend.key == KEY
     assert backend.scope == ["m", None, {}]
     monkeypatch.setenv("OPENAI_API_KEY", "\n")
-    assert llm_client.endpoint() is None
+    assert client.endpoint() is None
 
 
 def test_spaces_around_key_and_address_are_no_part_of_them(monkeypatch):
     monkeypatch.setenv("OPENAI_KEY_SAE", f"{KEY}\r\n")
     monkeypatch.setenv("OPENAI_BASE_URL", " http://localhost:1/v1\n")
-    assert llm_client.endpoint() == (KEY, "http://localhost:1/v1")
+    assert client.endpoint() == (KEY, "http://localhost:1/v1")
 
 
 @pytest.mark.parametrize("url", [
@@ -113,7 +113,7 @@ def test_spaces_around_key_and_address_are_no_part_of_them(monkeypatch):
 def test_what_is_no_address_is_one_line_without_secrets(monkeypatch, url):
     monkeypatch.setenv("OPENAI_BASE_URL", url)
     with pytest.raises(InputError) as caught:
-        llm_client.choose_backend("m", timeout=1, device="cpu")
+        client.choose_backend("m", timeout=1, device="cpu")
     assert str(caught.value).startswith("OPENAI_BASE_URL: ") and "\n" not in str(caught.value) and KEY not in str(caught.value)
 
 
@@ -134,16 +134,16 @@ def test_a_local_interpreter_uses_the_cache_folder_and_its_own_name(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(language_model, "locate", remember)
         with pytest.raises(InputError, match="^INTERPRETER_MODEL: x .* --interpreter-model local:"):
-            llm_client.choose_backend("local:some-model", timeout=1, device="cpu", cache_dir=str(tmp_path)).complete("hi")
+            client.choose_backend("local:some-model", timeout=1, device="cpu", cache_dir=str(tmp_path)).complete("hi")
     assert seen == [("some-model", str(tmp_path))]
     with pytest.raises(InputError, match="^INTERPRETER_MODEL: /no/such does not exist"):
-        llm_client.choose_backend("local:/no/such", timeout=1, device="cpu").complete("hi")
+        client.choose_backend("local:/no/such", timeout=1, device="cpu").complete("hi")
 
 
 def test_stage_3_hands_the_cache_folder_on(tmp_path, planted, run_main, monkeypatch, capsys):
     def choose_backend(model, **more):
         raise InputError(f"seen: {model} {more['cache_dir']}. done.")
 
-    monkeypatch.setattr(llm_client, "choose_backend", choose_backend)
+    monkeypatch.setattr(client, "choose_backend", choose_backend)
     assert run_main("interpret_sae", *planted, "--cache-dir", tmp_path / "cache", "--interpreter-model", "local:a") == 2
     assert f"seen: local:a {tmp_path / 'cache'}." in capsys.readouterr().err

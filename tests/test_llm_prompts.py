@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from fastsae import llm_labels
 from fastsae.data.token_text import TokenTexts
 from fastsae.data.tokenization import ChatTokenizer, Example, mark_shared_prefix, tokenise
 from fastsae.interpretation.evidence import Evidence
-from fastsae.llm_client import Asker
-from fastsae.llm_labels import MAX_TOKENS, MIN_HELD_OUT, Labelling, Shown, plain_text
+from fastsae.interpretation.llm import labels
+from fastsae.interpretation.llm.client import Asker
+from fastsae.interpretation.llm.labels import MAX_TOKENS, MIN_HELD_OUT, Labelling, Shown, plain_text
 
 CJK = "今天天气很好我们去公园散步看见了许多花和树"
 WORDS = "bread rose while rain fell on seven quiet houses and nobody chose the longer road home past them".split()
@@ -168,7 +168,7 @@ def test_a_plan_counts_the_calls_that_are_made(shown, tmp_path, protocol, label)
 
 def test_small_activations_are_told_from_silence():
     evidence = SimpleNamespace(token_texts=lambda e: ["a", "b", "c", "d", "e"], own_start=lambda e: 0)
-    lines = llm_labels._token_lines(evidence, 0, np.array([1, 2, 3, 4]), np.array([0.047, 0.02134, 0.5, 1234.56])).split("\n")
+    lines = labels._token_lines(evidence, 0, np.array([1, 2, 3, 4]), np.array([0.047, 0.02134, 0.5, 1234.56])).split("\n")
     assert lines == ["'a' 0", "'b' 0.047", "'c' 0.0213", "'d' 0.5", "'e' 1235"]
 
 
@@ -178,5 +178,5 @@ def test_activations_on_later_bytes_of_a_character_count_for_it(smol_tokenizer):
     first = tokens.index("") - 1
     assert tokens.count("") >= 2 and "🥳" in tokens[first]
     evidence = SimpleNamespace(token_texts=lambda e: tokens, own_start=lambda e: 1)
-    lines = llm_labels._token_lines(evidence, 0, np.array([first, first + 1, first + 2]), np.array([0.5, 2.0, 1.0])).split("\n")
+    lines = labels._token_lines(evidence, 0, np.array([first, first + 1, first + 2]), np.array([0.5, 2.0, 1.0])).split("\n")
     assert lines == [f"{tokens[first]!r} 2", "' day' 0"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from loopback import RawEndpoint, completion, http_reply
 
-from fastsae import llm_client
+from fastsae.interpretation.llm import client
 from fastsae.runtime import masking
 from fastsae.runtime.errors import InputError
 
@@ -40,7 +40,7 @@ def test_an_echoed_key_of_any_length_is_masked(server, tmp_path, key):
         json.dumps(key),
     ]
     for form in forms if len(key) > 4 else forms[:2]:
-        endpoint = llm_client.ChatEndpoint(
+        endpoint = client.ChatEndpoint(
             key, server.url.replace("//", f"//user:{masking.quote(key, safe='')}@"), "m", timeout=5
         )
         server.behave = http_reply(completion(f"mentions {form} a lot"))
@@ -53,7 +53,7 @@ def test_an_echoed_key_of_any_length_is_masked(server, tmp_path, key):
         ), form
         assert form not in text and key not in text
         server.behave = http_reply({"error": {"message": f"bad key {form}!"}}, "422 No")
-        with pytest.raises(llm_client.CallFailed) as caught:
+        with pytest.raises(client.CallFailed) as caught:
             endpoint.complete("x")
         assert (
             form not in caught.value.reason
@@ -66,7 +66,7 @@ def test_an_echoed_key_of_any_length_is_masked(server, tmp_path, key):
 def test_a_key_like_a_word_spoils_no_text(server, key):
     text = 'mentions a key, 12 boxes and 1 "none" of x, axes'
     server.behave = http_reply(completion(text))
-    endpoint = llm_client.ChatEndpoint(key, server.url, "m", timeout=5)
+    endpoint = client.ChatEndpoint(key, server.url, "m", timeout=5)
     assert endpoint.complete("x")[0] == text
     if key != "none":
         server.behave = http_reply(completion(f"mentions Bearer {key}."))
@@ -76,7 +76,7 @@ def test_a_key_like_a_word_spoils_no_text(server, key):
 def test_control_characters_hide_no_key(server):
     server.behave = http_reply(completion(f"mentions {KEY[:9]}\x00{KEY[9:]} and \x1b[31mred"))
     assert (
-        llm_client.ChatEndpoint(KEY, server.url, "m", timeout=5).complete("x")[0]
+        client.ChatEndpoint(KEY, server.url, "m", timeout=5).complete("x")[0]
         == "mentions *** and [31mred"
     )
 
@@ -89,7 +89,7 @@ def test_secrets_of_an_address_are_sent_as_wanted_and_masked(server, monkeypatch
         completion(f"p@ssw0rd {base64.b64encode(b'me:p@ssw0rd').decode()} abcdefgh1 2024-06-01")
     )
     assert (
-        llm_client.ChatEndpoint("none", address, "m", timeout=5).complete("x")[0]
+        client.ChatEndpoint("none", address, "m", timeout=5).complete("x")[0]
         == "*** *** *** 2024-06-01"
     )
     head = server.requests[0][0]
@@ -131,9 +131,9 @@ def test_the_log_of_a_bug_holds_no_secret(outcome, monkeypatch, capsys):
 )
 @pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_ORG_ID"])
 def test_a_key_that_cannot_be_sent_is_one_line(monkeypatch, key, variable):
-    monkeypatch.setattr(llm_client.os, "environ", {"OPENAI_API_KEY": KEY, variable: key})
+    monkeypatch.setattr(client.os, "environ", {"OPENAI_API_KEY": KEY, variable: key})
     with pytest.raises(InputError, match=f"^{variable}: .*copy it again") as caught:
-        llm_client.endpoint()
+        client.endpoint()
     assert "sk-" not in str(caught.value)
 
 
@@ -141,7 +141,7 @@ def test_a_key_that_cannot_be_sent_is_one_line(monkeypatch, key, variable):
 def test_a_host_that_no_host_is_called_is_one_line(monkeypatch, host):
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://{host}/v1")
     with pytest.raises(InputError, match="^OPENAI_BASE_URL: its host"):
-        llm_client.endpoint()
+        client.endpoint()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_host_that_no_host_is_called_is_one_line(monkeypatch, host):
     ],
 )
 def test_connections_that_fail_say_why(server, tmp_path, url, reason, n_tries, monkeypatch):
-    monkeypatch.setattr(llm_client, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.0)
     server.behave, secure = http_reply(b"", "400 Bad Request"), RawEndpoint(GOOD, tls=server_tls())
     ports = {
         "free": free_port(),
@@ -181,20 +181,20 @@ def test_connections_that_fail_say_why(server, tmp_path, url, reason, n_tries, m
         "tls": secure.server_address[1],
     }
     waits = []
-    monkeypatch.setattr(llm_client.time, "sleep", waits.append)
+    monkeypatch.setattr(client.time, "sleep", waits.append)
     try:
-        with pytest.raises(llm_client.CallFailed) as caught:
-            llm_client.ChatEndpoint(KEY, url.format(**ports), "m", timeout=20).complete("x")
+        with pytest.raises(client.CallFailed) as caught:
+            client.ChatEndpoint(KEY, url.format(**ports), "m", timeout=20).complete("x")
         assert reason.format(**ports) in caught.value.reason and len(waits) == n_tries - 1
         assert caught.value.fatal == (n_tries == 1)
         monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
-        trusting = llm_client.ChatEndpoint(KEY, secure.url, "m", timeout=20)
+        trusting = client.ChatEndpoint(KEY, secure.url, "m", timeout=20)
         assert trusting.complete("x")[0] == "mentions bread"
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
         with pytest.raises(
-            llm_client.CallFailed, match="SSL_CERT_FILE or SSL_CERT_DIR cannot be read"
+            client.CallFailed, match="SSL_CERT_FILE or SSL_CERT_DIR cannot be read"
         ):
-            llm_client.ChatEndpoint(KEY, secure.url, "m", timeout=20).complete("x")
+            client.ChatEndpoint(KEY, secure.url, "m", timeout=20).complete("x")
     finally:
         secure.close()
 
@@ -221,7 +221,7 @@ def free_port():
 def test_proxies_of_the_environment_are_used(server, monkeypatch):
     server.behave = GOOD
     monkeypatch.setenv("http_proxy", server.url.replace("//", "//u:pass@"))
-    backend = llm_client.ChatEndpoint(KEY, "http://far.invalid/v1", "m", timeout=5)
+    backend = client.ChatEndpoint(KEY, "http://far.invalid/v1", "m", timeout=5)
     assert backend.complete("x")[0] == "mentions bread"
     head = server.requests[0][0]
     assert (
@@ -231,18 +231,18 @@ def test_proxies_of_the_environment_are_used(server, monkeypatch):
     assert f"Proxy-Authorization: Basic {base64.b64encode(b'u:pass').decode()}\r\n" in head
     server.behave = b"HTTP/1.1 407 No\r\n\r\n"
     monkeypatch.setenv("https_proxy", server.url)
-    with pytest.raises(llm_client.CallFailed, match="the proxy refuses with HTTP 407"):
-        llm_client.ChatEndpoint(KEY, "https://far.invalid/v1", "m", timeout=5).complete("x")
+    with pytest.raises(client.CallFailed, match="the proxy refuses with HTTP 407"):
+        client.ChatEndpoint(KEY, "https://far.invalid/v1", "m", timeout=5).complete("x")
     assert (
         server.requests[-1][0].startswith("CONNECT far.invalid:443 HTTP/1.1\r\n")
         and KEY not in server.requests[-1][0]
     )
     monkeypatch.setenv("http_proxy", "socks5://localhost:1")
     with pytest.raises(
-        llm_client.CallFailed, match="names cannot be used. name one that begins with http://"
+        client.CallFailed, match="names cannot be used. name one that begins with http://"
     ):
         backend.complete("x")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert (
-        llm_client.ChatEndpoint(KEY, server.url, "m", timeout=5)._answer("x").status == 407
+        client.ChatEndpoint(KEY, server.url, "m", timeout=5)._answer("x").status == 407
     )  # not through the proxy

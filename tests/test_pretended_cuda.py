@@ -14,8 +14,9 @@ from conftest import planted_tokens
 from pretended_cuda import Refused, device_of, pretended
 
 import train_sae
-from fastsae import llm_client, load_sae
+from fastsae import load_sae
 from fastsae.activations import extraction
+from fastsae.interpretation.llm import client
 from fastsae.lm import language_model
 from fastsae.runtime import distributed
 from fastsae.runtime.errors import InputError
@@ -352,7 +353,7 @@ def test_other_ways_in(tmp_path, cpu, extracted, small, run_stages, run_main, ca
     with pretended() as machine:
         assert run_main("interpret_sae", *flags, "--output-dir", cpu, "--text", "the bread rose") == 0
         assert "bread" in capsys.readouterr().out.split("activation  label")[1]
-        backend = llm_client.choose_backend(f"local:{small[0] / 'model'}", timeout=1, device="cuda:1")
+        backend = client.choose_backend(f"local:{small[0] / 'model'}", timeout=1, device="cuda:1")
         text, status, usage = backend.complete("What is bread?")
         assert (text is None) == (status is not None) and usage["prompt_tokens"] > 3 and backend.device == "cuda:1"
         assert machine.current == 1

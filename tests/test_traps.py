@@ -66,7 +66,7 @@ def test_initialisation_takes_a_sample(write_activations, run_main, monkeypatch)
 
 @pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "OPENAI_KEY_SAE"])
 def test_either_key_variable_will_do(monkeypatch, variable):
-    from fastsae.llm_client import endpoint
+    from fastsae.interpretation.llm.client import endpoint
 
     assert endpoint() is None
     monkeypatch.setenv(variable, "sk-x")

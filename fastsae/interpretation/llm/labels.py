@@ -14,7 +14,7 @@ import numpy as np
 
 from fastsae.data.token_text import seen_values, with_text
 from fastsae.data.tokenization import CONTENT, ROLES
-from fastsae.llm_replies import fits, parse_fast, parse_label, parse_yes_no
+from fastsae.interpretation.llm.replies import fits, parse_fast, parse_label, parse_yes_no
 
 MAX_TOKENS = 384          # of an example in a prompt, HypotheSAEs' 256 words; longer ones are cut around the feature's strongest token
 N_CONTRASTED = 20         # examples in a contrastive prompt, half of them positive (HypotheSAEs' default)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from fastsae.bounded_http import CUT_OFF, ExchangeFailed, Reply, post, tls_context
-from fastsae.llm_replies import MAX_TEXT, NoCompletion, cleaned, error_message, is_completion_type, one_line, read_completion
+from fastsae.interpretation.llm.bounded_http import CUT_OFF, ExchangeFailed, Reply, post, tls_context
+from fastsae.interpretation.llm.replies import MAX_TEXT, NoCompletion, cleaned, error_message, is_completion_type, one_line, read_completion
 from fastsae.runtime import artifacts, masking, progress
 from fastsae.runtime.errors import InputError, StageError
 

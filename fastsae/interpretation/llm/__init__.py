@@ -1,0 +1,1 @@
+"""Labels and scores by a language model."""
