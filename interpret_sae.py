@@ -156,7 +156,7 @@ def named_checkpoint(run_dir):
 
 def describe(settings, checkpoint_path, sae_meta, backend):
     """The metadata of the outputs: what decides them, and where they come from."""
-    from fastsae.report import template_sha256
+    from fastsae.interpretation.report.report import template_sha256
 
     target = None
     if settings.TARGET_FIELD or settings.TARGET_VALUE:
@@ -305,10 +305,10 @@ class Features:
 
     def summary(self):
         """Counts over all features, for the report and the tables' first line."""
-        from fastsae import report_run
+        from fastsae.interpretation.report import run_page
 
         counts = {"n_features": len(self.rows), "n_dead": sum(row["status"] == "dead" for row in self.rows)}
-        return counts if self.categories is None else counts | self.categories.summary(report_run.AUC_BOUND)
+        return counts if self.categories is None else counts | self.categories.summary(run_page.AUC_BOUND)
 
 
 def labelling(features, backend, labelled, settings):
@@ -340,9 +340,9 @@ def add_llm_labels(rows, outcome, work):
 
 def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settings):
     """All outputs; the JSONL, which vouches for them, comes last."""
+    from fastsae.interpretation.report.report import render
+    from fastsae.interpretation.report.run_page import describe_run
     from fastsae.interpretation.target_features import METHOD_VERSION
-    from fastsae.report import render
-    from fastsae.report_run import describe_run
 
     rows, evidence = features.rows, features.evidence
     shown = sorted(features.choose(len(rows)), key=lambda j: rows[j]["label_source"] in ("", "tokens"))  # an LLM's labels were paid for

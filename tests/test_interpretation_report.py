@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import put_activations
 
-from fastsae import report, report_charts
-from fastsae.report_run import describe_run, left_out, who_labelled
+from fastsae.interpretation.report import charts, report
+from fastsae.interpretation.report.run_page import describe_run, left_out, who_labelled
 
 HOSTILE = ('<img src="http://evil.example/x.png" onerror="document.title=\'pwned\'">', "</script><script>document.title='pwned'</script>",
            "{{ 7 * 7 }} ${7*7} `x`", "'\"><svg onload=alert(1)>", "\u2028\u2029 <!-- --> ]]> &lt;b&gt; javascript:alert(1)",
@@ -143,12 +143,12 @@ def test_long_dialogues_are_cut_around_what_is_shown():
 def test_charts_are_well_formed():
     from xml.etree import ElementTree
 
-    made = [report_charts.bars("<t>", "n", [0, 3, 1], ["a", None, "<b>"], shown=["", "3", "1"], cool={1}, outline=[1, 2, 3]),
-            report_charts.log_bars("t", "n", [1.0, 10, 10, 500], guide=100, guide_name="bound"), report_charts.log_bars("t", "n", [5.0]),
-            report_charts.curves("t", "n", [("a", [3.0, 1.0]), ("b", [4.0, 2.0])])]
+    made = [charts.bars("<t>", "n", [0, 3, 1], ["a", None, "<b>"], shown=["", "3", "1"], cool={1}, outline=[1, 2, 3]),
+            charts.log_bars("t", "n", [1.0, 10, 10, 500], guide=100, guide_name="bound"), charts.log_bars("t", "n", [5.0]),
+            charts.curves("t", "n", [("a", [3.0, 1.0]), ("b", [4.0, 2.0])])]
     for chart in made:
         ElementTree.fromstring(str(chart["svg"]))
-    assert report_charts.log_bars("t", "n", [0.0]) is None
+    assert charts.log_bars("t", "n", [0.0]) is None
 
 
 @pytest.fixture

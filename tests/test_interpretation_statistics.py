@@ -222,9 +222,9 @@ def test_a_peak_inside_a_character_is_seen_on_the_character(smol_tokenizer):
 def test_report_and_batches_show_that_peak_too(smol_tokenizer):
     from types import SimpleNamespace
 
-    from fastsae import report
     from fastsae.data.tokenization import Example
     from fastsae.interpretation import neuronpedia
+    from fastsae.interpretation.report import report
 
     sae, data = made_up()
     ids = smol_tokenizer("a 🦜", add_special_tokens=False)["input_ids"]

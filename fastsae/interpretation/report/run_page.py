@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsae import report_charts as charts
 from fastsae.formats.export import dataset_name
 from fastsae.formats.load import architecture_text
+from fastsae.interpretation.report import charts
 from fastsae.interpretation.significance import LEVEL
 from fastsae.lm.names import described, short_name
 from fastsae.sae.metrics import measured_on
