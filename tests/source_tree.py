@@ -22,13 +22,14 @@ def module_name(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def imports(path: str, root: Path = PROJECT) -> set[str]:
-    """Full names of all that a file imports, inside functions too: modules, and `module.name` of from-imports."""
+def imports(path: str, root: Path = PROJECT, top_level: bool = False) -> set[str]:
+    """Full names of all that a file imports: modules, and `module.name` of from-imports. Inside functions too, unless `top_level`."""
     package = module_name(path).split(".")
     if not path.endswith("/__init__.py"):
         package = package[:-1]
     found = set()
-    for node in ast.walk(ast.parse((root / path).read_text(encoding="utf-8"))):
+    tree = ast.parse((root / path).read_text(encoding="utf-8"))
+    for node in tree.body if top_level else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

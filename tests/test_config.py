@@ -303,11 +303,52 @@ def test_import_directions():
         foreign = {name for name in imports(path) if name.split(".")[0] not in sys.stdlib_module_names}
         assert all(name.startswith("fastsae.settings") for name in foreign), path
     assert imported("run_pipeline.py") - sys.stdlib_module_names == {"config", "fastsae"}
-    for path in ("__init__", "console", "early_stop", "errors", "machine_errors", "signals"):  # what it takes of the package loads at once
-        assert imported(f"fastsae/{path}.py") <= sys.stdlib_module_names | {"fastsae"}
+    assert standard_library_only(module_graph("fastsae"), imports("run_pipeline.py"))  # so that it starts at once
     assert len(SOURCES) >= 75
     assert not upward(SOURCES)
     assert {"config", "fastsae", "numpy"} <= imported("extract_activations.py")
+
+
+FLOORS = ("settings", "runtime", "data", "lm", "activations", "sae", "formats", ("training", "interpretation", "intervention"),
+          "trained_sae", "fastsae")
+
+
+def standard_library_only(graph, start):
+    """Whether the package's modules among `start`, and all that these import at their top, need no other library."""
+    waiting, seen = [name for name in start if name in graph], set()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            path = next(p for p in (f"{name.replace('.', '/')}.py", f"{name.replace('.', '/')}/__init__.py") if (PROJECT / p).exists())
+            found = imports(path, top_level=True)
+            if {each.split(".")[0] for each in found} - sys.stdlib_module_names - {"fastsae"}:
+                return False
+            waiting += found & set(graph)
+    return len(seen) > 3
+
+
+def floors_climbed(graph):
+    """(importer, imported) of the imports that go up, or sideways between packages of one floor, by FLOORS."""
+    floor = {name: number for number, names in enumerate(FLOORS) for name in (names if isinstance(names, tuple) else (names,))}
+
+    def package(module):
+        return (module.split(".") + ["fastsae"])[1] if "." in module else "fastsae"
+
+    return {(one, other) for one, others in graph.items() for other in others
+            if package(one) != package(other) and floor[package(one)] <= floor[package(other)]}
+
+
+def test_imports_inside_the_package_run_one_way():
+    graph = module_graph("fastsae")
+    assert len(graph) >= 70 and sum(map(len, graph.values())) >= 150
+    assert not circles(graph)
+    assert not floors_climbed(graph)
+
+
+def test_a_climb_between_packages_is_seen():
+    graph = {"fastsae.lm.a": {"fastsae.sae.b", "fastsae.runtime.c"}, "fastsae.training.d": {"fastsae.interpretation.e", "fastsae.lm.a"}}
+    assert floors_climbed(graph) == {("fastsae.lm.a", "fastsae.sae.b"), ("fastsae.training.d", "fastsae.interpretation.e")}
 
 
 def upward(paths, root=PROJECT):

@@ -59,9 +59,9 @@ def writers(paths, root):
 
 
 def test_a_writer_in_a_sub_folder_is_seen(tmp_path):
-    (tmp_path / "fastsae" / "deep").mkdir(parents=True)
-    (tmp_path / "fastsae" / "deep" / "storage.py").write_text("import os\nos.replace(a, b)\n")  # of that name, but another
-    (tmp_path / "fastsae" / "storage.py").write_text("import os\nos.replace(a, b)\n")
+    for name in ("fastsae/deep/storage.py", STORAGE):  # the first has that name, but is another
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("import os\nos.replace(a, b)\n")
     paths = python_files("fastsae", root=tmp_path)
     assert writers(paths, tmp_path) == {("fastsae/deep/storage.py", "os.replace")}
 

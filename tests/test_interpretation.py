@@ -179,7 +179,8 @@ def test_columns_of_the_issue(tmp_path, planted, run_main):
 
 
 def test_no_hypothesis_is_said(planted, run_main, capsys, monkeypatch):
-    monkeypatch.setattr("fastsae.interpretation.target_features.correlations", lambda pooled, target: np.full(pooled.shape[1], np.nan))  # all constant
+    monkeypatch.setattr("fastsae.interpretation.target_features.correlations",
+                        lambda pooled, target: np.full(pooled.shape[1], np.nan))  # all constant
     assert run_main("interpret_sae", *planted, "--target-value", "cat_river") == 0
     assert "hypotheses: none, for no feature predicts category = cat_river" in capsys.readouterr().out
 
