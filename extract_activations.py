@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 extract_activations.py --layers 12,18,25 --dataset-path hf:allenai/tulu-3-sft-mixture
 
 Reads rows with `text`, `messages` or ShareGPT `conversations` (for PROCESSING = "block" also a plain .txt). Writes
-`activations/activations_layer{L}.npz` (README, "Files") and, beside it, a .json with timings. Examples never see each other: a
+`activations/activations_layer{L}.npz` (docs/files.md) and, beside it, a .json with timings. Examples never see each other: a
 batch holds several, padded on the right, and attention is causal. Work is kept in parts of about CHUNK_TOKENS tokens, so an
 interrupted run continues. The result must fit on the disk twice, and never into memory; of the dataset only token ids are kept.
 """

@@ -24,7 +24,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    texts = {PROJECT / "README.md": readme(), RESULTS / "STUDIES.md": studies_page.whole(), declarations.SHIPPED: shipped_settings()}
+    texts = {**pages(), RESULTS / "STUDIES.md": studies_page.whole(), declarations.SHIPPED: shipped_settings()}
     if args.check:
         return int(any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in texts.items()))
     for path, text in texts.items():
@@ -39,12 +39,18 @@ def shipped_settings():
     return declarations.snapshot([*(PROJECT / name for name in declarations.CORE), *studies], config.PRESETS["demo"])
 
 
-def readme():
-    """The README as it should be."""
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    for name, make in (("TREE", tree), ("SETTINGS", settings_table), ("MEASURED", measured), ("STUDIES", readme_studies.table)):
+def pages():
+    """{path: text} of the README and the pages under docs/ as they should be."""
+    paths = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+    return {path: written(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def written(text):
+    """A page with its blocks filled."""
+    for name, make in (("TREE", tree), ("SETTINGS", settings_table), ("MEASURED", measured), ("STUDIES", readme_studies.table),
+                       ("RESULT", demo_result)):
         block = f"<!-- {name.lower()}: written by experiments/readme_numbers.py -->\n{make()}\n<!-- end -->"
-        text = re.sub(rf"@@{name}@@|<!-- {name.lower()}: .*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
+        text = re.sub(rf"<!-- {name.lower()}: .*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
     return text
 
 
@@ -87,6 +93,16 @@ def tree():
     ends = [name[0] == "├" and not after.startswith(("├", "└")) for (name, _), (after, _) in zip(entries, [*entries[1:], ("", "")])]
     entries = [(name.replace("├", "└") if end else name, text) for (name, text), end in zip(entries, ends)]
     return "```\n" + "\n".join(f"{name:<54}{text}".rstrip() for name, text in entries) + "\n```"
+
+
+def demo_result():
+    """What the demo's figures are, as an example of a result."""
+    r = result("demo")
+    t, i = r["training"], r["interpretation"]
+    return (f"The demo ends with a normalised MSE of {t['normalized_mse']:.2f} (1 would be no better than the mean activation), "
+            f"{t['l0']:.0f} active features per token and {100 * t['dead_fraction']:.0f} % dead ones; "
+            f"{i['n_above_auc_bound']} of its features separate one of the 48 actions with an AUC above {i['auc_bound']} on held-out texts, against {i['n_above_auc_bound_shuffled']:.1f} under shuffled labels "
+            "(`experiments/results/demo.json`).")
 
 
 def measured():

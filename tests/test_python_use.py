@@ -138,8 +138,8 @@ def test_an_autoencoder_of_another_library_is_told_its_model(sae, checkpoint, tm
         assert found.token == expected.token and dict(found.features) == pytest.approx(dict(expected.features), rel=1e-2)
 
 
-def test_the_readmes_example_runs(checkpoint, tmp_path, monkeypatch, capsys):
-    code = next(block for block in re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.S)
+def test_the_guides_example_runs(checkpoint, tmp_path, monkeypatch, capsys):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "python.md").read_text(encoding="utf-8"), re.S)
                 if "from fastsae import load_sae" in block)
     named = tmp_path / re.search(r'load_sae\("(.*?)"\)', code)[1]
     named.parent.mkdir(parents=True)
@@ -152,8 +152,8 @@ def test_the_readmes_example_runs(checkpoint, tmp_path, monkeypatch, capsys):
     assert len(names["error"]) == len(names["features"]) == len(names["activations"]) and bool(names["error"].isfinite().all())
 
 
-def test_the_readmes_example_for_a_whole_dataset_runs(checkpoint, run_folder, monkeypatch, recwarn):
-    code = next(block for block in re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.S)
+def test_the_guides_example_for_a_whole_dataset_runs(checkpoint, run_folder, monkeypatch, recwarn):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "python.md").read_text(encoding="utf-8"), re.S)
                 if "open_activations" in block)
     sae = fastsae.load_sae(checkpoint)
     names = {"sae": sae}
