@@ -1,4 +1,6 @@
-"""What every experiment needs: the project on the import path, stages as subprocesses, and results with their provenance."""
+"""What every experiment needs: the project on the import path, stages as subprocesses, and results
+with their provenance."""
+
 import functools
 import hashlib
 import json
@@ -23,11 +25,15 @@ def run_stage(script, *flags):
 
 
 def run_to_its_end(command, text=None):
-    """Run a command, `text` on its stdin; if it fails, which it has explained, this process ends with its exit code.
+    """Run a command, `text` on its stdin; if it fails, which it has explained, this process ends
+    with its exit code.
 
-    When this process is stopped the other one may save first (`subprocess.run` would kill it after a quarter of a second).
+    When this process is stopped the other one may save first (`subprocess.run` would kill it after
+    a quarter of a second).
     """
-    with subprocess.Popen(command, stdin=None if text is None else subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=None if text is None else subprocess.PIPE, text=True
+    ) as process:
         try:
             process.communicate(text)
         except KeyboardInterrupt:  # Ctrl-C reached both; twice would mean: without saving
@@ -46,31 +52,49 @@ def machine():
     import transformers
 
     name = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    ):
         if line.startswith("model name"):
             name = line.split(":", 1)[1].strip()
             break
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else name
-    return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def commit():
     """The commit the result was made from, with '+' when the work tree differed from it."""
     try:
-        sha = subprocess.check_output(["git", "-C", PROJECT, "rev-parse", "--short", "HEAD"], text=True).strip()
-        changed = subprocess.check_output(["git", "-C", PROJECT, "status", "--porcelain", "--untracked-files=no"], text=True).strip()
+        sha = subprocess.check_output(
+            ["git", "-C", PROJECT, "rev-parse", "--short", "HEAD"], text=True
+        ).strip()
+        changed = subprocess.check_output(
+            ["git", "-C", PROJECT, "status", "--porcelain", "--untracked-files=no"], text=True
+        ).strip()
         return sha + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def write_result(name, settings, result):
-    """Write experiments/results/<name>.json and say so. Of folders of this machine only the last name stays."""
+    """Write experiments/results/<name>.json and say so. Of folders of this machine only the last
+    name stays."""
     from fastsae.runtime import artifacts
 
     path = RESULTS / f"{name}.json"
-    content = {"settings": without_folders(settings), "commit": commit(), "machine": machine(), **result}
+    content = {
+        "settings": without_folders(settings),
+        "commit": commit(),
+        "machine": machine(),
+        **result,
+    }
     artifacts.write_text(path, json.dumps(content, indent=2) + "\n")
     print(f"wrote {path}")
 
@@ -98,13 +122,20 @@ def write_figure(path, figure):
 def code_version():
     """sha256 (hex) of the project's Python files: what other code computed is not remembered."""
     digest = hashlib.sha256()
-    for path in sorted([*PROJECT.glob("*.py"), *PROJECT.glob("fastsae/**/*.py"), *PROJECT.glob("experiments/**/*.py")]):
+    for path in sorted(
+        [
+            *PROJECT.glob("*.py"),
+            *PROJECT.glob("fastsae/**/*.py"),
+            *PROJECT.glob("experiments/**/*.py"),
+        ]
+    ):
         digest.update(path.relative_to(PROJECT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def remembered(path, key, compute):
-    """What `compute()` returned, JSON-able, when this code was asked for `key` before, from the journal at `path`; else that, appended."""
+    """What `compute()` returned, JSON-able, when this code was asked for `key` before, from the
+    journal at `path`; else that, appended."""
     from fastsae.runtime import artifacts
 
     name = artifacts.fingerprint("study", key, {"code": code_version()})

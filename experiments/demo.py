@@ -1,4 +1,5 @@
-"""Run a pipeline as the README does and keep its figures: time of each stage, sizes, metrics, category evidence.
+"""Run a pipeline as the README does and keep its figures: time of each stage, sizes, metrics,
+category evidence.
 
     python experiments/demo.py
     python experiments/demo.py --name demo_cognitive_500 \
@@ -6,6 +7,7 @@
 
 Writes experiments/results/<name>.json.
 """
+
 import argparse
 import json
 import shlex
@@ -19,7 +21,9 @@ STAGES = ("extract_activations.py", "train_sae.py", "interpret_sae.py")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", default="demo")
     parser.add_argument("--flags", default="", help="flags handed to the stages, in one string")
     args = parser.parse_args()
@@ -37,11 +41,20 @@ def main():
         files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
         with open(Path(folder) / "interpretations.jsonl", encoding="utf-8") as table:
             summary = json.loads(next(table))["summary"]
-        write_result(args.name, {"flags": args.flags}, {
-            "seconds": seconds, "seconds_total": round(sum(seconds[script] for script in STAGES), 1),
-            "bytes": {str(path.relative_to(folder)): path.stat().st_size for path in files},
-            "extraction": json.loads(next(Path(folder).glob("activations/*.json")).read_text()),
-            "training": json.loads(next(Path(folder).glob("checkpoints/*/metrics.json")).read_text()), "interpretation": summary})
+        write_result(
+            args.name,
+            {"flags": args.flags},
+            {
+                "seconds": seconds,
+                "seconds_total": round(sum(seconds[script] for script in STAGES), 1),
+                "bytes": {str(path.relative_to(folder)): path.stat().st_size for path in files},
+                "extraction": json.loads(next(Path(folder).glob("activations/*.json")).read_text()),
+                "training": json.loads(
+                    next(Path(folder).glob("checkpoints/*/metrics.json")).read_text()
+                ),
+                "interpretation": summary,
+            },
+        )
 
 
 def stage_flags(script, flags):

@@ -1,4 +1,6 @@
-"""How alike two sets of directions are, and the directions that a study compares with: random, principal, of a Fourier basis."""
+"""How alike two sets of directions are, and the directions that a study compares with: random,
+principal, of a Fourier basis."""
+
 import numpy as np
 
 
@@ -14,22 +16,26 @@ def cosines(a, b):
 
 
 def absolute_cosines(a, b):
-    """(n, m) |cosine| of rows (n, d) and (m, d): for directions whose sign means nothing, as those of PCA or of a sine."""
+    """(n, m) |cosine| of rows (n, d) and (m, d): for directions whose sign means nothing, as those
+    of PCA or of a sine."""
     return np.abs(cosines(a, b))
 
 
 def absolute_correlations(a, b):
-    """(n, m) |Pearson correlation| of columns of (tokens, n) and (tokens, m); 0 for a column that does not vary."""
+    """(n, m) |Pearson correlation| of columns of (tokens, n) and (tokens, m); 0 for a column that
+    does not vary."""
     return absolute_cosines((a - a.mean(0)).T, (b - b.mean(0)).T)
 
 
 def mean_max(similarity):
-    """Mean over the rows of (n, m) of their largest entry: each row may take a column that another one takes too."""
+    """Mean over the rows of (n, m) of their largest entry: each row may take a column that another
+    one takes too."""
     return float(similarity.max(1, initial=0).mean())
 
 
 def matched_mean(similarity):
-    """Mean entry of the best one-to-one matching of rows and columns (Hungarian algorithm): the MCC of identifiability studies.
+    """Mean entry of the best one-to-one matching of rows and columns (Hungarian algorithm): the MCC
+    of identifiability studies.
 
     With fewer columns than rows the rows left over count as 0.
     """
@@ -40,7 +46,8 @@ def matched_mean(similarity):
 
 
 def found_by_all(sets, threshold):
-    """Share of the directions of one set that have one with a cosine above `threshold` in every other set; mean over the sets."""
+    """Share of the directions of one set that have one with a cosine above `threshold` in every
+    other set; mean over the sets."""
     shares = []
     for i, reference in enumerate(sets):
         best = [cosines(reference, other).max(1) for j, other in enumerate(sets) if j != i]
@@ -54,7 +61,8 @@ def random_directions(m, d, seed):
 
 
 def random_like(x, m, seed):
-    """(m, d) unit rows drawn from the normal distribution with the covariance of the rows of x (n, d): they crowd where x does."""
+    """(m, d) unit rows drawn from the normal distribution with the covariance of the rows of x (n,
+    d): they crowd where x does."""
     generator = np.random.default_rng(seed)
     return unit(generator.standard_normal((m, len(x))) @ (x - x.mean(0)))
 
@@ -67,13 +75,15 @@ def principal_directions(x, m):
 
 
 def fourier_power(table):
-    """(p // 2,) share of the variance over the rows of `table` (p, d) at the frequencies 1 to p // 2."""
+    """(p // 2,) share of the variance over the rows of `table` (p, d) at the frequencies 1 to p //
+    2."""
     power = np.square(np.abs(np.fft.rfft(np.asarray(table, np.float64), axis=0)[1:])).sum(1)
     return power / power.sum()
 
 
 def key_frequencies(table, share):
-    """The fewest frequencies (from 1, strongest first) that hold at least `share` of the variance of `table` (p, d)."""
+    """The fewest frequencies (from 1, strongest first) that hold at least `share` of the variance
+    of `table` (p, d)."""
     power = fourier_power(table)
     order = np.argsort(-power)
     n = int(np.searchsorted(np.cumsum(power[order]), share)) + 1
@@ -81,7 +91,8 @@ def key_frequencies(table, share):
 
 
 def fourier_directions(table, frequencies):
-    """(2 F, d) unit rows: where cos(2 pi k n / p) and sin(2 pi k n / p) point in `table` (p, d), for each frequency k in turn."""
+    """(2 F, d) unit rows: where cos(2 pi k n / p) and sin(2 pi k n / p) point in `table` (p, d),
+    for each frequency k in turn."""
     return unit(waves(len(table), frequencies).T @ np.asarray(table, np.float64))
 
 
@@ -92,11 +103,13 @@ def waves(p, frequencies):
 
 
 def lengths_in_planes(directions, found):
-    """(2 F, m): how much of each unit row of `found` (m, d) lies in the plane of each pair of rows of `directions` (2 F, d).
+    """(2 F, m): how much of each unit row of `found` (m, d) lies in the plane of each pair of rows
+    of `directions` (2 F, d).
 
-    Each plane has two rows, so that a matching gives it two columns. Unlike a cosine this does not depend on the phase from which
-    a plane's cosine and sine are counted.
+    Each plane has two rows, so that a matching gives it two columns. Unlike a cosine this does not
+    depend on the phase from which a plane's cosine and sine are counted.
     """
-    planes = [np.linalg.qr(directions[i:i + 2].T)[0] for i in range(0, len(directions), 2)]  # (d, 2) each
+    # (d, 2) each
+    planes = [np.linalg.qr(directions[i : i + 2].T)[0] for i in range(0, len(directions), 2)]
     lengths = np.stack([np.linalg.norm(unit(found) @ plane, axis=1) for plane in planes])  # (F, m)
     return np.repeat(lengths, 2, axis=0)

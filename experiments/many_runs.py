@@ -1,11 +1,13 @@
-"""One script run many times in one process: loading the libraries takes longer than a small training does.
+"""One script run many times in one process: loading the libraries takes longer than a small
+training does.
 
     python experiments/many_runs.py train_sae.py < jobs.jsonl    # a JSON list of flags on each line
 
-Each run is the script's own `main()` with those flags, as from the command line; what it prints is shown when it fails, else only its
-warnings, alike ones once, in the end. Ends
-with the exit code of the first run that failed. `run_many` does this from an experiment.
+Each run is the script's own `main()` with those flags, as from the command line; what it prints is
+shown when it fails, else only its warnings, alike ones once, in the end. Ends with the exit code of
+the first run that failed. `run_many` does this from an experiment.
 """
+
 import collections
 import contextlib
 import importlib
@@ -19,7 +21,8 @@ import common  # it also puts the project on the import path
 
 
 def run_many(script, jobs):
-    """Run one of the project's scripts once for each list of flags in `jobs`, all in one other process; if one fails, this one ends too."""
+    """Run one of the project's scripts once for each list of flags in `jobs`, all in one other
+    process; if one fails, this one ends too."""
     lines = "".join(json.dumps([str(flag) for flag in job]) + "\n" for job in jobs)
     common.run_to_its_end([sys.executable, __file__, script], lines)
 
@@ -28,21 +31,36 @@ def quick_settings(settings, quick):
     """`settings`, with the values of the dict `quick` wherever no flag was given, if QUICK is on."""
     import config
 
-    small = {name: value for name, value in quick.items() if settings.QUICK and settings.source[name] != "flag"}
-    return config.Settings({**settings.values, **small}, {**settings.source, **dict.fromkeys(small, "QUICK")}, settings.owner)
+    small = {
+        name: value
+        for name, value in quick.items()
+        if settings.QUICK and settings.source[name] != "flag"
+    }
+    return config.Settings(
+        {**settings.values, **small},
+        {**settings.source, **dict.fromkeys(small, "QUICK")},
+        settings.owner,
+    )
 
 
 def passed_on(settings, names):
     """The flags given to an experiment that the stages it drives know too, of the settings named."""
-    return [f"--{name.lower().replace('_', '-')}={'none' if settings.values[name] is None else settings.values[name]}"
-            for name in names if settings.source[name] == "flag"]
+    return [
+        f"--{name.lower().replace('_', '-')}={'none' if settings.values[name] is None else settings.values[name]}"
+        for name in names
+        if settings.source[name] == "flag"
+    ]
 
 
 def told(settings):
-    """The settings of an experiment for its result: of a path only the file's name, which says nothing of the machine."""
+    """The settings of an experiment for its result: of a path only the file's name, which says
+    nothing of the machine."""
     paths = ("DATASET_PATH", "LABELLED_PATH", "PLAIN_TEXT", "MODEL_NAME")
-    return {name: Path(value).name if name in paths and value else value
-            for name, value in settings.select(settings.values).items() if name not in ("OUTPUT_DIR", "CACHE_DIR", "PRINT_SETTINGS")}
+    return {
+        name: Path(value).name if name in paths and value else value
+        for name, value in settings.select(settings.values).items()
+        if name not in ("OUTPUT_DIR", "CACHE_DIR", "PRINT_SETTINGS")
+    }
 
 
 def rounded(value, digits=6):
@@ -70,7 +88,11 @@ def main():
         if code:
             print(f"{printed.getvalue()}{' '.join(flags)}: exit code {code}", file=sys.stderr)
             return code
-        warnings.update(re.sub(r"\d+\.\d+", "...", line) for line in printed.getvalue().splitlines() if line.startswith("warning:"))
+        warnings.update(
+            re.sub(r"\d+\.\d+", "...", line)
+            for line in printed.getvalue().splitlines()
+            if line.startswith("warning:")
+        )
         if number == len(jobs) or number % 10 == 0:
             print(f"{script.__name__}: {number} of {len(jobs)} runs", flush=True)
     for line, times in warnings.items():

@@ -1,10 +1,15 @@
-"""How long every study takes in its --quick form, one after the other, each from nothing: a folder of its own, no activations yet.
+"""How long every study takes in its --quick form, one after the other, each from nothing: a folder
+of its own, no activations yet.
 
-    python experiments/quick_studies.py                        # about three quarters of an hour on two cores
-    python experiments/quick_studies.py planted layers         # some of them; the others' figures stay
+    python experiments/quick_studies.py                        # about three quarters of an hour on
+    two cores
+    python experiments/quick_studies.py planted layers         # some of them; the others' figures
+    stay
 
-The results of these runs go to a temporary folder, not among the committed ones. Writes experiments/results/quick_studies.json.
+The results of these runs go to a temporary folder, not among the committed ones. Writes
+experiments/results/quick_studies.json.
 """
+
 import json
 import os
 import subprocess
@@ -15,7 +20,16 @@ from pathlib import Path
 
 from common import PROJECT, RESULTS, commit, machine, write_result
 
-STUDIES = ("fast_vs_block", "loss_recovered", "steer", "layers", "pareto", "stability", "planted", "modular_arithmetic")
+STUDIES = (
+    "fast_vs_block",
+    "loss_recovered",
+    "steer",
+    "layers",
+    "pareto",
+    "stability",
+    "planted",
+    "modular_arithmetic",
+)
 FLAGS = {"steer": ["--ablate"]}
 
 
@@ -28,19 +42,38 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             run(name, folder, "--quick", *FLAGS.get(name, ()))
-            studies[name] = {"seconds": round(time.perf_counter() - started), "commit": commit(), **machine()}
+            studies[name] = {
+                "seconds": round(time.perf_counter() - started),
+                "commit": commit(),
+                **machine(),
+            }
         print(f"{name}: {studies[name]['seconds']} s", flush=True)
-        write_result("quick_studies", {"FLAGS": FLAGS}, {"studies": {name: studies[name] for name in STUDIES if name in studies}})
+        write_result(
+            "quick_studies",
+            {"FLAGS": FLAGS},
+            {"studies": {name: studies[name] for name in STUDIES if name in studies}},
+        )
 
 
 def run(study, folder, *flags):
-    """A study in `folder`; what it prints goes to a file there, of which the end is shown if it fails."""
+    """A study in `folder`; what it prints goes to a file there, of which the end is shown if it
+    fails."""
     log = Path(folder) / "printed.log"
-    command = [sys.executable, PROJECT / "experiments" / f"{study}.py", "--output-dir", folder, *flags]
+    command = [
+        sys.executable,
+        PROJECT / "experiments" / f"{study}.py",
+        "--output-dir",
+        folder,
+        *flags,
+    ]
     with log.open("w") as out:
-        code = subprocess.run(command, stdout=out, stderr=out, env=os.environ | {"FASTSAE_RESULTS": folder}).returncode
+        code = subprocess.run(
+            command, stdout=out, stderr=out, env=os.environ | {"FASTSAE_RESULTS": folder}
+        ).returncode
     if code:
-        sys.exit(f"{log.read_text()[-4000:]}\nerror: {study} {' '.join(flags)} ended with exit code {code}.")
+        sys.exit(
+            f"{log.read_text()[-4000:]}\nerror: {study} {' '.join(flags)} ended with exit code {code}."
+        )
 
 
 if __name__ == "__main__":

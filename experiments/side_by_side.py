@@ -1,4 +1,6 @@
-"""The steering study's questions, and its answers as people read them: a Markdown file, an HTML file and a figure of the curves."""
+"""The steering study's questions, and its answers as people read them: a Markdown file, an HTML
+file and a figure of the curves."""
+
 import html
 import json
 import re
@@ -25,10 +27,12 @@ PROMPTS = (
     ("Give me a recipe for a simple soup.", None),
 )
 N_SHOWN = 6  # questions whose answers are shown; the figures count all
-STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
-         "table{border-collapse:collapse;width:100%;margin:0 0 1.5rem}th,td{border:1px solid #ccc;padding:.3rem .6rem;vertical-align:top;"
-         "text-align:left}td.n{text-align:right;white-space:nowrap}td.t{white-space:pre-wrap;overflow-wrap:anywhere}"
-         "@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}th,td{border-color:#444}}")
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
+    "table{border-collapse:collapse;width:100%;margin:0 0 1.5rem}th,td{border:1px solid #ccc;padding:.3rem .6rem;vertical-align:top;"
+    "text-align:left}td.n{text-align:right;white-space:nowrap}td.t{white-space:pre-wrap;overflow-wrap:anywhere}"
+    "@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}th,td{border-color:#444}}"
+)
 
 
 def read_prompts(path):
@@ -43,7 +47,9 @@ def read_prompts(path):
     except FileNotFoundError:
         raise InputError(f"PROMPTS: {path} is no file. give a JSONL file.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}:{number}: is no object with a text. write {{\"text\": ...}}.") from None
+        raise InputError(
+            f'{path}:{number}: is no object with a text. write {{"text": ...}}.'
+        ) from None
     if not prompts:
         raise InputError(f"PROMPTS: {path} is empty. write a question per line.")
     return prompts
@@ -51,21 +57,37 @@ def read_prompts(path):
 
 def write(path, results, prompts, unsteered, result):
     """`<path>.md` and `<path>.html`: for each direction and question, the answer at each alpha."""
-    how = (f"Greedy answers of {result['autoencoder']['model']} with alpha times a direction of length 1 added to its residual stream "
-           f"after layer {result['autoencoder']['layer']}, whose mean norm is {result['mean_norm']:.1f}. Cut after "
-           f"{result['n_new_tokens']} tokens; \u2026 marks a cut.")
+    how = (
+        f"Greedy answers of {result['autoencoder']['model']} with alpha times a direction of length 1 added to its residual stream "
+        f"after layer {result['autoencoder']['layer']}, whose mean norm is {result['mean_norm']:.1f}. Cut after "
+        f"{result['n_new_tokens']} tokens; \u2026 marks a cut."
+    )
     shown = list(enumerate(zip(prompts[:N_SHOWN], unsteered)))
-    tables = [(f"{r['name']} ({r['how']})", [(question, rows_of(r["answers"][i], plain, result["alphas"]))
-                                             for i, ((question, _), plain) in shown]) for r in results]
+    tables = [
+        (
+            f"{r['name']} ({r['how']})",
+            [
+                (question, rows_of(r["answers"][i], plain, result["alphas"]))
+                for i, ((question, _), plain) in shown
+            ],
+        )
+        for r in results
+    ]
     artifacts.write_text(path.with_suffix(".md"), markdown(how, tables))
     artifacts.write_text(path.with_suffix(".html"), page(how, tables))
     print(f"wrote {path.with_suffix('.md')} and {path.with_suffix('.html')}")
 
 
 def rows_of(answers, plain, alphas):
-    """[(alpha, text)] of one question, the unsteered answer first; answers that equal it are said to."""
-    return [("unsteered", _shown(plain)), *((f"{alpha:g}", "(as unsteered)" if a["ids"] == plain["ids"] else _shown(a))
-                                            for alpha, a in zip(alphas, answers))]
+    """[(alpha, text)] of one question, the unsteered answer first; answers that equal it are said
+    to."""
+    return [
+        ("unsteered", _shown(plain)),
+        *(
+            (f"{alpha:g}", "(as unsteered)" if a["ids"] == plain["ids"] else _shown(a))
+            for alpha, a in zip(alphas, answers)
+        ),
+    ]
 
 
 def _shown(answer):
@@ -77,8 +99,14 @@ def markdown(how, tables):
     for title, questions in tables:
         lines += ["", f"## {_cell(title)}"]
         for question, rows in questions:
-            lines += ["", f"### {_cell(question)}", "", "| alpha | answer |", "|---:|---|",
-                      *(f"| {a} | {_cell(text)} |" for a, text in rows)]
+            lines += [
+                "",
+                f"### {_cell(question)}",
+                "",
+                "| alpha | answer |",
+                "|---:|---|",
+                *(f"| {a} | {_cell(text)} |" for a, text in rows),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -93,11 +121,18 @@ def page(how, tables):
     for title, questions in tables:
         parts.append(f"<h2>{html.escape(title)}</h2>")
         for question, rows in questions:
-            cells = "".join(f"<tr><td class=n>{html.escape(a)}</td><td class=t>{html.escape(text)}</td></tr>" for a, text in rows)
-            parts.append(f"<h3>{html.escape(question)}</h3><table><tr><th>alpha</th><th>answer</th></tr>{cells}</table>")
+            cells = "".join(
+                f"<tr><td class=n>{html.escape(a)}</td><td class=t>{html.escape(text)}</td></tr>"
+                for a, text in rows
+            )
+            parts.append(
+                f"<h3>{html.escape(question)}</h3><table><tr><th>alpha</th><th>answer</th></tr>{cells}</table>"
+            )
     policy = "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-    return (f"<!doctype html><html lang=en><meta charset=utf-8>{policy}<title>Steering, side by side</title><style>{STYLE}</style>"
-            f"<h1>Steering, side by side</h1><p>{html.escape(how)}</p>{''.join(parts)}</html>\n")
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8>{policy}<title>Steering, side by side</title><style>{STYLE}</style>"
+        f"<h1>Steering, side by side</h1><p>{html.escape(how)}</p>{''.join(parts)}</html>\n"
+    )
 
 
 def draw(path, result):
@@ -106,10 +141,16 @@ def draw(path, result):
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).flatten()
-    shown = (("perplexity", "perplexity of the answers, unsteered model"), ("repetition", "repeated token triples, share"),
-             ("changed", "answers that differ from the unsteered, share"), ("expected_word", "answers that hold the expected word, share"))
+    shown = (
+        ("perplexity", "perplexity of the answers, unsteered model"),
+        ("repetition", "repeated token triples, share"),
+        ("changed", "answers that differ from the unsteered, share"),
+        ("expected_word", "answers that hold the expected word, share"),
+    )
     for target in result["targets"]:
-        style = {"color": "#999", "lw": 1} if target["feature"] is None else {"lw": 2, "marker": "o"}
+        style = (
+            {"color": "#999", "lw": 1} if target["feature"] is None else {"lw": 2, "marker": "o"}
+        )
         for panel, (name, _) in zip(panels, shown):
             values = [point[name] for point in target["curves"]]
             if None not in values:

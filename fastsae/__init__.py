@@ -1,6 +1,7 @@
 """Parts that two or more of the scripts need. Nothing here imports config.py or a script.
 
-`from fastsae import load_sae` is the way in for a notebook; it is imported when it is asked for, as torch takes seconds.
+`from fastsae import load_sae` is the way in for a notebook; it is imported when it is asked for, as
+torch takes seconds.
 """
 
 

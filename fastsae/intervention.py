@@ -1,8 +1,11 @@
-"""The whole model with its residual stream after one layer replaced: what that does to its losses, and to the text it writes.
+"""The whole model with its residual stream after one layer replaced: what that does to its losses,
+and to the text it writes.
 
-`layer` counts blocks as LAYER_IDX does: the stream after `layer` blocks. Several examples go through the model together, padded on
-the right; attention is causal, so none of them sees another or its padding. Works on any model that `decoder_stack` knows.
+`layer` counts blocks as LAYER_IDX does: the stream after `layer` blocks. Several examples go
+through the model together, padded on the right; attention is causal, so none of them sees another
+or its padding. Works on any model that `decoder_stack` knows.
 """
+
 import contextlib
 from dataclasses import dataclass
 
@@ -13,20 +16,26 @@ from fastsae.activations.extraction import split_batches
 from fastsae.lm.language_model import decoder_stack
 from fastsae.sae.autoencoder import decode, encode
 
-LOGIT_ROWS = 512  # rows of logits that are turned into losses at a time: 512 x 49,152 floats are 100 MB
+# rows of logits that are turned into losses at a time: 512 x 49,152 floats are 100 MB
+LOGIT_ROWS = 512
 
 
 @dataclass
 class Losses:
-    """Of every token of the examples, one after the other; NaN for the first of each, which nothing predicts."""
+    """Of every token of the examples, one after the other; NaN for the first of each, which nothing
+    predicts."""
 
     ce: np.ndarray  # (n_tokens,) float32, -log p(token | those before it), nats
-    kl: np.ndarray  # (n_tokens,) float32, KL(unpatched || patched) of the distributions that predict the token, nats
+    # (n_tokens,) float32, KL(unpatched || patched) of the distributions that predict the token,
+    # nats
+    kl: np.ndarray
 
 
 @contextlib.contextmanager
 def replaced(model, layer, function):
-    """Within, the residual stream after `layer` blocks is what `function` makes of it, (batch, length, d_model) both."""
+    """Within, the residual stream after `layer` blocks is what `function` makes of it, (batch,
+    length, d_model) both."""
+
     def hook(_, __, output):
         if isinstance(output, tuple):
             return function(output[0]), *output[1:]
@@ -41,7 +50,8 @@ def replaced(model, layer, function):
 
 @contextlib.contextmanager
 def continued(model, layer, stream):
-    """Within, the first `layer` blocks do not run: what they would have given is `stream` (batch, length, d_model).
+    """Within, the first `layer` blocks do not run: what they would have given is `stream` (batch,
+    length, d_model).
 
     For models whose blocks return the stream alone, as those of transformers 5 do.
     """
@@ -57,14 +67,23 @@ def continued(model, layer, stream):
 
 @torch.inference_mode()
 def next_token_losses(model, layer, examples, replacements, *, batch_tokens=1024, progress=None):
-    """{name: Losses} of the model as it is, under "clean", and with each of `replacements` in the place of the residual stream.
+    """{name: Losses} of the model as it is, under "clean", and with each of `replacements` in the
+    place of the residual stream.
 
-    examples: a list of (length,) int arrays of token ids. replacements: {name: function}, `function(x, token)` -> (n, d_model) for
-    the stream x (n, d_model) of the real tokens of a batch; token (n,) numbers them through all examples. `batch_tokens` bounds a
-    batch's padded tokens; its logits, batch_tokens x vocabulary, are held three times. `progress(n)` is called with the tokens done.
+    examples: a list of (length,) int arrays of token ids. replacements: {name: function},
+    `function(x, token)` -> (n, d_model) for the stream x (n, d_model) of the real tokens of a
+    batch; token (n,) numbers them through all examples. `batch_tokens` bounds a batch's padded
+    tokens; its logits, batch_tokens x vocabulary, are held three times. `progress(n)` is called
+    with the tokens done.
     """
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
-    kept, result = [], {name: Losses(*(np.full(starts[-1], np.nan, np.float32) for _ in range(2))) for name in ("clean", *replacements)}
+    kept, result = (
+        [],
+        {
+            name: Losses(*(np.full(starts[-1], np.nan, np.float32) for _ in range(2)))
+            for name in ("clean", *replacements)
+        },
+    )
 
     def keep(stream):
         kept.append(stream)
@@ -74,7 +93,8 @@ def next_token_losses(model, layer, examples, replacements, *, batch_tokens=1024
         ids, real, token = padded(examples, batch, starts, model.device)
         with replaced(model, layer, keep):
             clean = model(input_ids=ids, use_cache=False).logits
-        stream, clean = kept.pop(), clean.float().log_softmax(-1)            # (batch, length, d_model), (batch, length, vocabulary)
+        # (batch, length, d_model), (batch, length, vocabulary)
+        stream, clean = kept.pop(), clean.float().log_softmax(-1)
         write_losses(result["clean"], clean, clean, ids, batch, examples, starts)
         for name, function in replacements.items():
             new = stream.clone()
@@ -89,34 +109,45 @@ def next_token_losses(model, layer, examples, replacements, *, batch_tokens=1024
 
 
 def padded(examples, batch, starts, device):
-    """(ids (batch, longest) int64, real (batch, longest) bool, token (n_real,) int64) of the examples numbered in `batch`."""
+    """(ids (batch, longest) int64, real (batch, longest) bool, token (n_real,) int64) of the
+    examples numbered in `batch`."""
     longest = max(len(examples[i]) for i in batch)
-    ids, real = torch.zeros((len(batch), longest), dtype=torch.long), torch.zeros((len(batch), longest), dtype=torch.bool)
+    ids, real = (
+        torch.zeros((len(batch), longest), dtype=torch.long),
+        torch.zeros((len(batch), longest), dtype=torch.bool),
+    )
     for row, i in enumerate(batch):
-        ids[row, :len(examples[i])] = torch.from_numpy(np.asarray(examples[i], np.int64))
-        real[row, :len(examples[i])] = True
+        ids[row, : len(examples[i])] = torch.from_numpy(np.asarray(examples[i], np.int64))
+        real[row, : len(examples[i])] = True
     token = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
     return ids.to(device), real.to(device), token.to(device)
 
 
 def write_losses(losses, clean, logits, ids, batch, examples, starts):
-    """Put the losses of a batch where its tokens are: clean (batch, length, vocabulary) log-probabilities, logits of the same shape."""
+    """Put the losses of a batch where its tokens are: clean (batch, length, vocabulary)
+    log-probabilities, logits of the same shape."""
     for row, i in enumerate(batch):
         for first in range(0, len(examples[i]) - 1, LOGIT_ROWS):
             last = min(first + LOGIT_ROWS, len(examples[i]) - 1)
-            before = clean[row, first:last]                                  # (rows, vocabulary)
+            before = clean[row, first:last]  # (rows, vocabulary)
             after = before if logits is clean else logits[row, first:last].float().log_softmax(-1)
             place = slice(starts[i] + first + 1, starts[i] + last + 1)
-            losses.ce[place] = -after.gather(1, ids[row, first + 1:last + 1, None])[:, 0].cpu().numpy()
-            losses.kl[place] = 0 if after is before else (before.exp() * (before - after)).sum(1).cpu().numpy()
+            losses.ce[place] = (
+                -after.gather(1, ids[row, first + 1 : last + 1, None])[:, 0].cpu().numpy()
+            )
+            losses.kl[place] = (
+                0 if after is before else (before.exp() * (before - after)).sum(1).cpu().numpy()
+            )
 
 
 def loss_recovered(clean, spliced, ablated):
-    """(ablated - spliced) / (ablated - clean) of three mean losses: 1 if nothing is lost, 0 if it is no better than the ablation."""
+    """(ablated - spliced) / (ablated - clean) of three mean losses: 1 if nothing is lost, 0 if it
+    is no better than the ablation."""
     return (ablated - spliced) / (ablated - clean)
 
 
 # What can take the stream's place: functions (x (n, d_model), token (n,)) -> (n, d_model)
+
 
 def only(where, function):
     """`function` on the tokens where `where` (n_tokens,) is true; the others stay as they are."""
@@ -129,14 +160,17 @@ def only(where, function):
         new = x.clone()
         new[chosen] = function(x[chosen], token[chosen]).to(x.dtype)
         return new
+
     return apply
 
 
 def reconstruction(sae):
     """The autoencoder's reconstruction, in float32 on its own device."""
+
     def apply(x, token):
         wide = x.to(sae.input_bias.device).float()
         return decode(sae, encode(sae, wide)).to(x)
+
     return apply
 
 
@@ -146,15 +180,19 @@ def constant(vector):
 
 
 def without_feature(sae, feature):
-    """x - f_k d_k: the stream without what feature k adds to it, and with all that the autoencoder does not explain."""
+    """x - f_k d_k: the stream without what feature k adds to it, and with all that the autoencoder
+    does not explain."""
+
     def apply(x, token):
         wide = x.to(sae.input_bias.device).float()
         entries = encode(sae, wide)
         return (wide - entries.keep(entries.column == feature).times(sae.decoder.weight.t())).to(x)
+
     return apply
 
 
 # The stream itself, and text
+
 
 class _Seen(Exception):
     pass
@@ -162,7 +200,8 @@ class _Seen(Exception):
 
 @torch.inference_mode()
 def residual_stream(model, layer, examples, *, batch_tokens=1024):
-    """(n_tokens, d_model) float32 on the CPU: the stream after `layer` blocks, later blocks left out."""
+    """(n_tokens, d_model) float32 on the CPU: the stream after `layer` blocks, later blocks left
+    out."""
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
     rows, seen = None, []
 
@@ -181,26 +220,33 @@ def residual_stream(model, layer, examples, *, batch_tokens=1024):
 
 
 def steering(direction, alphas, *, answer_only=False):
-    """A function for `replaced`: z + alpha * direction, one alpha for each row of the batch (FAST, section on steering).
+    """A function for `replaced`: z + alpha * direction, one alpha for each row of the batch (FAST,
+    section on steering).
 
-    direction (d_model,). With `answer_only` the prompt stays as it is but for its last token, which the answer's first comes from.
+    direction (d_model,). With `answer_only` the prompt stays as it is but for its last token, which
+    the answer's first comes from.
     """
     direction, alphas = torch.as_tensor(direction), torch.as_tensor(alphas, dtype=torch.float32)
 
     def apply(stream):
-        push = (alphas.to(stream.device)[:, None, None] * direction.to(stream.device).float()).to(stream.dtype)  # (batch, 1, d_model)
+        # (batch, 1, d_model)
+        push = (alphas.to(stream.device)[:, None, None] * direction.to(stream.device).float()).to(
+            stream.dtype
+        )
         if not answer_only or stream.shape[1] == 1:
             return stream + push
         return torch.cat([stream[:, :-1], stream[:, -1:] + push], 1)
+
     return apply
 
 
 @torch.inference_mode()
 def generate(model, prompts, *, n_new, stop_ids, layer=None, function=None):
-    """Greedy continuations of prompts (batch, length), with a key-value cache: a list of lists of token ids, one per row.
+    """Greedy continuations of prompts (batch, length), with a key-value cache: a list of lists of
+    token ids, one per row.
 
-    A row ends with the first of `stop_ids`, which it keeps, or after `n_new` tokens. `function`, as for `replaced`, acts on the
-    stream after `layer` blocks of every forward pass.
+    A row ends with the first of `stop_ids`, which it keeps, or after `n_new` tokens. `function`, as
+    for `replaced`, acts on the stream after `layer` blocks of every forward pass.
     """
     ids, cache = prompts.to(model.device), None
     written, running = [[] for _ in prompts], [True] * len(prompts)

@@ -12,7 +12,8 @@ from tiny_world import worker, world  # noqa: F401  (fixtures)
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"):  # a developer's own endpoint is never asked by tests
+# a developer's own endpoint is never asked by tests
+for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"):
     os.environ.pop(name, None)
 
 
@@ -22,14 +23,18 @@ COUNTS = {}  # what the tests of the guarantees tried, for the last line of a ru
 @pytest.fixture
 def tally():
     """Call `tally(what, n)` for n trials that were survived; the sums are printed at the end."""
+
     def add(what, n):
         COUNTS[what] = COUNTS.get(what, 0) + n
+
     return add
 
 
 def pytest_terminal_summary(terminalreporter):
     if COUNTS:
-        terminalreporter.write_line("guarantees: " + ", ".join(f"{n:,} {what}" for what, n in COUNTS.items()))
+        terminalreporter.write_line(
+            "guarantees: " + ", ".join(f"{n:,} {what}" for what, n in COUNTS.items())
+        )
 
 
 @pytest.fixture(scope="session")
@@ -42,17 +47,35 @@ def smol_tokenizer():
 @pytest.fixture
 def run_script(tmp_path):
     """Run one of the scripts as a user does, outputs under tmp_path; returns the finished process."""
+
     def run(script, *flags, env=None, cwd=None):
-        command = [sys.executable, str(PROJECT / script), "--output-dir", str(tmp_path), *map(str, flags)]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=300)
+        command = [
+            sys.executable,
+            str(PROJECT / script),
+            "--output-dir",
+            str(tmp_path),
+            *map(str, flags),
+        ]
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            timeout=300,
+        )
+
     return run
 
 
 @pytest.fixture
 def write_activations(tmp_path):
-    """Write an activations file as stage 1 would, from made-up numbers; returns the flags that make stages 2 and 3 use it."""
+    """Write an activations file as stage 1 would, from made-up numbers; returns the flags that make
+    stages 2 and 3 use it."""
+
     def write(activations, lengths, **more):
         return put_activations(tmp_path, activations, lengths, **more)
+
     return write
 
 
@@ -65,16 +88,19 @@ def outcome(capsys):
         capsys.readouterr()
         code = run_stage(main)
         return code, capsys.readouterr().err.splitlines()
+
     return run
 
 
 @pytest.fixture
 def dataset(tmp_path):
     """Write a dataset from text or bytes; returns its path."""
+
     def write(content):
         path = tmp_path / "d.jsonl"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
+
     return write
 
 
@@ -86,7 +112,11 @@ def line_of(done, code):
 
 
 def snapshot(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def put_activations(folder, activations, lengths, *, dataset=None, kind=None, token_ids=None):
@@ -94,21 +124,40 @@ def put_activations(folder, activations, lengths, *, dataset=None, kind=None, to
     from fastsae.runtime import artifacts
 
     n = len(activations)
-    inputs = {"dataset": artifacts.file_sha256(dataset) if dataset else "made up",
-              "model": language_model.EMBEDDED["gguf_sha256"]}
-    metadata = artifacts.new_metadata("activations", {"LAYER_IDX": 12}, inputs, model_name="SmolLM2-135M-Instruct",
-                                      model_revision=None, n_examples=len(lengths), dataset_path=str(dataset or "made-up.jsonl"))
-    artifacts.write_npz(folder / "activations" / "activations_layer12.npz", {
-        "activations": activations, "seq_lengths": np.array(lengths, np.int32),
-        "token_ids": np.arange(n, dtype=np.int32) % 1000 if token_ids is None else np.asarray(token_ids, np.int32),
-        "token_kind": np.zeros(n, np.uint8) if kind is None else np.asarray(kind, np.uint8), "token_role": np.zeros(n, np.uint8),
-        "example_ids": np.arange(1, len(lengths) + 1, dtype=np.int32), "metadata": np.array(artifacts.to_json(metadata))})
+    inputs = {
+        "dataset": artifacts.file_sha256(dataset) if dataset else "made up",
+        "model": language_model.EMBEDDED["gguf_sha256"],
+    }
+    metadata = artifacts.new_metadata(
+        "activations",
+        {"LAYER_IDX": 12},
+        inputs,
+        model_name="SmolLM2-135M-Instruct",
+        model_revision=None,
+        n_examples=len(lengths),
+        dataset_path=str(dataset or "made-up.jsonl"),
+    )
+    artifacts.write_npz(
+        folder / "activations" / "activations_layer12.npz",
+        {
+            "activations": activations,
+            "seq_lengths": np.array(lengths, np.int32),
+            "token_ids": np.arange(n, dtype=np.int32) % 1000
+            if token_ids is None
+            else np.asarray(token_ids, np.int32),
+            "token_kind": np.zeros(n, np.uint8) if kind is None else np.asarray(kind, np.uint8),
+            "token_role": np.zeros(n, np.uint8),
+            "example_ids": np.arange(1, len(lengths) + 1, dtype=np.int32),
+            "metadata": np.array(artifacts.to_json(metadata)),
+        },
+    )
     return ["--output-dir", str(folder), *(["--dataset-path", str(dataset)] if dataset else [])]
 
 
 @pytest.fixture
 def run_main(monkeypatch):
-    """Call a script's `main()` in this process with the given flags, through `run_stage`; returns the exit code."""
+    """Call a script's `main()` in this process with the given flags, through `run_stage`; returns
+    the exit code."""
     import importlib
 
     from fastsae.runtime.stage import run_stage
@@ -116,17 +165,21 @@ def run_main(monkeypatch):
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", "--no-print-settings", *map(str, flags)])
         return run_stage(importlib.import_module(script).main)
+
     return run
 
 
 def planted_tokens(n, d, n_directions, n_active, seed=0, noise=0.0):
-    """Tokens made of a few known unit directions each: (tokens (n, d), directions (n_directions, d)) float32."""
+    """Tokens made of a few known unit directions each: (tokens (n, d), directions (n_directions,
+    d)) float32."""
     generator = np.random.default_rng(seed)
     directions = generator.standard_normal((n_directions, d))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     codes = np.zeros((n, n_directions))
     for row in codes:
-        row[generator.choice(n_directions, n_active, replace=False)] = generator.uniform(1, 2, n_active)
+        row[generator.choice(n_directions, n_active, replace=False)] = generator.uniform(
+            1, 2, n_active
+        )
     tokens = codes @ directions + noise * generator.standard_normal((n, d))
     return tokens.astype(np.float32), directions.astype(np.float32)
 
@@ -139,14 +192,17 @@ PLANTED_FLAGS = ["--label-field", "category", "--run-name", "test", "--device", 
 
 @pytest.fixture(scope="session")
 def planted_once(tmp_path_factory, smol_tokenizer):
-    """Examples about four words; each word's token has its own direction; an autoencoder trained on them."""
+    """Examples about four words; each word's token has its own direction; an autoencoder trained on
+    them."""
     folder, generator = tmp_path_factory.mktemp("planted"), np.random.default_rng(0)
     directions = np.linalg.qr(generator.standard_normal((16, 16)))[0]
     rows, ids, tokens, lengths = [], [], [], []
     filler = smol_tokenizer(" the a of and to in it was", add_special_tokens=False)["input_ids"]
     for i in range(120):
         word = WORDS[i % 4]
-        rows.append({"text": f"=about {word} {i} <script>alert(1)</script>", "category": f"cat_{word}"})
+        rows.append(
+            {"text": f"=about {word} {i} <script>alert(1)</script>", "category": f"cat_{word}"}
+        )
         word_id = smol_tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
         assert len(word_id) == 1
         example = [*generator.choice(filler, 9), word_id[0]]
@@ -156,10 +212,33 @@ def planted_once(tmp_path_factory, smol_tokenizer):
         tokens.append(directions[causes] * generator.uniform(5, 6, (len(example), 1)))
     dataset = folder / "planted.jsonl"
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = put_activations(folder, np.concatenate(tokens).astype(np.float32), lengths, dataset=dataset, token_ids=ids)
-    training = ["--m", 20, "--k", 1, "--no-use-matryoshka", "--n-epochs", 60, "--learning-rate", 0.01, "--batch-size", 64]
-    subprocess.run([sys.executable, str(PROJECT / "train_sae.py"), *flags, *PLANTED_FLAGS, *map(str, training)],
-                   check=True, capture_output=True)
+    flags = put_activations(
+        folder, np.concatenate(tokens).astype(np.float32), lengths, dataset=dataset, token_ids=ids
+    )
+    training = [
+        "--m",
+        20,
+        "--k",
+        1,
+        "--no-use-matryoshka",
+        "--n-epochs",
+        60,
+        "--learning-rate",
+        0.01,
+        "--batch-size",
+        64,
+    ]
+    subprocess.run(
+        [
+            sys.executable,
+            str(PROJECT / "train_sae.py"),
+            *flags,
+            *PLANTED_FLAGS,
+            *map(str, training),
+        ],
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
@@ -167,7 +246,13 @@ def planted_once(tmp_path_factory, smol_tokenizer):
 def planted(tmp_path, planted_once):
     """The flags of stage 3 for a fresh copy of `planted_once` under tmp_path."""
     shutil.copytree(planted_once, tmp_path, dirs_exist_ok=True)
-    return ["--output-dir", str(tmp_path), "--dataset-path", str(tmp_path / "planted.jsonl"), *PLANTED_FLAGS]
+    return [
+        "--output-dir",
+        str(tmp_path),
+        "--dataset-path",
+        str(tmp_path / "planted.jsonl"),
+        *PLANTED_FLAGS,
+    ]
 
 
 def read_table(tmp_path, name="interpretations.csv"):

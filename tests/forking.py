@@ -1,8 +1,11 @@
-"""Stages in forked copies of a process that has imported everything (about a tenth of a second each), to be killed and starved.
+"""Stages in forked copies of a process that has imported everything (about a tenth of a second
+each), to be killed and starved.
 
-`Stages` starts this file as a process of its own, with one thread: OpenMP's threads do not survive a fork. Before every operation
-of fastsae.runtime.storage the fork looks whether it is to die or to fail there; any other way of writing into the folder is reported.
+`Stages` starts this file as a process of its own, with one thread: OpenMP's threads do not survive
+a fork. Before every operation of fastsae.runtime.storage the fork looks whether it is to die or to
+fail there; any other way of writing into the folder is reported.
 """
+
 import functools
 import gc
 import importlib
@@ -17,22 +20,50 @@ from pathlib import Path
 from source_tree import module_name, python_files
 
 PROJECT = Path(__file__).resolve().parent.parent
-WRITING = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.link": 2, "os.symlink": 2, "os.truncate": 1, "os.rmdir": 1,
-           "shutil.rmtree": 1}  # audit events, and how many of their arguments are paths
-LATE = ("transformers.integrations.sdpa_attention", "transformers.models.llama.modeling_llama",
-        "transformers.models.llama.tokenization_llama", "hypothesaes.interpret_neurons", "hypothesaes.sae")  # imported when they are used
+WRITING = {
+    "os.rename": 2,
+    "os.remove": 1,
+    "os.mkdir": 1,
+    "os.link": 2,
+    "os.symlink": 2,
+    "os.truncate": 1,
+    "os.rmdir": 1,
+    "shutil.rmtree": 1,
+}  # audit events, and how many of their arguments are paths
+LATE = (
+    "transformers.integrations.sdpa_attention",
+    "transformers.models.llama.modeling_llama",
+    # imported when they are used
+    "transformers.models.llama.tokenization_llama",
+    "hypothesaes.interpret_neurons",
+    "hypothesaes.sae",
+)
 NEEDS_SPACE = ("mkdir", "create", "write", "fsync", "link", "replace")
 
 
 class Stages:
-    """The client: `run(script, *flags, kill_at=5)` gives {"code", "out", "err", "operations", "foreign", "seconds"}."""
+    """The client: `run(script, *flags, kill_at=5)` gives {"code", "out", "err", "operations",
+    "foreign", "seconds"}."""
 
     def __init__(self, **environment):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            **environment,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
 
     def run(self, script, *flags, output, **how):
-        """how: `kill_at=k` or `full_from=k` or `stop_at=k` (operation, from 1), `kill_after=seconds`, `racers=n`, `environment={}`."""
+        """how: `kill_at=k` or `full_from=k` or `stop_at=k` (operation, from 1),
+        `kill_after=seconds`, `racers=n`, `environment={}`."""
         job = {"script": script, "flags": [*map(str, flags)], "output": str(output), **how}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -59,7 +90,8 @@ def preload():
     """All that stages import, and tokenizers that are read once for all forks."""
     import torch
 
-    sys.modules["matplotlib"] = None  # as where it is not installed: its figure takes longer than the rest of a tiny run
+    # as where it is not installed: its figure takes longer than the rest of a tiny run
+    sys.modules["matplotlib"] = None
     modules = [module_name(path) for path in python_files("fastsae")]
     for name in (*LATE, *modules, "extract_activations", "train_sae", "interpret_sae"):
         importlib.import_module(name)
@@ -102,7 +134,11 @@ def race(job):
     go.touch()
     ended += [(report, os.waitpid(pid, 0)[1]) for pid, report in waiting.items()]
     racers = [outcome(job, report, status) for report, status in ended]
-    return {"n_waiting": n_waiting, "racers": racers, "foreign": [each for racer in racers for each in racer["foreign"]]}
+    return {
+        "n_waiting": n_waiting,
+        "racers": racers,
+        "foreign": [each for racer in racers for each in racer["foreign"]],
+    }
 
 
 def start(job):
@@ -131,8 +167,13 @@ def wait(child, kill_after):
 
 def outcome(job, report, status):
     found = json.loads(report.read_text()) if report.exists() else {}
-    return {"code": os.waitstatus_to_exitcode(status), "out": read(report, ".out"), "err": read(report, ".err"),
-            "operations": found.get("operations", []), "foreign": found.get("foreign", [])}
+    return {
+        "code": os.waitstatus_to_exitcode(status),
+        "out": read(report, ".out"),
+        "err": read(report, ".err"),
+        "operations": found.get("operations", []),
+        "foreign": found.get("foreign", []),
+    }
 
 
 def read(report, suffix):
@@ -144,12 +185,20 @@ def in_fork(job, report):
     from fastsae.runtime.stage import run_stage
 
     for number, suffix in ((1, ".out"), (2, ".err")):
-        file = os.open(report.with_name(report.name + suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        file = os.open(
+            report.with_name(report.name + suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        )
         os.dup2(file, number)
         os.close(file)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     os.environ.update(job.get("environment", {}))
-    sys.argv = [job["script"] + ".py", "--output-dir", job["output"], "--no-print-settings", *job["flags"]]
+    sys.argv = [
+        job["script"] + ".py",
+        "--output-dir",
+        job["output"],
+        "--no-print-settings",
+        *job["flags"],
+    ]
     operations, foreign = [], []
     sys.addaudithook(functools.partial(look_for_foreign, foreign, job["output"]))
     storage.watch = functools.partial(at_operation, job, operations)
@@ -183,9 +232,13 @@ def look_for_foreign(foreign, folder, event, arguments):
     """An audit hook: what changes `folder` must be called by fastsae/runtime/storage.py."""
     if event == "open":
         path, mode, flags = arguments
-        paths = [path] if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else []
+        paths = (
+            [path]
+            if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            else []
+        )
     else:
-        paths = arguments[:WRITING.get(event, 0)]
+        paths = arguments[: WRITING.get(event, 0)]
     if any(isinstance(path, (str, os.PathLike)) and str(path).startswith(folder) for path in paths):
         frame = sys._getframe(1)
         while frame and not frame.f_code.co_filename.endswith("fastsae/runtime/storage.py"):

@@ -11,6 +11,7 @@ Real numbers flow, so code that depends on data runs to its end. Not seen: what 
 (fused kernels; gradients go with any device while a backward pass runs), types that a device lacks,
 memory, speed, and the order of sums.
 """
+
 import collections
 import contextlib
 import sys
@@ -23,14 +24,69 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 N_DEVICES = 2
 CPU = torch.device("cpu")
-WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "bincount", "unique", "masked_select", "equal",
-         "allclose", "__contains__", "__array__", "numpy"}
-CROSSING = {"copy_", "_has_compatible_shallow_copy_type", "is_same_size", "expand_as", "view_as", "reshape_as", "result_type", "set_",
-            "is_set_to"}
-VIEWS = {"t", "view", "flatten", "reshape", "detach", "values", "expand", "transpose", "squeeze", "unsqueeze", "permute", "size", "dim",
-         "crow_indices", "col_indices", "numel", "stride", "is_floating_point", "is_complex", "requires_grad_", "__len__", "narrow",
-         "backward", "untyped_storage", "data_ptr", "is_contiguous", "element_size", "storage_offset", "__hash__", "unbind", "chunk"}
-NOT_DETERMINISTIC = {"median", "nanmedian", "kthvalue", "histc", "put_"}  # these refuse on CUDA in deterministic mode, as do:
+WAITS = {
+    "item",
+    "tolist",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "nonzero",
+    "bincount",
+    "unique",
+    "masked_select",
+    "equal",
+    "allclose",
+    "__contains__",
+    "__array__",
+    "numpy",
+}
+CROSSING = {
+    "copy_",
+    "_has_compatible_shallow_copy_type",
+    "is_same_size",
+    "expand_as",
+    "view_as",
+    "reshape_as",
+    "result_type",
+    "set_",
+    "is_set_to",
+}
+VIEWS = {
+    "t",
+    "view",
+    "flatten",
+    "reshape",
+    "detach",
+    "values",
+    "expand",
+    "transpose",
+    "squeeze",
+    "unsqueeze",
+    "permute",
+    "size",
+    "dim",
+    "crow_indices",
+    "col_indices",
+    "numel",
+    "stride",
+    "is_floating_point",
+    "is_complex",
+    "requires_grad_",
+    "__len__",
+    "narrow",
+    "backward",
+    "untyped_storage",
+    "data_ptr",
+    "is_contiguous",
+    "element_size",
+    "storage_offset",
+    "__hash__",
+    "unbind",
+    "chunk",
+}
+# these refuse on CUDA in deterministic mode, as do:
+NOT_DETERMINISTIC = {"median", "nanmedian", "kthvalue", "histc", "put_"}
 IF_FLOATING = {"cumsum", "cumsum_"}
 
 
@@ -40,7 +96,9 @@ class Refused(RuntimeError):
 
 def _storage(tensor):
     with torch._C.DisableTorchFunction():
-        return (tensor.values() if tensor.layout in (torch.sparse_csr, torch.sparse_csc) else tensor).untyped_storage()
+        return (
+            tensor.values() if tensor.layout in (torch.sparse_csr, torch.sparse_csc) else tensor
+        ).untyped_storage()
 
 
 def mark(tensor, device):
@@ -49,7 +107,8 @@ def mark(tensor, device):
 
 
 def known_device(tensor):
-    """The device that a tensor was seen on; None of one that C++ made, or that is older than the mode."""
+    """The device that a tensor was seen on; None of one that C++ made, or that is older than the
+    mode."""
     return getattr(_storage(tensor), "pretended", None)
 
 
@@ -62,13 +121,15 @@ def _in_backward():
 
 
 class PretendedCuda(TorchFunctionMode):
-    """The mode. `waits`: Counter of (line of the caller, function) that made the host wait; `launches`: calls on a device."""
+    """The mode. `waits`: Counter of (line of the caller, function) that made the host wait;
+    `launches`: calls on a device."""
 
     def __init__(self):
         super().__init__()
         self.current, self.launches = 0, 0
         self.waits = collections.Counter()
-        self.coming = [[] for _ in range(N_DEVICES)]  # of each device (target, value): copies on their way to pinned memory
+        # of each device (target, value): copies on their way to pinned memory
+        self.coming = [[] for _ in range(N_DEVICES)]
 
     # Devices
 
@@ -83,7 +144,8 @@ class PretendedCuda(TorchFunctionMode):
         return torch.device("cuda", number)
 
     def set_device(self, device):
-        self.current = self.whole(torch.cuda._utils._get_device_index(device)).index  # refuses "cuda" as the real one does
+        # refuses "cuda" as the real one does
+        self.current = self.whole(torch.cuda._utils._get_device_index(device)).index
 
     def arrive(self, number, copies=None):
         """Let copies of a device arrive, all by default."""
@@ -91,7 +153,9 @@ class PretendedCuda(TorchFunctionMode):
             for each in list(self.coming[number]) if copies is None else copies:
                 if any(each is other for other in self.coming[number]):
                     each[0].copy_(each[1])
-                    self.coming[number] = [other for other in self.coming[number] if other is not each]
+                    self.coming[number] = [
+                        other for other in self.coming[number] if other is not each
+                    ]
 
     def waited(self, device, name):
         self.arrive(device.index)
@@ -107,16 +171,27 @@ class PretendedCuda(TorchFunctionMode):
         if name == "__get__":
             return self._attribute(func, args)
         if name == "__set__":
-            if func.__self__.__name__ == "grad" and isinstance(args[1], torch.Tensor) and device_of(args[1]) != device_of(args[0]):
+            if (
+                func.__self__.__name__ == "grad"
+                and isinstance(args[1], torch.Tensor)
+                and device_of(args[1]) != device_of(args[0])
+            ):
                 raise Refused("grad: assigned from another device")
             return func(*args)
         if name in ("to", "cuda", "cpu"):
             return self._moved(name, args, kwargs)
         if name == "pin_memory" or (name == "is_pinned"):
-            return self._pinned(args[0].clone()) if name == "pin_memory" else getattr(_storage(args[0]), "pinned", False)
+            return (
+                self._pinned(args[0].clone())
+                if name == "pin_memory"
+                else getattr(_storage(args[0]), "pinned", False)
+            )
         asked, pin = None, kwargs.pop("pin_memory", False)
         if kwargs.get("device") is not None:
-            asked, kwargs["device"] = self.whole(kwargs["device"]), CPU if self._real(kwargs["device"]) else kwargs["device"]
+            asked, kwargs["device"] = (
+                self.whole(kwargs["device"]),
+                CPU if self._real(kwargs["device"]) else kwargs["device"],
+            )
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         self._refuse(func, name, args, kwargs, tensors, asked)
         if name == "copy_":
@@ -160,7 +235,9 @@ class PretendedCuda(TorchFunctionMode):
         if isinstance(kwargs.get("device"), (str, int, torch.device)):
             rest.insert(0, kwargs.pop("device"))
         for i, value in enumerate(rest):
-            if isinstance(value, (str, torch.device)) or (isinstance(value, int) and not isinstance(value, bool) and name == "to"):
+            if isinstance(value, (str, torch.device)) or (
+                isinstance(value, int) and not isinstance(value, bool) and name == "to"
+            ):
                 target = self.whole(value)
                 rest[i] = CPU if target.type == "cuda" else value
             elif isinstance(value, torch.Tensor):
@@ -171,13 +248,18 @@ class PretendedCuda(TorchFunctionMode):
         if target.type == "cuda":
             return mark(out.clone() if _storage(out) is _storage(tensor) else out, target)
         if kwargs.get("non_blocking"):  # PyTorch takes pinned memory for it
-            return self._copied(self._pinned(torch.empty_like(out)), mark(out.clone(), source), non_blocking=True)
+            return self._copied(
+                self._pinned(torch.empty_like(out)), mark(out.clone(), source), non_blocking=True
+            )
         self.waited(source, name)
         return mark(out.clone() if _storage(out) is _storage(tensor) else out, CPU)
 
     def _copied(self, target, source, non_blocking=False):
         """`copy_`, which may cross devices, and be late where its target is pinned."""
-        here, there = device_of(target), device_of(source) if isinstance(source, torch.Tensor) else CPU
+        here, there = (
+            device_of(target),
+            device_of(source) if isinstance(source, torch.Tensor) else CPU,
+        )
         if here.type == "cpu" and there.type == "cuda":
             if non_blocking and getattr(_storage(target), "pinned", False):
                 self.coming[there.index].append((target, source.clone()))
@@ -195,32 +277,48 @@ class PretendedCuda(TorchFunctionMode):
         if isinstance(kwargs.get("generator"), torch.Generator):
             raise Refused(f"{name}: expected a 'cuda' device type for generator but found 'cpu'")
         if torch.are_deterministic_algorithms_enabled() and (
-                (name in NOT_DETERMINISTIC and len(args) + len(kwargs) > 1) or (name in IF_FLOATING and args[0].is_floating_point())
-                or (name == "bincount" and len(tensors) > 1)):
+            (name in NOT_DETERMINISTIC and len(args) + len(kwargs) > 1)
+            or (name in IF_FLOATING and args[0].is_floating_point())
+            or (name == "bincount" and len(tensors) > 1)
+        ):
             raise Refused(f"{name} does not have a deterministic implementation")
 
     def _common(self, name, args, tensors):
-        """The one device of a call's tensors; a scalar of the CPU's goes with any, and its indices with a tensor on CUDA."""
+        """The one device of a call's tensors; a scalar of the CPU's goes with any, and its indices
+        with a tensor on CUDA."""
         if name in ("__getitem__", "__setitem__", "index_put_"):
             indices = [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor)]
             if device_of(args[0]) == CPU and any(device_of(t) != CPU for t in indices):
-                raise Refused(f"{name}: indices should be on cpu or on the same device as the indexed tensor (cpu)")
+                raise Refused(
+                    f"{name}: indices should be on cpu or on the same device as the indexed tensor (cpu)"
+                )
             others = [t for t in tensors if t is not args[0] and not any(t is i for i in indices)]
             if name == "__getitem__" or not indices:
                 others = [t for t in others if t.dim() == 0]  # copies into slices may cross
             tensors = [args[0], *others, *(t for t in indices if device_of(t) != CPU)]
         devices = {known_device(t) if _in_backward() else device_of(t) for t in tensors} - {None}
         if len(devices) > 1 and name not in CROSSING:
-            sized = {device_of(t) for t in tensors if t.dim() and not (_in_backward() and not known_device(t))}
+            sized = {
+                device_of(t)
+                for t in tensors
+                if t.dim() and not (_in_backward() and not known_device(t))
+            }
             if len(sized) > 1 or (sized == {CPU} and len(devices) > 1) or len(devices - {CPU}) > 1:
-                raise Refused(f"{name}: Expected all tensors to be on the same device, but found {', '.join(sorted(map(str, devices)))}")
-        return next((device for device in devices if device.type == "cuda"), next(iter(devices), None)) if tensors else CPU
+                raise Refused(
+                    f"{name}: Expected all tensors to be on the same device, but found {', '.join(sorted(map(str, devices)))}"
+                )
+        return (
+            next((device for device in devices if device.type == "cuda"), next(iter(devices), None))
+            if tensors
+            else CPU
+        )
 
     @staticmethod
     def _by_mask(name, args):
         """Whether a tensor is indexed by flags, of which the host must know how many are set."""
         return name in ("__getitem__", "__setitem__") and any(
-            isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in tree_leaves(args[1]))
+            isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in tree_leaves(args[1])
+        )
 
 
 class Stream:
@@ -233,11 +331,13 @@ class Stream:
 
 @contextlib.contextmanager
 def pretended():
-    """The machine; gives its PretendedCuda. Import libraries such as transformers before, which look for CUDA when they load."""
+    """The machine; gives its PretendedCuda. Import libraries such as transformers before, which
+    look for CUDA when they load."""
     mode = PretendedCuda()
 
     class Event:
-        """Comes when the work that its stream had at `record` is done; the current device's stream by default."""
+        """Comes when the work that its stream had at `record` is done; the current device's stream
+        by default."""
 
         def record(self, stream=None):
             self.number = mode.current if stream is None else stream.device.index
@@ -249,11 +349,22 @@ def pretended():
     def stream(device=None):
         return Stream(mode, mode.whole("cuda" if device is None else device))
 
-    fakes = {"is_available": lambda: True, "device_count": lambda: N_DEVICES, "set_device": mode.set_device, "Event": Event,
-             "current_device": lambda: mode.current, "current_stream": stream, "empty_cache": lambda: None, "_lazy_init": lambda: None,
-             "get_device_properties": lambda device=None: types.SimpleNamespace(
-                 name="pretended", total_memory=80 << 30, uuid=f"GPU-{mode.whole('cuda' if device is None else device).index}"),
-             "synchronize": lambda device=None: stream(device).synchronize()}
+    fakes = {
+        "is_available": lambda: True,
+        "device_count": lambda: N_DEVICES,
+        "set_device": mode.set_device,
+        "Event": Event,
+        "current_device": lambda: mode.current,
+        "current_stream": stream,
+        "empty_cache": lambda: None,
+        "_lazy_init": lambda: None,
+        "get_device_properties": lambda device=None: types.SimpleNamespace(
+            name="pretended",
+            total_memory=80 << 30,
+            uuid=f"GPU-{mode.whole('cuda' if device is None else device).index}",
+        ),
+        "synchronize": lambda device=None: stream(device).synchronize(),
+    }
     by_type = torch._C._group_tensors_by_device_and_dtype
 
     def by_device_and_type(lists, *more):
@@ -263,7 +374,9 @@ def pretended():
         return {(next(iter(devices)), kind): groups for (_, kind), groups in found.items()}
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", by_device_and_type))
+        stack.enter_context(
+            mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", by_device_and_type)
+        )
         for name, fake in fakes.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, fake))
         stack.enter_context(mode)

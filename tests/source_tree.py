@@ -1,7 +1,10 @@
-"""The project's Python files and what they import from each other, read as text: the ground of the tests that guard the layout.
+"""The project's Python files and what they import from each other, read as text: the ground of the
+tests that guard the layout.
 
-Everything here goes through sub-folders, and files are named by their path, so that a file which moves into a package stays guarded.
+Everything here goes through sub-folders, and files are named by their path, so that a file which
+moves into a package stays guarded.
 """
+
 import ast
 from pathlib import Path
 
@@ -9,7 +12,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def python_files(*folders: str, root: Path = PROJECT) -> list[str]:
-    """Paths of the Python files below `folders`, relative to `root`; "." names those in `root` itself."""
+    """Paths of the Python files below `folders`, relative to `root`; "." names those in `root`
+    itself."""
     found = set()
     for folder in folders:
         paths = root.glob("*.py") if folder == "." else (root / folder).rglob("*.py")
@@ -23,7 +27,8 @@ def module_name(path: str) -> str:
 
 
 def imports(path: str, root: Path = PROJECT, top_level: bool = False) -> set[str]:
-    """Full names of all that a file imports: modules, and `module.name` of from-imports. Inside functions too, unless `top_level`."""
+    """Full names of all that a file imports: modules, and `module.name` of from-imports. Inside
+    functions too, unless `top_level`."""
     package = module_name(path).split(".")
     if not path.endswith("/__init__.py"):
         package = package[:-1]
@@ -33,23 +38,33 @@ def imports(path: str, root: Path = PROJECT, top_level: bool = False) -> set[str
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = package[:len(package) - node.level + 1] if node.level else []
+            above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
 def module_graph(folder: str, root: Path = PROJECT) -> dict[str, set[str]]:
-    """{module: modules of the same folder that it imports}, packages left out unless they hold code of their own."""
+    """{module: modules of the same folder that it imports}, packages left out unless they hold code
+    of their own."""
     files = {module_name(path): path for path in python_files(folder, root=root)}
-    return {name: {found for found in imports(path, root) if found in files and found != name and not name.startswith(f"{found}.")}
-            for name, path in files.items()}
+    return {
+        name: {
+            found
+            for found in imports(path, root)
+            if found in files and found != name and not name.startswith(f"{found}.")
+        }
+        for name, path in files.items()
+    }
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     """Groups of modules that reach each other through their imports."""
     reached = {name: _reachable(graph, name) for name in graph}
-    groups = {tuple(sorted({name} | {other for other in reached[name] if name in reached[other]})) for name in graph}
+    groups = {
+        tuple(sorted({name} | {other for other in reached[name] if name in reached[other]}))
+        for name in graph
+    }
     return [list(group) for group in sorted(groups) if len(group) > 1]
 
 

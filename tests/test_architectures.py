@@ -1,4 +1,6 @@
-"""Standard, JumpReLU and Gated: steps by hand and against SAELens (if installed), normalisation folded away, whole runs."""
+"""Standard, JumpReLU and Gated: steps by hand and against SAELens (if installed), normalisation
+folded away, whole runs."""
+
 import json
 
 import pytest
@@ -13,7 +15,15 @@ from fastsae.sae.initialisation import initialise
 
 def make(architecture, d=12, m=40, k=4, seed=0):
     torch.manual_seed(seed)
-    sae = new_sae({"input_dim": d, "m_total_neurons": m, "k_active_neurons": k, "aux_k": 0, "architecture": architecture}).eval()
+    sae = new_sae(
+        {
+            "input_dim": d,
+            "m_total_neurons": m,
+            "k_active_neurons": k,
+            "aux_k": 0,
+            "architecture": architecture,
+        }
+    ).eval()
     x = torch.randn(60, d) * torch.linspace(0.5, 3, d) + 1
     initialise(sae, x, seed, encoder_scale=None)
     with torch.no_grad():
@@ -28,16 +38,22 @@ def dense_features(sae, x):
     """By the definition of each architecture, as a dense matrix."""
     pre = (x - sae.input_bias) @ sae.encoder.weight.t()
     if sae.architecture == "gated":
-        return (pre + sae.gate_bias > 0) * torch.relu(pre * sae.log_magnitude.exp() + sae.neuron_bias)
+        return (pre + sae.gate_bias > 0) * torch.relu(
+            pre * sae.log_magnitude.exp() + sae.neuron_bias
+        )
     pre = pre + sae.neuron_bias
     return pre * (pre > sae.threshold) if sae.architecture == "jumprelu" else torch.relu(pre)
 
 
-@pytest.mark.parametrize("normalisation", [Normalisation(), Normalisation(None, 0.2), Normalisation(torch.arange(12.0), 3.0)],
-                         ids=["none", "norm", "both"])
+@pytest.mark.parametrize(
+    "normalisation",
+    [Normalisation(), Normalisation(None, 0.2), Normalisation(torch.arange(12.0), 3.0)],
+    ids=["none", "norm", "both"],
+)
 @pytest.mark.parametrize("architecture", [*DENSE, "topk", "batchtopk"])
 def test_the_saved_form_takes_raw_activations(architecture, normalisation):
-    """Features of the form are those of the trained one over the scale, reconstructions are those of the trained one mapped back."""
+    """Features of the form are those of the trained one over the scale, reconstructions are those
+    of the trained one mapped back."""
     sae, x = make(architecture)
     if architecture == "batchtopk":
         sae.threshold.fill_(1.5)
@@ -54,28 +70,36 @@ def test_the_saved_form_takes_raw_activations(architecture, normalisation):
         expected[of_sae.row, of_sae.column] = of_sae.value.detach()
     torch.testing.assert_close(found * normalisation.scale, expected, rtol=1e-3, atol=1e-4)
     reconstruction = expected @ sae.decoder.weight.detach().t() + sae.input_bias.detach()
-    torch.testing.assert_close(normalisation(decode(form, entries)).detach(), reconstruction, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        normalisation(decode(form, entries)).detach(), reconstruction, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_normalisation_by_hand():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [6.0, 8.0]])  # lengths 5, 0, 10: mean 5
     norm = choose_normalisation("norm", x)
-    assert norm.mean is None and norm.scale == pytest.approx(2 ** 0.5 / 5)
+    assert norm.mean is None and norm.scale == pytest.approx(2**0.5 / 5)
     assert choose_normalisation("mean", x).mean.tolist() == [3, 4]
     both = choose_normalisation("both", x)  # centred: lengths 0, 5, 5
-    assert both.scale == pytest.approx(2 ** 0.5 / (10 / 3))
+    assert both.scale == pytest.approx(2**0.5 / (10 / 3))
 
 
 def test_jumprelu_gradients_by_hand():
-    """Pre-activations 1.1, 2, 0.9 against a threshold of 1 with bandwidth 0.5: the first and third lie within 0.25 of it.
+    """Pre-activations 1.1, 2, 0.9 against a threshold of 1 with bandwidth 0.5: the first and third
+    lie within 0.25 of it.
 
-    Features 1.1, 2, 0; L0 of the tokens 1, 1, 0. With gradients 2 at each feature and 10 at each L0 the threshold gets
-    -(1 * 2 + 10) / 0.5 from each of the two, -48 in all; the pre-activations get 2 where they fire.
+    Features 1.1, 2, 0; L0 of the tokens 1, 1, 0. With gradients 2 at each feature and 10 at each L0
+    the threshold gets -(1 * 2 + 10) / 0.5 from each of the two, -48 in all; the pre-activations get
+    2 where they fire.
     """
     pre = torch.tensor([[1.1], [2.0], [0.9]], requires_grad=True)
     threshold = torch.tensor([1.0], requires_grad=True)
     features, l0 = Jump.apply(pre, threshold, 0.5)
-    assert features.flatten().tolist() == pytest.approx([1.1, 2.0, 0.0]) and l0.tolist() == [1, 1, 0]
+    assert features.flatten().tolist() == pytest.approx([1.1, 2.0, 0.0]) and l0.tolist() == [
+        1,
+        1,
+        0,
+    ]
     (2 * features.sum() + 10 * l0.sum()).backward()
     assert threshold.grad.item() == pytest.approx(-48)
     assert pre.grad.tolist() == [[2], [2], [0]]
@@ -84,12 +108,21 @@ def test_jumprelu_gradients_by_hand():
 def test_losses_by_hand():
     """Identity weights in two dimensions, the token (3, -1): features (3, 0), squared error 1.
 
-    Standard: 1 + 5 * 3 = 16. JumpReLU, threshold 2: L0 = 1, so 1 + 5 * 1 = 6, and with target 3: 1 + 5 * 2 / 3 * 4.
-    Gated, gate_bias (-1, 0), magnitudes as they are: gates (2, 0), by_gates (2, 0), so 1 + 5 * 2 + (1 + 1) = 13.
+    Standard: 1 + 5 * 3 = 16. JumpReLU, threshold 2: L0 = 1, so 1 + 5 * 1 = 6, and with target 3: 1
+    + 5 * 2 / 3 * 4. Gated, gate_bias (-1, 0), magnitudes as they are: gates (2, 0), by_gates (2,
+    0), so 1 + 5 * 2 + (1 + 1) = 13.
     """
     x, expected = torch.tensor([[3.0, -1.0]]), {"standard": 16, "jumprelu": 6, "gated": 13}
     for architecture in DENSE:
-        sae = new_sae({"input_dim": 2, "m_total_neurons": 2, "k_active_neurons": 1, "aux_k": 0, "architecture": architecture})
+        sae = new_sae(
+            {
+                "input_dim": 2,
+                "m_total_neurons": 2,
+                "k_active_neurons": 1,
+                "aux_k": 0,
+                "architecture": architecture,
+            }
+        )
         with torch.no_grad():
             sae.encoder.weight.copy_(torch.eye(2))
             sae.decoder.weight.copy_(torch.eye(2))
@@ -99,58 +132,111 @@ def test_losses_by_hand():
                 sae.threshold.fill_(2)
         options = {"sparsity": 5.0, "bandwidth": 0.1, "target_l0": None}
         loss, fired = dense_step(sae, x, None, **options)
-        assert float(loss) == pytest.approx(expected[architecture]) and fired.tolist() == [True, False]
+        assert float(loss) == pytest.approx(expected[architecture]) and fired.tolist() == [
+            True,
+            False,
+        ]
         if architecture == "jumprelu":
-            assert float(dense_step(sae, x, None, **{**options, "target_l0": 3})[0]) == pytest.approx(1 + 40 / 3)
+            assert float(
+                dense_step(sae, x, None, **{**options, "target_l0": 3})[0]
+            ) == pytest.approx(1 + 40 / 3)
 
 
 def peer(architecture, sae, *, target_l0=None):
     """SAELens' training module with our weights."""
-    pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -r experiments/requirements-bench.txt")
+    pytest.importorskip(
+        "sae_lens",
+        reason="sae-lens is not installed: pip install -r experiments/requirements-bench.txt",
+    )
     from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
     from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 
-    shape = {"d_in": 12, "d_sae": 40, "apply_b_dec_to_input": True, "normalize_activations": "none", "device": "cpu"}
+    shape = {
+        "d_in": 12,
+        "d_sae": 40,
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "device": "cpu",
+    }
     if architecture == "standard":
         theirs = StandardTrainingSAE(StandardTrainingSAEConfig(**shape))
     elif architecture == "gated":
         theirs = GatedTrainingSAE(GatedTrainingSAEConfig(**shape))
     else:
-        mode = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": target_l0} if target_l0 else {}
-        theirs = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**shape, jumprelu_bandwidth=0.7, **mode))
-    pairs = {"W_enc": sae.encoder.weight.t(), "W_dec": sae.decoder.weight.t(), "b_dec": sae.input_bias}
-    pairs |= ({"b_mag": sae.neuron_bias, "b_gate": sae.gate_bias, "r_mag": sae.log_magnitude} if architecture == "gated" else
-              {"b_enc": sae.neuron_bias})
+        mode = (
+            {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": target_l0}
+            if target_l0
+            else {}
+        )
+        theirs = JumpReLUTrainingSAE(
+            JumpReLUTrainingSAEConfig(**shape, jumprelu_bandwidth=0.7, **mode)
+        )
+    pairs = {
+        "W_enc": sae.encoder.weight.t(),
+        "W_dec": sae.decoder.weight.t(),
+        "b_dec": sae.input_bias,
+    }
+    pairs |= (
+        {"b_mag": sae.neuron_bias, "b_gate": sae.gate_bias, "r_mag": sae.log_magnitude}
+        if architecture == "gated"
+        else {"b_enc": sae.neuron_bias}
+    )
     pairs |= {"threshold": sae.threshold} if architecture == "jumprelu" else {}
     for name, value in pairs.items():
         getattr(theirs, name).data = value.detach().clone().contiguous()
     return theirs, pairs
 
 
-@pytest.mark.parametrize(("architecture", "target_l0"), [("standard", None), ("jumprelu", None), ("jumprelu", 3.0), ("gated", None)])
+@pytest.mark.parametrize(
+    ("architecture", "target_l0"),
+    [("standard", None), ("jumprelu", None), ("jumprelu", 3.0), ("gated", None)],
+)
 def test_loss_and_gradients_equal_saelens(architecture, target_l0):
     sae, x = make(architecture)
     theirs, pairs = peer(architecture, sae, target_l0=target_l0)
     from sae_lens.saes.sae import TrainStepInput
 
     coefficient = {"l0" if architecture == "jumprelu" else "l1": 0.7}
-    output = theirs.training_forward_pass(TrainStepInput(sae_in=x, coefficients=coefficient, dead_neuron_mask=None, n_training_steps=0,
-                                                         is_logging_step=False))
+    output = theirs.training_forward_pass(
+        TrainStepInput(
+            sae_in=x,
+            coefficients=coefficient,
+            dead_neuron_mask=None,
+            n_training_steps=0,
+            is_logging_step=False,
+        )
+    )
     output.loss.backward()
     loss, fired = dense_step(sae, x, None, sparsity=0.7, bandwidth=0.7, target_l0=target_l0)
     assert float(loss) == pytest.approx(float(output.loss), rel=1e-5)
     assert torch.equal(fired, (output.feature_acts > 0).any(0))
-    ours = {"W_enc": sae.encoder.weight.grad.t(), "W_dec": sae.decoder.weight.grad.t(), "b_dec": sae.input_bias.grad}
-    ours |= ({"b_mag": sae.neuron_bias.grad, "b_gate": sae.gate_bias.grad, "r_mag": sae.log_magnitude.grad} if architecture == "gated"
-             else {"b_enc": sae.neuron_bias.grad})
+    ours = {
+        "W_enc": sae.encoder.weight.grad.t(),
+        "W_dec": sae.decoder.weight.grad.t(),
+        "b_dec": sae.input_bias.grad,
+    }
+    ours |= (
+        {
+            "b_mag": sae.neuron_bias.grad,
+            "b_gate": sae.gate_bias.grad,
+            "r_mag": sae.log_magnitude.grad,
+        }
+        if architecture == "gated"
+        else {"b_enc": sae.neuron_bias.grad}
+    )
     ours |= {"threshold": sae.threshold.grad} if architecture == "jumprelu" else {}
     for name, found in ours.items():
         expected = getattr(theirs, name).grad
-        if name == "W_dec":  # SAELens lets the penalty lengthen decoder rows; ours keep length 1, so only what turns them counts
+        # SAELens lets the penalty lengthen decoder rows; ours keep length 1, so only what turns
+        # them counts
+        if name == "W_dec":
             rows = sae.decoder.weight.t().detach()
-            found, expected = (g - (g * rows).sum(1, keepdim=True) * rows for g in (found, expected))
-        if architecture == "gated" and name in ("W_dec", "b_dec"):  # the paper freezes the decoder of the gates' reconstruction
+            found, expected = (
+                g - (g * rows).sum(1, keepdim=True) * rows for g in (found, expected)
+            )
+        # the paper freezes the decoder of the gates' reconstruction
+        if architecture == "gated" and name in ("W_dec", "b_dec"):
             expected = expected - gates_decoder_gradient(sae, x)[name]
         assert (found - expected).norm() <= 2e-5 * expected.norm(), name
 
@@ -163,16 +249,46 @@ def gates_decoder_gradient(sae, x):
     return {"W_dec": weight - (weight * rows).sum(1, keepdim=True) * rows, "b_dec": error.sum(0)}
 
 
-SMALL = ["--m", 48, "--k", 3, "--no-use-matryoshka", "--device", "cpu", "--run-name", "test", "--max-norm-ratio", "none", "--n-epochs", 40,
-         "--batch-size", 256, "--learning-rate", 3e-3]
+SMALL = [
+    "--m",
+    48,
+    "--k",
+    3,
+    "--no-use-matryoshka",
+    "--device",
+    "cpu",
+    "--run-name",
+    "test",
+    "--max-norm-ratio",
+    "none",
+    "--n-epochs",
+    40,
+    "--batch-size",
+    256,
+    "--learning-rate",
+    3e-3,
+]
 
 
-@pytest.mark.parametrize("flags", [["standard", "--l1-coefficient", 0.5], ["jumprelu"], ["gated", "--l1-coefficient", 2.0],
-                                   ["jumprelu", "--jumprelu-loss", "step", "--sparsity-warmup-steps", 100], ["batchtopk"]],
-                         ids=lambda flags: " ".join(map(str, flags)))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["standard", "--l1-coefficient", 0.5],
+        ["jumprelu"],
+        ["gated", "--l1-coefficient", 2.0],
+        ["jumprelu", "--jumprelu-loss", "step", "--sparsity-warmup-steps", 100],
+        ["batchtopk"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
 def test_every_architecture_trains_and_loads(tmp_path, write_activations, run_main, flags):
     tokens, _ = planted_tokens(6000, 32, 48, 3)
-    assert run_main("train_sae", *write_activations(tokens, [10] * 600), *SMALL, "--architecture", *flags) == 0
+    assert (
+        run_main(
+            "train_sae", *write_activations(tokens, [10] * 600), *SMALL, "--architecture", *flags
+        )
+        == 0
+    )
     folder = tmp_path / "checkpoints" / "test"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["normalized_mse"] < 0.4 and 1 < metrics["l0"] < 12
@@ -187,17 +303,35 @@ def test_hypothesaes_reads_a_standard_one(tmp_path, write_activations, run_main)
     import hypothesaes.sae as theirs
 
     tokens, _ = planted_tokens(1000, 16, 32, 3)
-    assert run_main("train_sae", *write_activations(tokens, [10] * 100), *SMALL, "--architecture", "standard", "--n-epochs", 2) == 0
+    assert (
+        run_main(
+            "train_sae",
+            *write_activations(tokens, [10] * 100),
+            *SMALL,
+            "--architecture",
+            "standard",
+            "--n-epochs",
+            2,
+        )
+        == 0
+    )
     path = next((tmp_path / "checkpoints" / "test").glob("*.pt"))
     loaded, (ours, _) = theirs.load_model(str(path), device="cpu").eval(), load_sae(path)
     x = torch.from_numpy(tokens[:50])
     with torch.no_grad():
-        torch.testing.assert_close(loaded(x)[0], decode(ours, encode(ours, x)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            loaded(x)[0], decode(ours, encode(ours, x)), rtol=1e-4, atol=1e-5
+        )
 
 
-@pytest.mark.parametrize(("flags", "name"), [
-    (["--use-batch-topk", "--architecture", "gated", "--no-use-matryoshka"], "USE_BATCH_TOPK"),
-    (["--architecture", "standard", "--use-matryoshka"], "USE_MATRYOSHKA"), (["--architecture", "relu"], "ARCHITECTURE")])
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--use-batch-topk", "--architecture", "gated", "--no-use-matryoshka"], "USE_BATCH_TOPK"),
+        (["--architecture", "standard", "--use-matryoshka"], "USE_MATRYOSHKA"),
+        (["--architecture", "relu"], "ARCHITECTURE"),
+    ],
+)
 def test_contradictions_are_setting_errors(run_main, capsys, flags, name):
     with pytest.raises(SystemExit) as stopped:
         run_main("train_sae", *flags)

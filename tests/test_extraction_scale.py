@@ -1,4 +1,6 @@
-"""Stage 1 beyond one file on one process: layers, prefix, blocks, duplicates, hub data, shards, damage, kills, torchrun."""
+"""Stage 1 beyond one file on one process: layers, prefix, blocks, duplicates, hub data, shards,
+damage, kills, torchrun."""
+
 import json
 import os
 import subprocess
@@ -27,24 +29,41 @@ def dataset(tmp_path):
     """40 texts of different lengths."""
     generator = np.random.default_rng(0)
     path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": " ".join(generator.choice(WORDS, 3 + i % 9))}) + "\n" for i in range(40)))
+    path.write_text(
+        "".join(
+            json.dumps({"text": " ".join(generator.choice(WORDS, 3 + i % 9))}) + "\n"
+            for i in range(40)
+        )
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, smol_tokenizer):
     """Folders with small random models and the embedded model's tokenizer."""
+
     def make(config_name="LlamaConfig", **options):
         import transformers
 
         torch.manual_seed(0)
-        config = getattr(transformers, config_name)(**{
-            "vocab_size": 49152, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 2, **options})
+        config = getattr(transformers, config_name)(
+            **{
+                "vocab_size": 49152,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "pad_token_id": 2,
+                **options,
+            }
+        )
         folder = tmp_path_factory.mktemp("model")
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         smol_tokenizer.save_pretrained(folder)
         return folder
+
     return make
 
 
@@ -56,28 +75,53 @@ def llama(tiny):
 @pytest.fixture
 def extract(tmp_path, run_main, dataset, llama):
     def run(*flags, out="out", data=dataset, model=llama):
-        return run_main("extract_activations", "--dataset-path", data, "--output-dir", tmp_path / out, "--model-name", model,
-                        "--device", "cpu", "--layer-idx", 2, "--chunk-tokens", 200, "--storage-dtype", "float32", *flags)
+        return run_main(
+            "extract_activations",
+            "--dataset-path",
+            data,
+            "--output-dir",
+            tmp_path / out,
+            "--model-name",
+            model,
+            "--device",
+            "cpu",
+            "--layer-idx",
+            2,
+            "--chunk-tokens",
+            200,
+            "--storage-dtype",
+            "float32",
+            *flags,
+        )
+
     return run
 
 
 def activations_of(folder, layer=2):
-    return activations_file.open_activations(folder / "activations" / f"activations_layer{layer}.npz")
+    return activations_file.open_activations(
+        folder / "activations" / f"activations_layer{layer}.npz"
+    )
 
 
 def relative_errors(found, expected):
-    found, expected = (torch.as_tensor(a if torch.is_tensor(a) else np.array(a)).double() for a in (found, expected))
+    found, expected = (
+        torch.as_tensor(a if torch.is_tensor(a) else np.array(a)).double()
+        for a in (found, expected)
+    )
     return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).numpy()
 
 
 # One pass, several layers
+
 
 def test_layers_of_one_pass_are_those_of_single_runs(tmp_path, extract, monkeypatch, capsys):
     assert extract("--layers", "3,1", out="both") == 0
     for layer in (1, 3):
         assert extract("--layers", layer, out=f"one{layer}") == 0
         path = f"activations/activations_layer{layer}.npz"
-        assert (tmp_path / "both" / path).read_bytes() == (tmp_path / f"one{layer}" / path).read_bytes()
+        assert (tmp_path / "both" / path).read_bytes() == (
+            tmp_path / f"one{layer}" / path
+        ).read_bytes()
     capsys.readouterr()
     assert extract("--layers", "1,2,3", out="both") == 0  # only the missing one is computed
     out = capsys.readouterr().out
@@ -95,11 +139,23 @@ def test_impossible_layers(extract, layers, capsys):
 
 # Exactness of the shortcuts
 
-@pytest.mark.parametrize("config_name, options", [("LlamaConfig", {}), ("Qwen2Config", {}), ("Qwen3Config", {}), ("MistralConfig", {}),
-                                                  ("MistralConfig", {"sliding_window": 9}),
-                                                  ("MistralConfig", {"sliding_window": 27}), ("LlamaConfig", {"attention_bias": True}),
-                                                  ("LlamaConfig", {"hidden_act": "gelu"})])
-def test_shared_prefix_and_cpu_kernels_equal_the_whole_model_one_at_a_time(tmp_path, tiny, extract, config_name, options):
+
+@pytest.mark.parametrize(
+    "config_name, options",
+    [
+        ("LlamaConfig", {}),
+        ("Qwen2Config", {}),
+        ("Qwen3Config", {}),
+        ("MistralConfig", {}),
+        ("MistralConfig", {"sliding_window": 9}),
+        ("MistralConfig", {"sliding_window": 27}),
+        ("LlamaConfig", {"attention_bias": True}),
+        ("LlamaConfig", {"hidden_act": "gelu"}),
+    ],
+)
+def test_shared_prefix_and_cpu_kernels_equal_the_whole_model_one_at_a_time(
+    tmp_path, tiny, extract, config_name, options
+):
     folder = tiny(config_name, **options)
     assert extract(model=folder) == 0
     data = activations_of(tmp_path / "out")
@@ -110,31 +166,52 @@ def test_shared_prefix_and_cpu_kernels_equal_the_whole_model_one_at_a_time(tmp_p
     assert relative_errors(data["activations"], torch.cat(rows)).max() <= 1e-5
 
 
-@pytest.mark.parametrize("dtype, bound, median", [(torch.float32, 1e-5, 2e-6), (torch.bfloat16, 0.2, 0.02)])
+@pytest.mark.parametrize(
+    "dtype, bound, median", [(torch.float32, 1e-5, 2e-6), (torch.bfloat16, 0.2, 0.02)]
+)
 def test_fast_path_of_the_embedded_model(smol_tokenizer, dtype, bound, median):
-    """In bfloat16 one rounding is 0.4 %, and twelve blocks of them move a token by about 1 %, a near-sink by up to 20 %."""
+    """In bfloat16 one rounding is 0.4 %, and twelve blocks of them move a token by about 1 %, a
+    near-sink by up to 20 %."""
     examples = list(stream_examples(PROJECT / "data" / "cognitive_actions.jsonl", max_examples=8))
     table = tokenise(examples, ChatTokenizer(smol_tokenizer, max_length=512))
-    fast, twin = (language_model.ResidualModel("SmolLM2-135M-Instruct", (6, 12), dtype=dtype, exact_twin=exact) for exact in (False, True))
-    forward = extraction.Forward(fast, table, n_shared=24, batch_tokens=600, storage_dtype="float32", dataset_name="d")
+    fast, twin = (
+        language_model.ResidualModel(
+            "SmolLM2-135M-Instruct", (6, 12), dtype=dtype, exact_twin=exact
+        )
+        for exact in (False, True)
+    )
+    forward = extraction.Forward(
+        fast, table, n_shared=24, batch_tokens=600, storage_dtype="float32", dataset_name="d"
+    )
     found = forward.chunk(0, 8, lambda n: None)
     ids = np.split(table.ids, np.cumsum(table.lengths)[:-1])
     for layer in (6, 12):
-        expected = torch.cat([twin(torch.tensor(i[None].astype(np.int64)))[layer][0].float() for i in ids])
+        expected = torch.cat(
+            [twin(torch.tensor(i[None].astype(np.int64)))[layer][0].float() for i in ids]
+        )
         errors = relative_errors(found[layer], expected)
-        assert errors.max() <= bound and np.median(errors) <= median, (layer, errors.max(), np.median(errors))
+        assert errors.max() <= bound and np.median(errors) <= median, (
+            layer,
+            errors.max(),
+            np.median(errors),
+        )
 
 
 def test_plain_attention_by_hand_and_against_sdpa():
     module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True)
     one = torch.ones(1, 1, 2, 4)
     value = torch.tensor([[1.0], [3.0]]).expand(2, 4)[None, None]
-    out, _ = cpu_kernels.plain_attention(types.SimpleNamespace(), one, one, value, None, scaling=0.5)
-    assert torch.allclose(out[0, :, 0, 0], torch.tensor([1.0, 2.0]))  # the first sees itself, the second both alike
+    out, _ = cpu_kernels.plain_attention(
+        types.SimpleNamespace(), one, one, value, None, scaling=0.5
+    )
+    # the first sees itself, the second both alike
+    assert torch.allclose(out[0, :, 0, 0], torch.tensor([1.0, 2.0]))
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 7, 8, generator=generator) for heads in (4, 2, 2))
-    out, _ = cpu_kernels.plain_attention(module, query, key, value, None, scaling=8 ** -0.5)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+    out, _ = cpu_kernels.plain_attention(module, query, key, value, None, scaling=8**-0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
     assert torch.allclose(out, expected, atol=1e-6)
 
 
@@ -144,8 +221,17 @@ def test_batches_are_halved_when_memory_runs_out(llama, smol_tokenizer, dataset,
 
     def forward(call, budget=400):
         limited = types.SimpleNamespace(layers=(2,), d_model=32, device="cpu", dtype=torch.float32)
-        limited = type("Limited", (), {**vars(limited), "__call__": lambda self, ids, prefix: call(ids)})()
-        return extraction.Forward(limited, table, n_shared=0, batch_tokens=budget, storage_dtype="float32", dataset_name="d")
+        limited = type(
+            "Limited", (), {**vars(limited), "__call__": lambda self, ids, prefix: call(ids)}
+        )()
+        return extraction.Forward(
+            limited,
+            table,
+            n_shared=0,
+            batch_tokens=budget,
+            storage_dtype="float32",
+            dataset_name="d",
+        )
 
     def at_most_150(ids):
         if ids.numel() > 150:
@@ -153,16 +239,30 @@ def test_batches_are_halved_when_memory_runs_out(llama, smol_tokenizer, dataset,
         return model(ids)
 
     whole, limited = forward(model), forward(at_most_150)
-    assert relative_errors(limited.chunk(0, 40, lambda n: None)[2], whole.chunk(0, 40, lambda n: None)[2]).max() <= 1e-5
-    assert capsys.readouterr().out.splitlines() == ["out of memory: BATCH_TOKENS 400 -> 200", "out of memory: BATCH_TOKENS 200 -> 100"]
+    assert (
+        relative_errors(
+            limited.chunk(0, 40, lambda n: None)[2], whole.chunk(0, 40, lambda n: None)[2]
+        ).max()
+        <= 1e-5
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "out of memory: BATCH_TOKENS 400 -> 200",
+        "out of memory: BATCH_TOKENS 200 -> 100",
+    ]
 
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
-                  RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-                  RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)")):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+    ):
+
         def never(ids, error=error):
             raise error
 
-        with pytest.raises(EnvironmentFailure, match="^MAX_LENGTH: an example of .* lower --max-length"):
+        with pytest.raises(
+            EnvironmentFailure, match="^MAX_LENGTH: an example of .* lower --max-length"
+        ):
             forward(never).chunk(0, 40, lambda n: None)
 
     def wrong(ids):
@@ -174,17 +274,23 @@ def test_batches_are_halved_when_memory_runs_out(llama, smol_tokenizer, dataset,
 
 def test_parts_stay_small():
     assert extraction.chunk_tokens_for(65536, 576, 1, "float16") == 65536
-    assert extraction.chunk_tokens_for(65536, 4096, 3, "float16") * 4096 * 3 * 2 <= extraction.PART_BYTES
+    assert (
+        extraction.chunk_tokens_for(65536, 4096, 3, "float16") * 4096 * 3 * 2
+        <= extraction.PART_BYTES
+    )
 
 
 # Shards and the mapped reader
+
 
 def test_shards_hold_what_one_file_holds(tmp_path, extract, capsys):
     assert extract() == 0 and extract("--shard-bytes", 60_000, out="shards") == 0
     whole, shards = activations_of(tmp_path / "out"), activations_of(tmp_path / "shards")
     files = sorted((tmp_path / "shards" / "activations").glob("*.npz"))
     assert len(files) > 2 and files[0].name == f"activations_layer2-00001-of-{len(files):05}.npz"
-    assert isinstance(whole["activations"], np.memmap) and len(shards["activations"]) == len(whole["activations"])
+    assert isinstance(whole["activations"], np.memmap) and len(shards["activations"]) == len(
+        whole["activations"]
+    )
     for name in ("seq_lengths", "token_ids", "token_kind", "token_role", "example_ids"):
         assert np.array_equal(whole[name], shards[name])
     n = len(whole["activations"])
@@ -195,16 +301,25 @@ def test_shards_hold_what_one_file_holds(tmp_path, extract, capsys):
     one = artifacts.read_npz(files[1], made_by="the test")  # each is complete in itself
     assert one["seq_lengths"].sum() == len(one["activations"]) == len(one["token_ids"])
     capsys.readouterr()
-    assert extract("--shard-bytes", 60_000, out="shards") == 0 and "up to date" in capsys.readouterr().out
-    assert extract("--shard-bytes", 60_000, "--max-examples", 30, out="shards") == 0  # the old shards are set aside ...
-    assert list((tmp_path / "shards" / "activations").glob("*.old-1.npz")) and len(activations_of(tmp_path / "shards")["activations"]) < n
+    assert (
+        extract("--shard-bytes", 60_000, out="shards") == 0
+        and "up to date" in capsys.readouterr().out
+    )
+    # the old shards are set aside ...
+    assert extract("--shard-bytes", 60_000, "--max-examples", 30, out="shards") == 0
+    assert (
+        list((tmp_path / "shards" / "activations").glob("*.old-1.npz"))
+        and len(activations_of(tmp_path / "shards")["activations"]) < n
+    )
     capsys.readouterr()
     assert extract("--shard-bytes", 60_000, "--max-examples", 30, out="shards") == 0
     assert "up to date" in capsys.readouterr().out  # ... and count no more
-    activations_file.find_shards(tmp_path / "shards" / "activations" / "activations_layer2.npz")[1].unlink()
+    activations_file.find_shards(tmp_path / "shards" / "activations" / "activations_layer2.npz")[
+        1
+    ].unlink()
     with pytest.raises(InputError, match="not found"):
         activations_of(tmp_path / "shards")
-    assert extract("--layer-idx", 2, "--dedup-ngram", 3, out="out", ) == 0
+    assert extract("--layer-idx", 2, "--dedup-ngram", 3, out="out") == 0
     assert (tmp_path / "out" / "activations" / "activations_layer2.old-1.npz").exists()
 
 
@@ -237,21 +352,40 @@ def test_a_mapped_file_is_checked(tmp_path):
 
 # Blocks, duplicates, data from elsewhere
 
+
 def test_blocks_by_hand():
-    table = TokenTable(np.arange(11, dtype=np.int32), np.zeros(11, np.uint8), np.zeros(11, np.uint8), np.array([4, 7], np.int32),
-                       np.array([1, 2], np.int32))
+    table = TokenTable(
+        np.arange(11, dtype=np.int32),
+        np.zeros(11, np.uint8),
+        np.zeros(11, np.uint8),
+        np.array([4, 7], np.int32),
+        np.array([1, 2], np.int32),
+    )
     blocks, rest = cut_blocks(table, 5)
-    assert (blocks.ids.tolist(), blocks.lengths.tolist(), blocks.lines.tolist(), rest) == (list(range(10)), [5, 5], [1, 2], 1)
+    assert (blocks.ids.tolist(), blocks.lengths.tolist(), blocks.lines.tolist(), rest) == (
+        list(range(10)),
+        [5, 5],
+        [1, 2],
+        1,
+    )
 
 
 def test_block_mode_joins_the_examples(tmp_path, extract, llama):
-    assert extract() == 0 and extract("--processing", "block", "--block-length", 64, out="blocks") == 0
+    assert (
+        extract() == 0 and extract("--processing", "block", "--block-length", 64, out="blocks") == 0
+    )
     single, blocks = activations_of(tmp_path / "out"), activations_of(tmp_path / "blocks")
     n = len(blocks["token_ids"])
-    assert set(blocks["seq_lengths"]) == {64} and np.array_equal(blocks["token_ids"], single["token_ids"][:n])
+    assert set(blocks["seq_lengths"]) == {64} and np.array_equal(
+        blocks["token_ids"], single["token_ids"][:n]
+    )
     assert len(single["token_ids"]) - n < 64
     metadata = json.loads(str(blocks["metadata"]))
-    assert metadata["settings"]["PROCESSING"] == "block" and metadata["settings"]["BLOCK_LENGTH"] == 64 and metadata["n_shared_prefix"] == 0
+    assert (
+        metadata["settings"]["PROCESSING"] == "block"
+        and metadata["settings"]["BLOCK_LENGTH"] == 64
+        and metadata["n_shared_prefix"] == 0
+    )
     assert metadata["n_left_over"] == len(single["token_ids"]) - n
     assert metadata["fingerprint"] != json.loads(str(single["metadata"]))["fingerprint"]
     model = language_model.ResidualModel(str(llama), 2, dtype=torch.float32, exact_twin=True)
@@ -262,7 +396,10 @@ def test_block_mode_joins_the_examples(tmp_path, extract, llama):
 
 def test_a_plain_text_in_blocks(tmp_path, extract, smol_tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "PIECE_CHARACTERS", 200)
-    text = "".join(f"{' '.join(WORDS[i % 5:])}.\n" for i in range(30)) + "An <|im_start|> in the text.\n"
+    text = (
+        "".join(f"{' '.join(WORDS[i % 5 :])}.\n" for i in range(30))
+        + "An <|im_start|> in the text.\n"
+    )
     path = tmp_path / "corpus.txt"
     path.write_text(text)
     assert "".join(e.messages[0]["content"] for e in stream_text(path)) == text
@@ -270,7 +407,9 @@ def test_a_plain_text_in_blocks(tmp_path, extract, smol_tokenizer, monkeypatch, 
     data = activations_of(tmp_path / "out")
     decoded = smol_tokenizer.decode(data["token_ids"])
     assert text.startswith(decoded) and len(text) - len(decoded) < 400
-    assert (data["token_kind"] == CONTENT).all() and smol_tokenizer.convert_tokens_to_ids("<|im_start|>") not in data["token_ids"]
+    assert (data["token_kind"] == CONTENT).all() and smol_tokenizer.convert_tokens_to_ids(
+        "<|im_start|>"
+    ) not in data["token_ids"]
     with pytest.raises(SystemExit, match="2"):
         extract(data=path)
     assert "without stage 3: --processing block" in capsys.readouterr().err
@@ -283,11 +422,19 @@ def test_duplicates_by_hand():
     words = [f"w{i}" for i in range(60)]
     seen = Deduplicator(20)
     assert seen.is_new(example(" ".join(words[:30])))
-    assert seen.is_new(example(" ".join(words[11:30] + ["x"])))           # 19 words in common
+    assert seen.is_new(example(" ".join(words[11:30] + ["x"])))  # 19 words in common
     assert not seen.is_new(example("y " + " ".join(words[10:30]).upper()))  # 20
     assert seen.is_new(example(" ".join(words[30:50])))
-    assert not seen.is_new(Example(1, [{"role": "user", "content": " ".join(words[30:40])},  # across turns, too
-                                       {"role": "assistant", "content": " ".join(words[40:50])}]))
+    # across turns, too
+    assert not seen.is_new(
+        Example(
+            1,
+            [
+                {"role": "user", "content": " ".join(words[30:40])},
+                {"role": "assistant", "content": " ".join(words[40:50])},
+            ],
+        )
+    )
     assert seen.is_new(example("too short")) and seen.is_new(example("too short"))
     assert seen.n_dropped == 2
 
@@ -297,10 +444,12 @@ def test_deduplication_equals_a_plain_search():
     texts = [list(generator.choice(WORDS[:6], 12)) for _ in range(400)]
     seen, kept, plain = Deduplicator(5), set(), []
     for text in texts:
-        grams = {tuple(text[i:i + 5]) for i in range(8)}
+        grams = {tuple(text[i : i + 5]) for i in range(8)}
         plain.append(not grams & kept)
         kept |= grams if plain[-1] else set()
-    assert [seen.is_new(Example(1, [{"role": "user", "content": " ".join(t)}])) for t in texts] == plain
+    assert [
+        seen.is_new(Example(1, [{"role": "user", "content": " ".join(t)}])) for t in texts
+    ] == plain
     assert 0 < sum(plain) < 400 and sum(map(len, seen.runs)) == len(kept)
 
 
@@ -309,7 +458,10 @@ def test_dropped_examples_are_counted_and_lines_kept(tmp_path, extract, dataset,
     dataset.write_text("\n".join([lines[0], lines[8], lines[8], lines[17]]) + "\n")
     assert extract("--dedup-ngram", 8) == 0
     data = activations_of(tmp_path / "out")
-    assert data["example_ids"].tolist() == [1, 2, 4] and "1 duplicates dropped" in capsys.readouterr().out
+    assert (
+        data["example_ids"].tolist() == [1, 2, 4]
+        and "1 duplicates dropped" in capsys.readouterr().out
+    )
     kept = datasets.read_dataset(dataset, only_lines=data["example_ids"])
     assert [e.line for e in kept] == [1, 2, 4]
 
@@ -317,69 +469,150 @@ def test_dropped_examples_are_counted_and_lines_kept(tmp_path, extract, dataset,
 def test_hub_datasets(tmp_path, extract, monkeypatch, capsys):
     import huggingface_hub
 
-    rows = [{"messages": [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": "Yes."}]} for i in range(6)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Question {i}?"},
+                {"role": "assistant", "content": "Yes."},
+            ]
+        }
+        for i in range(6)
+    ]
     calls = []
     fake = types.ModuleType("datasets")
     fake.load_dataset = lambda name, **options: calls.append((name, options)) or iter(rows)
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **options: types.SimpleNamespace(sha="abc123"))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "dataset_info",
+        lambda self, name, **options: types.SimpleNamespace(sha="abc123"),
+    )
     assert extract("--max-examples", 4, data="hf:owner/name") == 0
     assert calls == [("owner/name", {"revision": "abc123", "split": "train", "streaming": True})]
     data = activations_of(tmp_path / "out")
-    assert len(data["seq_lengths"]) == 4 and json.loads(str(data["metadata"]))["inputs"]["dataset"] == "hf:owner/name@abc123"
+    assert (
+        len(data["seq_lengths"]) == 4
+        and json.loads(str(data["metadata"]))["inputs"]["dataset"] == "hf:owner/name@abc123"
+    )
 
     def unreachable(self, name, **options):
         raise ConnectionError("no route")
 
     capsys.readouterr()
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
-    assert extract(data="hf:owner/name") == 3 and "the hub cannot be reached" in capsys.readouterr().err
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **options: types.SimpleNamespace(sha="def"))
+    assert (
+        extract(data="hf:owner/name") == 3
+        and "the hub cannot be reached" in capsys.readouterr().err
+    )
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "dataset_info",
+        lambda self, name, **options: types.SimpleNamespace(sha="def"),
+    )
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert extract(data="hf:owner/name", out="other") == 3
-    assert capsys.readouterr().err == "error: DATASET_PATH: hf:owner/name@def needs the datasets package. run: pip install datasets.\n"
+    assert (
+        capsys.readouterr().err
+        == "error: DATASET_PATH: hf:owner/name@def needs the datasets package. run: pip install datasets.\n"
+    )
 
 
 # Kills and several processes
 
+
 def test_kills_at_random_times_change_no_byte(dataset, llama):
-    done = subprocess.run([sys.executable, PROJECT / "experiments" / "kill_extraction.py", "--kills", "3", "--dataset-path", dataset,
-                           "--model-name", llama, "--layer-idx", "2", "--chunk-tokens", "200"], capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # threads of several processes wait for each other on few cores
+    done = subprocess.run(
+        [
+            sys.executable,
+            PROJECT / "experiments" / "kill_extraction.py",
+            "--kills",
+            "3",
+            "--dataset-path",
+            dataset,
+            "--model-name",
+            llama,
+            "--layer-idx",
+            "2",
+            "--chunk-tokens",
+            "200",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        # threads of several processes wait for each other on few cores
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("identical after ")
 
 
 def torchrun(*flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-endpoint",
-               "localhost:0", PROJECT / "extract_activations.py", "--device", "cpu", "--layer-idx", "2", "--chunk-tokens", "200",
-               "--storage-dtype", "float32", *flags]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "--rdzv-endpoint",
+        "localhost:0",
+        PROJECT / "extract_activations.py",
+        "--device",
+        "cpu",
+        "--layer-idx",
+        "2",
+        "--chunk-tokens",
+        "200",
+        "--storage-dtype",
+        "float32",
+        *flags,
+    ]
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_two_processes_write_what_one_writes(tmp_path, extract, dataset, llama):
     assert extract() == 0
-    done = torchrun("--dataset-path", dataset, "--model-name", llama, "--output-dir", tmp_path / "two")
+    done = torchrun(
+        "--dataset-path", dataset, "--model-name", llama, "--output-dir", tmp_path / "two"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote ") == 1 and done.stdout.count("settings: ") == 1
-    one, two = ((tmp_path / out / "activations" / "activations_layer2.npz").read_bytes() for out in ("out", "two"))
+    one, two = (
+        (tmp_path / out / "activations" / "activations_layer2.npz").read_bytes()
+        for out in ("out", "two")
+    )
     assert one == two
-    assert json.loads((tmp_path / "two" / "activations" / "activations_layer2.json").read_text())["n_processes"] == 2
+    assert (
+        json.loads((tmp_path / "two" / "activations" / "activations_layer2.json").read_text())[
+            "n_processes"
+        ]
+        == 2
+    )
     assert not list((tmp_path / "two" / "activations").glob(".parts*"))
 
 
 def test_what_one_process_cannot_do_stops_all_with_one_message(tmp_path, dataset, llama):
     dataset.write_text(dataset.read_text() + '{"text": 7}\n')
-    done = torchrun("--dataset-path", dataset, "--model-name", llama, "--output-dir", tmp_path / "two")
+    done = torchrun(
+        "--dataset-path", dataset, "--model-name", llama, "--output-dir", tmp_path / "two"
+    )
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith(("error", "stopped"))] == [
-        f"error: {dataset}:41: text is int, not text. write a JSON string."]
+        f"error: {dataset}:41: text is int, not text. write a JSON string."
+    ]
 
 
 def test_the_parts_decide_nothing_about_another_plan(tmp_path, extract, monkeypatch):
     monkeypatch.setattr(extract_activations.storage, "remove", lambda folder: None)
     assert extract() == 0
-    folder, = (tmp_path / "out" / "activations").glob(".parts-*")
+    (folder,) = (tmp_path / "out" / "activations").glob(".parts-*")
     n = len(list(folder.iterdir()))
     (tmp_path / "out" / "activations" / "activations_layer2.npz").unlink()
     assert extract("--batch-tokens", 100) == 0 and len(list(folder.iterdir())) == 2 * n

@@ -1,5 +1,5 @@
-"""Files of weights are judged by what is in them, HypotheSAEs' own are read, and errors of the machine
-are no damage."""
+"""Files of weights are judged by what is in them, HypotheSAEs' own are read, and errors of the
+machine are no damage."""
 
 import errno
 import io
@@ -326,9 +326,7 @@ def test_errors_of_the_machine_are_no_damage(
     if reader in ("npz", "mapped"):
         write_activations(np.ones((4, 2), np.float16), [2, 2])
         path = tmp_path / "activations" / "activations_layer12.npz"
-        read = {"npz": artifacts.read_npz_metadata, "mapped": files.open_activations}[
-            reader
-        ]
+        read = {"npz": artifacts.read_npz_metadata, "mapped": files.open_activations}[reader]
     elif reader in ("checkpoint", "load_sae"):
         path, read = (
             saved(tmp_path, "topk")[0],

@@ -1,4 +1,6 @@
-"""Autoencoders that leave and enter: exports loaded by sae-lens and sparsify (if installed), imports against formulas and theirs."""
+"""Autoencoders that leave and enter: exports loaded by sae-lens and sparsify (if installed),
+imports against formulas and theirs."""
+
 import csv
 import json
 import os
@@ -29,8 +31,14 @@ from fastsae.trained_sae import TrainedSae
 from fastsae.training.fine_tuning import check_start, start_from
 
 D, M, K = 12, 40, 4
-SOURCE = {"settings": {"LAYER_IDX": 12, "USE_CHAT_TEMPLATE": True, "MAX_LENGTH": 512}, "fingerprint": "f" * 64,
-          "model_name": "SmolLM2-135M-Instruct", "dataset_path": "/home/me/texts.jsonl", "inputs": {"dataset": "d" * 64}, "n_examples": 3}
+SOURCE = {
+    "settings": {"LAYER_IDX": 12, "USE_CHAT_TEMPLATE": True, "MAX_LENGTH": 512},
+    "fingerprint": "f" * 64,
+    "model_name": "SmolLM2-135M-Instruct",
+    "dataset_path": "/home/me/texts.jsonl",
+    "inputs": {"dataset": "d" * 64},
+    "n_examples": 3,
+}
 KINDS = ("topk", "matryoshka", "batchtopk", "batch matryoshka", "standard", "jumprelu", "gated")
 
 
@@ -40,11 +48,19 @@ def tokens(n=200, seed=1):
 
 
 def trained(kind, seed=0, unit=True):
-    """An autoencoder with every bias, threshold and magnitude away from 0, in the form that is saved."""
+    """An autoencoder with every bias, threshold and magnitude away from 0, in the form that is
+    saved."""
     torch.manual_seed(seed)
     architecture = {"matryoshka": "topk", "batch matryoshka": "batchtopk"}.get(kind, kind)
-    sae = new_sae({"input_dim": D, "m_total_neurons": M, "k_active_neurons": K, "architecture": architecture,
-                   "prefix_lengths": [10, M] if "matryoshka" in kind else None}).eval()
+    sae = new_sae(
+        {
+            "input_dim": D,
+            "m_total_neurons": M,
+            "k_active_neurons": K,
+            "architecture": architecture,
+            "prefix_lengths": [10, M] if "matryoshka" in kind else None,
+        }
+    ).eval()
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim < 2 else 1))
@@ -61,7 +77,9 @@ def saved(folder, kind, name="SAE_test.pt"):
     """(path, sae) of a checkpoint as train_sae.py leaves it."""
     sae, path = trained(kind), folder / name
     settings = {"ARCHITECTURE": kind, "M": M, "K": K}
-    metadata = artifacts.new_metadata("sae", settings, {"activations": SOURCE["fingerprint"]}, activations=SOURCE, max_norm=12.5)
+    metadata = artifacts.new_metadata(
+        "sae", settings, {"activations": SOURCE["fingerprint"]}, activations=SOURCE, max_norm=12.5
+    )
     save_sae(path, sae, metadata)
     return path, load_sae(path)[0]
 
@@ -75,24 +93,35 @@ def dense(sae, x):
 
 
 def assert_same(found, expected):
-    """Features and reconstructions equal to 1e-5, or to a millionth of the largest value: sums of values of 100 differ by more."""
+    """Features and reconstructions equal to 1e-5, or to a millionth of the largest value: sums of
+    values of 100 differ by more."""
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=max(1e-5, 1e-6 * float(theirs.abs().max())))
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-5, atol=max(1e-5, 1e-6 * float(theirs.abs().max()))
+        )
     assert torch.equal(found[0] > 0, expected[0] > 0)
 
 
 def sae_lens():
-    return pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -r experiments/requirements-bench.txt")
+    return pytest.importorskip(
+        "sae_lens",
+        reason="sae-lens is not installed: pip install -r experiments/requirements-bench.txt",
+    )
 
 
 def sparsify():
     if not torch.cuda.is_available():  # with a CUDA build of PyTorch it takes Triton all the same
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-    return pytest.importorskip("sparsify", reason="eai-sparsify is not installed: pip install -r experiments/requirements-bench.txt")
+    return pytest.importorskip(
+        "sparsify",
+        reason="eai-sparsify is not installed: pip install -r experiments/requirements-bench.txt",
+    )
 
 
 def dictionary_learning():
-    return pytest.importorskip("dictionary_learning", reason="dictionary-learning is not installed", exc_type=ImportError)
+    return pytest.importorskip(
+        "dictionary_learning", reason="dictionary-learning is not installed", exc_type=ImportError
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,18 +129,35 @@ def test_sae_lens_computes_the_same(tmp_path, kind):
     library = sae_lens()
     path, sae = saved(tmp_path, kind)
     export.export(path, ["saelens"])
-    theirs = library.SAE.load_from_disk(tmp_path / "SAE_test.saelens")  # its load_state_dict is strict
+    # its load_state_dict is strict
+    theirs = library.SAE.load_from_disk(tmp_path / "SAE_test.saelens")
     x = tokens()
     with torch.no_grad():
         features = theirs.encode(x)
         assert_same(dense(sae, x), (features, theirs.decode(features)))
     assert 0 < (features > 0).float().mean() < 1
-    assert theirs.cfg.architecture() == {"topk": "topk", "matryoshka": "topk", "standard": "standard"}.get(kind, "jumprelu")
-    assert theirs.cfg.metadata.hook_name == "blocks.11.hook_resid_post" and theirs.cfg.metadata.hf_hook_name == "model.layers.11"
-    assert theirs.cfg.metadata.model_name == "SmolLM2-135M-Instruct" and theirs.cfg.metadata.prepend_bos is False
+    assert theirs.cfg.architecture() == {
+        "topk": "topk",
+        "matryoshka": "topk",
+        "standard": "standard",
+    }.get(kind, "jumprelu")
+    assert (
+        theirs.cfg.metadata.hook_name == "blocks.11.hook_resid_post"
+        and theirs.cfg.metadata.hf_hook_name == "model.layers.11"
+    )
+    assert (
+        theirs.cfg.metadata.model_name == "SmolLM2-135M-Instruct"
+        and theirs.cfg.metadata.prepend_bos is False
+    )
     assert theirs.cfg.metadata.fastsae_model_weights.startswith("4-bit (Q4_1), dequantised")
-    assert theirs.cfg.metadata.fastsae_max_norm == 12.5 and "norm above 12.5" in theirs.cfg.metadata.fastsae_tokens
-    assert theirs.cfg.metadata.context_size == 512 and theirs.cfg.metadata.dataset_path == "texts.jsonl"
+    assert (
+        theirs.cfg.metadata.fastsae_max_norm == 12.5
+        and "norm above 12.5" in theirs.cfg.metadata.fastsae_tokens
+    )
+    assert (
+        theirs.cfg.metadata.context_size == 512
+        and theirs.cfg.metadata.dataset_path == "texts.jsonl"
+    )
     if "topk" in (kind, theirs.cfg.architecture()):
         assert theirs.cfg.k == K
     if kind == "batchtopk":
@@ -123,7 +169,9 @@ def test_sparsify_computes_the_same(tmp_path, kind):
     library = sparsify()
     path, sae = saved(tmp_path, kind)
     export.export(path, ["sparsify"])
-    theirs = library.SparseCoder.load_many(str(tmp_path / "SAE_test.sparsify"), local=True)["layers.11"]
+    theirs = library.SparseCoder.load_many(str(tmp_path / "SAE_test.sparsify"), local=True)[
+        "layers.11"
+    ]
     x = tokens()
     with torch.no_grad():
         found = theirs.encode(x)
@@ -134,17 +182,22 @@ def test_sparsify_computes_the_same(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_comes_back(tmp_path, kind):
-    """The folders hold exactly the tensors of the format, and reading them gives the same autoencoder."""
+    """The folders hold exactly the tensors of the format, and reading them gives the same
+    autoencoder."""
     path, sae = saved(tmp_path, kind)
     export.export(path, ["saelens"] if architecture_of(sae) != "topk" else ["saelens", "sparsify"])
-    names = {"W_enc", "W_dec", "b_enc", "b_dec"} | ({"threshold"} if architecture_of(sae) in ("batchtopk", "jumprelu") else set())
+    names = {"W_enc", "W_dec", "b_enc", "b_dec"} | (
+        {"threshold"} if architecture_of(sae) in ("batchtopk", "jumprelu") else set()
+    )
     assert set(load_file(tmp_path / "SAE_test.saelens" / "sae_weights.safetensors")) == names
     x = tokens()
     for folder in (tmp_path / "SAE_test.saelens", tmp_path / "SAE_test.sparsify" / "layers.11"):
         if folder.exists():
             again, meta = load_sae(folder)
             assert_same(dense(again, x), dense(sae, x))
-            assert meta["activations"]["settings"]["LAYER_IDX"] == 12 and meta["fingerprint"] == content_sha256(folder)
+            assert meta["activations"]["settings"]["LAYER_IDX"] == 12 and meta[
+                "fingerprint"
+            ] == content_sha256(folder)
             assert meta["settings"]["K"] == (K if architecture_of(sae) == "topk" else None)
 
 
@@ -157,7 +210,8 @@ def test_sparsify_is_refused_what_it_cannot_hold(tmp_path):
 
 
 def test_an_export_is_whole_or_absent(tmp_path, monkeypatch, capsys):
-    """A disk that is full at any operation leaves the old folder or none, and the same command writes it then."""
+    """A disk that is full at any operation leaves the old folder or none, and the same command
+    writes it then."""
     path, _ = saved(tmp_path, "topk")
     folder, n_operations = tmp_path / "SAE_test.sparsify", 0
 
@@ -167,6 +221,7 @@ def test_an_export_is_whole_or_absent(tmp_path, monkeypatch, capsys):
             n_operations += 1
             if n_operations == k:
                 raise OSError(28, "No space left on device")
+
         return watch
 
     for k in range(1, 100):
@@ -176,7 +231,9 @@ def test_an_export_is_whole_or_absent(tmp_path, monkeypatch, capsys):
             try:
                 export.export(path, ["sparsify"])
             except OSError:
-                assert not list(tmp_path.glob(".*")) and (not folder.exists() or load_sae(folder / "layers.11"))
+                assert not list(tmp_path.glob(".*")) and (
+                    not folder.exists() or load_sae(folder / "layers.11")
+                )
         if n_operations < k:
             break
     assert 12 < k < 99 and load_sae(folder / "layers.11")[0].k_active_neurons == K
@@ -188,15 +245,35 @@ def test_an_export_is_whole_or_absent(tmp_path, monkeypatch, capsys):
     assert load_sae(folder / "layers.11")[0].k_active_neurons == K
 
 
-@pytest.mark.parametrize(("settings", "max_norm", "said", "unsaid"), [
-    ({"EXCLUDE_SHARED_PREFIX": True}, 12.5, ["the first 24 tokens of each example", "norm above 12.5"], []),
-    ({"EXCLUDE_SHARED_PREFIX": False}, 12.5, ["norm above 12.5"], ["the first 24"]),
-    ({"EXCLUDE_SHARED_PREFIX": True, "USE_TOKENS": "assistant"}, None, ["the first 24", "'assistant'"], ["norm"]),
-    ({"EXCLUDE_SHARED_PREFIX": False}, None, ["It is for all tokens."], ["No mask"])])
+@pytest.mark.parametrize(
+    ("settings", "max_norm", "said", "unsaid"),
+    [
+        (
+            {"EXCLUDE_SHARED_PREFIX": True},
+            12.5,
+            ["the first 24 tokens of each example", "norm above 12.5"],
+            [],
+        ),
+        ({"EXCLUDE_SHARED_PREFIX": False}, 12.5, ["norm above 12.5"], ["the first 24"]),
+        (
+            {"EXCLUDE_SHARED_PREFIX": True, "USE_TOKENS": "assistant"},
+            None,
+            ["the first 24", "'assistant'"],
+            ["norm"],
+        ),
+        ({"EXCLUDE_SHARED_PREFIX": False}, None, ["It is for all tokens."], ["No mask"]),
+    ],
+)
 def test_exports_say_which_tokens_they_are_for(tmp_path, settings, max_norm, said, unsaid):
-    """In the metadata of both formats, which the other libraries keep or skip, and none claims the hub's weights."""
-    metadata = artifacts.new_metadata("sae", {"ARCHITECTURE": "topk", "M": M, "K": K, **settings}, {},
-                                      activations={**SOURCE, "n_shared_prefix": 24}, max_norm=max_norm)
+    """In the metadata of both formats, which the other libraries keep or skip, and none claims the
+    hub's weights."""
+    metadata = artifacts.new_metadata(
+        "sae",
+        {"ARCHITECTURE": "topk", "M": M, "K": K, **settings},
+        {},
+        activations={**SOURCE, "n_shared_prefix": 24},
+        max_norm=max_norm,
+    )
     save_sae(tmp_path / "a.pt", trained("topk"), metadata)
     export.export(tmp_path / "a.pt", ["saelens", "sparsify"])
     for name in ("a.saelens/cfg.json", "a.sparsify/layers.11/cfg.json"):
@@ -206,22 +283,49 @@ def test_exports_say_which_tokens_they_are_for(tmp_path, settings, max_norm, sai
         assert all(part in about["fastsae_tokens"] for part in said)
         assert not any(part in about["fastsae_tokens"] for part in unsaid)
         assert "4-bit (Q4_1), dequantised" in about["fastsae_model_weights"]
-        assert about.get("model_name", EMBEDDED) == EMBEDDED == language_model.EMBEDDED["name"]  # this project's name for these weights
-        assert "4-bit" not in described("owner/model") and hub_id(EMBEDDED) is None and "Q4_1" in language_model.EMBEDDED["member"]
+        # this project's name for these weights
+        assert about.get("model_name", EMBEDDED) == EMBEDDED == language_model.EMBEDDED["name"]
+        assert (
+            "4-bit" not in described("owner/model")
+            and hub_id(EMBEDDED) is None
+            and "Q4_1" in language_model.EMBEDDED["member"]
+        )
 
 
 # Imports from SAELens
 
+
 def saelens_folder(folder, sae, *, keys=(), **config):
-    """A SAELens folder of a standard or TopK autoencoder, written here by hand; `keys` are further tensors."""
+    """A SAELens folder of a standard or TopK autoencoder, written here by hand; `keys` are further
+    tensors."""
     folder.mkdir(exist_ok=True)
     state = {name: value.detach() for name, value in sae.state_dict().items()}
-    save_file({name: value.contiguous() for name, value in {
-        "W_enc": state["encoder.weight"].t(), "W_dec": state["decoder.weight"].t(), "b_enc": state["neuron_bias"],
-        "b_dec": state["input_bias"], **dict(keys)}.items()}, folder / "sae_weights.safetensors")
-    plain = {"architecture": "standard", "d_in": D, "d_sae": M, "dtype": "float32", "apply_b_dec_to_input": True,
-             "normalize_activations": "none"}
-    (folder / "cfg.json").write_text(json.dumps({name: value for name, value in {**plain, **config}.items() if value != "absent"}))
+    save_file(
+        {
+            name: value.contiguous()
+            for name, value in {
+                "W_enc": state["encoder.weight"].t(),
+                "W_dec": state["decoder.weight"].t(),
+                "b_enc": state["neuron_bias"],
+                "b_dec": state["input_bias"],
+                **dict(keys),
+            }.items()
+        },
+        folder / "sae_weights.safetensors",
+    )
+    plain = {
+        "architecture": "standard",
+        "d_in": D,
+        "d_sae": M,
+        "dtype": "float32",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+    }
+    (folder / "cfg.json").write_text(
+        json.dumps(
+            {name: value for name, value in {**plain, **config}.items() if value != "absent"}
+        )
+    )
     return folder
 
 
@@ -230,28 +334,56 @@ def test_input_without_bias_by_hand(tmp_path):
     folder = saelens_folder(tmp_path / "s", sae, apply_b_dec_to_input=False)
     x = tokens()
     features = torch.relu(x @ sae.encoder.weight.t() + sae.neuron_bias)
-    assert_same(dense(load_sae(folder)[0], x), (features.detach(), (features @ sae.decoder.weight.t() + sae.input_bias).detach()))
+    assert_same(
+        dense(load_sae(folder)[0], x),
+        (features.detach(), (features @ sae.decoder.weight.t() + sae.input_bias).detach()),
+    )
 
 
 def test_rescaled_topk_by_hand(tmp_path):
-    """Pre-activations times decoder norms decide which K are active; the features returned are these products."""
+    """Pre-activations times decoder norms decide which K are active; the features returned are
+    these products."""
     sae = trained("topk", unit=False)
-    folder = saelens_folder(tmp_path / "s", sae, architecture="topk", k=K, rescale_acts_by_decoder_norm=True)
+    folder = saelens_folder(
+        tmp_path / "s", sae, architecture="topk", k=K, rescale_acts_by_decoder_norm=True
+    )
     x, norms = tokens(), sae.decoder.weight.norm(dim=0)
-    value, chosen = (((x - sae.input_bias) @ sae.encoder.weight.t() + sae.neuron_bias) * norms).topk(K, dim=1)
+    value, chosen = (
+        ((x - sae.input_bias) @ sae.encoder.weight.t() + sae.neuron_bias) * norms
+    ).topk(K, dim=1)
     features = torch.zeros(len(x), M).scatter(1, chosen, value.relu())
     plain = dense(load_sae(saelens_folder(tmp_path / "p", sae, architecture="topk", k=K))[0], x)[0]
     assert ((plain > 0) != (features > 0)).any()  # the norms matter here
-    assert_same(dense(load_sae(folder)[0], x), (features.detach(), ((features / norms) @ sae.decoder.weight.t() + sae.input_bias).detach()))
+    assert_same(
+        dense(load_sae(folder)[0], x),
+        (
+            features.detach(),
+            ((features / norms) @ sae.decoder.weight.t() + sae.input_bias).detach(),
+        ),
+    )
 
 
 def test_configs_from_before_version_6(tmp_path):
     sae = trained("topk")
-    old = {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}, "hook_layer": 7,
-           "hook_point": "blocks.7.hook_resid_pre", "model_name": "gpt2-small", "normalize_activations": False, "metadata": "absent"}
+    old = {
+        "architecture": "standard",
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 3},
+        "hook_layer": 7,
+        "hook_point": "blocks.7.hook_resid_pre",
+        "model_name": "gpt2-small",
+        "normalize_activations": False,
+        "metadata": "absent",
+    }
     loaded, meta = load_sae(saelens_folder(tmp_path / "s", sae, **old))
-    assert architecture_of(loaded) == "topk" and loaded.k_active_neurons == meta["settings"]["K"] == 3
-    assert meta["activations"] == {"model_name": "gpt2-small", "model_revision": None, "settings": {"LAYER_IDX": 7}}
+    assert (
+        architecture_of(loaded) == "topk" and loaded.k_active_neurons == meta["settings"]["K"] == 3
+    )
+    assert meta["activations"] == {
+        "model_name": "gpt2-small",
+        "model_revision": None,
+        "settings": {"LAYER_IDX": 7},
+    }
     keys = {"scaling_factor": torch.full((M,), 2.0)}  # of features on their way to the decoder
     scaled = load_sae(saelens_folder(tmp_path / "f", trained("standard"), keys=keys.items()))[0]
     torch.testing.assert_close(scaled.decoder.weight, 2 * trained("standard").decoder.weight)
@@ -265,27 +397,41 @@ def from_sae_lens(library, kind):
         MatryoshkaBatchTopKTrainingSAEConfig as MatryoshkaConfig,
     )
 
-    metadata = library.saes.sae.SAEMetadata(model_name="gemma-2-2b", hook_name="blocks.20.hook_resid_post")
+    metadata = library.saes.sae.SAEMetadata(
+        model_name="gemma-2-2b", hook_name="blocks.20.hook_resid_post"
+    )
     shape = {"d_in": D, "d_sae": M, "metadata": metadata}
-    made = {"standard": lambda: library.StandardSAE(library.StandardSAEConfig(**shape)),
-            "topk": lambda: library.TopKSAE(library.TopKSAEConfig(**shape, k=K)),
-            "topk rescaled": lambda: library.TopKSAE(library.TopKSAEConfig(**shape, k=K, rescale_acts_by_decoder_norm=True)),
-            "jumprelu": lambda: library.JumpReLUSAE(library.JumpReLUSAEConfig(**shape)),
-            "scope": lambda: library.JumpReLUSAE(library.JumpReLUSAEConfig(**shape, apply_b_dec_to_input=False, dtype="bfloat16")),
-            "gated": lambda: library.GatedSAE(library.GatedSAEConfig(**shape)),
-            "gated uncentred": lambda: library.GatedSAE(library.GatedSAEConfig(**shape, apply_b_dec_to_input=False)),
-            "batchtopk": lambda: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape, k=K)),
-            "matryoshka": lambda: Matryoshka(MatryoshkaConfig(**shape, k=K, matryoshka_widths=[10, M]))}
+    made = {
+        "standard": lambda: library.StandardSAE(library.StandardSAEConfig(**shape)),
+        "topk": lambda: library.TopKSAE(library.TopKSAEConfig(**shape, k=K)),
+        "topk rescaled": lambda: library.TopKSAE(
+            library.TopKSAEConfig(**shape, k=K, rescale_acts_by_decoder_norm=True)
+        ),
+        "jumprelu": lambda: library.JumpReLUSAE(library.JumpReLUSAEConfig(**shape)),
+        "scope": lambda: library.JumpReLUSAE(
+            library.JumpReLUSAEConfig(**shape, apply_b_dec_to_input=False, dtype="bfloat16")
+        ),
+        "gated": lambda: library.GatedSAE(library.GatedSAEConfig(**shape)),
+        "gated uncentred": lambda: library.GatedSAE(
+            library.GatedSAEConfig(**shape, apply_b_dec_to_input=False)
+        ),
+        "batchtopk": lambda: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape, k=K)),
+        "matryoshka": lambda: Matryoshka(MatryoshkaConfig(**shape, k=K, matryoshka_widths=[10, M])),
+    }
     torch.manual_seed(3)
     module = made[kind]()
     for name, parameter in module.named_parameters():
-        parameter.data = (torch.randn(parameter.shape) * (0.5 if parameter.ndim < 2 else 1)).to(parameter.dtype)
+        parameter.data = (torch.randn(parameter.shape) * (0.5 if parameter.ndim < 2 else 1)).to(
+            parameter.dtype
+        )
         if name == "threshold":
             parameter.data.abs_()
     return module
 
 
-@pytest.mark.parametrize("kind", ["standard", "topk", "topk rescaled", "jumprelu", "scope", "gated", "gated uncentred"])
+@pytest.mark.parametrize(
+    "kind", ["standard", "topk", "topk rescaled", "jumprelu", "scope", "gated", "gated uncentred"]
+)
 def test_what_sae_lens_saves_computes_the_same_here(tmp_path, kind):
     library = sae_lens()
     from_sae_lens(library, kind).save_model(tmp_path / "s")
@@ -295,7 +441,10 @@ def test_what_sae_lens_saves_computes_the_same_here(tmp_path, kind):
         features = theirs.encode(x)
         assert 0.01 < (features > 0).float().mean() < 0.99
         assert_same(dense(ours, x), (features, theirs.decode(features)))
-    assert meta["activations"]["settings"]["LAYER_IDX"] == 21 and meta["activations"]["model_name"] == "gemma-2-2b"
+    assert (
+        meta["activations"]["settings"]["LAYER_IDX"] == 21
+        and meta["activations"]["model_name"] == "gemma-2-2b"
+    )
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
@@ -311,7 +460,9 @@ def test_what_sae_lens_is_still_training(tmp_path, kind):
     with torch.no_grad():
         features = theirs.encode(x)
         assert_same(dense(ours, x), (features, theirs.decode(features)))
-    assert meta["settings"]["K"] == K and ours.prefix_lengths == ([10, M] if kind == "matryoshka" else None)
+    assert meta["settings"]["K"] == K and ours.prefix_lengths == (
+        [10, M] if kind == "matryoshka" else None
+    )
 
 
 def test_what_sparsify_saves(tmp_path):
@@ -325,11 +476,18 @@ def test_what_sparsify_saves(tmp_path):
     x = tokens()
     with torch.no_grad():
         found = theirs.encode(x)
-        assert_same(dense(ours, x), (torch.zeros(len(x), M).scatter(1, found.top_indices, found.top_acts), theirs(x).sae_out))
+        assert_same(
+            dense(ours, x),
+            (
+                torch.zeros(len(x), M).scatter(1, found.top_indices, found.top_acts),
+                theirs(x).sae_out,
+            ),
+        )
     assert meta["activations"]["settings"]["LAYER_IDX"] == 6 and ours.k_active_neurons == K
 
 
 # dictionary_learning and Gemma Scope
+
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -338,11 +496,24 @@ def random(*shape, seed=0):
 def dictionary_state(kind):
     """State dict of a class of dictionary_learning."""
     if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
-        state = {"W_enc": random(D, M), "W_dec": random(M, D, seed=1), "b_enc": random(M, seed=2), "b_dec": random(D, seed=3)}
+        state = {
+            "W_enc": random(D, M),
+            "W_dec": random(M, D, seed=1),
+            "b_enc": random(M, seed=2),
+            "b_dec": random(D, seed=3),
+        }
     else:
-        bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}.get(kind, "b_dec")
-        state = {"encoder.weight": random(M, D), "decoder.weight": random(D, M, seed=1), bias: random(D, seed=3),
-                 "mag_bias" if kind == "GatedAutoEncoder" else "encoder.bias": random(M, seed=2)}
+        bias = {
+            "AutoEncoder": "bias",
+            "AutoEncoderNew": "decoder.bias",
+            "GatedAutoEncoder": "decoder_bias",
+        }.get(kind, "b_dec")
+        state = {
+            "encoder.weight": random(M, D),
+            "decoder.weight": random(D, M, seed=1),
+            bias: random(D, seed=3),
+            "mag_bias" if kind == "GatedAutoEncoder" else "encoder.bias": random(M, seed=2),
+        }
     if kind == "GatedAutoEncoder":
         state |= {"gate_bias": random(M, seed=4), "r_mag": random(M, seed=5)}
     if kind == "JumpReluAutoEncoder":
@@ -358,10 +529,14 @@ def dictionary_features(kind, state, x):
     """(features, reconstructions) by the definitions of the classes."""
     w_enc = state["W_enc"] if "W_enc" in state else state["encoder.weight"].t()
     w_dec = state["W_dec"] if "W_dec" in state else state["decoder.weight"].t()
-    b_dec = next(state[name] for name in ("b_dec", "bias", "decoder.bias", "decoder_bias") if name in state)
+    b_dec = next(
+        state[name] for name in ("b_dec", "bias", "decoder.bias", "decoder_bias") if name in state
+    )
     h = (x if kind in ("AutoEncoderNew", "JumpReluAutoEncoder") else x - b_dec) @ w_enc
     if kind == "GatedAutoEncoder":
-        features = (h + state["gate_bias"] > 0) * torch.relu(h * state["r_mag"].exp() + state["mag_bias"])
+        features = (h + state["gate_bias"] > 0) * torch.relu(
+            h * state["r_mag"].exp() + state["mag_bias"]
+        )
     else:
         pre = torch.relu(h + (state["b_enc"] if "b_enc" in state else state["encoder.bias"]))
         if kind == "AutoEncoderTopK":
@@ -372,14 +547,28 @@ def dictionary_features(kind, state, x):
     return features, features @ w_dec + b_dec
 
 
-CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
-           "MatryoshkaBatchTopKSAE")
+CLASSES = (
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "GatedAutoEncoder",
+    "JumpReluAutoEncoder",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+)
 
 
 def dictionary_folder(folder, kind, state=None, **trainer):
     folder.mkdir(exist_ok=True)
     torch.save(state or dictionary_state(kind), folder / "ae.pt")
-    trainer = {"dict_class": kind, "layer": 8, "lm_name": "google/gemma-2-2b", "submodule_name": "resid_post_layer_8", "k": K, **trainer}
+    trainer = {
+        "dict_class": kind,
+        "layer": 8,
+        "lm_name": "google/gemma-2-2b",
+        "submodule_name": "resid_post_layer_8",
+        "k": K,
+        **trainer,
+    }
     (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
     return folder
 
@@ -392,7 +581,10 @@ def test_dictionary_learning_by_definition(tmp_path, kind):
     assert 0.01 < (expected[0] > 0).float().mean() < 0.99
     for found, value in zip(dense(ours, x), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
-    assert meta["activations"]["settings"]["LAYER_IDX"] == 9 and meta["activations"]["model_name"] == "google/gemma-2-2b"
+    assert (
+        meta["activations"]["settings"]["LAYER_IDX"] == 9
+        and meta["activations"]["model_name"] == "google/gemma-2-2b"
+    )
     assert ours.prefix_lengths == ([10, 40] if kind.startswith("Matr") else None)
     assert torch.equal(load_sae(folder / "ae.pt")[0].encoder.weight, ours.encoder.weight)
     (folder / "config.json").unlink()
@@ -409,15 +601,24 @@ def test_dictionary_learning_computes_the_same(tmp_path, kind):
     from dictionary_learning import dictionary as theirs
     from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
 
-    state, more = dictionary_state(kind), {"AutoEncoderTopK": (K,), "BatchTopKSAE": (K,), "MatryoshkaBatchTopKSAE": (K, [10, 30])}
-    their_class = next(getattr(m, kind) for m in (theirs, batch_top_k, matryoshka_batch_top_k, top_k) if hasattr(m, kind))
+    state, more = (
+        dictionary_state(kind),
+        {"AutoEncoderTopK": (K,), "BatchTopKSAE": (K,), "MatryoshkaBatchTopKSAE": (K, [10, 30])},
+    )
+    their_class = next(
+        getattr(m, kind)
+        for m in (theirs, batch_top_k, matryoshka_batch_top_k, top_k)
+        if hasattr(m, kind)
+    )
     module = their_class(D, M, *more.get(kind, ()))
     module.load_state_dict(state)
     torch.save(module.state_dict(), dictionary_folder(tmp_path / "ae", kind) / "ae.pt")
     x = tokens()
     with torch.no_grad():
         features = module.encode(x)
-        for found, value in zip(dense(load_sae(tmp_path / "ae")[0], x), (features, module.decode(features)), strict=True):
+        for found, value in zip(
+            dense(load_sae(tmp_path / "ae")[0], x), (features, module.decode(features)), strict=True
+        ):
             torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
 
 
@@ -425,10 +626,16 @@ def test_gemma_scope(tmp_path):
     folder = tmp_path / "layer_20" / "width_16k" / "average_l0_71"
     folder.mkdir(parents=True)
     state = dictionary_state("JumpReluAutoEncoder")
-    np.savez(folder / "params.npz", **{name: value.numpy().astype(">f4") for name, value in state.items()})  # of another machine
+    # of another machine
+    np.savez(
+        folder / "params.npz",
+        **{name: value.numpy().astype(">f4") for name, value in state.items()},
+    )
     ours, meta = load_sae(folder)
     x = tokens()
-    for found, value in zip(dense(ours, x), dictionary_features("JumpReluAutoEncoder", state, x), strict=True):
+    for found, value in zip(
+        dense(ours, x), dictionary_features("JumpReluAutoEncoder", state, x), strict=True
+    ):
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
     assert meta["activations"]["settings"]["LAYER_IDX"] == 21
     whole = (folder / "params.npz").read_bytes()
@@ -439,17 +646,28 @@ def test_gemma_scope(tmp_path):
 
 # What is refused
 
-REFUSED = [({"normalize_activations": "expected_average_only_in"}, "normalize_activations .* not in the folder"),
-           ({"normalize_activations": "layer_norm"}, "normalize_activations .* own norm"),
-           ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations .* own norm"),
-           ({"architecture": "temporal"}, "architecture 'temporal' is none of"),
-           ({"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu'"),
-           ({"reshape_activations": "hook_z"}, "reshape_activations"),
-           ({"metadata": {"hook_name": "blocks.3.hook_mlp_out"}}, "blocks.3.hook_mlp_out', not on the residual stream"),
-           ({"architecture": "topk"}, "cfg.json: k is missing"), ({"architecture": "topk", "k": 41}, "k 41 is not from 1 to 40"),
-           ({"architecture": "topk", "k": "many"}, "k is 'many', no int"), ({"d_in": 13}, r"W_enc has shape \(12, 40\), not \(13, 40\)"),
-           ({"d_sae": "absent"}, "d_sae is missing"), ({"architecture": "jumprelu"}, "threshold is missing"),
-           ({"architecture": "gated"}, "b_mag is missing")]
+REFUSED = [
+    (
+        {"normalize_activations": "expected_average_only_in"},
+        "normalize_activations .* not in the folder",
+    ),
+    ({"normalize_activations": "layer_norm"}, "normalize_activations .* own norm"),
+    ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations .* own norm"),
+    ({"architecture": "temporal"}, "architecture 'temporal' is none of"),
+    ({"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu'"),
+    ({"reshape_activations": "hook_z"}, "reshape_activations"),
+    (
+        {"metadata": {"hook_name": "blocks.3.hook_mlp_out"}},
+        "blocks.3.hook_mlp_out', not on the residual stream",
+    ),
+    ({"architecture": "topk"}, "cfg.json: k is missing"),
+    ({"architecture": "topk", "k": 41}, "k 41 is not from 1 to 40"),
+    ({"architecture": "topk", "k": "many"}, "k is 'many', no int"),
+    ({"d_in": 13}, r"W_enc has shape \(12, 40\), not \(13, 40\)"),
+    ({"d_sae": "absent"}, "d_sae is missing"),
+    ({"architecture": "jumprelu"}, "threshold is missing"),
+    ({"architecture": "gated"}, "b_mag is missing"),
+]
 
 
 @pytest.mark.parametrize(("config", "message"), REFUSED, ids=[message for _, message in REFUSED])
@@ -458,11 +676,18 @@ def test_what_cannot_be_held_is_named(tmp_path, config, message):
         load_sae(saelens_folder(tmp_path / "s", trained("topk"), **config))
 
 
-@pytest.mark.parametrize(("architecture", "name"), [("topk", "k"), ("matryoshka_batchtopk", "k"), ("topk", "d_in")])
+@pytest.mark.parametrize(
+    ("architecture", "name"), [("topk", "k"), ("matryoshka_batchtopk", "k"), ("topk", "d_in")]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_of_a_config_are_finite(tmp_path, architecture, name, value):
     threshold = {} if architecture == "topk" else {"topk_threshold": torch.tensor(0.1)}
-    folder = saelens_folder(tmp_path / "s", trained("topk"), keys=threshold.items(), **{"architecture": architecture, name: value})
+    folder = saelens_folder(
+        tmp_path / "s",
+        trained("topk"),
+        keys=threshold.items(),
+        **{"architecture": architecture, name: value},
+    )
     with pytest.raises(InputError, match=rf"cfg.json: {name} is '(nan|inf)', no (int|float)"):
         load_sae(folder)
 
@@ -475,13 +700,19 @@ def test_arrays_that_hold_no_numbers(tmp_path, value):
 
 
 def test_unknown_tensors_and_files(tmp_path):
-    folder = saelens_folder(tmp_path / "s", trained("standard"), keys={"W_gate": torch.ones(2)}.items())
+    folder = saelens_folder(
+        tmp_path / "s", trained("standard"), keys={"W_gate": torch.ones(2)}.items()
+    )
     with pytest.raises(InputError, match="W_gate: unknown"):
         load_sae(folder)
-    saelens_folder(tmp_path / "s", trained("standard"), keys={"b_enc": torch.full((M,), torch.nan)}.items())
+    saelens_folder(
+        tmp_path / "s", trained("standard"), keys={"b_enc": torch.full((M,), torch.nan)}.items()
+    )
     with pytest.raises(InputError, match="b_enc holds NaN"):
         load_sae(folder)
-    (folder / "sae_weights.safetensors").write_bytes((folder / "sae_weights.safetensors").read_bytes()[:200])
+    (folder / "sae_weights.safetensors").write_bytes(
+        (folder / "sae_weights.safetensors").read_bytes()[:200]
+    )
     with pytest.raises(EnvironmentFailure, match="damaged"):
         load_sae(folder)
     (folder / "cfg.json").write_text("[1]")
@@ -514,7 +745,9 @@ def test_damage_of_an_ae_pt(tmp_path):
     whole = (tmp_path / "ae" / "ae.pt").read_bytes()
     with zipfile.ZipFile(tmp_path / "ae" / "ae.pt") as archive:
         data = max(archive.infolist(), key=lambda info: info.file_size).header_offset + 200
-    (tmp_path / "ae" / "ae.pt").write_bytes(whole[:data] + bytes([whole[data] ^ 4]) + whole[data + 1:])
+    (tmp_path / "ae" / "ae.pt").write_bytes(
+        whole[:data] + bytes([whole[data] ^ 4]) + whole[data + 1 :]
+    )
     with pytest.raises(EnvironmentFailure, match="damaged"):
         load_sae(tmp_path / "ae")
 
@@ -525,35 +758,67 @@ def test_width_and_layer_are_checked(tmp_path, capsys):
     check_fit(path, sae, meta, "a.npz", SOURCE, D, "SAE_PATH")
     assert capsys.readouterr().out == ""
     other = {**SOURCE, "settings": {"LAYER_IDX": 20}, "model_name": "owner/other"}
-    with pytest.raises(InputError, match=r"SAE_PATH: .* 12 dimensions, a.npz has 13.*\n.*after 12 blocks.*give --layer-idx 12"):
+    with pytest.raises(
+        InputError,
+        match=r"SAE_PATH: .* 12 dimensions, a.npz has 13.*\n.*after 12 blocks.*give --layer-idx 12",
+    ):
         check_fit(path, sae, meta, "a.npz", other, 13, "SAE_PATH")
-    check_fit(path, sae, {**meta, "activations": {"model_name": "x/y", "settings": {"LAYER_IDX": None}}}, "a.npz", other, D, "SAE_PATH")
+    check_fit(
+        path,
+        sae,
+        {**meta, "activations": {"model_name": "x/y", "settings": {"LAYER_IDX": None}}},
+        "a.npz",
+        other,
+        D,
+        "SAE_PATH",
+    )
     out = capsys.readouterr().out
-    assert "was trained on y; the activations are of other" in out and "does not say which layer" in out
+    assert (
+        "was trained on y; the activations are of other" in out
+        and "does not say which layer" in out
+    )
 
 
 # Starting to train from one
 
-STARTS = [("topk", "topk"), ("batchtopk", "batchtopk"), ("jumprelu", "batchtopk"), ("standard", "standard"), ("jumprelu", "jumprelu"),
-          ("jumprelu", "standard"), ("gated", "gated"), ("gated", "jumprelu")]
+STARTS = [
+    ("topk", "topk"),
+    ("batchtopk", "batchtopk"),
+    ("jumprelu", "batchtopk"),
+    ("standard", "standard"),
+    ("jumprelu", "jumprelu"),
+    ("jumprelu", "standard"),
+    ("gated", "gated"),
+    ("gated", "jumprelu"),
+]
 
 
-@pytest.mark.parametrize("normalisation", [Normalisation(), Normalisation(torch.arange(float(D)), 0.3)], ids=["as they are", "normalised"])
+@pytest.mark.parametrize(
+    "normalisation",
+    [Normalisation(), Normalisation(torch.arange(float(D)), 0.3)],
+    ids=["as they are", "normalised"],
+)
 @pytest.mark.parametrize(("architecture", "start"), STARTS)
 def test_training_starts_where_the_source_is(architecture, start, normalisation):
     """What is saved after no step at all computes what the source does."""
     source, x = trained(start), tokens()
     check_start("path", source, architecture, d=D, m=M, k=K)
-    sae = new_sae({"input_dim": D, "m_total_neurons": M, "k_active_neurons": K, "architecture": architecture}).eval()
+    sae = new_sae(
+        {"input_dim": D, "m_total_neurons": M, "k_active_neurons": K, "architecture": architecture}
+    ).eval()
     start_from(sae, source, normalisation)
-    for found, expected in zip(dense(inference_form(sae, normalisation), x), dense(source, x), strict=True):
+    for found, expected in zip(
+        dense(inference_form(sae, normalisation), x), dense(source, x), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("start", ["jumprelu", "batchtopk"])
 def test_rows_of_other_lengths_keep_the_reconstruction(start, capsys):
     source, x = trained(start, unit=False), tokens()
-    sae = new_sae({"input_dim": D, "m_total_neurons": M, "k_active_neurons": K, "architecture": "jumprelu"}).eval()
+    sae = new_sae(
+        {"input_dim": D, "m_total_neurons": M, "k_active_neurons": K, "architecture": "jumprelu"}
+    ).eval()
     start_from(sae, source, Normalisation())
     torch.testing.assert_close(sae.decoder.weight.norm(dim=0), torch.ones(M))
     torch.testing.assert_close(dense(sae, x)[1], dense(source, x)[1], rtol=1e-4, atol=1e-4)
@@ -565,8 +830,12 @@ def test_a_start_that_does_not_follow_is_refused():
         check_start("path", trained("topk"), "gated", d=13, m=41, k=5)
     text = str(refused.value)
     assert text.count("INIT_FROM: path ") == 4
-    for part in ("is topk, from which gated cannot start. give --architecture topk or batchtopk.", "give --m 40.", "give --k 4.",
-                 "takes activations of 12 dimensions, these have 13"):
+    for part in (
+        "is topk, from which gated cannot start. give --architecture topk or batchtopk.",
+        "give --m 40.",
+        "give --k 4.",
+        "takes activations of 12 dimensions, these have 13",
+    ):
         assert part in text
     with pytest.raises(InputError, match="a threshold of its own for each feature"):
         check_start("path", trained("jumprelu"), "batchtopk", d=D, m=M, k=K)
@@ -574,27 +843,57 @@ def test_a_start_that_does_not_follow_is_refused():
 
 # Which architecture it is: one answer
 
-@pytest.mark.parametrize(("kind", "settings", "said"), [
-    ("topk", {"ARCHITECTURE": "topk"}, "topk autoencoder: 40 features of 12 dimensions, K = 4"),
-    ("matryoshka", {"ARCHITECTURE": "topk", "USE_MATRYOSHKA": True, "MATRYOSHKA_PREFIXES": [10, 40]},
-     "topk autoencoder: 40 features of 12 dimensions, K = 4, prefixes 10, 40"),
-    ("topk", {"ARCHITECTURE": "topk", "USE_MATRYOSHKA": False, "MATRYOSHKA_PREFIXES": [10, 40]},
-     "topk autoencoder: 40 features of 12 dimensions, K = 4"),
-    ("batchtopk", {"ARCHITECTURE": "topk", "USE_BATCH_TOPK": True},
-     "batchtopk autoencoder: 40 features of 12 dimensions, K = 4"),
-    ("standard", {"ARCHITECTURE": "standard"}, "standard autoencoder: 40 features of 12 dimensions"),
-    ("jumprelu", {"ARCHITECTURE": "jumprelu", "JUMPRELU_LOSS": "target"},
-     "jumprelu autoencoder: 40 features of 12 dimensions, K = 4"),
-    ("jumprelu", {"ARCHITECTURE": "jumprelu", "JUMPRELU_LOSS": "step"},
-     "jumprelu autoencoder: 40 features of 12 dimensions"),
-    ("gated", {"ARCHITECTURE": "gated"}, "jumprelu (trained as gated) autoencoder: 40 features of 12 dimensions")])
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("topk", {"ARCHITECTURE": "topk"}, "topk autoencoder: 40 features of 12 dimensions, K = 4"),
+        (
+            "matryoshka",
+            {"ARCHITECTURE": "topk", "USE_MATRYOSHKA": True, "MATRYOSHKA_PREFIXES": [10, 40]},
+            "topk autoencoder: 40 features of 12 dimensions, K = 4, prefixes 10, 40",
+        ),
+        (
+            "topk",
+            {"ARCHITECTURE": "topk", "USE_MATRYOSHKA": False, "MATRYOSHKA_PREFIXES": [10, 40]},
+            "topk autoencoder: 40 features of 12 dimensions, K = 4",
+        ),
+        (
+            "batchtopk",
+            {"ARCHITECTURE": "topk", "USE_BATCH_TOPK": True},
+            "batchtopk autoencoder: 40 features of 12 dimensions, K = 4",
+        ),
+        (
+            "standard",
+            {"ARCHITECTURE": "standard"},
+            "standard autoencoder: 40 features of 12 dimensions",
+        ),
+        (
+            "jumprelu",
+            {"ARCHITECTURE": "jumprelu", "JUMPRELU_LOSS": "target"},
+            "jumprelu autoencoder: 40 features of 12 dimensions, K = 4",
+        ),
+        (
+            "jumprelu",
+            {"ARCHITECTURE": "jumprelu", "JUMPRELU_LOSS": "step"},
+            "jumprelu autoencoder: 40 features of 12 dimensions",
+        ),
+        (
+            "gated",
+            {"ARCHITECTURE": "gated"},
+            "jumprelu (trained as gated) autoencoder: 40 features of 12 dimensions",
+        ),
+    ],
+)
 def test_which_architecture_it_is(tmp_path, kind, settings, said):
     """The module, what is printed of it, the model card and an export that comes back say the same."""
     sae, settings = trained(kind), {"M": M, "K": K, **settings}
     metadata = artifacts.new_metadata("sae", settings, {}, activations=SOURCE)
     save_sae(tmp_path / "a.pt", sae, metadata)
     loaded, meta = load_sae(tmp_path / "a.pt")
-    computes = {"gated": "jumprelu"}.get(trained_architecture(settings), trained_architecture(settings))
+    computes = {"gated": "jumprelu"}.get(
+        trained_architecture(settings), trained_architecture(settings)
+    )
     assert architecture_of(loaded) == computes == architecture_of(sae)
     assert repr(TrainedSae(loaded, meta)).splitlines()[0] == said
     assert architecture_text(meta["settings"]) == said.partition(" autoencoder")[0]
@@ -607,8 +906,23 @@ def test_which_architecture_it_is(tmp_path, kind, settings, said):
 
 # The scripts
 
-SMALL = ["--m", 48, "--k", 3, "--no-use-matryoshka", "--device", "cpu", "--run-name", "test", "--max-norm-ratio", "none", "--n-epochs", 2,
-         "--batch-size", 256]
+SMALL = [
+    "--m",
+    48,
+    "--k",
+    3,
+    "--no-use-matryoshka",
+    "--device",
+    "cpu",
+    "--run-name",
+    "test",
+    "--max-norm-ratio",
+    "none",
+    "--n-epochs",
+    2,
+    "--batch-size",
+    256,
+]
 
 
 def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main, capsys):
@@ -619,24 +933,40 @@ def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main
     assert not (run / "SAE_M=48_K=3.saelens").exists()
     capsys.readouterr()
     assert run_main("train_sae", *flags, "--export", "saelens,sparsify") == 0
-    assert "up to date" in capsys.readouterr().out and (run / "SAE_M=48_K=3.pt").read_bytes() == before
+    assert (
+        "up to date" in capsys.readouterr().out and (run / "SAE_M=48_K=3.pt").read_bytes() == before
+    )
     x = torch.from_numpy(tokens)
     for folder in ("SAE_M=48_K=3.saelens", "SAE_M=48_K=3.sparsify/layers.11"):
         assert_same(dense(load_sae(run / folder)[0], x), dense(load_sae(run)[0], x))
     assert "## How to load" in (run / "README.md").read_text()
-    assert run_main("train_sae", *flags, "--n-epochs", 1) == 0  # other weights under the same name: the folders follow
+    # other weights under the same name: the folders follow
+    assert run_main("train_sae", *flags, "--n-epochs", 1) == 0
     for folder in ("SAE_M=48_K=3.saelens", "SAE_M=48_K=3.sparsify/layers.11"):
         assert_same(dense(load_sae(run / folder)[0], x), dense(load_sae(run)[0], x))
     assert run_main("train_sae", *flags, "--n-epochs", 1, "--use-batch-topk") == 0
     assert_same(dense(load_sae(run / "SAE_M=48_K=3.saelens")[0], x), dense(load_sae(run)[0], x))
-    assert not (run / "SAE_M=48_K=3.sparsify").exists() and (run / "SAE_M=48_K=3.sparsify.old-2").is_dir()
+    assert (
+        not (run / "SAE_M=48_K=3.sparsify").exists()
+        and (run / "SAE_M=48_K=3.sparsify.old-2").is_dir()
+    )
 
 
-@pytest.mark.parametrize(("flags", "line"), [
-    (["--export", "sparsify", "--architecture", "jumprelu", "--no-use-matryoshka"], "EXPORT: sparsify holds topk only, not jumprelu."),
-    (["--export", "sparsify", "--use-batch-topk"], "EXPORT: sparsify holds topk only, not batchtopk."),
-    (["--init-from", "x", "--seeds", "0,1"], "SEEDS: all would start alike, from INIT_FROM."),
-    (["--export", "saelens,onnx"], "EXPORT: 'onnx' is unknown. choose saelens, sparsify.")])
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            ["--export", "sparsify", "--architecture", "jumprelu", "--no-use-matryoshka"],
+            "EXPORT: sparsify holds topk only, not jumprelu.",
+        ),
+        (
+            ["--export", "sparsify", "--use-batch-topk"],
+            "EXPORT: sparsify holds topk only, not batchtopk.",
+        ),
+        (["--init-from", "x", "--seeds", "0,1"], "SEEDS: all would start alike, from INIT_FROM."),
+        (["--export", "saelens,onnx"], "EXPORT: 'onnx' is unknown. choose saelens, sparsify."),
+    ],
+)
 def test_impossible_settings_stop_before_training(run_main, capsys, flags, line):
     with pytest.raises(SystemExit) as stopped:
         run_main("train_sae", *flags)
@@ -647,17 +977,37 @@ def test_training_goes_on_from_an_export(tmp_path, write_activations, run_main, 
     tokens, _ = planted_tokens(1000, 16, 48, 3)
     flags = [*write_activations(tokens, [10] * 100), *SMALL]
     run, tuned = tmp_path / "checkpoints" / "test", tmp_path / "checkpoints" / "tuned"
-    assert run_main("train_sae", *flags, "--n-epochs", 20, "--learning-rate", 1e-2, "--export", "saelens") == 0
-    start, more = run / "SAE_M=48_K=3.saelens", ["--run-name", "tuned", "--n-epochs", 1, "--learning-rate", 1e-6]
+    assert (
+        run_main(
+            "train_sae", *flags, "--n-epochs", 20, "--learning-rate", 1e-2, "--export", "saelens"
+        )
+        == 0
+    )
+    start, more = (
+        run / "SAE_M=48_K=3.saelens",
+        ["--run-name", "tuned", "--n-epochs", 1, "--learning-rate", 1e-6],
+    )
     assert run_main("train_sae", *flags, *more, "--init-from", start) == 0
-    before, after = (json.loads((folder / "metrics.json").read_text())["normalized_mse"] for folder in (run, tuned))
+    before, after = (
+        json.loads((folder / "metrics.json").read_text())["normalized_mse"]
+        for folder in (run, tuned)
+    )
     assert after == pytest.approx(before, rel=1e-3)
     meta = load_sae(tuned)[1]
-    assert meta["inputs"]["init_from"] == content_sha256(start) and "INIT_FROM" not in meta["settings"]
+    assert (
+        meta["inputs"]["init_from"] == content_sha256(start) and "INIT_FROM" not in meta["settings"]
+    )
     capsys.readouterr()
-    assert run_main("train_sae", *flags, *more, "--init-from", start) == 0 and "up to date" in capsys.readouterr().out
-    assert run_main("train_sae", *flags, *more) == 0 and "changed: init_from changed" in capsys.readouterr().out
-    own = tuned / "SAE_M=48_K=3.pt"  # what this run writes, and its folder: each time what it started from at first
+    assert (
+        run_main("train_sae", *flags, *more, "--init-from", start) == 0
+        and "up to date" in capsys.readouterr().out
+    )
+    assert (
+        run_main("train_sae", *flags, *more) == 0
+        and "changed: init_from changed" in capsys.readouterr().out
+    )
+    # what this run writes, and its folder: each time what it started from at first
+    own = tuned / "SAE_M=48_K=3.pt"
     made_from = content_sha256(own)
     for n, init_from in enumerate((own, own, tuned, tuned)):
         assert run_main("train_sae", *flags, *more, "--init-from", init_from) == 0
@@ -692,5 +1042,15 @@ def test_stage_3_reads_an_import(tmp_path, planted, run_main, capsys):
     run_main("interpret_sae", *planted, "--n-top-neurons", 0, "--sae-path", folder)
     assert "up to date" in capsys.readouterr().out
     folder.rename(folder.with_name("layers.3"))
-    assert run_main("interpret_sae", *planted, "--n-top-neurons", 0, "--sae-path", folder.with_name("layers.3")) == 2
+    assert (
+        run_main(
+            "interpret_sae",
+            *planted,
+            "--n-top-neurons",
+            0,
+            "--sae-path",
+            folder.with_name("layers.3"),
+        )
+        == 2
+    )
     assert "was trained after 4 blocks" in capsys.readouterr().err

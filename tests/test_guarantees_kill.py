@@ -1,4 +1,6 @@
-"""Killed, starved of disk space, stopped or started twice at every operation: the same command ends in the same bytes."""
+"""Killed, starved of disk space, stopped or started twice at every operation: the same command ends
+in the same bytes."""
+
 import functools
 import random
 import re
@@ -10,7 +12,8 @@ from fastsae.runtime import artifacts
 
 
 def assert_whole(world, worker, script):
-    """Under every final name there is the older file or the new one; none that another stage reads is neither."""
+    """Under every final name there is the older file or the new one; none that another stage reads
+    is neither."""
     new, before = world.expected[worker.number, script], contents(worker.before[script])
     for name, digest in contents(worker.out).items():
         if name.endswith(".resume.pt"):
@@ -23,18 +26,26 @@ def assert_whole(world, worker, script):
 def assert_outcome(world, worker, script):
     assert contents(worker.out) == world.expected[worker.number, script]
     kept = set(contents(worker.out, old=True).values())
-    assert set(world.old[worker.number, script].values()) <= kept  # what was there before is still there
-    assert not [path for path in worker.out.rglob(".*") if path.name.endswith((".tmp", ".lock")) or path.name.startswith(".parts")]
+    # what was there before is still there
+    assert set(world.old[worker.number, script].values()) <= kept
+    assert not [
+        path
+        for path in worker.out.rglob(".*")
+        if path.name.endswith((".tmp", ".lock")) or path.name.startswith(".parts")
+    ]
 
 
 def test_nothing_happens_twice(world, worker):
-    """The second run of each stage says so and changes nothing; the first wrote through fastsae.runtime.storage only."""
+    """The second run of each stage says so and changes nothing; the first wrote through
+    fastsae.runtime.storage only."""
     for script in STAGES:
         replay(world, worker, script)
         before = {path: path.stat().st_mtime_ns for path in worker.out.rglob("*") if path.is_file()}
         again = world.run(worker, script)
         assert again["code"] == 0 and "up to date" in again["out"]
-        assert {path: path.stat().st_mtime_ns for path in worker.out.rglob("*") if path.is_file()} == before
+        assert {
+            path: path.stat().st_mtime_ns for path in worker.out.rglob("*") if path.is_file()
+        } == before
 
 
 @pytest.mark.parametrize("script", STAGES)
@@ -47,7 +58,8 @@ def test_killed_at_every_operation(world, script, tally):
         assert done["code"] == 0, (k, done["err"])
         assert_outcome(world, worker, script)
         prompts = worker.server.prompts()[asked:]
-        assert len(prompts) - len(set(prompts)) <= 1, k  # the one in flight, whose reply had not reached the disk
+        # the one in flight, whose reply had not reached the disk
+        assert len(prompts) - len(set(prompts)) <= 1, k
 
     points = range(1, len(world.operations[script]) + 1)
     in_parallel(world, kill, points)
@@ -63,14 +75,20 @@ def test_there_are_enough_operations(world):
 def test_a_disk_that_is_full_from_any_operation_on(world, script, tally):
     def starve(worker, k):
         done = replay(world, worker, script, full_from=k)
-        assert done["code"] == 3 and re.fullmatch(r"error: .*: No space left on device\. free some space, .*\n", done["err"]), (k, done)
+        assert done["code"] == 3 and re.fullmatch(
+            r"error: .*: No space left on device\. free some space, .*\n", done["err"]
+        ), (k, done)
         assert_whole(world, worker, script)
         assert not list(worker.out.rglob("*.tmp")), k
         if k % 5 == 0:  # then space is made
             assert world.run(worker, script)["code"] == 0
             assert_outcome(world, worker, script)
 
-    points = [k for k, operation in enumerate(world.operations[script], 1) if operation not in ("unlink", "rmtree")]
+    points = [
+        k
+        for k, operation in enumerate(world.operations[script], 1)
+        if operation not in ("unlink", "rmtree")
+    ]
     in_parallel(world, starve, points)
     tally("full-disk points", len(points))
 
@@ -79,9 +97,14 @@ def test_a_disk_that_is_full_from_any_operation_on(world, script, tally):
 def test_sigterm_at_any_operation(world, script, tally):
     def stop(worker, k):
         done = replay(world, worker, script, stop_at=k)
-        assert done["code"] in (0, 143) and (done["code"] or contents(worker.out) == world.expected[worker.number, script]), (k, done)
-        assert done["code"] == 0 or done["err"].endswith("stopped: what was finished is kept; the same command continues.\n")
-        assert not [p for p in worker.out.rglob("*.tmp") if ".parts-" not in str(p)], k  # those a thread left go with their folder
+        assert done["code"] in (0, 143) and (
+            done["code"] or contents(worker.out) == world.expected[worker.number, script]
+        ), (k, done)
+        assert done["code"] == 0 or done["err"].endswith(
+            "stopped: what was finished is kept; the same command continues.\n"
+        )
+        # those a thread left go with their folder
+        assert not [p for p in worker.out.rglob("*.tmp") if ".parts-" not in str(p)], k
         assert world.run(worker, script)["code"] == 0
         assert_outcome(world, worker, script)
 
@@ -91,13 +114,25 @@ def test_sigterm_at_any_operation(world, script, tally):
 
 
 def test_runs_killed_three_times_at_random(world, tally):
-    seconds = dict(in_parallel(world, lambda worker, script: (script, replay(world, worker, script)["seconds"]), STAGES))
+    seconds = dict(
+        in_parallel(
+            world, lambda worker, script: (script, replay(world, worker, script)["seconds"]), STAGES
+        )
+    )
 
     def torment(worker, number):
         chance, script, n_killed = random.Random(number), STAGES[number % 3], 0
-        while n_killed < 3:  # one that was done before its third kill is tried from its beginning again
+        # one that was done before its third kill is tried from its beginning again
+        while n_killed < 3:
             run = world.run if n_killed else functools.partial(replay, world)
-            n_killed = n_killed + 1 if run(worker, script, kill_after=chance.uniform(0.1, 0.9) * seconds[script])["code"] == -9 else 0
+            n_killed = (
+                n_killed + 1
+                if run(worker, script, kill_after=chance.uniform(0.1, 0.9) * seconds[script])[
+                    "code"
+                ]
+                == -9
+                else 0
+            )
         assert world.run(worker, script)["code"] == 0
         assert_outcome(world, worker, script)
 
@@ -111,8 +146,10 @@ def test_of_twenty_that_start_at_once_one_writes(world, worker, script, tally):
     codes = sorted(racer["code"] for racer in done["racers"])
     assert done["n_waiting"] == 1 and codes == [0] + 19 * [3], codes
     for racer in done["racers"]:
-        line = (r"error: .*: (process \d+ on \S+, since [^,]+|another run), is writing here\. "
-                r"wait until it has ended, or give another --[\w-]+\.\n")
+        line = (
+            r"error: .*: (process \d+ on \S+, since [^,]+|another run), is writing here\. "
+            r"wait until it has ended, or give another --[\w-]+\.\n"
+        )
         assert racer["code"] == 0 or re.fullmatch(line, racer["err"]), racer
     assert_outcome(world, worker, script)
     tally("racing starts with one winner", 20)

@@ -1,4 +1,6 @@
-"""One place that writes, one writer per output, stages that end with their pipeline, no network unasked, no code of models."""
+"""One place that writes, one writer per output, stages that end with their pipeline, no network
+unasked, no code of models."""
+
 import ast
 import errno
 import json
@@ -23,11 +25,45 @@ from fastsae.runtime.stage import run_stage
 
 SOURCES = python_files(".", "fastsae")
 STORAGE = "fastsae/runtime/storage.py"
-WRITERS = {"write_text", "write_bytes", "unlink", "rmdir", "mkdir", "makedirs", "removedirs", "rmtree", "copyfile", "copy2", "copytree",
-           "symlink_to", "hardlink_to", "mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory", "savez",
-           "savez_compressed", "save", "savetxt", "savefig", "to_csv", "tofile", "memmap", "touch", "truncate", "ftruncate",
-           "save_pretrained", "save_file",
-           "extract", "extractall", "SummaryWriter", "pwrite", "writev", "mknod", "chmod"}
+WRITERS = {
+    "write_text",
+    "write_bytes",
+    "unlink",
+    "rmdir",
+    "mkdir",
+    "makedirs",
+    "removedirs",
+    "rmtree",
+    "copyfile",
+    "copy2",
+    "copytree",
+    "symlink_to",
+    "hardlink_to",
+    "mkstemp",
+    "mkdtemp",
+    "NamedTemporaryFile",
+    "TemporaryDirectory",
+    "savez",
+    "savez_compressed",
+    "save",
+    "savetxt",
+    "savefig",
+    "to_csv",
+    "tofile",
+    "memmap",
+    "touch",
+    "truncate",
+    "ftruncate",
+    "save_pretrained",
+    "save_file",
+    "extract",
+    "extractall",
+    "SummaryWriter",
+    "pwrite",
+    "writev",
+    "mknod",
+    "chmod",
+}
 OF_OS = {"replace", "rename", "renames", "remove", "link", "symlink", "write", "open"}
 ALLOWED = {  # (path, call): why
     ("fastsae/runtime/early_stop.py", "os.write"): "to stderr",
@@ -36,13 +72,19 @@ ALLOWED = {  # (path, call): why
     ("fastsae/formats/export.py", "save"): "into memory",
     ("train_sae.py", "run.save"): "TrainingRun.save, which calls artifacts.write_checkpoint",
     ("train_sae.py", "save"): "that, for each run",
-    ("fastsae/runtime/artifacts.py", "archive.open"): "a member of a zip archive in a file of storage",
+    (
+        "fastsae/runtime/artifacts.py",
+        "archive.open",
+    ): "a member of a zip archive in a file of storage",
     ("fastsae/training/monitoring.py", "SummaryWriter"): "TensorBoard's own log, if asked for",
     ("fastsae/activations/files.py", "np.memmap"): "mode r",
     ("fastsae/lm/language_model.py", "model.save_pretrained"): "into a scratch folder of storage",
     ("fastsae/lm/language_model.py", "archive.extract"): "the same",
-    ("fastsae/lm/language_model.py",
-     "_load(transformers.AutoTokenizer.from_pretrained, str(gguf), EMBEDDED['name']).save_pretrained"): "the same"}
+    (
+        "fastsae/lm/language_model.py",
+        "_load(transformers.AutoTokenizer.from_pretrained, str(gguf), EMBEDDED['name']).save_pretrained",
+    ): "the same",
+}
 
 
 def test_nothing_writes_but_storage():
@@ -53,8 +95,13 @@ def test_nothing_writes_but_storage():
 
 def writers(paths, root):
     """{(path, call)} of what changes the disk by another way than storage."""
-    found = {(path, ast.unparse(node.func)) for path in paths if path != STORAGE
-             for node in ast.walk(ast.parse((root / path).read_text())) if isinstance(node, ast.Call) and changes_disk(node)}
+    found = {
+        (path, ast.unparse(node.func))
+        for path in paths
+        if path != STORAGE
+        for node in ast.walk(ast.parse((root / path).read_text()))
+        if isinstance(node, ast.Call) and changes_disk(node)
+    }
     return {(path, call) for path, call in found if not call.startswith(("artifacts.", "storage."))}
 
 
@@ -71,46 +118,89 @@ def changes_disk(call):
     owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
     to_devnull = bool(call.args) and ast.unparse(call.args[0]) == "os.devnull"
     if name == "open" or (name == "fdopen"):
-        modes = [ast.unparse(part) for part in [*call.args, *(keyword.value for keyword in call.keywords)]]
-        return not to_devnull and (owner == "os" or any(re.search(r"^'[^']*[wax+][^']*'$", mode) and len(mode) < 7 for mode in modes))
+        modes = [
+            ast.unparse(part)
+            for part in [*call.args, *(keyword.value for keyword in call.keywords)]
+        ]
+        return not to_devnull and (
+            owner == "os"
+            or any(re.search(r"^'[^']*[wax+][^']*'$", mode) and len(mode) < 7 for mode in modes)
+        )
     if owner == "shutil" and name != "disk_usage":
         return True
     return name in WRITERS or (owner == "os" and name in OF_OS)
 
 
-@pytest.mark.parametrize("code, expected", [
-    ("open(p, 'w')", True), ("open(p, mode='ab')", True), ("open(p)", False), ("open(p, 'rb')", False), ("open(os.devnull, 'w')", False),
-    ("os.replace(a, b)", True), ("text.replace('a', 'b')", False), ("path.write_text('x')", True), ("os.open(p, os.O_WRONLY)", True),
-    ("shutil.rmtree(p)", True), ("torch.save(x, p)", True), ("path.open('x')", True), ("rows.copy()", False)])
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        ("open(p, 'w')", True),
+        ("open(p, mode='ab')", True),
+        ("open(p)", False),
+        ("open(p, 'rb')", False),
+        ("open(os.devnull, 'w')", False),
+        ("os.replace(a, b)", True),
+        ("text.replace('a', 'b')", False),
+        ("path.write_text('x')", True),
+        ("os.open(p, os.O_WRONLY)", True),
+        ("shutil.rmtree(p)", True),
+        ("torch.save(x, p)", True),
+        ("path.open('x')", True),
+        ("rows.copy()", False),
+    ],
+)
 def test_the_search_for_writers_sees_them(code, expected):
     assert changes_disk(ast.parse(code).body[0].value) is expected
 
 
 def test_code_of_models_is_never_asked_for():
-    """All models, configurations and tokenizers are loaded by `language_model._load`, which says so each time."""
+    """All models, configurations and tokenizers are loaded by `language_model._load`, which says so
+    each time."""
     texts = {path: (PROJECT / path).read_text() for path in SOURCES}
     said = {path: text.count("trust_remote_code") for path, text in texts.items()}
-    loaders = {path: re.findall(r"(.{7})\w*(?<!def )\.from_pretrained\b(?=\()", text) for path, text in texts.items()}
-    assert {path: n for path, n in said.items() if n} == {"fastsae/lm/language_model.py": 1} and not any(loaders.values())
+    loaders = {
+        path: re.findall(r"(.{7})\w*(?<!def )\.from_pretrained\b(?=\()", text)
+        for path, text in texts.items()
+    }
+    assert {path: n for path, n in said.items() if n} == {
+        "fastsae/lm/language_model.py": 1
+    } and not any(loaders.values())
     seen = {}
     language_model._load(lambda located, **options: seen.update(options), "org/model", "org/model")
     assert seen["trust_remote_code"] is False
 
 
-def test_a_model_with_code_of_its_own_is_refused_and_not_run(tmp_path, run_main, capsys, monkeypatch):
+def test_a_model_with_code_of_its_own_is_refused_and_not_run(
+    tmp_path, run_main, capsys, monkeypatch
+):
     canary = tmp_path / "canary"
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({
-        "model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}))
+    (model / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "own",
+                "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+            }
+        )
+    )
     (model / "own.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
     data = tmp_path / "d.jsonl"
     data.write_text('{"text": "a"}\n{"text": "b"}\n')
-    code = run_main("extract_activations", "--dataset-path", data, "--output-dir", tmp_path / "out", "--model-name", model)
+    code = run_main(
+        "extract_activations",
+        "--dataset-path",
+        data,
+        "--output-dir",
+        tmp_path / "out",
+        "--model-name",
+        model,
+    )
     assert code == 2 and len(capsys.readouterr().err.splitlines()) == 1 and not canary.exists()
 
 
 # Network
+
 
 @pytest.fixture
 def no_network(monkeypatch):
@@ -129,7 +219,10 @@ def no_network(monkeypatch):
 
 
 def test_stages_2_and_3_ask_nothing_of_the_network(planted, run_main, no_network, tmp_path):
-    assert run_main("train_sae", *planted, "--m", 20, "--k", 2, "--no-use-matryoshka", "--n-epochs", 1) == 0
+    assert (
+        run_main("train_sae", *planted, "--m", 20, "--k", 2, "--no-use-matryoshka", "--n-epochs", 1)
+        == 0
+    )
     assert run_main("interpret_sae", *planted, "--target-value", "cat_river") == 0
     assert (tmp_path / "interpretations.html").exists() and no_network == []
 
@@ -142,6 +235,7 @@ def test_a_configured_endpoint_is_asked(planted, run_main, no_network, monkeypat
 
 
 # Locks
+
 
 def test_a_second_run_is_told_who_writes(tmp_path, capsys):
     path = tmp_path / "out" / "a.npz"
@@ -205,21 +299,48 @@ def test_other_ranks_take_no_lock(tmp_path, monkeypatch):
 
 def test_under_torchrun_all_processes_end_where_one_may_not_write(tmp_path, world):
     path = tmp_path / "activations" / "activations_layer1.npz"
-    flags = [*map(str, world.flags["extract_activations"]), "--layers", "1", "--output-dir", str(tmp_path)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0",
-               str(PROJECT / "extract_activations.py"), *flags]
+    flags = [
+        *map(str, world.flags["extract_activations"]),
+        "--layers",
+        "1",
+        "--output-dir",
+        str(tmp_path),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-endpoint",
+        "localhost:0",
+        str(PROJECT / "extract_activations.py"),
+        *flags,
+    ]
     done = []
 
     def held():
         storage.claim(path, "--output-dir")
-        done.append(subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        done.append(
+            subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=100,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        )
 
     assert run_stage(held) == 0 and done[0].returncode
-    assert [line for line in done[0].stderr.splitlines() if line.startswith(("error", "stopped"))] == [
-        line for line in done[0].stderr.splitlines() if f"process {os.getpid()} on" in line] != []
+    assert (
+        [line for line in done[0].stderr.splitlines() if line.startswith(("error", "stopped"))]
+        == [line for line in done[0].stderr.splitlines() if f"process {os.getpid()} on" in line]
+        != []
+    )
 
 
 # Bugs
+
 
 def test_a_bug_leaves_its_traceback_in_a_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
@@ -230,23 +351,32 @@ def test_a_bug_leaves_its_traceback_in_a_file(tmp_path, capsys, monkeypatch):
 
     assert run_stage(main) == 1
     err = capsys.readouterr().err
-    log, = tmp_path.iterdir()
+    (log,) = tmp_path.iterdir()
     assert err.startswith("Traceback") and err.splitlines()[-1] == (
-        f"error: this is a bug. report it with {log}; the same command goes on from what is finished.")
+        f"error: this is a bug. report it with {log}; the same command goes on from what is finished."
+    )
     assert "KeyError" in log.read_text() and "sk-secret" not in log.read_text() + err
 
 
 # Signals
 
+
 def children_of(folder):
     """Command lines of running processes that name the folder."""
-    listing = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True).stdout.splitlines()
+    listing = subprocess.run(
+        ["ps", "-eo", "pid,stat,args"], capture_output=True, text=True
+    ).stdout.splitlines()
     return [line for line in listing if str(folder) in line and " Z" not in line[:14]]
 
 
 def wait_for_file(process, folder, pattern, since):
     """Until the running process has written a file of that pattern."""
-    assert until(lambda: [p for p in folder.glob(pattern) if p.stat().st_mtime > since] or process.poll() is not None)
+    assert until(
+        lambda: (
+            [p for p in folder.glob(pattern) if p.stat().st_mtime > since]
+            or process.poll() is not None
+        )
+    )
     assert process.poll() is None, process.stderr.read()
 
 
@@ -259,33 +389,74 @@ def until(condition, seconds=60):
 
 @pytest.fixture
 def pipeline(tmp_path, tmp_path_factory, smol_tokenizer):
-    """Start the pipeline on a tiny model, stopped in the stage that is asked for; returns (process, the dataset's flags)."""
+    """Start the pipeline on a tiny model, stopped in the stage that is asked for; returns (process,
+    the dataset's flags)."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     model = tmp_path_factory.mktemp("model")
-    config = transformers.LlamaConfig(vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-                                      num_key_value_heads=2, pad_token_id=2)
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=2,
+    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
     smol_tokenizer.save_pretrained(model)
     data = tmp_path / "d.jsonl"
-    data.write_text("".join(json.dumps({"text": f"{i} bread and rain " * 12}) + "\n" for i in range(400)))
-    flags = ["--dataset-path", data, "--output-dir", tmp_path / "out", "--model-name", model, "--layer-idx", 3, "--device", "cpu",
-             "--chunk-tokens", 1500, "--m", 64, "--matryoshka-prefixes", "16,64", "--run-name", "r", "--save-every", 0.2]
+    data.write_text(
+        "".join(json.dumps({"text": f"{i} bread and rain " * 12}) + "\n" for i in range(400))
+    )
+    flags = [
+        "--dataset-path",
+        data,
+        "--output-dir",
+        tmp_path / "out",
+        "--model-name",
+        model,
+        "--layer-idx",
+        3,
+        "--device",
+        "cpu",
+        "--chunk-tokens",
+        1500,
+        "--m",
+        64,
+        "--matryoshka-prefixes",
+        "16,64",
+        "--run-name",
+        "r",
+        "--save-every",
+        0.2,
+    ]
     command = [sys.executable, str(PROJECT / "run_pipeline.py"), *map(str, flags)]
 
     def start(*more):
-        return subprocess.Popen([*command, *map(str, more)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            [*command, *map(str, more)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
     return start
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
 def test_a_pipeline_that_ends_leaves_no_child(tmp_path, pipeline, number):
-    """Ended in stage 1 after its first parts, and twice in stage 2 after a save; each time the same command goes on."""
+    """Ended in stage 1 after its first parts, and twice in stage 2 after a save; each time the same
+    command goes on."""
     out, out_of_last = tmp_path / "out", ""
-    for sign in ("activations/.parts-*/part-*", "checkpoints/r/*.resume.pt", "checkpoints/r/*.resume.pt"):
+    for sign in (
+        "activations/.parts-*/part-*",
+        "checkpoints/r/*.resume.pt",
+        "checkpoints/r/*.resume.pt",
+    ):
         process = pipeline("--n-epochs", 5000, "--patience", 5000)
         wait_for_file(process, out, sign, time.time())
         process.send_signal(number)
@@ -293,43 +464,110 @@ def test_a_pipeline_that_ends_leaves_no_child(tmp_path, pipeline, number):
         assert process.wait(10) == (143 if number == signal.SIGTERM else -9)
         assert until(lambda: not children_of(tmp_path), 10), children_of(tmp_path)
         out_of_last, err = process.communicate()
-        assert number == signal.SIGKILL or (time.monotonic() - started < 5 and "the same command continues" in err)
+        assert number == signal.SIGKILL or (
+            time.monotonic() - started < 5 and "the same command continues" in err
+        )
     assert "going on in epoch" in out_of_last
 
 
 def test_sigterm_does_not_wait_for_an_endpoint(tmp_path, planted):
     server = Endpoint([(0, 60)])
-    process = subprocess.Popen([sys.executable, str(PROJECT / "interpret_sae.py"), *map(str, planted), "--n-top-neurons", "3"],
-                               env={**os.environ, "OPENAI_BASE_URL": server.url}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(PROJECT / "interpret_sae.py"),
+            *map(str, planted),
+            "--n-top-neurons",
+            "3",
+        ],
+        env={**os.environ, "OPENAI_BASE_URL": server.url},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
-        assert until(lambda: server.requests or process.poll() is not None) and process.poll() is None, process.stderr.read()
+        assert (
+            until(lambda: server.requests or process.poll() is not None) and process.poll() is None
+        ), process.stderr.read()
         process.send_signal(signal.SIGTERM)
         started = time.monotonic()
         _, err = process.communicate(timeout=30)
-        assert time.monotonic() - started < 5 and process.returncode == 143 and "the same command continues" in err
+        assert (
+            time.monotonic() - started < 5
+            and process.returncode == 143
+            and "the same command continues" in err
+        )
     finally:
         process.kill()
         server.close()
 
 
 def test_works_without_terminal_and_stdin(tmp_path, write_activations):
-    flags = write_activations(np.random.default_rng(0).standard_normal((60, 4)).astype(np.float16), 6 * [10])
-    command = [sys.executable, str(PROJECT / "train_sae.py"), *flags, "--m", "8", "--k", "2", "--no-use-matryoshka", "--n-epochs", "1",
-               "--device", "cpu", "--run-name", "r"]
-    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, preexec_fn=lambda: os.close(0), timeout=120)
-    assert done.returncode == 0 and list((tmp_path / "checkpoints" / "r").glob("SAE_*.pt")), done.stderr
+    flags = write_activations(
+        np.random.default_rng(0).standard_normal((60, 4)).astype(np.float16), 6 * [10]
+    )
+    command = [
+        sys.executable,
+        str(PROJECT / "train_sae.py"),
+        *flags,
+        "--m",
+        "8",
+        "--k",
+        "2",
+        "--no-use-matryoshka",
+        "--n-epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--run-name",
+        "r",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: os.close(0),
+        timeout=120,
+    )
+    assert done.returncode == 0 and list((tmp_path / "checkpoints" / "r").glob("SAE_*.pt")), (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("more", [[], ["--quiet"]], ids=["", "quiet"])
 def test_a_reader_that_leaves_ends_no_work(tmp_path, write_activations, more):
     """`| head -1`: the stage goes on, and its files are whole."""
-    flags = write_activations(np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32), [10] * 20)
-    command = [sys.executable, "-u", PROJECT / "train_sae.py", *flags, "--m", "8", "--k", "2", "--no-use-matryoshka", "--n-epochs", "2",
-               "--run-name", "test", *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    flags = write_activations(
+        np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32), [10] * 20
+    )
+    command = [
+        sys.executable,
+        "-u",
+        PROJECT / "train_sae.py",
+        *flags,
+        "--m",
+        "8",
+        "--k",
+        "2",
+        "--no-use-matryoshka",
+        "--n-epochs",
+        "2",
+        "--run-name",
+        "test",
+        *more,
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     if not more:
         process.stdout.readline()
     process.stdout.close()
     assert process.wait(120) == 0, process.stderr.read()
     folder = tmp_path / "checkpoints" / "test"
-    assert {"metrics.json", "SAE_M=8_K=2.pt", "README.md"} <= {path.name for path in folder.iterdir()}
+    assert {"metrics.json", "SAE_M=8_K=2.pt", "README.md"} <= {
+        path.name for path in folder.iterdir()
+    }

@@ -1,4 +1,6 @@
-"""Nothing stale is reused: each setting and each input, changed alone, is named and redone, and nothing else is."""
+"""Nothing stale is reused: each setting and each input, changed alone, is named and redone, and
+nothing else is."""
+
 import json
 import shutil
 
@@ -8,45 +10,140 @@ from tiny_world import STAGES, in_parallel
 
 import config
 
-CHANGES = {  # what decides each stage's output: another value of each setting, with what it needs besides
+# what decides each stage's output: another value of each setting, with what it needs besides
+CHANGES = {
     "extract_activations": {
-        "MAX_LENGTH": 30, "MAX_EXAMPLES": 20, "TEXT_FIELD": "topic", "USE_CHAT_TEMPLATE": False, "TEMPLATE_DATE": "1 Jan 2020",
-        "DTYPE": "bfloat16", "STORAGE_DTYPE": "float32", "PROCESSING": "block --block-length 16", "DEDUP_NGRAM": 3,
-        "MODEL_REVISION": None, "BLOCK_LENGTH": None, "MODEL_NAME": None, "DATASET_PATH": None, "LAYER_IDX": None},
+        "MAX_LENGTH": 30,
+        "MAX_EXAMPLES": 20,
+        "TEXT_FIELD": "topic",
+        "USE_CHAT_TEMPLATE": False,
+        "TEMPLATE_DATE": "1 Jan 2020",
+        "DTYPE": "bfloat16",
+        "STORAGE_DTYPE": "float32",
+        "PROCESSING": "block --block-length 16",
+        "DEDUP_NGRAM": 3,
+        "MODEL_REVISION": None,
+        "BLOCK_LENGTH": None,
+        "MODEL_NAME": None,
+        "DATASET_PATH": None,
+        "LAYER_IDX": None,
+    },
     "train_sae": {
-        "ARCHITECTURE": "batchtopk", "M": "32 --matryoshka-prefixes 8,32", "K": 3, "USE_MATRYOSHKA": False, "MATRYOSHKA_PREFIXES": "6,24",
-        "USE_BATCH_TOPK": True, "L1_COEFFICIENT": 4, "JUMPRELU_LOSS": "step", "L0_COEFFICIENT": 5, "JUMPRELU_BANDWIDTH": 2,
-        "SPARSITY_WARMUP_STEPS": 3, "NORMALIZE_ACTIVATIONS": "norm", "AUX_K": 3, "AUX_COEF": 0.1, "DEAD_AFTER_TOKENS": 99,
-        "RESAMPLE_EVERY": 3, "N_EPOCHS": 3, "PATIENCE": 3, "BATCH_SIZE": 32, "LEARNING_RATE": 0.02, "LR_SCHEDULE": "linear",
-        "LR_DECAY_FRACTION": 0.5, "LR_WARMUP_STEPS": 2, "INIT_DIRECTIONS": "data", "INIT_CENTRE": "mean", "INIT_ENCODER_SCALE": 0.5,
-        "BUFFER_TOKENS": 300, "CLIP_GRAD": 0.5, "VALIDATION_FRACTION": 0.2, "TEST_FRACTION": 0.2,
-        "USE_TOKENS": "content", "EXCLUDE_SHARED_PREFIX": False,
-        "MAX_NORM_RATIO": 9, "SELECT_DTYPE": "bfloat16", "SEED": 5, "SEEDS": "1,2", "K_LIST": "3,4",
-        "L1_COEFFICIENT_LIST": "1,2 --architecture standard --no-use-matryoshka", "INIT_FROM": None, "MAX_TRAIN_TOKENS": 200},
+        "ARCHITECTURE": "batchtopk",
+        "M": "32 --matryoshka-prefixes 8,32",
+        "K": 3,
+        "USE_MATRYOSHKA": False,
+        "MATRYOSHKA_PREFIXES": "6,24",
+        "USE_BATCH_TOPK": True,
+        "L1_COEFFICIENT": 4,
+        "JUMPRELU_LOSS": "step",
+        "L0_COEFFICIENT": 5,
+        "JUMPRELU_BANDWIDTH": 2,
+        "SPARSITY_WARMUP_STEPS": 3,
+        "NORMALIZE_ACTIVATIONS": "norm",
+        "AUX_K": 3,
+        "AUX_COEF": 0.1,
+        "DEAD_AFTER_TOKENS": 99,
+        "RESAMPLE_EVERY": 3,
+        "N_EPOCHS": 3,
+        "PATIENCE": 3,
+        "BATCH_SIZE": 32,
+        "LEARNING_RATE": 0.02,
+        "LR_SCHEDULE": "linear",
+        "LR_DECAY_FRACTION": 0.5,
+        "LR_WARMUP_STEPS": 2,
+        "INIT_DIRECTIONS": "data",
+        "INIT_CENTRE": "mean",
+        "INIT_ENCODER_SCALE": 0.5,
+        "BUFFER_TOKENS": 300,
+        "CLIP_GRAD": 0.5,
+        "VALIDATION_FRACTION": 0.2,
+        "TEST_FRACTION": 0.2,
+        "USE_TOKENS": "content",
+        "EXCLUDE_SHARED_PREFIX": False,
+        "MAX_NORM_RATIO": 9,
+        "SELECT_DTYPE": "bfloat16",
+        "SEED": 5,
+        "SEEDS": "1,2",
+        "K_LIST": "3,4",
+        "L1_COEFFICIENT_LIST": "1,2 --architecture standard --no-use-matryoshka",
+        "INIT_FROM": None,
+        "MAX_TRAIN_TOKENS": 200,
+    },
     "interpret_sae": {
-        "POOLING": "mean", "N_REPORT_FEATURES": 3, "INTERPRETER_MODEL": "other", "LLM_PROTOCOL": "fast", "N_TOP_NEURONS": 4,
-        "N_SCORED_FEATURES": 3, "N_FIDELITY_EXAMPLES": 8, "TARGET_FIELD": "topic --target-value t1", "TARGET_VALUE": "t0",
-        "NEURONPEDIA_SET": "s", "NEURONPEDIA_MODEL": "x", "LABEL_FIELD": "none", "SEED": 5, "SELECTION_METHOD": None,
-        "TARGET_POOLING": None, "N_HYPOTHESES": None,
-        "TEXT_FIELD": None}}
+        "POOLING": "mean",
+        "N_REPORT_FEATURES": 3,
+        "INTERPRETER_MODEL": "other",
+        "LLM_PROTOCOL": "fast",
+        "N_TOP_NEURONS": 4,
+        "N_SCORED_FEATURES": 3,
+        "N_FIDELITY_EXAMPLES": 8,
+        "TARGET_FIELD": "topic --target-value t1",
+        "TARGET_VALUE": "t0",
+        "NEURONPEDIA_SET": "s",
+        "NEURONPEDIA_MODEL": "x",
+        "LABEL_FIELD": "none",
+        "SEED": 5,
+        "SELECTION_METHOD": None,
+        "TARGET_POOLING": None,
+        "N_HYPOTHESES": None,
+        "TEXT_FIELD": None,
+    },
+}
 HARMLESS = {  # what decides nothing
-    "extract_activations": {"LAYERS": "2,1", "SHARD_BYTES": 10 ** 9, "BATCH_TOKENS": 64, "CHUNK_TOKENS": 500},
+    "extract_activations": {
+        "LAYERS": "2,1",
+        "SHARD_BYTES": 10**9,
+        "BATCH_TOKENS": 64,
+        "CHUNK_TOKENS": 500,
+    },
     "train_sae": {"ENGINE": "reference", "SAVE_EVERY": 5, "LOGGER": None, "EXPORT": None},
-    "interpret_sae": {"LLM_TIMEOUT": 9, "N_LLM_WORKERS": 2, "RETRY_UNUSABLE": True, "DRY_RUN": None, "TEXT": None, "SAE_PATH": None}}
-OTHER_FILE = ("ARCHITECTURE", "M", "K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES", "SEEDS", "K_LIST", "L1_COEFFICIENT_LIST")  # by its name
-GROUPED = {"llm": ("INTERPRETER_MODEL", "LLM_PROTOCOL", "N_TOP_NEURONS", "N_SCORED_FEATURES", "N_FIDELITY_EXAMPLES"),
-           "target": ("TARGET_FIELD", "TARGET_VALUE")}
+    "interpret_sae": {
+        "LLM_TIMEOUT": 9,
+        "N_LLM_WORKERS": 2,
+        "RETRY_UNUSABLE": True,
+        "DRY_RUN": None,
+        "TEXT": None,
+        "SAE_PATH": None,
+    },
+}
+# by its name
+OTHER_FILE = (
+    "ARCHITECTURE",
+    "M",
+    "K",
+    "USE_MATRYOSHKA",
+    "MATRYOSHKA_PREFIXES",
+    "SEEDS",
+    "K_LIST",
+    "L1_COEFFICIENT_LIST",
+)
+GROUPED = {
+    "llm": (
+        "INTERPRETER_MODEL",
+        "LLM_PROTOCOL",
+        "N_TOP_NEURONS",
+        "N_SCORED_FEATURES",
+        "N_FIDELITY_EXAMPLES",
+    ),
+    "target": ("TARGET_FIELD", "TARGET_VALUE"),
+}
 
 
 @pytest.mark.parametrize("script", STAGES)
 def test_every_setting_of_a_stage_is_known_here(script):
     known = set(CHANGES[script]) | set(HARMLESS[script])
-    assert set(config.read_settings(PROJECT / f"{script}.py")) <= known, "say above whether it decides the output, with another value"
+    assert set(config.read_settings(PROJECT / f"{script}.py")) <= known, (
+        "say above whether it decides the output, with another value"
+    )
 
 
 def flag(name, value):
     first, *more = str(value).split(" --")
-    flags = [f"--{'no-' if value is False else ''}{config.flag_name(name)}" + ("" if isinstance(value, bool) else f"={first}")]
+    flags = [
+        f"--{'no-' if value is False else ''}{config.flag_name(name)}"
+        + ("" if isinstance(value, bool) else f"={first}")
+    ]
     return flags + [f"--{word}" for rest in more for word in [rest.replace(" ", "=")]]
 
 
@@ -56,17 +153,29 @@ def test_each_changed_setting_is_named_and_redone(world, script, tally):
         name, value, decides = item
         shutil.rmtree(worker.out, ignore_errors=True)
         shutil.copytree(worker.after[script], worker.out)
-        after_locks = 3 if script == "extract_activations" else 2  # it has a lock for each of two layers
+        # it has a lock for each of two layers
+        after_locks = 3 if script == "extract_activations" else 2
         done = world.run(worker, script, *flag(name, value), stop_at=after_locks)
         if not decides:
-            assert done["code"] == 0 and "up to date" in done["out"] and "changed: " not in done["out"], (name, done)
+            assert (
+                done["code"] == 0 and "up to date" in done["out"] and "changed: " not in done["out"]
+            ), (name, done)
             return
         shown = next((group for group, names in GROUPED.items() if name in names), name)
         assert done["code"] in (0, 143), (name, done)
-        assert name in OTHER_FILE or f"changed: {shown} " in done["out"] or f", {shown} " in done["out"], (name, done)
+        assert (
+            name in OTHER_FILE
+            or f"changed: {shown} " in done["out"]
+            or f", {shown} " in done["out"]
+        ), (name, done)
         assert "up to date" not in done["out"], (name, done)
 
-    items = [(name, value, table is CHANGES) for table in (CHANGES, HARMLESS) for name, value in table[script].items() if value is not None]
+    items = [
+        (name, value, table is CHANGES)
+        for table in (CHANGES, HARMLESS)
+        for name, value in table[script].items()
+        if value is not None
+    ]
     in_parallel(world, change, items)
     tally("settings changed alone", len(items))
 
@@ -80,7 +189,9 @@ def test_each_changed_input_is_named_and_redone(world, worker, tally):
 
     data = world.folder / "edited.jsonl"
     rows = (world.folder / "texts.jsonl").read_text().splitlines()
-    data.write_text("\n".join([*rows[:-1], json.dumps({"text": "an edited row", "topic": "t1"})]) + "\n")
+    data.write_text(
+        "\n".join([*rows[:-1], json.dumps({"text": "an edited row", "topic": "t1"})]) + "\n"
+    )
     restored("extract_activations")
     done = world.run(worker, "extract_activations", "--dataset-path", data)
     assert done["code"] == 0 and done["out"].count("changed: dataset changed") == 2

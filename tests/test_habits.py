@@ -1,4 +1,6 @@
-"""What a user meets at the command line: help, quiet output, summary lines, bars; and the map in docs/contributing.md."""
+"""What a user meets at the command line: help, quiet output, summary lines, bars; and the map in
+docs/contributing.md."""
+
 import io
 import json
 import re
@@ -12,18 +14,39 @@ import config
 from fastsae.runtime import progress
 
 SCRIPTS = ["extract_activations.py", "train_sae.py", "interpret_sae.py", "run_pipeline.py"]
-TINY = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--run-name", "r", "--device", "cpu"]
+TINY = [
+    "--m",
+    16,
+    "--k",
+    2,
+    "--no-use-matryoshka",
+    "--n-epochs",
+    2,
+    "--run-name",
+    "r",
+    "--device",
+    "cpu",
+]
 
 
 def summaries(text):
-    return [json.loads(line.removeprefix("summary: ")) for line in text.splitlines() if line.startswith("summary: ")]
+    return [
+        json.loads(line.removeprefix("summary: "))
+        for line in text.splitlines()
+        if line.startswith("summary: ")
+    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_enough_to_work_from(script):
     """Grouped by file, 100 columns, defaults as they are typed, examples that parse, exit codes."""
-    done = subprocess.run([sys.executable, PROJECT / script, "--m", "8", "-h"] if "train" in script else
-                          [sys.executable, PROJECT / script, "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, PROJECT / script, "--m", "8", "-h"]
+        if "train" in script
+        else [sys.executable, PROJECT / script, "--help"],
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     text, _, rest = done.stdout.partition("examples:\n")
     assert max(map(len, text.splitlines())) <= 100
@@ -36,9 +59,12 @@ def test_help_is_enough_to_work_from(script):
 
 
 def test_values_that_begin_with_a_dash_and_values_that_are_missing():
-    declared = config.read_settings(PROJECT / "config.py") | config.read_settings(PROJECT / "interpret_sae.py")
-    assert config.parse_flags(declared, ["--text", "-h is help", "--quiet", "--no-dry-run"], "interpret_sae.py") == (
-        {"TEXT": "-h is help", "QUIET": True, "DRY_RUN": False}, [])
+    declared = config.read_settings(PROJECT / "config.py") | config.read_settings(
+        PROJECT / "interpret_sae.py"
+    )
+    assert config.parse_flags(
+        declared, ["--text", "-h is help", "--quiet", "--no-dry-run"], "interpret_sae.py"
+    ) == ({"TEXT": "-h is help", "QUIET": True, "DRY_RUN": False}, [])
     words = ["--text", "--seed", "-3", "--text=--seed", "--quiet=1", "--nothing", "5"]
     given, problems = config.parse_flags(declared, words, "interpret_sae.py")
     assert given == {"SEED": -3, "TEXT": "--seed"}
@@ -50,11 +76,20 @@ def test_quiet_leaves_the_summary_and_warnings(tmp_path, write_activations, run_
     flags = [*write_activations(tokens, [20] * 20), *TINY]
     assert run_main("train_sae", *flags, "--quiet") == 0
     out, err = capsys.readouterr()
-    assert err == "" and all(line.startswith(("summary: ", "warning: ")) for line in out.splitlines())
-    line, = summaries(out)
+    assert err == "" and all(
+        line.startswith(("summary: ", "warning: ")) for line in out.splitlines()
+    )
+    (line,) = summaries(out)
     metrics = json.loads((tmp_path / "checkpoints" / "r" / "metrics.json").read_text())
-    assert line["stage"] == "train_sae" and line["status"] == "written" and line["path"].endswith(metrics["checkpoint"])
-    assert all(line[name] == metrics[name] for name in ("normalized_mse", "l0", "dead_fraction")) and line["seconds"] > 0
+    assert (
+        line["stage"] == "train_sae"
+        and line["status"] == "written"
+        and line["path"].endswith(metrics["checkpoint"])
+    )
+    assert (
+        all(line[name] == metrics[name] for name in ("normalized_mse", "l0", "dead_fraction"))
+        and line["seconds"] > 0
+    )
     assert run_main("train_sae", *flags) == 0  # quiet no more, and nothing to do
     out = capsys.readouterr().out
     assert "up to date" in out and out.splitlines()[-1].startswith("summary: ")
@@ -63,13 +98,18 @@ def test_quiet_leaves_the_summary_and_warnings(tmp_path, write_activations, run_
 
 def test_quiet_and_what_is_there_to_be_printed_exclude_each_other(run_script):
     done = run_script("interpret_sae.py", "--quiet", "--text", "a", "--dry-run")
-    assert done.returncode == 2 and re.findall(r"^error: (\w+): QUIET", done.stderr, re.M) == ["TEXT", "DRY_RUN"]
+    assert done.returncode == 2 and re.findall(r"^error: (\w+): QUIET", done.stderr, re.M) == [
+        "TEXT",
+        "DRY_RUN",
+    ]
 
 
 def test_the_whole_pipeline_quietly(tmp_path, run_script):
     """Three summary lines on stdout and nothing else anywhere, twice."""
     dataset = tmp_path / "texts.jsonl"
-    dataset.write_text("".join(json.dumps({"text": f"word {i} of many words"}) + "\n" for i in range(12)))
+    dataset.write_text(
+        "".join(json.dumps({"text": f"word {i} of many words"}) + "\n" for i in range(12))
+    )
     flags = ["--dataset-path", dataset, "--quiet", "--layer-idx", 1, "--n-top-neurons", 0, *TINY]
     for status in ("written", "unchanged"):
         done = run_script("run_pipeline.py", *flags)
@@ -77,9 +117,15 @@ def test_the_whole_pipeline_quietly(tmp_path, run_script):
         lines = done.stdout.splitlines()
         found = summaries(done.stdout)
         assert len([line for line in lines if not line.startswith("warning: ")]) == 3
-        assert [(line["stage"], line["status"]) for line in found] == [(name.removesuffix(".py"), status) for name in config.STAGES]
+        assert [(line["stage"], line["status"]) for line in found] == [
+            (name.removesuffix(".py"), status) for name in config.STAGES
+        ]
         assert all(line["seconds"] >= 0 and (tmp_path / line["path"]).exists() for line in found)
-        assert found[0]["n_examples"] == 12 and found[0]["n_tokens"] > 12 and found[2]["n_features"] == 16
+        assert (
+            found[0]["n_examples"] == 12
+            and found[0]["n_tokens"] > 12
+            and found[2]["n_features"] == 16
+        )
 
 
 class Terminal(io.StringIO):
@@ -105,11 +151,22 @@ def test_bars_are_for_terminals_only(monkeypatch):
 
 def test_the_guide_names_every_file():
     guide = (PROJECT / "docs" / "contributing.md").read_text(encoding="utf-8")
-    tracked = subprocess.run(["git", "-C", PROJECT, "ls-files", "fastsae", "experiments", "tests", "*.py"], capture_output=True,
-                             text=True).stdout.split()
-    files = {name for name in tracked if name.endswith((".py", ".js", ".css", ".j2")) and not name.startswith("tests/")}
+    tracked = subprocess.run(
+        ["git", "-C", PROJECT, "ls-files", "fastsae", "experiments", "tests", "*.py"],
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    files = {
+        name
+        for name in tracked
+        if name.endswith((".py", ".js", ".css", ".j2")) and not name.startswith("tests/")
+    }
     assert len(files) >= 75
     named = set(re.findall(r"`([\w./]+)`", guide))
-    missing = {name for name in files if not name.endswith("__init__.py") and not named & {name, name.split("/")[-1],
-                                                                                         name.partition("/")[2]}}
+    missing = {
+        name
+        for name in files
+        if not name.endswith("__init__.py")
+        and not named & {name, name.split("/")[-1], name.partition("/")[2]}
+    }
     assert not missing, missing

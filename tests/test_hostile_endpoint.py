@@ -356,9 +356,7 @@ def test_an_unexpected_exception_costs_one_call_and_is_named(server, tmp_path, m
         return whole(prompt) if prompt == "two" else {}["no such"]
 
     monkeypatch.setattr(endpoint, "complete", complete)
-    found = client.Asker(endpoint, tmp_path / "j.jsonl", n_workers=1).ask(
-        ["one", "two"], "labels"
-    )
+    found = client.Asker(endpoint, tmp_path / "j.jsonl", n_workers=1).ask(["one", "two"], "labels")
     assert found["two"] == ("mentions bread", None)
     assert (
         found["one"][0] is None

@@ -1,4 +1,6 @@
-"""What decides whether work is done already is the whole content of what it was made from: no edit and no damage passes."""
+"""What decides whether work is done already is the whole content of what it was made from: no edit
+and no damage passes."""
+
 import json
 import os
 import shutil
@@ -18,7 +20,8 @@ EMBEDDED = "SmolLM2-135M-Instruct"
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """A model's folder with weights of 20,000 bytes, of which every edit counts; digests are remembered from 1,000 on."""
+    """A model's folder with weights of 20,000 bytes, of which every edit counts; digests are
+    remembered from 1,000 on."""
     monkeypatch.setenv("FASTSAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(digests, "REMEMBERED_FROM", 1000)
     folder = tmp_path / "model"
@@ -36,7 +39,8 @@ def flip(path, at):
 
 
 def test_every_byte_of_a_model_decides(model):
-    """What sampling would not see: one byte anywhere, at the same size, with the time of change set back."""
+    """What sampling would not see: one byte anywhere, at the same size, with the time of change set
+    back."""
     weights = model / "model.safetensors"
     os.truncate(weights, 24 << 20)
     seen = {language_model.identity(str(model))}
@@ -50,9 +54,13 @@ def test_every_byte_of_a_model_decides(model):
     assert len(seen) == 6
 
 
-@pytest.mark.parametrize("name", ["additional_chat_templates/rag.jinja", "weights/model-00001.safetensors", "extra.py"])
+@pytest.mark.parametrize(
+    "name", ["additional_chat_templates/rag.jinja", "weights/model-00001.safetensors", "extra.py"]
+)
 def test_files_of_inner_folders_decide(model, name):
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "weights/model-00001.safetensors"}}))
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"w": "weights/model-00001.safetensors"}})
+    )
     before = language_model.identity(str(model))
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_text("a")
@@ -75,13 +83,16 @@ def test_what_decides_nothing(model):
 def test_the_base_of_an_adapter_decides(model, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model)}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(model)})
+    )
     before = language_model.identity(str(adapter))
     flip(model / "model.safetensors", 7)
     assert language_model.identity(str(adapter)) != before
 
 
 # Remembered digests
+
 
 @pytest.fixture
 def read(monkeypatch):
@@ -110,13 +121,23 @@ def test_a_file_that_was_written_just_now_is_not_remembered(model, tmp_path, rea
         assert len(read) == n
 
 
-@pytest.mark.parametrize("note", ["", "[", "[]", "[" * 100_000, '{"state": 1}', '{"state": STATE, "sha256": "x"}',
-                                  '{"state": STATE, "sha256": 7}'])
+@pytest.mark.parametrize(
+    "note",
+    [
+        "",
+        "[",
+        "[]",
+        "[" * 100_000,
+        '{"state": 1}',
+        '{"state": STATE, "sha256": "x"}',
+        '{"state": STATE, "sha256": 7}',
+    ],
+)
 def test_a_damaged_note_is_read_over(model, tmp_path, monkeypatch, note):
     monkeypatch.setattr(digests, "SETTLED", -1)
     weights, memory = model / "model.safetensors", tmp_path / "memory"
     expected = digests.content_sha256(weights, memory)
-    path, = memory.iterdir()
+    (path,) = memory.iterdir()
     path.write_text(note.replace("STATE", json.dumps(digests.state_of(weights))))
     assert digests.content_sha256(weights, memory) == expected
 
@@ -161,9 +182,11 @@ def test_held_files(model, change):
 
 # The embedded model
 
+
 @pytest.fixture
 def embedded(tmp_path, monkeypatch):
-    """A cache with a stand-in for the embedded model of three small files, and how often it was made; "made" writes the same."""
+    """A cache with a stand-in for the embedded model of three small files, and how often it was
+    made; "made" writes the same."""
     monkeypatch.setenv("FASTSAE_CACHE", str(tmp_path / "cache"))
     made = []
 
@@ -178,7 +201,16 @@ def embedded(tmp_path, monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", language_model.MANIFEST, "adapter_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        language_model.MANIFEST,
+        "adapter_config.json",
+    ],
+)
 @pytest.mark.parametrize("how", ["flip", "cut", "remove", "empty"])
 def test_a_damaged_embedded_model_is_made_anew(embedded, name, how, capsys):
     folder = language_model._embedded_folder(None)
@@ -202,7 +234,8 @@ def test_a_damaged_embedded_model_is_made_anew(embedded, name, how, capsys):
 def test_the_embedded_models_identity_is_that_of_its_content(embedded):
     before = language_model.identity(EMBEDDED)
     assert before == language_model.EMBEDDED["gguf_sha256"]
-    language_model._embedded_folder(None)  # a conversion that made something else than the one that is known
+    # a conversion that made something else than the one that is known
+    language_model._embedded_folder(None)
     other = language_model.identity(EMBEDDED)
     assert other.startswith(before) and len(other) > len(before)
     with pytest.raises(InputError, match="is not the model that it was. run again"):
@@ -230,17 +263,23 @@ def test_the_real_one_is_the_one_that_is_known(smol_tokenizer):
 
 # What is read is what was looked at
 
+
 @pytest.mark.parametrize("name", ["d.jsonl", "d.txt"])
 def test_a_dataset_that_was_replaced_before_it_was_read(tmp_path, name):
     """And put back afterwards: what counts is the content that was read."""
     path = tmp_path / name
-    one, other = ("".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(9)) for word in ("one", "two"))
+    one, other = (
+        "".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(9))
+        for word in ("one", "two")
+    )
     stream = datasets.stream_text if name.endswith(".txt") else datasets.stream_examples
     path.write_text(one)
     looked_at, _ = datasets.identity(str(path))
     assert list(stream(path, sha256=looked_at))
     path.write_text(other)
-    with pytest.raises(EnvironmentFailure, match="was replaced or changed while this run read it. run again"):
+    with pytest.raises(
+        EnvironmentFailure, match="was replaced or changed while this run read it. run again"
+    ):
         for _ in stream(path, sha256=looked_at):
             path.write_text(one)
     path.write_text(one)
@@ -259,7 +298,9 @@ def test_what_is_not_needed_of_a_dataset_is_looked_at_as_well(tmp_path, how):
         datasets.read_dataset(path, sha256=looked_at, **how)
 
 
-def test_activations_that_are_replaced_while_they_are_opened(tmp_path, write_activations, monkeypatch):
+def test_activations_that_are_replaced_while_they_are_opened(
+    tmp_path, write_activations, monkeypatch
+):
     """Their members are read one after the other: they must not come from two files of equal sizes."""
     write_activations(np.zeros((6, 4), np.float16), [2, 4])
     path, plain = tmp_path / "activations" / "activations_layer12.npz", files.read_npz
@@ -271,18 +312,26 @@ def test_activations_that_are_replaced_while_they_are_opened(tmp_path, write_act
         return found
 
     monkeypatch.setattr(files, "read_npz", replaced)
-    with pytest.raises(EnvironmentFailure, match="activations_layer12.npz: was replaced or changed"):
+    with pytest.raises(
+        EnvironmentFailure, match="activations_layer12.npz: was replaced or changed"
+    ):
         files.open_activations(path)
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "activations", "dataset", "model"])
-def test_what_stage_3_describes_is_what_it_read(tmp_path, planted, run_main, monkeypatch, capsys, name):
-    """Each input replaced between the first look and the reading stops it before anything is written."""
+def test_what_stage_3_describes_is_what_it_read(
+    tmp_path, planted, run_main, monkeypatch, capsys, name
+):
+    """Each input replaced between the first look and the reading stops it before anything is
+    written."""
     import interpret_sae
 
     describe = interpret_sae.describe
-    path = {"dataset": tmp_path / "planted.jsonl", "activations": tmp_path / "activations" / "activations_layer12.npz",
-            "checkpoint": tmp_path / "checkpoints" / "test" / "SAE_M=20_K=1.pt"}.get(name)
+    path = {
+        "dataset": tmp_path / "planted.jsonl",
+        "activations": tmp_path / "activations" / "activations_layer12.npz",
+        "checkpoint": tmp_path / "checkpoints" / "test" / "SAE_M=20_K=1.pt",
+    }.get(name)
 
     def replace(value):
         if name == "checkpoint":
@@ -304,9 +353,14 @@ def test_what_stage_3_describes_is_what_it_read(tmp_path, planted, run_main, mon
 
     monkeypatch.setattr(interpret_sae, "describe", described)
     code = run_main("interpret_sae", *planted, "--n-top-neurons", 0)
-    line, = capsys.readouterr().err.splitlines()
-    said = {"dataset": "is not the file the activations were made from", "model": "is not the model that it was"}
-    assert code in (2, 3) and said.get(name, "was replaced while this run began. run again.") in line
+    (line,) = capsys.readouterr().err.splitlines()
+    said = {
+        "dataset": "is not the file the activations were made from",
+        "model": "is not the model that it was",
+    }
+    assert (
+        code in (2, 3) and said.get(name, "was replaced while this run began. run again.") in line
+    )
     assert not (tmp_path / "interpretations.jsonl").exists()
 
 
@@ -337,21 +391,36 @@ ROWS = [{"feature": i, "label": f"words \u2028 like {i}", "density": 1 / (3 + i)
 
 def test_sealed_lines_come_back(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(tables.sealed({"inputs": {"checkpoint": "f"}, "é": 0.1}, ROWS), encoding="utf-8")
+    path.write_text(
+        tables.sealed({"inputs": {"checkpoint": "f"}, "é": 0.1}, ROWS), encoding="utf-8"
+    )
     about, *rows = tables.read_sealed(path)
     assert rows == ROWS and about["inputs"] == {"checkpoint": "f"}
     assert tables.read_labels(path, "f") == {row["feature"]: row["label"] for row in ROWS}
 
 
 def test_no_changed_table_counts(tmp_path, tally):
-    """Every cut, every flipped bit, a row that is lost, doubled, moved or edited, and a seal that is gone."""
+    """Every cut, every flipped bit, a row that is lost, doubled, moved or edited, and a seal that
+    is gone."""
     path = tmp_path / "a.jsonl"
     whole = tables.sealed({"inputs": {"checkpoint": "f"}}, ROWS).encode()
     lines = whole.splitlines(keepends=True)
     changed = [whole[:n] for n in range(len(whole))]
-    changed += [whole[:n // 8] + bytes([whole[n // 8] ^ 1 << n % 8]) + whole[n // 8 + 1:] for n in range(0, 8 * len(whole), 3)]
-    changed += [b"".join(lines[:-2]), whole + lines[-1], whole + b"\n", b"".join([lines[0], *lines[:0:-1]]),
-                whole.replace(b"like 3", b"like 8"), whole.replace(b'"sha256"', b'"sha257"'), b"[" * 100_000, b"1\n2\n", b"{}\n"]
+    changed += [
+        whole[: n // 8] + bytes([whole[n // 8] ^ 1 << n % 8]) + whole[n // 8 + 1 :]
+        for n in range(0, 8 * len(whole), 3)
+    ]
+    changed += [
+        b"".join(lines[:-2]),
+        whole + lines[-1],
+        whole + b"\n",
+        b"".join([lines[0], *lines[:0:-1]]),
+        whole.replace(b"like 3", b"like 8"),
+        whole.replace(b'"sha256"', b'"sha257"'),
+        b"[" * 100_000,
+        b"1\n2\n",
+        b"{}\n",
+    ]
     for content in changed:
         path.write_bytes(content)
         with pytest.raises(EnvironmentFailure, match="was changed by hand"):
@@ -364,9 +433,14 @@ def test_a_changed_table_is_made_anew(tmp_path, planted, run_main, capsys):
     flags, path = [*planted, "--n-top-neurons", 0], tmp_path / "interpretations.jsonl"
     assert run_main("interpret_sae", *flags) == 0
     whole = path.read_text()
-    for content in ("".join(whole.splitlines(keepends=True)[:9]), whole.replace("apple", "orange", 1)):
+    for content in (
+        "".join(whole.splitlines(keepends=True)[:9]),
+        whole.replace("apple", "orange", 1),
+    ):
         path.write_text(content)
         capsys.readouterr()
         assert run_main("interpret_sae", *flags) == 0
-        assert "was changed by hand, damaged" in capsys.readouterr().out and path.read_text() == whole
+        assert (
+            "was changed by hand, damaged" in capsys.readouterr().out and path.read_text() == whole
+        )
     assert run_main("interpret_sae", *flags) == 0 and "up to date" in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Whatever is given as a dataset either works or ends in one line that says what it is and what makes rows of it."""
+"""Whatever is given as a dataset either works or ends in one line that says what it is and what
+makes rows of it."""
+
 import bz2
 import gzip
 import io
@@ -57,56 +59,136 @@ KINDS = {  # content, what it is, a part of the remedy
     "zstd": (b"\x28\xb5\x2f\xfd\x04\x58" + ROWS, "is compressed by zstd", "zstd -dc PATH"),
     "zip": (archive("a/data.jsonl"), "is a zip archive", "unzip -p PATH > data.jsonl"),
     "torn zip": (archive("a.txt")[:40], "is a zip archive", "unzip"),
-    "xlsx": (archive("[Content_Types].xml", "xl/workbook.xml"), "is an Excel workbook", "read_excel('PATH')"),
+    "xlsx": (
+        archive("[Content_Types].xml", "xl/workbook.xml"),
+        "is an Excel workbook",
+        "read_excel('PATH')",
+    ),
     "docx": (archive("[Content_Types].xml", "word/document.xml"), "is a Word document", "pandoc"),
     "ods": (archive("mimetype", "content.xml"), "is an OpenDocument file", "soffice"),
     "npz": (arrays(), "is a NumPy archive", "write its texts"),
     "pt": (archive("archive/data.pkl", "archive/version"), "is a PyTorch file", "--init-from"),
     "tar": (tar(), "is a tar archive", "tar -xf PATH"),
-    "parquet": (b"PAR1\x15\x04\x15" + bytes(50) + b"PAR1", "is a Parquet table", "read_parquet('PATH')"),
+    "parquet": (
+        b"PAR1\x15\x04\x15" + bytes(50) + b"PAR1",
+        "is a Parquet table",
+        "read_parquet('PATH')",
+    ),
     "feather": (b"ARROW1\0\0" + bytes(50), "is an Arrow (Feather) table", "read_feather('PATH')"),
-    "arrow": (b"\xff\xff\xff\xff\x10\x01\0\0" + bytes(50), "is an Arrow stream", "Dataset.from_file('PATH')"),
+    "arrow": (
+        b"\xff\xff\xff\xff\x10\x01\0\0" + bytes(50),
+        "is an Arrow stream",
+        "Dataset.from_file('PATH')",
+    ),
     "xls": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(50), "is an old Office file", "read_excel"),
     "pdf": (b"%PDF-1.7\n%\xe2\xe3\n1 0 obj", "is a PDF", "pdftotext PATH"),
-    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of git-lfs",
-                "git lfs pull"),
+    "git-lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "is a pointer of git-lfs",
+        "git lfs pull",
+    ),
     "html": (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "is a web page", "/resolve/"),
     "pickle": (b"\x80\x04\x95\x10\0\0\0\0\0\0\0]\x94.", "is a Python pickle", "where you trust it"),
-    "csv": (b"id,text,label\n1,\"hello, you\",a\n2,two,b\n", "is a table of comma-separated values",
-            "csv.DictReader(open('PATH'"),
-    "csv, quoted header": (b'"text","label"\n"a","b"\n"c","d"\n', "is a table of comma-separated values", "--text-field"),
-    "tsv": (b"text\tlabel\na b\tc\nd\te\n", "is a table of tab-separated values", "delimiter='\\t'"),
-    "semicolons": ("Überschrift;Text\na;b\n".encode(), "is a table of semicolon-separated values", "delimiter=';'"),
+    "csv": (
+        b'id,text,label\n1,"hello, you",a\n2,two,b\n',
+        "is a table of comma-separated values",
+        "csv.DictReader(open('PATH'",
+    ),
+    "csv, quoted header": (
+        b'"text","label"\n"a","b"\n"c","d"\n',
+        "is a table of comma-separated values",
+        "--text-field",
+    ),
+    "tsv": (
+        b"text\tlabel\na b\tc\nd\te\n",
+        "is a table of tab-separated values",
+        "delimiter='\\t'",
+    ),
+    "semicolons": (
+        "Überschrift;Text\na;b\n".encode(),
+        "is a table of semicolon-separated values",
+        "delimiter=';'",
+    ),
     "yaml": (b"- text: a\n- text: b\n", "is YAML", "yaml.safe_load"),
-    "plain text": (b"Once upon a time.\nThere was a fox.\n", "is plain text, not JSON", "json.dumps({'text': line.strip()})"),
-    "python dicts": (b"{'text': 'a'}\n{'text': 'b'}\n", "holds Python's dicts", "ast.literal_eval(line)"),
-    "spread": (json.dumps({"text": "a"}, indent=1).encode() * 3, "holds JSON objects spread over several lines", "jq -c ."),
-    "data": (json.dumps({"version": 1, "data": [{"text": "a"}] * 3}, indent=1).encode(),
-             "is one JSON object whose field data holds the rows", "['data']]"),
+    "plain text": (
+        b"Once upon a time.\nThere was a fox.\n",
+        "is plain text, not JSON",
+        "json.dumps({'text': line.strip()})",
+    ),
+    "python dicts": (
+        b"{'text': 'a'}\n{'text': 'b'}\n",
+        "holds Python's dicts",
+        "ast.literal_eval(line)",
+    ),
+    "spread": (
+        json.dumps({"text": "a"}, indent=1).encode() * 3,
+        "holds JSON objects spread over several lines",
+        "jq -c .",
+    ),
+    "data": (
+        json.dumps({"version": 1, "data": [{"text": "a"}] * 3}, indent=1).encode(),
+        "is one JSON object whose field data holds the rows",
+        "['data']]",
+    ),
     "joined": (b'{"text": "a"}{"text": "b"}', "holds several JSON objects in one line", "jq -c ."),
-    "UTF-16, no mark": (ROWS.decode().encode("utf-16-le"), "is not UTF-8", "iconv -f UTF-16 -t UTF-8"),
-    "UTF-32": (ROWS.decode().encode("utf-32-le"), "is not UTF-8", "iconv -f UTF-32")}
+    "UTF-16, no mark": (
+        ROWS.decode().encode("utf-16-le"),
+        "is not UTF-8",
+        "iconv -f UTF-16 -t UTF-8",
+    ),
+    "UTF-32": (ROWS.decode().encode("utf-32-le"), "is not UTF-8", "iconv -f UTF-32"),
+}
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "sqlite"])
 @pytest.mark.parametrize("name", ["d.jsonl", "d"])
-def test_a_file_of_another_kind_is_one_line_with_what_makes_rows_of_it(tmp_path, outcome, kind, name):
-    content, what, remedy = KINDS.get(kind) or (database(tmp_path), "is an SQLite database", "select * from TABLE")
+def test_a_file_of_another_kind_is_one_line_with_what_makes_rows_of_it(
+    tmp_path, outcome, kind, name
+):
+    content, what, remedy = KINDS.get(kind) or (
+        database(tmp_path),
+        "is an SQLite database",
+        "select * from TABLE",
+    )
     path = tmp_path / name
     path.write_bytes(content)
     code, lines = outcome(lambda: read_dataset(path))
     assert (code, len(lines)) == (2, 1), lines
-    assert lines[0].startswith(f"error: {path}: {what}") and remedy.replace("PATH", str(path)) in lines[0]
+    assert (
+        lines[0].startswith(f"error: {path}: {what}")
+        and remedy.replace("PATH", str(path)) in lines[0]
+    )
     assert "iconv" not in lines[0] or kind.startswith("UTF")
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "semicolons", "yaml", "plain text", "python dicts", "data", "csv, quoted header"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "csv",
+        "tsv",
+        "semicolons",
+        "yaml",
+        "plain text",
+        "python dicts",
+        "data",
+        "csv, quoted header",
+    ],
+)
 def test_the_command_that_is_named_makes_rows(tmp_path, outcome, kind):
     """What stands in the message is run in a shell, and the result read."""
     (tmp_path / "d.jsonl").write_bytes(KINDS[kind][0])
     _, lines = outcome(lambda: read_dataset(tmp_path / "d.jsonl"))
-    command = re.search(r'python -c ".*" > data\.jsonl', lines[0])[0].replace("python", sys.executable, 1)
-    subprocess.run(command, shell=True, cwd=tmp_path, check=True, env={"PYTHONUTF8": "1"}, executable="/bin/bash")
+    command = re.search(r'python -c ".*" > data\.jsonl', lines[0])[0].replace(
+        "python", sys.executable, 1
+    )
+    subprocess.run(
+        command,
+        shell=True,
+        cwd=tmp_path,
+        check=True,
+        env={"PYTHONUTF8": "1"},
+        executable="/bin/bash",
+    )
     field = "Text" if kind == "semicolons" else "text"
     text = (tmp_path / "data.jsonl").read_text()
     if kind == "semicolons":
@@ -122,81 +204,180 @@ def folder_of(path, **files):
     return path
 
 
-@pytest.mark.parametrize("files, what, remedy", [
-    ({}, "is an empty folder", "--dataset-path FILE.jsonl"),
-    ({"a_dot_txt": "a", "b_dot_txt": "b"}, "is a folder of .txt files", "glob('*.txt')"),
-    ({"state_dot_json": "{}", "data_dot_arrow": ""}, "is a saved dataset", "load_from_disk('PATH').to_json"),
-    ({"dataset_dict_dot_json": "{}"}, "is a saved DatasetDict", "load_from_disk('PATH')['train']"),
-    ({"a_dot_jsonl": "{}"}, "is a folder of .jsonl files", "cat PATH/*.jsonl > data.jsonl"),
-    ({"a_dot_parquet": ""}, "is a folder of Parquet tables", "read_parquet('PATH')"),
-    ({"a_dot_bin": ""}, "is a folder", "--dataset-path FILE.jsonl")])
+@pytest.mark.parametrize(
+    "files, what, remedy",
+    [
+        ({}, "is an empty folder", "--dataset-path FILE.jsonl"),
+        ({"a_dot_txt": "a", "b_dot_txt": "b"}, "is a folder of .txt files", "glob('*.txt')"),
+        (
+            {"state_dot_json": "{}", "data_dot_arrow": ""},
+            "is a saved dataset",
+            "load_from_disk('PATH').to_json",
+        ),
+        (
+            {"dataset_dict_dot_json": "{}"},
+            "is a saved DatasetDict",
+            "load_from_disk('PATH')['train']",
+        ),
+        ({"a_dot_jsonl": "{}"}, "is a folder of .jsonl files", "cat PATH/*.jsonl > data.jsonl"),
+        ({"a_dot_parquet": ""}, "is a folder of Parquet tables", "read_parquet('PATH')"),
+        ({"a_dot_bin": ""}, "is a folder", "--dataset-path FILE.jsonl"),
+    ],
+)
 def test_a_folder_is_one_line_by_what_is_in_it(tmp_path, run_main, capsys, files, what, remedy):
     folder = folder_of(tmp_path / "texts", **files)
     with pytest.raises(SystemExit, match="2"):
-        run_main("extract_activations", "--dataset-path", folder, "--output-dir", tmp_path / "out", "--device", "cpu")
+        run_main(
+            "extract_activations",
+            "--dataset-path",
+            folder,
+            "--output-dir",
+            tmp_path / "out",
+            "--device",
+            "cpu",
+        )
     with pytest.raises(InputError, match="^DATASET_PATH: "):
         datasets.identity(folder)
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: DATASET_PATH: {folder} {what}") and remedy.replace("PATH", str(folder)) in line
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line.startswith(f"error: DATASET_PATH: {folder} {what}")
+        and remedy.replace("PATH", str(folder)) in line
+    )
 
 
 def test_a_plain_text_names_both_ways_at_once(tmp_path, run_script):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     done = run_script("run_pipeline.py", "--dataset-path", tmp_path / "a.txt")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "json.dumps({'text': t.strip()})" in done.stderr and "without stage 3: --processing block" in done.stderr
+    assert (
+        "json.dumps({'text': t.strip()})" in done.stderr
+        and "without stage 3: --processing block" in done.stderr
+    )
 
 
 def one(row, **how):
     return datasets._example(1, row, how.get("text_field", "text"), how.get("label_field")).messages
 
 
-@pytest.mark.parametrize("row, messages", [
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}, ["user: a\nb"]),
-    ({"messages": [{"role": "developer", "content": "a"}, {"role": "User", "content": "b", "tool_calls": []}]},
-     ["system: a", "user: b"]),
-    ({"messages": [{"role": "function", "name": "f", "content": "a"}]}, ["tool: a"]),
-    ({"system": "s", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, ["system: s", "user: a"]),
-    ({"system": "s", "messages": [{"role": "system", "content": "own"}]}, ["system: own"]),
-    ({"system": 3, "messages": [{"role": "user", "content": "a"}]}, ["user: a"]),
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "model", "value": "b"}]}, ["user: a", "assistant: b"]),
-    ({"conversations": [{"role": "user", "content": "a"}]}, ["user: a"]),
-    ({"messages": [{"from": "human", "value": "a"}]}, ["user: a"]),
-    ({"conversations": [{"from": "gpt", "content": "a"}]}, ["assistant: a"])])
+@pytest.mark.parametrize(
+    "row, messages",
+    [
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+                    }
+                ]
+            },
+            ["user: a\nb"],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "developer", "content": "a"},
+                    {"role": "User", "content": "b", "tool_calls": []},
+                ]
+            },
+            ["system: a", "user: b"],
+        ),
+        ({"messages": [{"role": "function", "name": "f", "content": "a"}]}, ["tool: a"]),
+        (
+            {
+                "system": "s",
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+            },
+            ["system: s", "user: a"],
+        ),
+        ({"system": "s", "messages": [{"role": "system", "content": "own"}]}, ["system: own"]),
+        ({"system": 3, "messages": [{"role": "user", "content": "a"}]}, ["user: a"]),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "model", "value": "b"}]},
+            ["user: a", "assistant: b"],
+        ),
+        ({"conversations": [{"role": "user", "content": "a"}]}, ["user: a"]),
+        ({"messages": [{"from": "human", "value": "a"}]}, ["user: a"]),
+        ({"conversations": [{"from": "gpt", "content": "a"}]}, ["assistant: a"]),
+    ],
+)
 def test_dialogues_of_other_tools_are_read(row, messages):
     assert [f"{m['role']}: {m['content']}" for m in one(row)] == messages
 
 
-@pytest.mark.parametrize("row, what", [
-    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
-     "messages[0] calls a tool (tool_calls), which is no text. write the call into its content"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}]},
-     "messages[0].content[1] is a part of type 'image_url', not text. remove the part"),
-    ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a"}]}]}, "messages[0].content[0] is a part of type"),
-    ({"instruction": "i", "input": "", "output": "o"}, "--text-field instruction."),
-    ({"prompt": "p", "response": "r"}, '{"role": "assistant", "content": response}'),
-    ({"question": "q", "answer": "a"}, "--text-field question."),
-    ({"chosen": [{"role": "user", "content": "a"}]}, "its field chosen holds a dialogue: name it messages."),
-    ({"train": [{"text": "a"}]}, "its field train holds rows: write these one a line."),
-    ({"id": "1", "review": "a long text"}, "name yours, for example --text-field review."),
-    ({"id": 1}, "name yours with --text-field.")])
+@pytest.mark.parametrize(
+    "row, what",
+    [
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
+            "messages[0] calls a tool (tool_calls), which is no text. write the call into its content",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "text", "text": "a"},
+                            {"type": "image_url", "image_url": {}},
+                        ],
+                    }
+                ]
+            },
+            "messages[0].content[1] is a part of type 'image_url', not text. remove the part",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a"}]}]},
+            "messages[0].content[0] is a part of type",
+        ),
+        ({"instruction": "i", "input": "", "output": "o"}, "--text-field instruction."),
+        ({"prompt": "p", "response": "r"}, '{"role": "assistant", "content": response}'),
+        ({"question": "q", "answer": "a"}, "--text-field question."),
+        (
+            {"chosen": [{"role": "user", "content": "a"}]},
+            "its field chosen holds a dialogue: name it messages.",
+        ),
+        ({"train": [{"text": "a"}]}, "its field train holds rows: write these one a line."),
+        ({"id": "1", "review": "a long text"}, "name yours, for example --text-field review."),
+        ({"id": 1}, "name yours with --text-field."),
+    ],
+)
 def test_rows_of_other_tools_say_what_to_write(row, what):
     with pytest.raises(ValueError) as error:
         one(row)
-    assert what in str(error.value) and str(error.value).endswith(".") and "\n" not in str(error.value)
+    assert (
+        what in str(error.value) and str(error.value).endswith(".") and "\n" not in str(error.value)
+    )
 
 
-@pytest.mark.parametrize("content", [
-    b'{"text": "a,b"}\n{"text": "c,d"}\n', b'\n {"text": "PAR1"}\n{"text": "b"}\n', b'[{"text": "a"}, {"text": "b"}]',
-    b'{"text": "<!doctype html>"}\n{"text": "---"}\n', b'{"a": {"b": 1}, "text": "a"}\n{"text": "b"}\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": "a,b"}\n{"text": "c,d"}\n',
+        b'\n {"text": "PAR1"}\n{"text": "b"}\n',
+        b'[{"text": "a"}, {"text": "b"}]',
+        b'{"text": "<!doctype html>"}\n{"text": "---"}\n',
+        b'{"a": {"b": 1}, "text": "a"}\n{"text": "b"}\n',
+    ],
+)
 def test_rows_of_json_are_not_taken_for_something_else(dataset, content):
     assert len(read_dataset(dataset(content))) == 2
 
 
-@pytest.mark.parametrize("text", [b"ORC is a word.\n", b"BZh, he said.\n", b"RIFFS of guitars.\n", b"a,b\nc,d\n", b"- a: list\n", b"ID3\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"ORC is a word.\n",
+        b"BZh, he said.\n",
+        b"RIFFS of guitars.\n",
+        b"a,b\nc,d\n",
+        b"- a: list\n",
+        b"ID3\n",
+    ],
+)
 def test_plain_text_is_not_taken_for_something_else(tmp_path, text):
     (tmp_path / "a.txt").write_bytes(text)
-    piece, = datasets.stream_text(tmp_path / "a.txt")
+    (piece,) = datasets.stream_text(tmp_path / "a.txt")
     assert piece.messages[0]["content"] == text.decode()
 
 

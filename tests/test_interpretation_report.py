@@ -1,4 +1,6 @@
-"""The report: nothing in it acts or asks for anything, and in a real browser it opens from disk, sorts, filters and stays quiet."""
+"""The report: nothing in it acts or asks for anything, and in a real browser it opens from disk,
+sorts, filters and stays quiet."""
+
 import json
 import re
 import shutil
@@ -11,9 +13,14 @@ from conftest import put_activations
 from fastsae.interpretation.report import charts, report
 from fastsae.interpretation.report.run_page import describe_run, left_out, who_labelled
 
-HOSTILE = ('<img src="http://evil.example/x.png" onerror="document.title=\'pwned\'">', "</script><script>document.title='pwned'</script>",
-           "{{ 7 * 7 }} ${7*7} `x`", "'\"><svg onload=alert(1)>", "\u2028\u2029 <!-- --> ]]> &lt;b&gt; javascript:alert(1)",
-           "=HYPERLINK(\"http://evil\")")
+HOSTILE = (
+    '<img src="http://evil.example/x.png" onerror="document.title=\'pwned\'">',
+    "</script><script>document.title='pwned'</script>",
+    "{{ 7 * 7 }} ${7*7} `x`",
+    "'\"><svg onload=alert(1)>",
+    "\u2028\u2029 <!-- --> ]]> &lt;b&gt; javascript:alert(1)",
+    '=HYPERLINK("http://evil")',
+)
 
 
 class Tags(HTMLParser):
@@ -38,7 +45,8 @@ class Tags(HTMLParser):
 
 @pytest.fixture
 def hostile(tmp_path, planted, run_main, smol_tokenizer):
-    """A report of the planted autoencoder on texts, labels and file names that would like to be code."""
+    """A report of the planted autoencoder on texts, labels and file names that would like to be
+    code."""
     generator, ids, lengths, rows = np.random.default_rng(0), [], [], []
     old = np.load(tmp_path / "activations" / "activations_layer12.npz")["activations"]
     for i in range(120):
@@ -49,8 +57,28 @@ def hostile(tmp_path, planted, run_main, smol_tokenizer):
         lengths.append(len(tokens))
     dataset = tmp_path / "planted.jsonl"
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    put_activations(tmp_path, old[generator.permutation(len(old))[:len(ids)]], lengths, dataset=dataset, token_ids=ids)
-    assert run_main("train_sae", *planted, "--m", 20, "--k", 2, "--matryoshka-prefixes", "8,20", "--n-epochs", 2) == 0
+    put_activations(
+        tmp_path,
+        old[generator.permutation(len(old))[: len(ids)]],
+        lengths,
+        dataset=dataset,
+        token_ids=ids,
+    )
+    assert (
+        run_main(
+            "train_sae",
+            *planted,
+            "--m",
+            20,
+            "--k",
+            2,
+            "--matryoshka-prefixes",
+            "8,20",
+            "--n-epochs",
+            2,
+        )
+        == 0
+    )
     assert run_main("interpret_sae", *planted) == 0
     return tmp_path / "interpretations.html"
 
@@ -60,58 +88,167 @@ def assert_inert(text):
     assert "data:image" not in text
     parsed = Tags(text)
     scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
-    assert len(scripts) == 2 and scripts[0] == {"type": "application/json", "id": "data"} and scripts[1] == {}
-    allowed = {"html", "head", "meta", "title", "style", "body", "header", "div", "h1", "h2", "p", "nav", "a", "button", "main",
-               "section", "mark", "label", "input", "select", "option", "ol", "article", "figure", "figcaption", "b", "svg", "line",
-               "text", "rect", "polyline", "details", "summary", "table", "tr", "th", "td", "noscript", "script"}
+    assert (
+        len(scripts) == 2
+        and scripts[0] == {"type": "application/json", "id": "data"}
+        and scripts[1] == {}
+    )
+    allowed = {
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "header",
+        "div",
+        "h1",
+        "h2",
+        "p",
+        "nav",
+        "a",
+        "button",
+        "main",
+        "section",
+        "mark",
+        "label",
+        "input",
+        "select",
+        "option",
+        "ol",
+        "article",
+        "figure",
+        "figcaption",
+        "b",
+        "svg",
+        "line",
+        "text",
+        "rect",
+        "polyline",
+        "details",
+        "summary",
+        "table",
+        "tr",
+        "th",
+        "td",
+        "noscript",
+        "script",
+    }
     assert {tag for tag, _ in parsed.tags} <= allowed
     for tag, attributes in parsed.tags:
         active = ("src", "srcset", "style", "action", "formaction")
-        assert not [name for name in attributes if name.startswith("on") or name in active], (tag, attributes)
+        assert not [name for name in attributes if name.startswith("on") or name in active], (
+            tag,
+            attributes,
+        )
         assert attributes.get("href", "#") in ("#", "#features", "#run"), attributes
-    policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and report.csp_hash(parsed.scripts[1]) in policy
+    policy = next(
+        a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert (
+        policy.startswith("default-src 'none'")
+        and "unsafe" not in policy
+        and report.csp_hash(parsed.scripts[1]) in policy
+    )
     return parsed
 
 
 def test_the_story_says_what_was_done():
-    """An autoencoder without a fixed K, imported, nothing left out; a language model that was asked in vain."""
+    """An autoencoder without a fixed K, imported, nothing left out; a language model that was asked
+    in vain."""
     from types import SimpleNamespace
 
-    statistics = SimpleNamespace(kept=np.ones(4, bool), n_kept=4, count=np.array([4, 4, 3]), norms=np.arange(1., 5), density=np.ones(3))
-    about = {"settings": {"K": 64, "EXCLUDE_SHARED_PREFIX": True}, "max_norm": 9.0, "source": {"format": "SAELens"}, "fingerprint": "f",
-             "metrics": {}}
-    source = {"model_name": "m", "settings": {"LAYER_IDX": 1}, "dataset_path": "d.jsonl", "inputs": {"dataset": "x"}, "fingerprint": "g"}
-    features = SimpleNamespace(evidence=SimpleNamespace(statistics=statistics, examples=[1, 2]), sae_meta=about, source=source,
-                               categories=None, comparison=None, rows=[{"status": "llm label unusable", "label_source": "tokens"}] * 3)
-    metadata = {"settings": {"llm": {"INTERPRETER_MODEL": "gpt"}}, "checkpoint": "c", "fingerprint": "h", "versions": {}}
+    statistics = SimpleNamespace(
+        kept=np.ones(4, bool),
+        n_kept=4,
+        count=np.array([4, 4, 3]),
+        norms=np.arange(1.0, 5),
+        density=np.ones(3),
+    )
+    about = {
+        "settings": {"K": 64, "EXCLUDE_SHARED_PREFIX": True},
+        "max_norm": 9.0,
+        "source": {"format": "SAELens"},
+        "fingerprint": "f",
+        "metrics": {},
+    }
+    source = {
+        "model_name": "m",
+        "settings": {"LAYER_IDX": 1},
+        "dataset_path": "d.jsonl",
+        "inputs": {"dataset": "x"},
+        "fingerprint": "g",
+    }
+    features = SimpleNamespace(
+        evidence=SimpleNamespace(statistics=statistics, examples=[1, 2]),
+        sae_meta=about,
+        source=source,
+        categories=None,
+        comparison=None,
+        rows=[{"status": "llm label unusable", "label_source": "tokens"}] * 3,
+    )
+    metadata = {
+        "settings": {"llm": {"INTERPRETER_MODEL": "gpt"}},
+        "checkpoint": "c",
+        "fingerprint": "h",
+        "versions": {},
+    }
     run = describe_run(features, metadata, [], {}, 3)
-    assert "as a sum of about 2.75 of 3 features" in run["story"] and "The figures count 4 tokens. gpt was asked" in run["story"]
-    assert run["story"].endswith("gpt was asked and gave no usable label: every label is made of the feature's own tokens.")
-    assert "line" not in run["charts"][0]["note"] and "bound" not in run["charts"][0]["svg"]  # no norm lies beyond 9
+    assert (
+        "as a sum of about 2.75 of 3 features" in run["story"]
+        and "The figures count 4 tokens. gpt was asked" in run["story"]
+    )
+    assert run["story"].endswith(
+        "gpt was asked and gave no usable label: every label is made of the feature's own tokens."
+    )
+    # no norm lies beyond 9
+    assert "line" not in run["charts"][0]["note"] and "bound" not in run["charts"][0]["svg"]
     assert run["tables"][0][1] == "On tokens of this dataset, drawn at random."
     del about["source"]
     about.update(metrics={"l0": 1234.4}, max_norm=3.5)
     statistics.n_kept = 3
     metadata["settings"]["llm"] = None
     run = describe_run(features, metadata, [], {}, 3)
-    assert "about 1,234 of" in run["story"] and "1 are left out, the prefix that all examples share and attention sinks." in run["story"]
-    assert "No language model was asked: every" in run["story"] and "not trained on" in run["tables"][0][1]
+    assert (
+        "about 1,234 of" in run["story"]
+        and "1 are left out, the prefix that all examples share and attention sinks."
+        in run["story"]
+    )
+    assert (
+        "No language model was asked: every" in run["story"]
+        and "not trained on" in run["tables"][0][1]
+    )
     assert "beyond the line" in run["charts"][0]["note"] and ">bound<" in run["charts"][0]["svg"]
 
 
 def test_what_is_left_out_and_who_labelled():
     def said(n, max_norm, use):
-        return left_out({"settings": {"EXCLUDE_SHARED_PREFIX": True, "USE_TOKENS": use}, "max_norm": max_norm}, n)
+        return left_out(
+            {"settings": {"EXCLUDE_SHARED_PREFIX": True, "USE_TOKENS": use}, "max_norm": max_norm},
+            n,
+        )
 
-    assert said(0, 9.0, "content") == "" and said(1200, None, "all") == "; 1,200 are left out, the prefix that all examples share"
-    assert said(5, 9.0, "assistant") == ("; 5 are left out, the prefix that all examples share, attention sinks and all but the "
-                                         "assistant's text")
-    assert who_labelled([{"label_source": "gpt"}, {"label_source": "tokens"}], {"INTERPRETER_MODEL": "gpt"}).startswith("1 labels were")
+    assert (
+        said(0, 9.0, "content") == ""
+        and said(1200, None, "all") == "; 1,200 are left out, the prefix that all examples share"
+    )
+    assert said(5, 9.0, "assistant") == (
+        "; 5 are left out, the prefix that all examples share, attention sinks and all but the "
+        "assistant's text"
+    )
+    assert who_labelled(
+        [{"label_source": "gpt"}, {"label_source": "tokens"}], {"INTERPRETER_MODEL": "gpt"}
+    ).startswith("1 labels were")
 
 
 def test_numbers_keep_their_digits():
-    assert [report.number(x) for x in (0.000123456, 12.3456, 0, None, float("inf"))] == [0.0001235, 12.35, 0, None, None]
+    assert [report.number(x) for x in (0.000123456, 12.3456, 0, None, float("inf"))] == [
+        0.0001235,
+        12.35,
+        0,
+        None,
+        None,
+    ]
 
 
 def test_the_report_holds_no_code_but_its_own(hostile):
@@ -124,7 +261,9 @@ def test_the_report_holds_no_code_but_its_own(hostile):
 
 def test_embedded_json_survives_hostile_text():
     value = {"text": "".join(HOSTILE), "n": [1, None]}
-    assert json.loads(report.embed(value)) == value and not set("<>&\u2028\u2029") & set(report.embed(value))
+    assert json.loads(report.embed(value)) == value and not set("<>&\u2028\u2029") & set(
+        report.embed(value)
+    )
     with pytest.raises(ValueError):
         report.embed(float("nan"))
 
@@ -132,8 +271,12 @@ def test_embedded_json_survives_hostile_text():
 def test_long_dialogues_are_cut_around_what_is_shown():
     from types import SimpleNamespace
 
-    evidence = SimpleNamespace(data={"seq_lengths": [3000], "token_kind": np.zeros(3000, int)}, offsets=[0, 3000],
-                               token_texts=lambda e: ["x"] * 3000, examples=[SimpleNamespace(line=1, label=None)])
+    evidence = SimpleNamespace(
+        data={"seq_lengths": [3000], "token_kind": np.zeros(3000, int)},
+        offsets=[0, 3000],
+        token_texts=lambda e: ["x"] * 3000,
+        examples=[SimpleNamespace(line=1, label=None)],
+    )
     dialogues = report.Dialogues(evidence)
     for peak in (0, 511, 1500, 2999):
         _, start, stop = dialogues.place(0, peak)
@@ -143,9 +286,20 @@ def test_long_dialogues_are_cut_around_what_is_shown():
 def test_charts_are_well_formed():
     from xml.etree import ElementTree
 
-    made = [charts.bars("<t>", "n", [0, 3, 1], ["a", None, "<b>"], shown=["", "3", "1"], cool={1}, outline=[1, 2, 3]),
-            charts.log_bars("t", "n", [1.0, 10, 10, 500], guide=100, guide_name="bound"), charts.log_bars("t", "n", [5.0]),
-            charts.curves("t", "n", [("a", [3.0, 1.0]), ("b", [4.0, 2.0])])]
+    made = [
+        charts.bars(
+            "<t>",
+            "n",
+            [0, 3, 1],
+            ["a", None, "<b>"],
+            shown=["", "3", "1"],
+            cool={1},
+            outline=[1, 2, 3],
+        ),
+        charts.log_bars("t", "n", [1.0, 10, 10, 500], guide=100, guide_name="bound"),
+        charts.log_bars("t", "n", [5.0]),
+        charts.curves("t", "n", [("a", [3.0, 1.0]), ("b", [4.0, 2.0])]),
+    ]
     for chart in made:
         ElementTree.fromstring(str(chart["svg"]))
     assert charts.log_bars("t", "n", [0.0]) is None
@@ -154,18 +308,32 @@ def test_charts_are_well_formed():
 @pytest.fixture
 def browser(tmp_path_factory):
     """Debian's chromium under selenium; the tests that need it say so where it is absent."""
-    webdriver = pytest.importorskip("selenium.webdriver",
-                                    reason="no selenium here (pip install selenium): the report is not tried in a browser")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver",
+        reason="no selenium here (pip install selenium): the report is not tried in a browser",
+    )
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("no chromium and chromedriver here: the report is not tried in a browser")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1300,900",
-                 f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-dev-shm-usage",
+        "window-size=1300,900",
+        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    driver = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+    )
     yield driver
     driver.quit()
 
@@ -173,30 +341,48 @@ def browser(tmp_path_factory):
 def requested(driver):
     """URLs of all requests since the last call, but for the browser's own pages."""
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return [url for url in urls if not url.startswith(("chrome:", "about:", "data:"))]  # none of these leaves the browser
+    urls = [
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    ]
+    # none of these leaves the browser
+    return [url for url in urls if not url.startswith(("chrome:", "about:", "data:"))]
 
 
 def ids(driver):
-    return driver.execute_script("return [...document.querySelectorAll('.row')].map(r => Number(r.dataset.id))")
+    return driver.execute_script(
+        "return [...document.querySelectorAll('.row')].map(r => Number(r.dataset.id))"
+    )
 
 
 def choose(driver, name, value):
-    driver.execute_script("const s = document.getElementsByName(arguments[0])[0]; s.value = arguments[1]; "
-                          "s.dispatchEvent(new Event('change'))", name, value)
+    driver.execute_script(
+        "const s = document.getElementsByName(arguments[0])[0]; s.value = arguments[1]; "
+        "s.dispatchEvent(new Event('change'))",
+        name,
+        value,
+    )
 
 
 def test_in_a_browser(planted, run_main, tmp_path, browser):
-    """Opens from file://, asks for nothing, reports no error; sorting, search, filters, deep links, keys and themes work."""
+    """Opens from file://, asks for nothing, reports no error; sorting, search, filters, deep links,
+    keys and themes work."""
     assert run_main("interpret_sae", *planted) == 0
     url = (tmp_path / "interpretations.html").as_uri()
     requested(browser)
     browser.get(url)
     assert browser.execute_script("return Number(document.body.dataset.ready)") < 1000
     everything = ids(browser)
-    rows = {row["feature"]: row for row in map(json.loads, (tmp_path / "interpretations.jsonl").read_text().splitlines()[1:])}
+    rows = {
+        row["feature"]: row
+        for row in map(
+            json.loads, (tmp_path / "interpretations.jsonl").read_text().splitlines()[1:]
+        )
+    }
     assert sorted(everything) == [j for j, row in rows.items() if row["status"] != "dead"]
-    aucs = [rows[j]["category_auc"] or 0 for j in everything]  # features without a category come last
+    # features without a category come last
+    aucs = [rows[j]["category_auc"] or 0 for j in everything]
     assert aucs == sorted(aucs, reverse=True)
     browser.find_element("css selector", "[data-sort=density]").click()
     densities = [rows[j]["density"] for j in ids(browser)]
@@ -205,7 +391,11 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     assert [rows[j]["density"] for j in ids(browser)] == sorted(densities)
     search = browser.find_element("id", "search")
     search.send_keys("river")
-    assert ids(browser) and all("river" in json.dumps(rows[j]) for j in ids(browser)) and len(ids(browser)) < len(everything)
+    assert (
+        ids(browser)
+        and all("river" in json.dumps(rows[j]) for j in ids(browser))
+        and len(ids(browser)) < len(everything)
+    )
     search.send_keys("\ue00c")  # Escape
     assert len(ids(browser)) == len(everything)
     choose(browser, "category", "cat_apple")
@@ -217,32 +407,51 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     choose(browser, "dead", "")
     river = next(j for j, row in rows.items() if row["label"].startswith("'river'"))
     browser.get(f"{url}#feature={river}")
-    marks = browser.execute_script("return [...document.querySelectorAll('#panel .example mark.peak')].map(m => m.textContent)")
+    marks = browser.execute_script(
+        "return [...document.querySelectorAll('#panel .example mark.peak')].map(m => m.textContent)"
+    )
     assert len(marks) >= 5 and set(marks) == {"river"}
     browser.find_element("css selector", "#panel .example button").click()
     assert browser.find_element("css selector", "#panel .tokens.whole mark").text == "river"
     shown = browser.execute_script("return state.shown")
     browser.find_element("tag name", "body").send_keys("\ue015")  # arrow down
-    assert browser.execute_script("return state.open") == shown[min(shown.index(river) + 1, len(shown) - 1)]
+    assert (
+        browser.execute_script("return state.open")
+        == shown[min(shown.index(river) + 1, len(shown) - 1)]
+    )
     browser.find_element("tag name", "body").send_keys("\ue013")  # arrow up
     assert browser.execute_script("return [state.open, location.hash]")[1].startswith("#feature=")
     before = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     browser.find_element("id", "theme").click()
-    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") != before
+    assert (
+        browser.execute_script("return getComputedStyle(document.body).backgroundColor") != before
+    )
     browser.get(f"{url}#run")
-    assert browser.find_element("id", "run-page").is_displayed() and len(browser.find_elements("css selector", ".charts svg")) >= 3
+    assert (
+        browser.find_element("id", "run-page").is_displayed()
+        and len(browser.find_elements("css selector", ".charts svg")) >= 3
+    )
     browser.get(f"{url}#feature=99999")
     assert "not in this report" in browser.find_element("id", "panel").text
-    assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert not [
+        entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+    ]
     assert [url for url in requested(browser) if not url.startswith("file://")] == []
 
 
 def test_small_numbers_and_states_in_a_browser(planted, run_main, tmp_path, browser):
     assert run_main("interpret_sae", *planted) == 0
     path = tmp_path / "interpretations.html"
-    before, data, after = re.split(r'(?<=id="data">)(.*?)(?=</script>)', path.read_text(encoding="utf-8"), maxsplit=1, flags=re.S)
+    before, data, after = re.split(
+        r'(?<=id="data">)(.*?)(?=</script>)',
+        path.read_text(encoding="utf-8"),
+        maxsplit=1,
+        flags=re.S,
+    )
     data = json.loads(data)
-    small, asked, dead = [f for f in data["features"] if not f["dead"]][:2] + [next(f for f in data["features"] if f["dead"])]
+    small, asked, dead = [f for f in data["features"] if not f["dead"]][:2] + [
+        next(f for f in data["features"] if f["dead"])
+    ]
     for example in small["examples"]:
         example.update(top=example["top"] / 200, values=[v / 200 for v in example["values"]])
     small.update(max=0.0298, mean=0.0251, histogramEnd=0.0301)
@@ -250,15 +459,28 @@ def test_small_numbers_and_states_in_a_browser(planted, run_main, tmp_path, brow
     path.write_text(before + report.embed(data) + after, encoding="utf-8")
     browser.get(f"{path.as_uri()}#feature={small['id']}")
     text = browser.find_element("id", "panel").text
-    assert "0.0298" in text and "mean 0.0251" in text and "0.0301" in text and "no language model was asked" in text
+    assert (
+        "0.0298" in text
+        and "mean 0.0251" in text
+        and "0.0301" in text
+        and "no language model was asked" in text
+    )
     shown = float(browser.find_element("css selector", "#panel .example header b").text)
-    assert shown == pytest.approx(small["examples"][0]["top"], rel=.01)
-    assert browser.find_element("css selector", "#panel .example .tokens").get_attribute("dir") == "auto"
+    assert shown == pytest.approx(small["examples"][0]["top"], rel=0.01)
+    assert (
+        browser.find_element("css selector", "#panel .example .tokens").get_attribute("dir")
+        == "auto"
+    )
     browser.get(f"{path.as_uri()}#feature={asked['id']}")
     text = browser.find_element("id", "panel").text
-    assert "its own most characteristic tokens. llm label unusable." in text and "was asked" not in text
+    assert (
+        "its own most characteristic tokens. llm label unusable." in text
+        and "was asked" not in text
+    )
     browser.get(f"{path.as_uri()}#feature={dead['id']}")
-    assert "did not fire on any of the tokens counted here" in browser.find_element("id", "panel").text
+    assert (
+        "did not fire on any of the tokens counted here" in browser.find_element("id", "panel").text
+    )
 
 
 def test_hostile_texts_are_inert_in_a_browser(hostile, browser):
@@ -271,12 +493,16 @@ def test_hostile_texts_are_inert_in_a_browser(hostile, browser):
     assert browser.execute_script(f"return document.querySelectorAll('{planted}').length") == 0
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert [url for url in requested(browser) if not url.startswith("file://")] == []
-    assert re.search(r"onerror|script", browser.find_element("id", "features").text)  # they are there, as text
+    # they are there, as text
+    assert re.search(r"onerror|script", browser.find_element("id", "features").text)
 
 
 def test_fits_a_phone_and_prints(planted, run_main, tmp_path, browser):
     assert run_main("interpret_sae", *planted) == 0
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True})
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True},
+    )
     url = (tmp_path / "interpretations.html").as_uri()
     for place in ("", "#feature=1", "#run"):
         browser.get("about:blank")

@@ -191,9 +191,7 @@ def test_connections_that_fail_say_why(server, tmp_path, url, reason, n_tries, m
         trusting = client.ChatEndpoint(KEY, secure.url, "m", timeout=20)
         assert trusting.complete("x")[0] == "mentions bread"
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
-        with pytest.raises(
-            client.CallFailed, match="SSL_CERT_FILE or SSL_CERT_DIR cannot be read"
-        ):
+        with pytest.raises(client.CallFailed, match="SSL_CERT_FILE or SSL_CERT_DIR cannot be read"):
             client.ChatEndpoint(KEY, secure.url, "m", timeout=20).complete("x")
     finally:
         secure.close()

@@ -1,4 +1,5 @@
 """The model card: what the hub reads from it, and that no name can add to it."""
+
 import json
 import re
 
@@ -11,8 +12,16 @@ from fastsae.formats import export, model_card
 from fastsae.runtime import artifacts
 from fastsae.sae.autoencoder import save_sae
 
-METRICS = {"normalized_mse": 0.25, "explained_variance": 0.75, "l0": 4.0, "dead_fraction": 0.0, "cosine_similarity": 0.9, "mse": 1.5,
-           "n_train_tokens": 1000, "n_validation_tokens": 100}
+METRICS = {
+    "normalized_mse": 0.25,
+    "explained_variance": 0.75,
+    "l0": 4.0,
+    "dead_fraction": 0.0,
+    "cosine_similarity": 0.9,
+    "mse": 1.5,
+    "n_train_tokens": 1000,
+    "n_validation_tokens": 100,
+}
 
 
 def metas(folder, *names):
@@ -23,30 +32,56 @@ def written(folder, *, kind="topk", names=("SAE_M=40_K=4.pt",), **source):
     """The text of the card for checkpoints as train_sae.py leaves them."""
     for name in names:
         settings = {"ARCHITECTURE": kind, "M": 40, "K": 4, "EXCLUDE_SHARED_PREFIX": True}
-        metadata = artifacts.new_metadata("sae", settings, {"activations": "f"}, activations={**SOURCE, **source}, metrics=METRICS,
-                                          max_norm=12.5)
+        metadata = artifacts.new_metadata(
+            "sae",
+            settings,
+            {"activations": "f"},
+            activations={**SOURCE, **source},
+            metrics=METRICS,
+            max_norm=12.5,
+        )
         save_sae(folder / name, trained(kind), metadata)
     model_card.write_card(folder, metas(folder, *names))
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_hub_reads_it(tmp_path):
-    text = written(tmp_path, dataset_path="hf:allenai/tulu-3-sft-mixture@abc", names=("SAE_M=40_K=4.pt", "SAE_M=40_K=4_seed=1.pt"))
+    text = written(
+        tmp_path,
+        dataset_path="hf:allenai/tulu-3-sft-mixture@abc",
+        names=("SAE_M=40_K=4.pt", "SAE_M=40_K=4_seed=1.pt"),
+    )
     data = ModelCard(text, ignore_metadata_errors=False).data
-    assert data.base_model is None and data.datasets == ["allenai/tulu-3-sft-mixture"]  # the hub's weights are others
+    # the hub's weights are others
+    assert data.base_model is None and data.datasets == ["allenai/tulu-3-sft-mixture"]
     assert "sparse-autoencoder" in data.tags
     header = yaml.safe_load(text.split("---")[1])
-    assert [each["name"] for each in header["model-index"]] == ["SAE_M=40_K=4", "SAE_M=40_K=4_seed=1"]
-    for part in ("residual stream after 12 blocks", "blocks.11.hook_resid_post", "--export saelens", "load_model(", "hf upload"):
+    assert [each["name"] for each in header["model-index"]] == [
+        "SAE_M=40_K=4",
+        "SAE_M=40_K=4_seed=1",
+    ]
+    for part in (
+        "residual stream after 12 blocks",
+        "blocks.11.hook_resid_post",
+        "--export saelens",
+        "load_model(",
+        "hf upload",
+    ):
         assert part in text
     assert written(tmp_path, names=("SAE_M=40_K=4.pt",)).count("| `SAE_") == 1
 
 
 def test_it_says_whose_weights_and_which_tokens(tmp_path):
     text = written(tmp_path)
-    assert "# Sparse autoencoder of `SmolLM2-135M-Instruct, 4-bit (Q4_1), dequantised`, layer 12" in text
+    assert (
+        "# Sparse autoencoder of `SmolLM2-135M-Instruct, 4-bit (Q4_1), dequantised`, layer 12"
+        in text
+    )
     assert "not the weights of HuggingFaceTB/SmolLM2-135M-Instruct" in text
-    assert "## Which tokens it is for" in text and "norm above 12.5 (attention sinks). No mask is part of this format" in text
+    assert (
+        "## Which tokens it is for" in text
+        and "norm above 12.5 (attention sinks). No mask is part of this format" in text
+    )
     assert "set `SPARSIFY_DISABLE_TRITON=1` before it is imported" in text
     of_hub = written(tmp_path / "hub", model_name="owner/model")
     assert "4-bit" not in of_hub and ModelCard(of_hub).data.base_model == "owner/model"
@@ -68,24 +103,50 @@ def test_it_names_the_libraries_that_can_read_it(tmp_path):
     assert "HypotheSAEs" not in text and "sparsify" not in text
     export.export(tmp_path / "SAE_jumprelu_M=40_K=4.pt", ["saelens"])
     text = written(tmp_path, kind="jumprelu", names=("SAE_jumprelu_M=40_K=4.pt",))
-    assert 'SAE.load_from_disk("SAE_jumprelu_M=40_K=4.saelens")' in text and ModelCard(text).data.library_name == "saelens"
+    assert (
+        'SAE.load_from_disk("SAE_jumprelu_M=40_K=4.saelens")' in text
+        and ModelCard(text).data.library_name == "saelens"
+    )
 
 
-HOSTILE = ["x\n---\nlicense: mit\n---\n# Buy", "a`b`<script>alert(1)</script>", "```\nrm -rf ~\n```", '"\ntags: [evil]', "| a | b |",
-           "'; !!python/object:os.system", "\u202egnp.exe\u2028x\x00\x1b[2J\ud800", "[c](javascript:alert(1))", "hf:o/n\n- evil: {}",
-           "<!-- " + "y" * 5000]
+HOSTILE = [
+    "x\n---\nlicense: mit\n---\n# Buy",
+    "a`b`<script>alert(1)</script>",
+    "```\nrm -rf ~\n```",
+    '"\ntags: [evil]',
+    "| a | b |",
+    "'; !!python/object:os.system",
+    "\u202egnp.exe\u2028x\x00\x1b[2J\ud800",
+    "[c](javascript:alert(1))",
+    "hf:o/n\n- evil: {}",
+    "<!-- " + "y" * 5000,
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("field", ["dataset_path", "model_name"])
 def test_names_stay_names(tmp_path, field, name):
-    """With a hostile name the card has the same lines, the same keys and the same headings as with a plain one."""
-    plain = written(tmp_path / "plain", **{field: ("hf:o/n" if name.startswith("hf:") and field == "dataset_path" else "./some/name")})
+    """With a hostile name the card has the same lines, the same keys and the same headings as with
+    a plain one."""
+    plain = written(
+        tmp_path / "plain",
+        **{
+            field: (
+                "hf:o/n" if name.startswith("hf:") and field == "dataset_path" else "./some/name"
+            )
+        },
+    )
     text = written(tmp_path / "hostile", **{field: name})
-    assert len(text.splitlines()) == len(plain.splitlines()) == text.count("\n") and len(text) < len(plain) + 2000
+    assert (
+        len(text.splitlines()) == len(plain.splitlines()) == text.count("\n")
+        and len(text) < len(plain) + 2000
+    )
     header, its = (ModelCard(each).data.to_dict() for each in (text, plain))
     assert header.keys() == its.keys() and header["tags"] == its["tags"]
-    outside, plain_outside = (re.sub(r"`[^`\n]*`", "", re.split("^---$", each, maxsplit=2, flags=re.M)[2]) for each in (text, plain))
+    outside, plain_outside = (
+        re.sub(r"`[^`\n]*`", "", re.split("^---$", each, maxsplit=2, flags=re.M)[2])
+        for each in (text, plain)
+    )
     assert outside == plain_outside  # whatever the name says, it says in code spans
     assert all(line.isprintable() for line in text.splitlines())
 
@@ -100,11 +161,19 @@ def test_what_somebody_wrote_stays(tmp_path, capsys):
     text = written(tmp_path)
     edited = text.replace("---\n", "---\nlicense: mit\n", 1)
     (tmp_path / "README.md").write_text(edited, encoding="utf-8")
-    assert written(tmp_path) == edited and "was edited, and is left as it is" in capsys.readouterr().out
+    assert (
+        written(tmp_path) == edited
+        and "was edited, and is left as it is" in capsys.readouterr().out
+    )
     (tmp_path / "README.md").unlink()
     assert written(tmp_path) == text
 
 
 def test_settings_are_json(tmp_path):
     block = re.search(r"```json\n(.*?)\n```", written(tmp_path), re.DOTALL)[1]
-    assert json.loads(block) == {"ARCHITECTURE": "topk", "M": 40, "K": 4, "EXCLUDE_SHARED_PREFIX": True}
+    assert json.loads(block) == {
+        "ARCHITECTURE": "topk",
+        "M": 40,
+        "K": 4,
+        "EXCLUDE_SHARED_PREFIX": True,
+    }

@@ -1,4 +1,5 @@
 """Lines off a terminal: what, how far, how fast and how long still; none where nobody wants them."""
+
 import io
 import re
 import sys
@@ -19,7 +20,10 @@ def test_what_a_line_says():
     """60 s for 3,000 of 12,000 tokens are 50 a second, and 180 s for the other 9,000."""
     task = Task("extracting", 12_000, "token")
     task.update(3000)
-    assert after(60, task) == "progress: extracting: 3,000 of 12,000 tokens (25 %), 50 tokens/s, 3 min left"
+    assert (
+        after(60, task)
+        == "progress: extracting: 3,000 of 12,000 tokens (25 %), 50 tokens/s, 3 min left"
+    )
     assert after(60, Task("loading the model", None, "")) == "progress: loading the model, for 60 s"
     assert after(60, Task("labels", 20, "call")) == "progress: labels: 0 of 20 calls (0 %)"
     reading = Task("tokenising", None, "example")
@@ -32,28 +36,41 @@ def test_what_an_earlier_run_did_is_far_but_not_fast():
     task = Task("extracting", 400, "token")
     task.already(200)
     task.update(100)
-    assert after(10, task) == "progress: extracting: 300 of 400 tokens (75 %), 10 tokens/s, 10 s left"
+    assert (
+        after(10, task) == "progress: extracting: 300 of 400 tokens (75 %), 10 tokens/s, 10 s left"
+    )
     resumed = Task("training", 100, "epoch", initial=50, at_most=True)
     resumed.update()
-    assert after(60, resumed) == "progress: training: 51 of 100 epochs (51 %), 1.0 epochs/min, at most 49 min left"
+    assert (
+        after(60, resumed)
+        == "progress: training: 51 of 100 epochs (51 %), 1.0 epochs/min, at most 49 min left"
+    )
 
 
 def test_part_of_an_epoch_counts():
     task = Task("training", 100, "epoch", at_most=True)
     task.part(0.5)
     task.set_postfix({"loss": "0.25"})
-    assert after(3600, task) == "progress: training: 0.5 of 100 epochs (0 %), 0.5 epochs/h, at most 199.0 h left, loss 0.25"
+    assert (
+        after(3600, task)
+        == "progress: training: 0.5 of 100 epochs (0 %), 0.5 epochs/h, at most 199.0 h left, loss 0.25"
+    )
     task.update()
-    assert after(3600, task).startswith("progress: training: 1 of 100 epochs (1 %), 1 epochs/h, at most 99.0 h")
+    assert after(3600, task).startswith(
+        "progress: training: 1 of 100 epochs (1 %), 1 epochs/h, at most 99.0 h"
+    )
 
 
-@pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h")])
+@pytest.mark.parametrize(
+    "seconds, text", [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h")]
+)
 def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
 def stage(monkeypatch, work, *, quiet=False, terminal=False, interval=0.01, **environment):
     """stderr of a stage with that body whose lines come at that interval."""
+
     class Stream(io.StringIO):
         def isatty(self):
             return terminal
@@ -69,6 +86,7 @@ def stage(monkeypatch, work, *, quiet=False, terminal=False, interval=0.01, **en
         def main():
             progress.start(quiet=quiet)
             work(err)
+
         assert run_stage(main) == 0
     return err.getvalue()
 
@@ -81,7 +99,9 @@ def until(condition):
 
 
 def test_a_stage_off_a_terminal_says_what_it_does(monkeypatch):
-    """Also while nothing is counted, and within one long unit; the innermost piece of work is named, and none after the end."""
+    """Also while nothing is counted, and within one long unit; the innermost piece of work is
+    named, and none after the end."""
+
     def work(err):
         def says(text):
             until(lambda: text in err.getvalue())
@@ -111,8 +131,14 @@ def test_short_runs_terminals_quiet_ones_and_other_ranks_print_no_lines(monkeypa
     assert progress.INTERVAL == 30
     assert stage(monkeypatch, work, interval=30) == ""
     assert stage(monkeypatch, work, quiet=True) == ""
-    assert "progress: " not in (text := stage(monkeypatch, work, terminal=True)) and "extracting:  50%" in text
-    assert stage(monkeypatch, work, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2") == ""
+    assert (
+        "progress: " not in (text := stage(monkeypatch, work, terminal=True))
+        and "extracting:  50%" in text
+    )
+    assert (
+        stage(monkeypatch, work, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+        == ""
+    )
 
 
 def test_no_line_comes_after_the_stage(monkeypatch):

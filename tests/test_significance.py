@@ -1,4 +1,6 @@
-"""No category is named for a feature that is not above chance: p-values against exact ones, and what the tables say."""
+"""No category is named for a feature that is not above chance: p-values against exact ones, and
+what the tables say."""
+
 import json
 from itertools import combinations
 
@@ -31,11 +33,12 @@ def test_p_values_agree_with_every_permutation(n_inside, density):
 
 
 def test_a_feature_of_few_examples_is_not_thought_sure():
-    """It fires in 10 of 288 examples, in 3 of a category's 6: hypergeometric 8e-4, by the normal distribution below 1e-8."""
+    """It fires in 10 of 288 examples, in 3 of a category's 6: hypergeometric 8e-4, by the normal
+    distribution below 1e-8."""
     fires = np.zeros(288)
     fires[:10] = 1
     ranks = rankdata(fires[:, None], axis=0)
-    p, = rank_sum_p_values(ranks, np.array([6]), np.array([3 * ranks[0, 0] + 3 * ranks[-1, 0]]))
+    (p,) = rank_sum_p_values(ranks, np.array([6]), np.array([3 * ranks[0, 0] + 3 * ranks[-1, 0]]))
     true = hypergeom.sf(2, 288, 10, 6)
     assert true / 4 < p < 4 * true
 
@@ -47,10 +50,21 @@ def test_nothing_follows_from_a_constant_or_from_no_examples():
 
 
 def test_benjamini_hochberg_by_hand():
-    """At 5 % of 5: bounds .01 .02 .03 .04 .05; the third passes, so do the two below it, of which the second alone would not."""
-    assert above_chance([0.2, 0.001, 0.029, 0.025, 0.06]).tolist() == [False, True, True, True, False]
+    """At 5 % of 5: bounds .01 .02 .03 .04 .05; the third passes, so do the two below it, of which
+    the second alone would not."""
+    assert above_chance([0.2, 0.001, 0.029, 0.025, 0.06]).tolist() == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert above_chance([np.nan, 0.02]).tolist() == [False, True]
-    assert not above_chance([np.nan, np.nan]).any() and not above_chance([0.03, 0.9]).any() and above_chance([]).tolist() == []
+    assert (
+        not above_chance([np.nan, np.nan]).any()
+        and not above_chance([0.03, 0.9]).any()
+        and above_chance([]).tolist() == []
+    )
 
 
 def test_few_features_are_named_where_labels_say_nothing():
@@ -58,8 +72,9 @@ def test_few_features_are_named_where_labels_say_nothing():
     pooled = generator.random((240, 300)) * (generator.random((240, 300)) < 0.2)
     labels = np.repeat(np.arange(20), 12)
     aucs, named = shuffled_aucs(pooled, labels, 20, 0, repeats=40)
-    assert (aucs > 0.75).mean() > 0.004          # AUCs far above one half come by chance
-    assert (named.any(1)).mean() < 3 * LEVEL     # a run of 300 features names any of them in few cases
+    assert (aucs > 0.75).mean() > 0.004  # AUCs far above one half come by chance
+    # a run of 300 features names any of them in few cases
+    assert (named.any(1)).mean() < 3 * LEVEL
 
 
 def test_real_ones_are_named_and_the_others_not():
@@ -70,11 +85,17 @@ def test_real_ones_are_named_and_the_others_not():
         pooled[:, category] += labels == category
     pooled[:, 11] -= labels == 3  # below chance for 3, a little above for all others
     chosen, auc, named = category_above_chance(pooled, labels, 10, 0)
-    assert named[:10].all() and chosen[:10].tolist() == list(range(10)) and named[10:].sum() <= 1 and not (named & ~(auc > 0.5)).any()
+    assert (
+        named[:10].all()
+        and chosen[:10].tolist() == list(range(10))
+        and named[10:].sum() <= 1
+        and not (named & ~(auc > 0.5)).any()
+    )
 
 
 def test_copies_of_a_text_count_once():
-    """Two texts of each category, twelve copies each: twelve times as many examples are no more evidence."""
+    """Two texts of each category, twelve copies each: twelve times as many examples are no more
+    evidence."""
     generator = np.random.default_rng(2)
     values, labels = generator.random((8, 200)), np.arange(8) % 2
     texts = np.repeat(np.arange(8), 12)
@@ -86,16 +107,30 @@ def test_tables_report_and_summary_agree(tmp_path, planted, run_main, capsys):
     """Features of filler words say nothing of the category: no name, no AUC, in any output."""
     assert run_main("interpret_sae", *planted) == 0
     out = capsys.readouterr().out
-    head, *lines = [json.loads(line) for line in (tmp_path / "interpretations.jsonl").read_text().splitlines()]
+    head, *lines = [
+        json.loads(line) for line in (tmp_path / "interpretations.jsonl").read_text().splitlines()
+    ]
     rows = read_table(tmp_path)
     named = [row["feature"] for row in rows if row["best_category"]]
     assert 4 <= len(named) < sum(row["status"] == "ok" for row in rows)
     assert named == [row["feature"] for row in rows if row["category_auc"]]
     assert named == [str(row["feature"]) for row in lines if row["best_category"]]
-    assert all((row["category_auc"] is None) == (not row["best_category"]) == ("category_auc_max" not in row) for row in lines)
+    assert all(
+        (row["category_auc"] is None)
+        == (not row["best_category"])
+        == ("category_auc_max" not in row)
+        for row in lines
+    )
     page = (tmp_path / "interpretations.html").read_text()
-    data = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    data = json.loads(
+        page.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    )
     assert {str(f["id"]) for f in data["features"] if f["category"]} == set(named)
-    assert head["summary"]["n_with_category"] == len(named) and f"categories: {len(named)} features separate one" in out
-    assert head["summary"]["n_above_auc_bound"] == sum(float(row["category_auc"] or 0) > 0.8 for row in rows)
+    assert (
+        head["summary"]["n_with_category"] == len(named)
+        and f"categories: {len(named)} features separate one" in out
+    )
+    assert head["summary"]["n_above_auc_bound"] == sum(
+        float(row["category_auc"] or 0) > 0.8 for row in rows
+    )
     assert f"A category is named for the {len(named)} that are above chance" in page

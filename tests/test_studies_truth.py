@@ -1,4 +1,6 @@
-"""The studies of ground truth and of stability: their measures by hand, their model against a slow twin, and tiny runs from end to end."""
+"""The studies of ground truth and of stability: their measures by hand, their model against a slow
+twin, and tiny runs from end to end."""
+
 import json
 import sys
 
@@ -16,7 +18,8 @@ def test_matching_gives_each_column_away_once():
     similarity = np.array([[0.9, 0.8], [0.8, 0.1]])  # greedy would pair 0.9 with 0.1
     assert matched_mean(similarity) == pytest.approx(0.8)
     assert mean_max(similarity) == pytest.approx(0.85)
-    assert matched_mean(similarity[:, :1]) == pytest.approx(0.45)  # one column for two rows: the row left over counts as 0
+    # one column for two rows: the row left over counts as 0
+    assert matched_mean(similarity[:, :1]) == pytest.approx(0.45)
 
 
 def test_cosines_by_hand():
@@ -26,13 +29,18 @@ def test_cosines_by_hand():
     assert np.allclose(cosines(a, b), [[-np.sqrt(0.5), 0], [0, 0]])
     assert np.allclose(absolute_cosines(a, b), [[np.sqrt(0.5), 0], [0, 0]])
     x, y = np.array([[1.0, 7], [2, 7], [3, 7]]), np.array([[30.0], [20], [10]])
-    assert np.allclose(absolute_correlations(x, y), [[1], [0]])  # a column that does not vary correlates with nothing
+    # a column that does not vary correlates with nothing
+    assert np.allclose(absolute_correlations(x, y), [[1], [0]])
 
 
 def test_share_found_by_all_by_hand():
     from directions import found_by_all
 
-    first, second, third = np.eye(4)[:3], np.eye(4)[[0, 1, 3]], np.eye(4)[[1, 0, 2]] * [[1], [1], [-1]]
+    first, second, third = (
+        np.eye(4)[:3],
+        np.eye(4)[[0, 1, 3]],
+        np.eye(4)[[1, 0, 2]] * [[1], [1], [-1]],
+    )
     # first: e0 and e1 are in both others; e2 only as its opposite. second: e0, e1. third: e1, e0
     assert found_by_all([first, second, third], 0.7) == pytest.approx(2 / 3)
 
@@ -41,21 +49,33 @@ def test_principal_directions_of_a_stretched_cloud():
     from directions import absolute_cosines, principal_directions
 
     x = np.random.default_rng(0).standard_normal((5000, 3)) * [1, 5, 3] + [9, 9, 9]
-    assert np.allclose(absolute_cosines(principal_directions(x, 2), np.eye(3)), [[0, 1, 0], [0, 0, 1]], atol=0.1)
+    assert np.allclose(
+        absolute_cosines(principal_directions(x, 2), np.eye(3)), [[0, 1, 0], [0, 0, 1]], atol=0.1
+    )
 
 
 def planted_embedding(p, amplitudes, d=16, phase=0.0):
-    """(table (p, d), the orthonormal rows (2 F, d) that its cosines and sines use) for {frequency: amplitude}."""
-    basis = np.linalg.qr(np.random.default_rng(1).standard_normal((d, d)))[0][:2 * len(amplitudes)]
+    """(table (p, d), the orthonormal rows (2 F, d) that its cosines and sines use) for {frequency:
+    amplitude}."""
+    basis = np.linalg.qr(np.random.default_rng(1).standard_normal((d, d)))[0][: 2 * len(amplitudes)]
     table = np.full((p, d), 0.3)
     for i, (k, amplitude) in enumerate(amplitudes.items()):
         angle = 2 * np.pi * k * np.arange(p) / p + phase
-        table += amplitude * (np.outer(np.cos(angle), basis[2 * i]) + np.outer(np.sin(angle), basis[2 * i + 1]))
+        table += amplitude * (
+            np.outer(np.cos(angle), basis[2 * i]) + np.outer(np.sin(angle), basis[2 * i + 1])
+        )
     return table, basis
 
 
 def test_fourier_directions_of_an_embedding_with_known_frequencies():
-    from directions import absolute_cosines, fourier_directions, fourier_power, key_frequencies, lengths_in_planes, matched_mean
+    from directions import (
+        absolute_cosines,
+        fourier_directions,
+        fourier_power,
+        key_frequencies,
+        lengths_in_planes,
+        matched_mean,
+    )
 
     table, basis = planted_embedding(13, {5: 3.0, 2: 2.0, 6: 0.1})
     assert fourier_power(table)[[4, 1, 5]] == pytest.approx(np.array([9, 4, 0.01]) / 13.01)
@@ -64,8 +84,10 @@ def test_fourier_directions_of_an_embedding_with_known_frequencies():
     found = fourier_directions(table, [5, 2])
     assert np.allclose(found @ basis[:4].T, np.eye(4), atol=1e-9)
     turned = fourier_directions(planted_embedding(13, {5: 3.0, 2: 2.0}, phase=np.pi / 4)[0], [5, 2])
-    assert matched_mean(absolute_cosines(found, turned)) == pytest.approx(np.sqrt(0.5))  # the phase decides cosines
-    assert matched_mean(lengths_in_planes(found, turned)) == pytest.approx(1)            # and not planes
+    # the phase decides cosines
+    assert matched_mean(absolute_cosines(found, turned)) == pytest.approx(np.sqrt(0.5))
+    # and not planes
+    assert matched_mean(lengths_in_planes(found, turned)) == pytest.approx(1)
     assert np.allclose(lengths_in_planes(found, basis[4:5]), 0, atol=1e-9)
 
 
@@ -76,12 +98,14 @@ def test_transformer_equals_attention_written_out():
     torch.manual_seed(0)
     model, (a, b) = ModularTransformer(7), all_pairs(7)
     tokens = torch.stack([a, b, torch.full_like(a, 7)], 1)  # (49, 3)
-    x = model.embedding[tokens] + model.position            # (49, 3, d)
+    x = model.embedding[tokens] + model.position  # (49, 3, d)
     size, mixed = D_MODEL // N_HEADS, []
     for head in range(N_HEADS):
         columns = slice(head * size, (head + 1) * size)
-        query, key, value = (x @ matrix[:, columns] for matrix in (model.query, model.key, model.value))
-        mixed.append((query @ key.transpose(1, 2) / size ** 0.5).softmax(2) @ value)
+        query, key, value = (
+            x @ matrix[:, columns] for matrix in (model.query, model.key, model.value)
+        )
+        mixed.append((query @ key.transpose(1, 2) / size**0.5).softmax(2) @ value)
     x = x + torch.cat(mixed, 2) @ model.output
     x = x + torch.relu(x @ model.into + model.hidden_bias) @ model.out + model.out_bias
     assert torch.allclose(model.residual(a, b), x[:, 2], atol=1e-4)
@@ -93,7 +117,15 @@ def test_transformer_is_trained_once_and_its_test_pairs_are_new(tmp_path, capsys
 
     training, test = split_pairs(5, 0.6, 0)
     assert len(training) == 15 and sorted([*training.tolist(), *test.tolist()]) == list(range(25))
-    settings = dict(p=5, train_fraction=1 - 1 / 25, epochs=3, batch_size=8, learning_rate=1e-3, weight_decay=1.0, seed=0)
+    settings = dict(
+        p=5,
+        train_fraction=1 - 1 / 25,
+        epochs=3,
+        batch_size=8,
+        learning_rate=1e-3,
+        weight_decay=1.0,
+        seed=0,
+    )
     first, figures = trained_model(tmp_path / "model.pt", **settings)
     capsys.readouterr()
     again, same = trained_model(tmp_path / "model.pt", **settings)
@@ -107,12 +139,17 @@ def test_planted_tokens_are_sums_of_the_stated_number_of_directions():
     from planted import planted_tokens
 
     tokens, directions = planted_tokens(6, 8, 2, 0.0, 500, 0)
-    codes = tokens @ np.linalg.pinv(directions)  # (500, 6): exact, as there are more dimensions than directions
+    # (500, 6): exact, as there are more dimensions than directions
+    codes = tokens @ np.linalg.pinv(directions)
     used = np.abs(codes) > 1e-3
     assert (used.sum(1) == 2).all() and used.any(0).all()
     assert codes[used].min() > 0.99 and codes[used].max() < 2.01
     noisy = planted_tokens(6, 8, 2, 0.5, 500, 0)[0]
-    assert np.isclose((noisy - noisy @ np.linalg.pinv(directions) @ directions).std() * np.sqrt(8 / 2), 0.5, rtol=0.1)
+    assert np.isclose(
+        (noisy - noisy @ np.linalg.pinv(directions) @ directions).std() * np.sqrt(8 / 2),
+        0.5,
+        rtol=0.1,
+    )
 
 
 def words(name, result):
@@ -122,14 +159,27 @@ def words(name, result):
     return getattr(studies_page, name)(result)
 
 
-@pytest.mark.parametrize("counts, verdict", [
-    ({4: [10, 12], 15: [20, 21], 28: [18, 19]}, "yes"), ({4: [10, 12], 15: [20, 21], 28: [18, 20]}, "open"),
-    ({4: [10, 12], 15: [11, 12], 28: [18, 20]}, "no"), ({4: [10, 12], 28: [18, 20]}, "open")])
+@pytest.mark.parametrize(
+    "counts, verdict",
+    [
+        ({4: [10, 12], 15: [20, 21], 28: [18, 19]}, "yes"),
+        ({4: [10, 12], 15: [20, 21], 28: [18, 20]}, "open"),
+        ({4: [10, 12], 15: [11, 12], 28: [18, 20]}, "no"),
+        ({4: [10, 12], 28: [18, 20]}, "open"),
+    ],
+)
 def test_middle_layers_win_only_beyond_their_seeds(counts, verdict):
     import studies_page
 
-    rows = [{"layer": layer, "seeds": [{"n_above_auc_bound": n + 3, "n_above_auc_bound_shuffled": 3} for n in values]}
-            for layer, values in counts.items()]
+    rows = [
+        {
+            "layer": layer,
+            "seeds": [
+                {"n_above_auc_bound": n + 3, "n_above_auc_bound_shuffled": 3} for n in values
+            ],
+        }
+        for layer, values in counts.items()
+    ]
     assert studies_page.middle_wins({"n_blocks": 30, "layers": rows}) == verdict
 
 
@@ -142,27 +192,60 @@ def run_study(monkeypatch, tmp_path, name, *flags):
     study = importlib.import_module(name)
     for module in (common, study):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(sys, "argv", [study.__file__, "--no-print-settings", "--output-dir", str(tmp_path), *map(str, flags)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [study.__file__, "--no-print-settings", "--output-dir", str(tmp_path), *map(str, flags)],
+    )
     assert not study.main()
     return json.loads((tmp_path / "results" / f"{name}.json").read_text())
 
 
-PLANTED = ["--large", "48,24,3", "--small", "16,8,1", "--actives", "1,2", "--noises", "0.3", "--l1-coefficients", "1,2", "--seeds", "0",
-           "--architectures", "topk,standard", "--large-architectures", "topk", "--n-tokens", "8000", "--batch-size", "256",
-           "--steps", "600", "--learning-rate", "0.005"]
+PLANTED = [
+    "--large",
+    "48,24,3",
+    "--small",
+    "16,8,1",
+    "--actives",
+    "1,2",
+    "--noises",
+    "0.3",
+    "--l1-coefficients",
+    "1,2",
+    "--seeds",
+    "0",
+    "--architectures",
+    "topk,standard",
+    "--large-architectures",
+    "topk",
+    "--n-tokens",
+    "8000",
+    "--batch-size",
+    "256",
+    "--steps",
+    "600",
+    "--learning-rate",
+    "0.005",
+]
 
 
 def test_planted_study_finds_directions_and_remembers(monkeypatch, tmp_path):
     result = run_study(monkeypatch, tmp_path, "planted", *PLANTED)
     methods = result["large"][0]["methods"]
-    assert methods["topk"]["mean"]["mean_max_cosine"] > 0.9 and methods["topk"]["mean"]["l0"] == pytest.approx(3, abs=0.01)
+    assert methods["topk"]["mean"]["mean_max_cosine"] > 0.9 and methods["topk"]["mean"][
+        "l0"
+    ] == pytest.approx(3, abs=0.01)
     assert methods["random"]["mean"]["mean_max_cosine"] < 0.6
     assert methods["principal components"]["mean"]["mcc"] <= 0.5  # 24 components for 48 directions
     assert result["noise"][0]["methods"]["standard"]["runs"][0]["l1_coefficient"] in (1, 2)
-    assert [case["active"] for case in result["active"]] == [1, 2] and result["noise"][0]["noise"] == 0.3
+    assert [case["active"] for case in result["active"]] == [1, 2] and result["noise"][0][
+        "noise"
+    ] == 0.3
 
     reached = methods["topk"]["mean"]["mean_max_cosine"] > 0.95
-    assert f"Above 0.95 in every seed: {'topk' if reached else 'none; not: topk'}." in words("planted", result)
+    assert f"Above 0.95 in every seed: {'topk' if reached else 'none; not: topk'}." in words(
+        "planted", result
+    )
 
     import planted
 
@@ -171,28 +254,86 @@ def test_planted_study_finds_directions_and_remembers(monkeypatch, tmp_path):
 
 
 def test_modular_study_runs_on_tiny_settings(monkeypatch, tmp_path):
-    result = run_study(monkeypatch, tmp_path, "modular_arithmetic", "--p", 13, "--model-epochs", 3, "--seeds", "0,1", "--n-epochs", 1,
-                       "--ms", "12,16", "--ks", "2", "--l1-coefficients", "1", "--n-random", 2, "--architectures", "standard,topk")
+    result = run_study(
+        monkeypatch,
+        tmp_path,
+        "modular_arithmetic",
+        "--p",
+        13,
+        "--model-epochs",
+        3,
+        "--seeds",
+        "0,1",
+        "--n-epochs",
+        1,
+        "--ms",
+        "12,16",
+        "--ks",
+        "2",
+        "--l1-coefficients",
+        "1",
+        "--n-random",
+        2,
+        "--architectures",
+        "standard,topk",
+    )
     assert sum(result["embedding_power"]) == pytest.approx(1, abs=1e-3)
     for site, n_distinct in (("embedding", 26), ("answer", 169)):
         examined = result["sites"][site]
         assert examined["n_distinct"] == n_distinct and set(examined["autoencoders"]) == {
-            f"{kind}, M = {m}, {sparsity}" for kind, sparsity in (("standard", "L1 = 1"), ("topk", "K = 2")) for m in (12, 16)}
-        for row in [*examined["baselines"].values(), *(r["mean"] for r in examined["autoencoders"].values())]:
-            assert all(0 <= row[name] <= 1 for name in ("mcc", "plane_mcc", "mean_max_cosine", "correlation"))
+            f"{kind}, M = {m}, {sparsity}"
+            for kind, sparsity in (("standard", "L1 = 1"), ("topk", "K = 2"))
+            for m in (12, 16)
+        }
+        for row in [
+            *examined["baselines"].values(),
+            *(r["mean"] for r in examined["autoencoders"].values()),
+        ]:
+            assert all(
+                0 <= row[name] <= 1
+                for name in ("mcc", "plane_mcc", "mean_max_cosine", "correlation")
+            )
             assert row["plane_mcc"] >= row["mcc"]
         pca = examined["baselines"]["principal components, M = 12"]["mcc"]
-        best = max(run["mcc"] for name, rows in examined["autoencoders"].items() if "M = 12" in name for run in rows["runs"])
+        best = max(
+            run["mcc"]
+            for name, rows in examined["autoencoders"].items()
+            if "M = 12" in name
+            for run in rows["runs"]
+        )
         word = "does better than" if best > pca else "does not reach"
-        assert (f"{site}, M = 12: the best autoencoder has an MCC of {best:.3f} and {word} principal components ({pca:.3f})"
-                in words("modular_arithmetic", result))
+        assert (
+            f"{site}, M = 12: the best autoencoder has an MCC of {best:.3f} and {word} principal components ({pca:.3f})"
+            in words("modular_arithmetic", result)
+        )
 
 
 def test_stability_study_runs_on_tiny_settings(monkeypatch, tmp_path):
-    result = run_study(monkeypatch, tmp_path, "stability", "--max-examples", 12, "--layer-idx", 1, "--ms", "8,16", "--ks", "2",
-                       "--seeds", "0,1,2", "--n-epochs", 1)
-    assert [(row["m"], row["k"], len(row["runs"])) for row in result["runs"]] == [(8, 2, 3), (16, 2, 3)]
-    for row in [*result["runs"], *(b for pair in result["baselines"].values() for b in pair.values())]:
+    result = run_study(
+        monkeypatch,
+        tmp_path,
+        "stability",
+        "--max-examples",
+        12,
+        "--layer-idx",
+        1,
+        "--ms",
+        "8,16",
+        "--ks",
+        "2",
+        "--seeds",
+        "0,1,2",
+        "--n-epochs",
+        1,
+    )
+    assert [(row["m"], row["k"], len(row["runs"])) for row in result["runs"]] == [
+        (8, 2, 3),
+        (16, 2, 3),
+    ]
+    for row in [
+        *result["runs"],
+        *(b for pair in result["baselines"].values() for b in pair.values()),
+    ]:
         assert row["mcc"] <= row["mean_max_cosine"] + 1e-9 and 0 <= row["found_by_all"] <= 1
     assert result["baselines"]["8"]["random"]["found_by_all"] == 0
     assert f"| 16 | 2 | {result['runs'][1]['mean_max_cosine']:.3f} |" in words("stability", result)
@@ -205,8 +346,11 @@ def test_quick_studies_time_each_study_in_a_folder_of_its_own(monkeypatch, tmp_p
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "good.py").write_text(
         "import os, sys\nfolder = sys.argv[2]\nassert sys.argv[1] == '--output-dir' and sys.argv[3:] == ['--quick', '--x']\n"
-        "assert os.environ['FASTSAE_RESULTS'] == folder != '' and os.listdir(folder) == ['printed.log']\n")
-    (tmp_path / "experiments" / "bad.py").write_text("print('why it failed')\nraise SystemExit(3)\n")
+        "assert os.environ['FASTSAE_RESULTS'] == folder != '' and os.listdir(folder) == ['printed.log']\n"
+    )
+    (tmp_path / "experiments" / "bad.py").write_text(
+        "print('why it failed')\nraise SystemExit(3)\n"
+    )
     for module in (common, quick_studies):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(quick_studies, "PROJECT", tmp_path)
@@ -216,7 +360,10 @@ def test_quick_studies_time_each_study_in_a_folder_of_its_own(monkeypatch, tmp_p
     quick_studies.main()
     found = json.loads((tmp_path / "results" / "quick_studies.json").read_text())["studies"]
     assert set(found) == {"good"} and found["good"]["seconds"] >= 0 and found["good"]["cores"]
-    for name, message in (("bad", "why it failed\n\nerror: bad --quick ended with exit code 3"), ("none", "no such study")):
+    for name, message in (
+        ("bad", "why it failed\n\nerror: bad --quick ended with exit code 3"),
+        ("none", "no such study"),
+    ):
         monkeypatch.setattr(sys, "argv", ["quick_studies.py", name])
         with pytest.raises(SystemExit, match=message):
             quick_studies.main()

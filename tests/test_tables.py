@@ -1,4 +1,6 @@
-"""CSV for spreadsheets of any country: no cell of theirs begins with a formula, and the text can be had back."""
+"""CSV for spreadsheets of any country: no cell of theirs begins with a formula, and the text can be
+had back."""
+
 import csv
 import io
 import random
@@ -9,9 +11,39 @@ import pytest
 
 from fastsae.interpretation import tables
 
-FORMULAS = ["=HYPERLINK(\"http://evil\")", "+1+1", "-1+1", "@SUM(A1)", "＝1+1", "＋1", "－1", "＠SUM(1)", "﹢1", "﹦1", "\u22121+1"]
-BEFORE = ["", " ", "\u00a0", "\u3000", "\ufeff", "\u200b", "\u2060", '"', "'", "“",
-          "\t", "\n", "\r", "\x00", "\x1c", "\x85", '" \ufeff"', "\u202e"]
+FORMULAS = [
+    '=HYPERLINK("http://evil")',
+    "+1+1",
+    "-1+1",
+    "@SUM(A1)",
+    "＝1+1",
+    "＋1",
+    "－1",
+    "＠SUM(1)",
+    "﹢1",
+    "﹦1",
+    "\u22121+1",
+]
+BEFORE = [
+    "",
+    " ",
+    "\u00a0",
+    "\u3000",
+    "\ufeff",
+    "\u200b",
+    "\u2060",
+    '"',
+    "'",
+    "“",
+    "\t",
+    "\n",
+    "\r",
+    "\x00",
+    "\x1c",
+    "\x85",
+    '" \ufeff"',
+    "\u202e",
+]
 CELL = re.compile(r'"((?:[^"]|"")*)"?')
 
 
@@ -20,7 +52,8 @@ def written(*texts):
 
 
 def cells(text, separators):
-    """Cells as a careless program reads them: cut at any of `separators` outside quotes that begin a cell."""
+    """Cells as a careless program reads them: cut at any of `separators` outside quotes that begin
+    a cell."""
     found, at = [], 0
     while at < len(text):
         cell = ""
@@ -44,12 +77,17 @@ def is_formula(cell):
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
-@pytest.mark.parametrize("cut", ["", "hello;", "hello\t", "hello\n", "hello|", 'a "quoted"; ', "a, b;", '";"'])
+@pytest.mark.parametrize(
+    "cut", ["", "hello;", "hello\t", "hello\n", "hello|", 'a "quoted"; ', "a, b;", '";"']
+)
 def test_no_cell_begins_with_a_formula(formula, cut):
     for before in BEFORE:
         text = written(f"{cut}{before}{formula}", "b")
         for separators in (",", ";", "\t", "|", ",;\t"):
-            assert not [cell for cell in cells(text, separators) if is_formula(cell)], (text, separators)
+            assert not [cell for cell in cells(text, separators) if is_formula(cell)], (
+                text,
+                separators,
+            )
 
 
 def test_the_text_comes_back_but_for_the_guard():
@@ -65,7 +103,16 @@ def test_the_text_comes_back_but_for_the_guard():
 
 
 def test_ordinary_labels_stay_as_they_are():
-    for text in ("mentions bread; the rest follows", "a well-known fact", "x = y", "me@example.org", "1, -2", "a | b", "größe", "C++"):
+    for text in (
+        "mentions bread; the rest follows",
+        "a well-known fact",
+        "x = y",
+        "me@example.org",
+        "1, -2",
+        "a | b",
+        "größe",
+        "C++",
+    ):
         assert tables.BEFORE_FORMULA.sub("'", text) == text
     assert next(csv.reader(io.StringIO(written(-0.5, 3, None, True)), ["-"]))  # numbers are no text
     assert written(-0.5, 3, None).splitlines()[1] == "-0.5,3,"

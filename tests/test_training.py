@@ -1,4 +1,6 @@
-"""Stage 2 on made-up activations: recovery of known directions, odd sizes, the checkpoint, and what makes it train again."""
+"""Stage 2 on made-up activations: recovery of known directions, odd sizes, the checkpoint, and what
+makes it train again."""
+
 import json
 import signal
 
@@ -7,13 +9,32 @@ import pytest
 import torch
 from conftest import planted_tokens
 
-from fastsae.data.token_masks import TEST, TRAIN, VALIDATION, split_examples, split_texts, usable_tokens
+from fastsae.data.token_masks import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    split_examples,
+    split_texts,
+    usable_tokens,
+)
 from fastsae.formats.load import load_sae
 from fastsae.runtime import artifacts
 from fastsae.sae.autoencoder import checkpoint_name, encode
 from fastsae.sae.metrics import evaluate
 
-SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--device", "cpu", "--run-name", "test"]
+SMALL = [
+    "--m",
+    16,
+    "--k",
+    2,
+    "--no-use-matryoshka",
+    "--n-epochs",
+    2,
+    "--device",
+    "cpu",
+    "--run-name",
+    "test",
+]
 
 
 def metrics_of(tmp_path):
@@ -28,8 +49,27 @@ def checkpoint_of(tmp_path):
 def test_planted_dictionary_is_recovered(tmp_path, write_activations, run_main, batch_topk):
     tokens, directions = planted_tokens(12_000, 32, 48, 3)
     flags = write_activations(tokens, [10] * 1200)
-    assert run_main("train_sae", *flags, *SMALL, "--m", 48, "--k", 3, "--n-epochs", 60, "--learning-rate", 3e-3, "--batch-size", 256,
-                    "--max-norm-ratio", "none", "--use-batch-topk" if batch_topk else "--no-use-batch-topk") == 0
+    assert (
+        run_main(
+            "train_sae",
+            *flags,
+            *SMALL,
+            "--m",
+            48,
+            "--k",
+            3,
+            "--n-epochs",
+            60,
+            "--learning-rate",
+            3e-3,
+            "--batch-size",
+            256,
+            "--max-norm-ratio",
+            "none",
+            "--use-batch-topk" if batch_topk else "--no-use-batch-topk",
+        )
+        == 0
+    )
     sae, _ = load_sae(checkpoint_of(tmp_path))
     cosine = directions @ sae.decoder.weight.detach().numpy()  # (true, learnt)
     assert cosine.max(1).mean() > 0.9
@@ -46,7 +86,9 @@ def test_sizes_that_leave_one_row_over(tmp_path, write_activations, run_main, si
     lengths[np.flatnonzero(part == number)[-1]] = n - 60 * 7 if side == "train" else n
     tokens, _ = planted_tokens(int(lengths.sum()), 8, 16, 2)
     flags = write_activations(tokens, lengths)
-    assert run_main("train_sae", *flags, *SMALL, "--max-norm-ratio", "none", "--batch-size", 512) == 0
+    assert (
+        run_main("train_sae", *flags, *SMALL, "--max-norm-ratio", "none", "--batch-size", 512) == 0
+    )
     metrics = metrics_of(tmp_path)
     assert metrics[f"n_{side}_tokens"] == n and metrics["measured_on"] == "test"
     assert np.isfinite(metrics["normalized_mse"])
@@ -59,9 +101,16 @@ def test_hypothesaes_reads_the_checkpoint(tmp_path, write_activations, run_main)
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
     flags = write_activations(tokens, [20] * 30)
-    assert run_main("train_sae", *flags, *SMALL, "--use-matryoshka", "--matryoshka-prefixes", "4,16") == 0
+    assert (
+        run_main("train_sae", *flags, *SMALL, "--use-matryoshka", "--matryoshka-prefixes", "4,16")
+        == 0
+    )
     path = checkpoint_of(tmp_path)
-    assert path.name == theirs.get_sae_checkpoint_name(16, 2, [4, 16]) == checkpoint_name(16, 2, [4, 16])
+    assert (
+        path.name
+        == theirs.get_sae_checkpoint_name(16, 2, [4, 16])
+        == checkpoint_name(16, 2, [4, 16])
+    )
     assert theirs.get_sae_checkpoint_name(16, 2) == checkpoint_name(16, 2)
     loaded = theirs.load_model(str(path), device="cpu")
     ours, _ = load_sae(path)
@@ -70,6 +119,7 @@ def test_hypothesaes_reads_the_checkpoint(tmp_path, write_activations, run_main)
         torch.testing.assert_close(loaded(x)[0], ours(x)[0])
     activations = loaded.get_activations(tokens[:50], show_progress=False)
     from fastsae.sae.autoencoder import encode
+
     entries = encode(ours, x)
     dense = np.zeros_like(activations)
     dense[entries.row, entries.column] = entries.value
@@ -77,18 +127,39 @@ def test_hypothesaes_reads_the_checkpoint(tmp_path, write_activations, run_main)
 
 
 def test_the_best_weights_are_kept(tmp_path, write_activations, run_main):
-    """Few noisy tokens and many epochs: validation gets worse again. HypotheSAEs keeps the last weights even so."""
+    """Few noisy tokens and many epochs: validation gets worse again. HypotheSAEs keeps the last
+    weights even so."""
     tokens, _ = planted_tokens(100, 16, 32, 2, noise=0.5)
     flags = write_activations(tokens, [5] * 20)
-    assert run_main("train_sae", *flags, *SMALL, "--learning-rate", 0.05, "--n-epochs", 40, "--patience", 40, "--batch-size", 16) == 0
-    history = [json.loads(line) for line in (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        run_main(
+            "train_sae",
+            *flags,
+            *SMALL,
+            "--learning-rate",
+            0.05,
+            "--n-epochs",
+            40,
+            "--patience",
+            40,
+            "--batch-size",
+            16,
+        )
+        == 0
+    )
+    history = [
+        json.loads(line)
+        for line in (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text().splitlines()
+    ]
     values = [line["normalized_mse"] for line in history]
     metrics = metrics_of(tmp_path)
     assert metrics["best_epoch"] == 1 + int(np.argmin(values)) < len(values)
     assert metrics["validation"]["normalized_mse"] == pytest.approx(min(values), rel=1e-6)
 
 
-def test_only_a_checkpoint_of_the_same_settings_is_reused(tmp_path, write_activations, run_main, capsys):
+def test_only_a_checkpoint_of_the_same_settings_is_reused(
+    tmp_path, write_activations, run_main, capsys
+):
     """HypotheSAEs' quickstart returns any file with the same M, K and prefixes."""
     tokens, _ = planted_tokens(600, 8, 16, 2)
     flags = write_activations(tokens, [20] * 30)
@@ -105,10 +176,12 @@ def test_only_a_checkpoint_of_the_same_settings_is_reused(tmp_path, write_activa
     assert (tmp_path / "checkpoints" / "test" / "SAE_M=16_K=2.old-1.pt").read_bytes() == first
     assert run("--k", 3) == 0
     assert metrics_of(tmp_path)["checkpoint"] == "SAE_M=16_K=3.pt"
-    assert run("--learning-rate", 0.01) == 0  # trained already, under its own name: only metrics.json turns to it
+    # trained already, under its own name: only metrics.json turns to it
+    assert run("--learning-rate", 0.01) == 0
     assert "up to date" in capsys.readouterr().out
     assert metrics_of(tmp_path)["checkpoint"] == "SAE_M=16_K=2.pt"
-    write_activations(tokens * 2, [20] * 30, dataset=checkpoint_of(tmp_path))  # other activations under the same name
+    # other activations under the same name
+    write_activations(tokens * 2, [20] * 30, dataset=checkpoint_of(tmp_path))
     assert run("--learning-rate", 0.01) == 0
     assert "activations changed" in capsys.readouterr().out
 
@@ -129,7 +202,20 @@ def test_engines_train_the_same_autoencoder(tmp_path, write_activations, run_mai
     flags = write_activations(tokens, [20] * 40)
     results = {}
     for engine in ("sparse", "reference"):
-        assert run_main("train_sae", *flags, *SMALL, "--engine", engine, "--dead-after-tokens", 512, "--run-name", "test") == 0
+        assert (
+            run_main(
+                "train_sae",
+                *flags,
+                *SMALL,
+                "--engine",
+                engine,
+                "--dead-after-tokens",
+                512,
+                "--run-name",
+                "test",
+            )
+            == 0
+        )
         results[engine] = metrics_of(tmp_path)["normalized_mse"]
         checkpoint_of(tmp_path).unlink()
     assert results["sparse"] == pytest.approx(results["reference"], rel=1e-3)
@@ -148,7 +234,9 @@ def test_prefix_and_sinks_are_left_out_of_training(tmp_path, write_activations, 
     assert metrics["with_prefix_and_sinks"]["mse"] > 100 * metrics["mse"]
 
 
-def test_a_loss_that_is_no_number_ends_with_a_setting_named(tmp_path, write_activations, run_main, capsys):
+def test_a_loss_that_is_no_number_ends_with_a_setting_named(
+    tmp_path, write_activations, run_main, capsys
+):
     tokens, _ = planted_tokens(600, 8, 16, 2)
     flags = write_activations(tokens, [20] * 30)
     assert run_main("train_sae", *flags, *SMALL, "--learning-rate", 1e30) == 2
@@ -165,15 +253,25 @@ def test_activations_that_are_no_numbers_are_refused(write_activations, run_main
 
 
 def test_metrics_by_hand():
-    """One feature along (1, 0), K = 1, no biases. Tokens (2, 0), (0, 2) of example 0 and (4, 4) of example 1.
+    """One feature along (1, 0), K = 1, no biases. Tokens (2, 0), (0, 2) of example 0 and (4, 4) of
+    example 1.
 
-    Reconstructions (2, 0), (0, 0), (4, 0); squared errors 0, 4, 16; their sum 20. The mean token is (2, 2), the squared
-    distances from it 4, 4, 8, so the normalised MSE is 20 / 16. Eq. 7: example 0 has (0 + 2) / 2 = 1, example 1 has 8: mean 4.5.
-    The only special token is the second, with error 4 / 2. L0: two of three tokens fire.
+    Reconstructions (2, 0), (0, 0), (4, 0); squared errors 0, 4, 16; their sum 20. The mean token is
+    (2, 2), the squared distances from it 4, 4, 8, so the normalised MSE is 20 / 16. Eq. 7: example
+    0 has (0 + 2) / 2 = 1, example 1 has 8: mean 4.5. The only special token is the second, with
+    error 4 / 2. L0: two of three tokens fire.
     """
     from fastsae.sae.autoencoder import new_sae
 
-    sae = new_sae({"input_dim": 2, "m_total_neurons": 2, "k_active_neurons": 1, "aux_k": 0, "prefix_lengths": [1, 2]}).eval()
+    sae = new_sae(
+        {
+            "input_dim": 2,
+            "m_total_neurons": 2,
+            "k_active_neurons": 1,
+            "aux_k": 0,
+            "prefix_lengths": [1, 2],
+        }
+    ).eval()
     with torch.no_grad():
         sae.encoder.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, -1.0]]))
         sae.decoder.weight.copy_(torch.eye(2))
@@ -185,7 +283,10 @@ def test_metrics_by_hand():
     assert result["mse_template_tokens"] == pytest.approx(2)
     assert result["l0"] == pytest.approx(2 / 3)
     assert result["dead_fraction"] == 0.5
-    assert result["prefix_normalized_mse"] == {"1": pytest.approx(20 / 16), "2": pytest.approx(20 / 16)}
+    assert result["prefix_normalized_mse"] == {
+        "1": pytest.approx(20 / 16),
+        "2": pytest.approx(20 / 16),
+    }
 
 
 def test_split_is_by_example_and_never_empty():
@@ -200,13 +301,16 @@ def test_split_is_by_example_and_never_empty():
 def test_usable_tokens_by_hand():
     norms, kind = np.array([500.0, 1, 2, 3, 100]), np.array([2, 0, 1, 0, 0])
     keep, bound = usable_tokens(norms, kind, exclude_shared_prefix=True, max_norm_ratio=10)
-    assert bound == 25 and keep.tolist() == [False, True, True, True, False]  # the median of 1, 2, 3, 100 is 2.5
+    # the median of 1, 2, 3, 100 is 2.5
+    assert bound == 25 and keep.tolist() == [False, True, True, True, False]
     keep, bound = usable_tokens(norms, kind, exclude_shared_prefix=False, max_norm_ratio=None)
     assert bound is None and keep.all()
 
 
 def test_too_few_tokens_name_the_setting(write_activations, run_main, capsys):
-    assert run_main("train_sae", *write_activations(np.ones((2, 4), np.float32), [1, 1]), *SMALL) == 2
+    assert (
+        run_main("train_sae", *write_activations(np.ones((2, 4), np.float32), [1, 1]), *SMALL) == 2
+    )
     assert "VALIDATION_FRACTION" in capsys.readouterr().err
 
 
@@ -214,18 +318,37 @@ def test_checkpoints_hold_no_time(tmp_path, write_activations, run_main):
     tokens, _ = planted_tokens(600, 8, 16, 2)
     assert run_main("train_sae", *write_activations(tokens, [20] * 30), *SMALL) == 0
     meta = artifacts.read_checkpoint_metadata(checkpoint_of(tmp_path))
-    assert "seconds" not in json.dumps(meta) and {"seconds", "tokens_per_second"} <= set(metrics_of(tmp_path))
+    assert "seconds" not in json.dumps(meta) and {"seconds", "tokens_per_second"} <= set(
+        metrics_of(tmp_path)
+    )
 
 
-@pytest.mark.parametrize("variant", [[], ["--use-batch-topk", "--lr-schedule", "linear", "--lr-warmup-steps", 7]],
-                         ids=["topk", "batchtopk, schedule"])
-def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, write_activations, run_main, monkeypatch, capsys, variant):
-    """Stopped by a signal in the middle of epochs, with dead features present; the same command goes on."""
+@pytest.mark.parametrize(
+    "variant",
+    [[], ["--use-batch-topk", "--lr-schedule", "linear", "--lr-warmup-steps", 7]],
+    ids=["topk", "batchtopk, schedule"],
+)
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    tmp_path, write_activations, run_main, monkeypatch, capsys, variant
+):
+    """Stopped by a signal in the middle of epochs, with dead features present; the same command
+    goes on."""
     import fastsae.training.run as training_run
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--n-epochs", 6, "--batch-size", 50,
-             "--dead-after-tokens", 100, *variant]
+    flags = [
+        *write_activations(tokens, [20] * 30),
+        *SMALL,
+        "--m",
+        64,
+        "--n-epochs",
+        6,
+        "--batch-size",
+        50,
+        "--dead-after-tokens",
+        100,
+        *variant,
+    ]
     assert run_main("train_sae", *flags) == 0
     whole = checkpoint_of(tmp_path).read_bytes()
     history = (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text()
@@ -252,7 +375,9 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, write_activations, 
     assert not list(tmp_path.rglob("*.resume.pt"))
 
 
-def test_a_damaged_or_foreign_resume_state_is_not_used(tmp_path, write_activations, run_main, capsys):
+def test_a_damaged_or_foreign_resume_state_is_not_used(
+    tmp_path, write_activations, run_main, capsys
+):
     tokens, _ = planted_tokens(600, 8, 16, 2)
     flags = [*write_activations(tokens, [20] * 30), *SMALL]
     state = tmp_path / "checkpoints" / "test" / "SAE_M=16_K=2.resume.pt"
@@ -266,14 +391,31 @@ def test_learning_rate_schedules_by_hand():
     from fastsae.training.run import learning_rate_factor as factor
 
     options = {"n_steps": 100, "warmup_steps": 4, "decay_fraction": 0.2}
-    assert [factor(s, schedule="constant", **options) for s in (0, 1, 3, 50, 99)] == [0.25, 0.5, 1, 1, 1]
-    assert [factor(s, schedule="linear", **options) for s in (79, 80, 90, 99)] == pytest.approx([1, 1, 0.5, 0.05])
+    assert [factor(s, schedule="constant", **options) for s in (0, 1, 3, 50, 99)] == [
+        0.25,
+        0.5,
+        1,
+        1,
+        1,
+    ]
+    assert [factor(s, schedule="linear", **options) for s in (79, 80, 90, 99)] == pytest.approx(
+        [1, 1, 0.5, 0.05]
+    )
     assert factor(90, schedule="cosine", **options) == pytest.approx(0.5)
 
 
 def test_bfloat16_selection_trains_as_well(tmp_path, write_activations, run_main):
     tokens, _ = planted_tokens(3000, 16, 32, 2)
-    flags = [*write_activations(tokens, [20] * 150), *SMALL, "--m", 32, "--n-epochs", 20, "--learning-rate", 3e-3]
+    flags = [
+        *write_activations(tokens, [20] * 150),
+        *SMALL,
+        "--m",
+        32,
+        "--n-epochs",
+        20,
+        "--learning-rate",
+        3e-3,
+    ]
     results = {}
     for dtype in ("float32", "bfloat16"):
         assert run_main("train_sae", *flags, "--select-dtype", dtype) == 0
@@ -281,9 +423,22 @@ def test_bfloat16_selection_trains_as_well(tmp_path, write_activations, run_main
     assert results["bfloat16"] == pytest.approx(results["float32"], rel=0.1)
 
 
-def test_several_autoencoders_in_one_pass_equal_those_trained_alone(tmp_path, write_activations, run_main, capsys):
+def test_several_autoencoders_in_one_pass_equal_those_trained_alone(
+    tmp_path, write_activations, run_main, capsys
+):
     tokens, _ = planted_tokens(600, 8, 16, 2, noise=0.3)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--n-epochs", 12, "--patience", 1, "--learning-rate", 0.02, "--batch-size", 50]
+    flags = [
+        *write_activations(tokens, [20] * 30),
+        *SMALL,
+        "--n-epochs",
+        12,
+        "--patience",
+        1,
+        "--learning-rate",
+        0.02,
+        "--batch-size",
+        50,
+    ]
     alone = {}
     for k in (1, 2):
         assert run_main("train_sae", *flags, "--k", k) == 0
@@ -295,11 +450,22 @@ def test_several_autoencoders_in_one_pass_equal_those_trained_alone(tmp_path, wr
     epochs = set()
     for k in (1, 2):
         state, metrics = alone[k]
-        assert all(torch.equal(value, saes[f"SAE_M=16_K={k}_seed=0"][name]) for name, value in state.items())
-        assert not torch.equal(saes[f"SAE_M=16_K={k}_seed=5"]["encoder.weight"], state["encoder.weight"])
+        assert all(
+            torch.equal(value, saes[f"SAE_M=16_K={k}_seed=0"][name])
+            for name, value in state.items()
+        )
+        assert not torch.equal(
+            saes[f"SAE_M=16_K={k}_seed=5"]["encoder.weight"], state["encoder.weight"]
+        )
         own = json.loads((folder / f"SAE_M=16_K={k}_seed=0.metrics.json").read_text())
-        assert own["normalized_mse"] == metrics["normalized_mse"] and own["checkpoint"] == f"SAE_M=16_K={k}_seed=0.pt"
-        epochs |= {len((folder / f"SAE_M=16_K={k}_seed={seed}.metrics.jsonl").read_text().splitlines()) for seed in (0, 5)}
+        assert (
+            own["normalized_mse"] == metrics["normalized_mse"]
+            and own["checkpoint"] == f"SAE_M=16_K={k}_seed=0.pt"
+        )
+        epochs |= {
+            len((folder / f"SAE_M=16_K={k}_seed={seed}.metrics.jsonl").read_text().splitlines())
+            for seed in (0, 5)
+        }
         assert (folder / f"SAE_M=16_K={k}_seed=0.training.png").exists()
     assert len(epochs) > 1 or min(epochs) < 12  # each stops when its own patience is at its end
     assert metrics_of(tmp_path)["checkpoint"] == "SAE_M=16_K=1_seed=0.pt"
@@ -312,9 +478,13 @@ def test_several_autoencoders_in_one_pass_equal_those_trained_alone(tmp_path, wr
 
 
 def test_what_stands_beside_a_checkpoint_is_its_own(tmp_path, write_activations, run_main):
-    """After another training in the same folder the first command, up to date, brings its figures and curves back."""
+    """After another training in the same folder the first command, up to date, brings its figures
+    and curves back."""
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags, folder = [*write_activations(tokens, [20] * 30), *SMALL], tmp_path / "checkpoints" / "test"
+    flags, folder = (
+        [*write_activations(tokens, [20] * 30), *SMALL],
+        tmp_path / "checkpoints" / "test",
+    )
     assert run_main("train_sae", *flags, "--k", 2, "--n-epochs", 3) == 0
     first = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "training.png")}
     assert run_main("train_sae", *flags, "--k", 4, "--n-epochs", 2) == 0
@@ -323,72 +493,158 @@ def test_what_stands_beside_a_checkpoint_is_its_own(tmp_path, write_activations,
     assert {name: (folder / name).read_bytes() for name in first} == first
 
 
-@pytest.mark.parametrize("more", [["--architecture", "batchtopk"], ["--architecture", "batchtopk", "--k-list", "2,4"],
-                                  ["--architecture", "topk"], ["--architecture", "standard"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--architecture", "batchtopk"],
+        ["--architecture", "batchtopk", "--k-list", "2,4"],
+        ["--architecture", "topk"],
+        ["--architecture", "standard"],
+    ],
+)
 def test_a_loss_that_is_no_number_is_one_line(tmp_path, write_activations, run_main, capsys, more):
     tokens, _ = planted_tokens(300, 8, 16, 2)
-    assert run_main("train_sae", *write_activations(tokens, [20] * 15), *SMALL, *more, "--learning-rate", 1e30, "--clip-grad", "none") == 2
-    assert all(line.startswith("error: LEARNING_RATE: the loss") for line in capsys.readouterr().err.splitlines())
+    assert (
+        run_main(
+            "train_sae",
+            *write_activations(tokens, [20] * 15),
+            *SMALL,
+            *more,
+            "--learning-rate",
+            1e30,
+            "--clip-grad",
+            "none",
+        )
+        == 2
+    )
+    assert all(
+        line.startswith("error: LEARNING_RATE: the loss")
+        for line in capsys.readouterr().err.splitlines()
+    )
 
 
 def test_of_several_the_good_ones_are_handed_over(tmp_path, write_activations, run_main, capsys):
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--l1-coefficient-list", "0.5,1e38", "--export",
-             "saelens"]
+    flags = [
+        *write_activations(tokens, [20] * 30),
+        *SMALL,
+        "--architecture",
+        "standard",
+        "--l1-coefficient-list",
+        "0.5,1e38",
+        "--export",
+        "saelens",
+    ]
     for _ in range(2):  # nor does the second run forget it
         assert run_main("train_sae", *flags) == 2
         assert "L1=1e+38" in capsys.readouterr().err
     folder = tmp_path / "checkpoints" / "test"
-    assert metrics_of(tmp_path)["checkpoint"] == "SAE_standard_M=16_K=2_L1=0.5.pt" and (folder / "README.md").exists()
+    assert (
+        metrics_of(tmp_path)["checkpoint"] == "SAE_standard_M=16_K=2_L1=0.5.pt"
+        and (folder / "README.md").exists()
+    )
     assert (folder / "SAE_standard_M=16_K=2_L1=0.5.saelens" / "cfg.json").exists()
 
 
-def test_coefficients_that_look_alike_have_names_of_their_own(tmp_path, write_activations, run_main):
+def test_coefficients_that_look_alike_have_names_of_their_own(
+    tmp_path, write_activations, run_main
+):
     tokens, _ = planted_tokens(300, 8, 16, 2)
-    assert run_main("train_sae", *write_activations(tokens, [20] * 15), *SMALL, "--architecture", "standard", "--l1-coefficient-list",
-                    "1.0000001,1.0000002,2") == 0
-    assert sorted(path.stem.partition("_L1=")[2] for path in (tmp_path / "checkpoints" / "test").glob("SAE*.pt")) == [
-        "1.0000001", "1.0000002", "2"]
+    assert (
+        run_main(
+            "train_sae",
+            *write_activations(tokens, [20] * 15),
+            *SMALL,
+            "--architecture",
+            "standard",
+            "--l1-coefficient-list",
+            "1.0000001,1.0000002,2",
+        )
+        == 0
+    )
+    assert sorted(
+        path.stem.partition("_L1=")[2]
+        for path in (tmp_path / "checkpoints" / "test").glob("SAE*.pt")
+    ) == ["1.0000001", "1.0000002", "2"]
 
 
 def test_k_of_all_features_and_no_rows(tmp_path, write_activations, run_main):
-    """HypotheSAEs takes 2 K dead features by default, of which there are no more than M; an empty batch has no features."""
+    """HypotheSAEs takes 2 K dead features by default, of which there are no more than M; an empty
+    batch has no features."""
     from hypothesaes.sae import load_model
 
     tokens, _ = planted_tokens(300, 8, 16, 2)
     for architecture in ("topk", "batchtopk"):
-        assert run_main("train_sae", *write_activations(tokens, [20] * 15), *SMALL, "--m", 8, "--k", 8, "--architecture", architecture) == 0
+        assert (
+            run_main(
+                "train_sae",
+                *write_activations(tokens, [20] * 15),
+                *SMALL,
+                "--m",
+                8,
+                "--k",
+                8,
+                "--architecture",
+                architecture,
+            )
+            == 0
+        )
         theirs = load_model(str(checkpoint_of(tmp_path)))
         assert theirs(torch.from_numpy(tokens[:5]))[0].isfinite().all()
         assert len(encode(load_sae(checkpoint_of(tmp_path))[0], torch.zeros(0, 8)).value) == 0
 
 
 def test_batchtopk_starts_without_all_pre_activations(monkeypatch):
-    """The bound guessed for a threshold that is still 0 leaves exactly the entries that none would leave, from far fewer candidates."""
+    """The bound guessed for a threshold that is still 0 leaves exactly the entries that none would
+    leave, from far fewer candidates."""
     from fastsae.sae import sparse_step
     from fastsae.sae.autoencoder import new_sae
 
     torch.manual_seed(0)
-    sae = new_sae({"input_dim": 32, "m_total_neurons": 256, "k_active_neurons": 4, "aux_k": 0, "architecture": "batchtopk"})
+    sae = new_sae(
+        {
+            "input_dim": 32,
+            "m_total_neurons": 256,
+            "k_active_neurons": 4,
+            "aux_k": 0,
+            "architecture": "batchtopk",
+        }
+    )
     x, counts = torch.randn(2000, 32), []
     original = sparse_step._above
-    monkeypatch.setattr(sparse_step, "_above", lambda *args: counts.append(len((found := original(*args)).value)) or found)
+    monkeypatch.setattr(
+        sparse_step,
+        "_above",
+        lambda *args: counts.append(len((found := original(*args)).value)) or found,
+    )
     with torch.no_grad():
         guessed = sparse_step.active_entries(sae, x, training=True)
         monkeypatch.setattr(sparse_step, "_first_bound", lambda *_: -torch.inf)
         plain = sparse_step.active_entries(sae, x, training=True)
     assert counts[-1] == 2000 * 256 and counts[0] < 3 * 4 * 2000
-    assert torch.equal(guessed.row, plain.row) and torch.equal(guessed.column, plain.column) and torch.equal(guessed.value, plain.value)
+    assert (
+        torch.equal(guessed.row, plain.row)
+        and torch.equal(guessed.column, plain.column)
+        and torch.equal(guessed.value, plain.value)
+    )
 
 
-def test_activations_replaced_while_training_begins(tmp_path, write_activations, run_main, monkeypatch, capsys):
+def test_activations_replaced_while_training_begins(
+    tmp_path, write_activations, run_main, monkeypatch, capsys
+):
     import train_sae
 
     tokens, _ = planted_tokens(300, 8, 16, 2)
     flags = write_activations(tokens, [20] * 15)
     read = train_sae.read_metadata
-    monkeypatch.setattr(train_sae, "read_metadata", lambda path: {**read(path), "fingerprint": "0" * 64})  # as they were a second ago
-    assert run_main("train_sae", *flags, *SMALL) == 3 and "was replaced while this run began" in capsys.readouterr().err
+    # as they were a second ago
+    monkeypatch.setattr(
+        train_sae, "read_metadata", lambda path: {**read(path), "fingerprint": "0" * 64}
+    )
+    assert (
+        run_main("train_sae", *flags, *SMALL) == 3
+        and "was replaced while this run began" in capsys.readouterr().err
+    )
     assert not list((tmp_path / "checkpoints").rglob("SAE*.pt"))
 
 
@@ -396,20 +652,46 @@ def test_a_cpu_without_bfloat16(monkeypatch):
     from fastsae.sae import sparse_step
 
     monkeypatch.setattr(sparse_step, "HAS_BFLOAT16", False)
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *_: pytest.fail("such a CPU refuses it"))
-    x, weight, bias = torch.randn(3, 8).bfloat16(), torch.randn(4, 8).bfloat16(), torch.randn(4).bfloat16()
-    torch.testing.assert_close(sparse_step.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *_: pytest.fail("such a CPU refuses it")
+    )
+    x, weight, bias = (
+        torch.randn(3, 8).bfloat16(),
+        torch.randn(4, 8).bfloat16(),
+        torch.randn(4).bfloat16(),
+    )
+    torch.testing.assert_close(
+        sparse_step.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias)
+    )
 
 
-def test_an_interrupted_pass_of_several_ends_in_the_same_bytes(tmp_path, write_activations, run_main, monkeypatch):
-    """Each state is saved on its own, so a kill can leave one ahead of the other; the one behind catches up."""
+def test_an_interrupted_pass_of_several_ends_in_the_same_bytes(
+    tmp_path, write_activations, run_main, monkeypatch
+):
+    """Each state is saved on its own, so a kill can leave one ahead of the other; the one behind
+    catches up."""
     from fastsae.training.run import TrainingRun
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--l1-coefficient-list", "0.5,2.5",
-             "--n-epochs", 4, "--batch-size", 50, "--save-every", 1e-9]
+    flags = [
+        *write_activations(tokens, [20] * 30),
+        *SMALL,
+        "--architecture",
+        "standard",
+        "--l1-coefficient-list",
+        "0.5,2.5",
+        "--n-epochs",
+        4,
+        "--batch-size",
+        50,
+        "--save-every",
+        1e-9,
+    ]
     assert run_main("train_sae", *flags) == 0
-    paths = [tmp_path / "checkpoints" / "test" / f"SAE_standard_M=16_K=2_L1={value}.pt" for value in ("0.5", "2.5")]
+    paths = [
+        tmp_path / "checkpoints" / "test" / f"SAE_standard_M=16_K=2_L1={value}.pt"
+        for value in ("0.5", "2.5")
+    ]
     whole = [path.read_bytes() for path in paths]
     assert whole[0] != whole[1]
     for path in paths:
@@ -430,10 +712,22 @@ def test_an_interrupted_pass_of_several_ends_in_the_same_bytes(tmp_path, write_a
 
 def test_one_of_several_that_fails_stops_no_other(tmp_path, write_activations, run_main, capsys):
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--architecture", "standard", "--n-epochs", 3, "--batch-size", 50]
+    flags = [
+        *write_activations(tokens, [20] * 30),
+        *SMALL,
+        "--architecture",
+        "standard",
+        "--n-epochs",
+        3,
+        "--batch-size",
+        50,
+    ]
     assert run_main("train_sae", *flags, "--l1-coefficient-list", "1e38,0.5") == 2
     name = "SAE_standard_M=16_K=2_L1={}.pt"
-    assert f"error: L1_COEFFICIENT: the loss of {name.format('1e+38')} is not a number after epoch 1" in capsys.readouterr().err
+    assert (
+        f"error: L1_COEFFICIENT: the loss of {name.format('1e+38')} is not a number after epoch 1"
+        in capsys.readouterr().err
+    )
     folder = tmp_path / "checkpoints" / "test"
     assert not (folder / name.format("1e+38")).exists()
     assert artifacts.read_checkpoint_metadata(folder / name.format("0.5"))["metrics"]["epochs"] == 3
@@ -442,15 +736,33 @@ def test_one_of_several_that_fails_stops_no_other(tmp_path, write_activations, r
 def test_lists_that_change_nothing_are_refused(run_main, capsys):
     for architecture, flag in (("topk", "--l1-coefficient-list"), ("standard", "--k-list")):
         with pytest.raises(SystemExit):
-            run_main("train_sae", "--architecture", architecture, "--no-use-matryoshka", flag, "1,2")
+            run_main(
+                "train_sae", "--architecture", architecture, "--no-use-matryoshka", flag, "1,2"
+            )
         name = flag[2:].upper().replace("-", "_")
-        assert capsys.readouterr().err == (f"error: {name}: {architecture} does not use it, so all would be alike. "
-                                           "leave it out, or give another --architecture.\n")
+        assert capsys.readouterr().err == (
+            f"error: {name}: {architecture} does not use it, so all would be alike. "
+            "leave it out, or give another --architecture.\n"
+        )
 
 
 def test_lists_are_checked_before_anything_loads(run_main, capsys):
     with pytest.raises(SystemExit):
-        run_main("train_sae", "--m", 16, "--no-use-matryoshka", "--k-list", "4,99", "--seeds", "1,1", "--l1-coefficient-list", "1,x")
+        run_main(
+            "train_sae",
+            "--m",
+            16,
+            "--no-use-matryoshka",
+            "--k-list",
+            "4,99",
+            "--seeds",
+            "1,1",
+            "--l1-coefficient-list",
+            "1,x",
+        )
     errors = capsys.readouterr().err
-    assert "K_LIST: 99 active features of only M=16" in errors and "SEEDS: (1, 1) are not different" in errors
+    assert (
+        "K_LIST: 99 active features of only M=16" in errors
+        and "SEEDS: (1, 1) are not different" in errors
+    )
     assert "L1_COEFFICIENT_LIST: expected a tuple of float or none, got '1,x'" in errors

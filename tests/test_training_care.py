@@ -1,4 +1,5 @@
 """Resampling of dead features, and what a run shows of itself."""
+
 import functools
 import importlib.util
 import json
@@ -14,16 +15,44 @@ from fastsae.sae.sparse_step import sparse_step
 from fastsae.training.resampling import resample
 from fastsae.training.run import TrainingRun
 
-SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 3, "--device", "cpu", "--run-name", "test", "--max-norm-ratio", "none"]
+SMALL = [
+    "--m",
+    16,
+    "--k",
+    2,
+    "--no-use-matryoshka",
+    "--n-epochs",
+    3,
+    "--device",
+    "cpu",
+    "--run-name",
+    "test",
+    "--max-norm-ratio",
+    "none",
+]
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard", "jumprelu", "gated"])
 def test_resampled_features_point_at_what_is_left_over(architecture):
     x = torch.from_numpy(planted_tokens(400, 12, 30, 3)[0])
-    run = TrainingRun({"input_dim": 12, "m_total_neurons": 30, "k_active_neurons": 3, "aux_k": 0, "architecture": architecture}, x, seed=0,
-                      device="cpu", learning_rate=1e-2)
-    step = (functools.partial(sparse_step, aux_coef=0.0) if "topk" in architecture else
-            functools.partial(dense_step, sparsity=0.1, bandwidth=0.5, target_l0=None))
+    run = TrainingRun(
+        {
+            "input_dim": 12,
+            "m_total_neurons": 30,
+            "k_active_neurons": 3,
+            "aux_k": 0,
+            "architecture": architecture,
+        },
+        x,
+        seed=0,
+        device="cpu",
+        learning_rate=1e-2,
+    )
+    step = (
+        functools.partial(sparse_step, aux_coef=0.0)
+        if "topk" in architecture
+        else functools.partial(dense_step, sparsity=0.1, bandwidth=0.5, target_l0=None)
+    )
     for _ in range(5):
         run.step(step, x, learning_rate=1e-2, dead_after=100, clip_grad=None)
     assert resample(run, x, dead_after=100, seed=0) == 0
@@ -40,9 +69,15 @@ def test_resampled_features_point_at_what_is_left_over(architecture):
                 assert torch.equal(rows(after[name])[live], rows(value)[live]), name
     assert torch.equal(after["input_bias"], before["input_bias"])
     torch.testing.assert_close(after["decoder.weight"][:, dead].norm(dim=0), torch.ones(2))
-    torch.testing.assert_close(torch.cosine_similarity(after["decoder.weight"][:, dead].t(), after["encoder.weight"][dead]), torch.ones(2))
+    torch.testing.assert_close(
+        torch.cosine_similarity(
+            after["decoder.weight"][:, dead].t(), after["encoder.weight"][dead]
+        ),
+        torch.ones(2),
+    )
     features = encode(run.result(), x)
-    assert set(dead.tolist()) <= set(features.column[features.value > 0].tolist())  # what begins again fires
+    # what begins again fires
+    assert set(dead.tolist()) <= set(features.column[features.value > 0].tolist())
     assert (after["neuron_bias"][dead] == 0).all() and (run.tokens_since_fired[dead] == 0).all()
     moments = run.optimizer.state[run.sae.encoder.weight]
     assert (moments["exp_avg"][dead] == 0).all() and (moments["exp_avg"][live] != 0).any()
@@ -57,24 +92,49 @@ def test_resampling_revives_what_would_stay_dead():
     x = torch.from_numpy(planted_tokens(2000, 32, 48, 2)[0])
     errors = {}
     for every in (None, 60):
-        run = TrainingRun({"input_dim": 32, "m_total_neurons": 64, "k_active_neurons": 2, "aux_k": 0}, x, seed=0, device="cpu",
-                          learning_rate=1e-2)
+        run = TrainingRun(
+            {"input_dim": 32, "m_total_neurons": 64, "k_active_neurons": 2, "aux_k": 0},
+            x,
+            seed=0,
+            device="cpu",
+            learning_rate=1e-2,
+        )
         run.sae.neuron_bias.data[16:] = -1000.0
         for i in range(300):
-            run.step(functools.partial(sparse_step, aux_coef=0.0), x, learning_rate=1e-2, dead_after=50, clip_grad=None)
+            run.step(
+                functools.partial(sparse_step, aux_coef=0.0),
+                x,
+                learning_rate=1e-2,
+                dead_after=50,
+                clip_grad=None,
+            )
             if every and (i + 1) % every == 0 and i < 200:
                 resample(run, x, dead_after=50, seed=i)
-        error = (decode(run.sae, encode(run.sae, x)) - x).square().sum() / (x - x.mean(0)).square().sum()
+        error = (decode(run.sae, encode(run.sae, x)) - x).square().sum() / (
+            x - x.mean(0)
+        ).square().sum()
         errors[every] = float(error), int((run.tokens_since_fired > 50).sum())
     assert errors[None][1] == 48 and errors[60][1] < 24 and errors[60][0] < 0.7 * errors[None][0]
 
 
-def test_a_run_with_resampling_goes_on_where_it_was_stopped(tmp_path, write_activations, run_main, monkeypatch):
+def test_a_run_with_resampling_goes_on_where_it_was_stopped(
+    tmp_path, write_activations, run_main, monkeypatch
+):
     import fastsae.training.run as training_run
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    flags = [*write_activations(tokens, [20] * 30), *SMALL, "--m", 64, "--batch-size", 50,
-             "--dead-after-tokens", 150, "--resample-every", 5]
+    flags = [
+        *write_activations(tokens, [20] * 30),
+        *SMALL,
+        "--m",
+        64,
+        "--batch-size",
+        50,
+        "--dead-after-tokens",
+        150,
+        "--resample-every",
+        5,
+    ]
     assert run_main("train_sae", *flags) == 0
     path = tmp_path / "checkpoints" / "test" / "SAE_M=64_K=2.pt"
     whole, original, steps = path.read_bytes(), training_run.learning_rate_factor, []
@@ -93,21 +153,36 @@ def test_a_run_with_resampling_goes_on_where_it_was_stopped(tmp_path, write_acti
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("more", [[], ["--use-matryoshka", "--matryoshka-prefixes", "4,16"], ["--architecture", "standard"]], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--use-matryoshka", "--matryoshka-prefixes", "4,16"], ["--architecture", "standard"]],
+    ids=str,
+)
 def test_the_figure_is_drawn(tmp_path, write_activations, run_main, more):
     tokens, _ = planted_tokens(600, 8, 16, 2)
     assert run_main("train_sae", *write_activations(tokens, [20] * 30), *SMALL, *more) == 0
     assert (tmp_path / "checkpoints" / "test" / "training.png").read_bytes().startswith(b"\x89PNG")
-    lines = [json.loads(line) for line in (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text().splitlines()]
-    assert set(lines[0]["prefix_normalized_mse"]) == ({"4", "16"} if "--use-matryoshka" in more else {"16"})
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert set(lines[0]["prefix_normalized_mse"]) == (
+        {"4", "16"} if "--use-matryoshka" in more else {"16"}
+    )
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
-def test_a_logger_that_is_not_installed_is_named(write_activations, run_main, capsys, monkeypatch, logger):
+def test_a_logger_that_is_not_installed_is_named(
+    write_activations, run_main, capsys, monkeypatch, logger
+):
     tokens, _ = planted_tokens(600, 8, 16, 2)
     flags = write_activations(tokens, [20] * 30)
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == logger else found(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == logger else found(name, *rest),
+    )
     assert run_main("train_sae", *flags, *SMALL, "--logger", logger) == 2
     assert f"pip install {logger}" in capsys.readouterr().err
 
@@ -115,7 +190,12 @@ def test_a_logger_that_is_not_installed_is_named(write_activations, run_main, ca
 def test_lines_reach_tensorboard(tmp_path, write_activations, run_main):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    assert run_main("train_sae", *write_activations(tokens, [20] * 30), *SMALL, "--logger", "tensorboard") == 0
+    assert (
+        run_main(
+            "train_sae", *write_activations(tokens, [20] * 30), *SMALL, "--logger", "tensorboard"
+        )
+        == 0
+    )
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
@@ -131,5 +211,16 @@ def test_wandb_takes_a_run_offline(tmp_path, write_activations, run_main, monkey
     pytest.importorskip("wandb", reason="pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     tokens, _ = planted_tokens(600, 8, 16, 2)
-    assert run_main("train_sae", *write_activations(tokens, [20] * 30), *SMALL, "--logger", "wandb", "--seeds", "0,1") == 0
+    assert (
+        run_main(
+            "train_sae",
+            *write_activations(tokens, [20] * 30),
+            *SMALL,
+            "--logger",
+            "wandb",
+            "--seeds",
+            "0,1",
+        )
+        == 0
+    )
     assert len(list(tmp_path.rglob("*.wandb"))) == 2  # each autoencoder is a run of its own

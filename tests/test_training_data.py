@@ -1,4 +1,5 @@
 """Which tokens train, in which order they come, and how much memory that takes."""
+
 import json
 import subprocess
 import sys
@@ -16,18 +17,24 @@ def made(n=7000, d=3, **options):
     """Rows that say their own number, a tenth of them left out of training."""
     activations = np.repeat(np.arange(n, dtype=np.float32)[:, None], d, axis=1)
     rows = np.delete(np.arange(n), np.arange(0, n, 10))
-    return TrainingRows(activations, rows, **{"batch_size": 128, "buffer_tokens": 3000, "seed": 0, **options}), rows
+    return TrainingRows(
+        activations, rows, **{"batch_size": 128, "buffer_tokens": 3000, "seed": 0, **options}
+    ), rows
 
 
 def numbers(batches):
     return [batch[:, 0].numpy().astype(int) for batch in batches]
 
 
-@pytest.mark.parametrize("buffer_tokens", [10_000, 3000, 700, 6], ids=["all in memory", "half", "tenth", "nearly none"])
+@pytest.mark.parametrize(
+    "buffer_tokens", [10_000, 3000, 700, 6], ids=["all in memory", "half", "tenth", "nearly none"]
+)
 def test_every_row_once_an_epoch_in_the_order_that_seed_and_epoch_decide(buffer_tokens):
     data, rows = made(1000 if buffer_tokens == 6 else 7000, buffer_tokens=buffer_tokens)
     batches = numbers(data.batches(1))
-    assert [len(b) for b in batches] == np.diff([0, *batch_ends(len(rows), 128)]).tolist() and len(batches) == data.n_batches()
+    assert [len(b) for b in batches] == np.diff([0, *batch_ends(len(rows), 128)]).tolist() and len(
+        batches
+    ) == data.n_batches()
     served = np.concatenate(batches)
     assert sorted(served) == rows.tolist()
     assert np.array_equal(served, data.order(1))
@@ -35,7 +42,10 @@ def test_every_row_once_an_epoch_in_the_order_that_seed_and_epoch_decide(buffer_
     assert not np.array_equal(served, np.concatenate(numbers(data.batches(2))))
     other, _ = made(1000 if buffer_tokens == 6 else 7000, buffer_tokens=buffer_tokens, seed=1)
     assert not np.array_equal(served, other.order(1))
-    assert all(batch.dtype == torch.float32 and bool((batch == batch[:, :1]).all()) for batch in data.batches(1))
+    assert all(
+        batch.dtype == torch.float32 and bool((batch == batch[:, :1]).all())
+        for batch in data.batches(1)
+    )
 
 
 @pytest.mark.parametrize("buffer_tokens", [10_000, 3000, 700])
@@ -57,13 +67,21 @@ def test_the_pool_is_never_larger_than_two_parts():
 def test_the_buffer_mixes():
     """Batches hold rows of many chunks; without mixing, one each."""
     n = 100 * CHUNK_ROWS
-    order = np.concatenate([pool[:k] for pool, k, _ in mixed(np.arange(n), n // 24, seed=0, epoch=1)])
-    chunks = [len(set((order[i:i + 128] // CHUNK_ROWS).tolist())) for i in range(0, n - 128, 12_800)]
+    order = np.concatenate(
+        [pool[:k] for pool, k, _ in mixed(np.arange(n), n // 24, seed=0, epoch=1)]
+    )
+    chunks = [
+        len(set((order[i : i + 128] // CHUNK_ROWS).tolist())) for i in range(0, n - 128, 12_800)
+    ]
     assert min(chunks) >= 4
 
 
 def test_batch_sizes_by_hand():
-    assert batch_ends(513, 512) == [513] and batch_ends(1026, 512) == [512, 1024, 1026] and batch_ends(5, 512) == [5]
+    assert (
+        batch_ends(513, 512) == [513]
+        and batch_ends(1026, 512) == [512, 1024, 1026]
+        and batch_ends(5, 512) == [5]
+    )
 
 
 def test_token_choice_by_hand():
@@ -73,7 +91,21 @@ def test_token_choice_by_hand():
     assert chosen_tokens("assistant", kind, role).tolist() == [False, False, False, True, False]
 
 
-SMALL = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--device", "cpu", "--run-name", "test", "--max-norm-ratio", "none"]
+SMALL = [
+    "--m",
+    16,
+    "--k",
+    2,
+    "--no-use-matryoshka",
+    "--n-epochs",
+    2,
+    "--device",
+    "cpu",
+    "--run-name",
+    "test",
+    "--max-norm-ratio",
+    "none",
+]
 
 
 def test_only_the_chosen_tokens_train(tmp_path, write_activations, run_main, capsys):
@@ -87,33 +119,69 @@ def test_only_the_chosen_tokens_train(tmp_path, write_activations, run_main, cap
     assert "USE_TOKENS: " in capsys.readouterr().err
 
 
-def test_a_buffer_of_an_eighth_trains_as_well_as_a_full_shuffle(tmp_path, write_activations, run_main):
+def test_a_buffer_of_an_eighth_trains_as_well_as_a_full_shuffle(
+    tmp_path, write_activations, run_main
+):
     """Tokens of an example resemble each other, so an order that does not mix examples would show."""
     random = np.random.default_rng(0)
     tokens = random.standard_normal((40_000, 32)) * np.linspace(0.1, 1, 32)
     tokens += 0.3 * np.repeat(random.standard_normal((2000, 32)), 20, axis=0)
     flags = [*write_activations(tokens.astype(np.float32), [20] * 2000), *SMALL]
-    flags += ["--m", 64, "--k", 6, "--n-epochs", 12, "--learning-rate", 3e-3, "--lr-schedule", "linear"]
+    flags += [
+        "--m",
+        64,
+        "--k",
+        6,
+        "--n-epochs",
+        12,
+        "--learning-rate",
+        3e-3,
+        "--lr-schedule",
+        "linear",
+    ]
     found = {}
     for buffer_tokens in (100_000, 4500):
         assert run_main("train_sae", *flags, "--buffer-tokens", buffer_tokens) == 0
-        found[buffer_tokens] = json.loads((tmp_path / "checkpoints" / "test" / "metrics.json").read_text())["normalized_mse"]
+        found[buffer_tokens] = json.loads(
+            (tmp_path / "checkpoints" / "test" / "metrics.json").read_text()
+        )["normalized_mse"]
     assert found[4500] == pytest.approx(found[100_000], rel=0.01)
 
 
 def test_rows_beyond_the_buffer_stay_on_the_disk(tmp_path, write_activations):
-    """400 MB of activations, a buffer of 24 MB: the process may grow by the buffer and its own few weights, not by the data."""
+    """400 MB of activations, a buffer of 24 MB: the process may grow by the buffer and its own few
+    weights, not by the data."""
     tokens = np.random.default_rng(0).standard_normal((200_000, 512)).astype(np.float32)
     flags = write_activations(tokens, [100] * 2000)
-    code = ("import sys, resource, torch, numpy, hypothesaes.sae, train_sae\n"
-            "from fastsae.runtime.stage import run_stage\n"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "assert run_stage(train_sae.main) == 0\n"
-            "print('grew', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
-    done = subprocess.run([sys.executable, "-c", code, *flags, *map(str, SMALL), "--n-epochs", "1", "--buffer-tokens", "12000",
-                           "--batch-size", "4096"], cwd=PROJECT, capture_output=True, text=True, timeout=200)
+    code = (
+        "import sys, resource, torch, numpy, hypothesaes.sae, train_sae\n"
+        "from fastsae.runtime.stage import run_stage\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert run_stage(train_sae.main) == 0\n"
+        "print('grew', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            *flags,
+            *map(str, SMALL),
+            "--n-epochs",
+            "1",
+            "--buffer-tokens",
+            "12000",
+            "--batch-size",
+            "4096",
+        ],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.rsplit("grew ", 1)[1]) < 330  # MB: buffer 24, its sample of 32,768 tokens 64 and twice that for the median
+    # MB: buffer 24, its sample of 32,768 tokens 64 and twice that for the median
+    assert int(done.stdout.rsplit("grew ", 1)[1]) < 330
 
 
 def test_an_error_while_reading_ahead_ends_the_run(monkeypatch):
@@ -129,6 +197,7 @@ def test_an_error_while_reading_ahead_ends_the_run(monkeypatch):
         if len(calls) == 3:
             raise MemoryError("no room")
         return original(self, *args)
+
     monkeypatch.setattr(TrainingRows, "_read", read)
     with pytest.raises(MemoryError, match="no room"):
         list(rows.batches(1))

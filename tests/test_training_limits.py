@@ -1,4 +1,5 @@
 """What a run cannot do is said before it starts, or with the name of the setting that is to blame."""
+
 import pytest
 from conftest import planted_tokens
 
@@ -6,48 +7,86 @@ from fastsae.runtime.errors import InputError
 from fastsae.training import limits
 from fastsae.training.limits import bytes_needed, cause_of_divergence, memory_of, require_memory
 
-DEFAULTS = {"LEARNING_RATE": 5e-4, "L1_COEFFICIENT": 5.0, "L0_COEFFICIENT": 6.0, "AUX_COEF": 1 / 32, "INIT_ENCODER_SCALE": None}
+DEFAULTS = {
+    "LEARNING_RATE": 5e-4,
+    "L1_COEFFICIENT": 5.0,
+    "L0_COEFFICIENT": 6.0,
+    "AUX_COEF": 1 / 32,
+    "INIT_ENCODER_SCALE": None,
+}
 
 
-@pytest.mark.parametrize("architecture, changed, name", [
-    ("standard", {}, "LEARNING_RATE"), ("standard", {"L1_COEFFICIENT": 1e30}, "L1_COEFFICIENT"),
-    ("gated", {"L1_COEFFICIENT": 1e30, "LEARNING_RATE": 0.1}, "L1_COEFFICIENT"),
-    ("standard", {"L1_COEFFICIENT": 10.0, "LEARNING_RATE": 1.0}, "LEARNING_RATE"),
-    ("jumprelu", {"L0_COEFFICIENT": 1e30, "L1_COEFFICIENT": 1e38}, "L0_COEFFICIENT"), ("topk", {"AUX_COEF": 1e30}, "AUX_COEF"),
-    ("batchtopk", {"AUX_COEF": 1e30}, "AUX_COEF"), ("topk", {"L1_COEFFICIENT": 1e30}, "LEARNING_RATE"),
-    ("topk", {"INIT_ENCODER_SCALE": 1e6}, "INIT_ENCODER_SCALE"), ("topk", {"LEARNING_RATE": 1e-5}, "AUX_COEF")])
+@pytest.mark.parametrize(
+    "architecture, changed, name",
+    [
+        ("standard", {}, "LEARNING_RATE"),
+        ("standard", {"L1_COEFFICIENT": 1e30}, "L1_COEFFICIENT"),
+        ("gated", {"L1_COEFFICIENT": 1e30, "LEARNING_RATE": 0.1}, "L1_COEFFICIENT"),
+        ("standard", {"L1_COEFFICIENT": 10.0, "LEARNING_RATE": 1.0}, "LEARNING_RATE"),
+        ("jumprelu", {"L0_COEFFICIENT": 1e30, "L1_COEFFICIENT": 1e38}, "L0_COEFFICIENT"),
+        ("topk", {"AUX_COEF": 1e30}, "AUX_COEF"),
+        ("batchtopk", {"AUX_COEF": 1e30}, "AUX_COEF"),
+        ("topk", {"L1_COEFFICIENT": 1e30}, "LEARNING_RATE"),
+        ("topk", {"INIT_ENCODER_SCALE": 1e6}, "INIT_ENCODER_SCALE"),
+        ("topk", {"LEARNING_RATE": 1e-5}, "AUX_COEF"),
+    ],
+)
 def test_the_setting_furthest_above_its_default_is_blamed(architecture, changed, name):
-    assert cause_of_divergence({**DEFAULTS, "ARCHITECTURE": architecture, **changed}, DEFAULTS) == name
+    assert (
+        cause_of_divergence({**DEFAULTS, "ARCHITECTURE": architecture, **changed}, DEFAULTS) == name
+    )
 
 
 def test_where_no_defaults_are_known_it_is_the_learning_rate():
     assert cause_of_divergence({**DEFAULTS, "ARCHITECTURE": "standard"}, {}) == "LEARNING_RATE"
 
 
-@pytest.mark.parametrize("flags, name", [
-    (["--architecture", "standard", "--l1-coefficient", "1e38"], "L1_COEFFICIENT"),
-    (["--architecture", "jumprelu", "--l0-coefficient", "1e38"], "L0_COEFFICIENT")])
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        (["--architecture", "standard", "--l1-coefficient", "1e38"], "L1_COEFFICIENT"),
+        (["--architecture", "jumprelu", "--l0-coefficient", "1e38"], "L0_COEFFICIENT"),
+    ],
+)
 def test_a_huge_coefficient_is_named(write_activations, run_main, capsys, flags, name):
     tokens, _ = planted_tokens(300, 8, 16, 2)
-    given = [*write_activations(tokens, [20] * 15), "--m", 16, "--k", 2, "--n-epochs", 2, "--device", "cpu", "--run-name", "r"]
+    given = [
+        *write_activations(tokens, [20] * 15),
+        "--m",
+        16,
+        "--k",
+        2,
+        "--n-epochs",
+        2,
+        "--device",
+        "cpu",
+        "--run-name",
+        "r",
+    ]
     assert run_main("train_sae", *given, *flags) == 2
-    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line == f"error: {name}: the loss is not a number after epoch 1. lower --{name.lower().replace('_', '-')}."
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (
+        line
+        == f"error: {name}: the loss is not a number after epoch 1. lower --{name.lower().replace('_', '-')}."
+    )
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
     assert bytes_needed(256, 576) == 256 * 576 * 4 * 2 * 5
-    monkeypatch.setattr(limits, "memory_of", lambda device: 10 ** 9)
+    monkeypatch.setattr(limits, "memory_of", lambda device: 10**9)
     require_memory(1000, 1000, 25, "cpu")
-    with pytest.raises(InputError, match=r"^M: 1,000 features of 1,000 dimensions times 26 autoencoders take 1.0 GB to train, "
-                                         r"cpu has 1.0 GB. lower --m, or train fewer at a time.$"):
+    with pytest.raises(
+        InputError,
+        match=r"^M: 1,000 features of 1,000 dimensions times 26 autoencoders take 1.0 GB to train, "
+        r"cpu has 1.0 GB. lower --m, or train fewer at a time.$",
+    ):
         require_memory(1000, 1000, 26, "cpu")
     monkeypatch.setattr(limits, "memory_of", lambda device: None)
-    require_memory(10 ** 9, 10 ** 9, 1, "cuda:0")
+    require_memory(10**9, 10**9, 1, "cuda:0")
 
 
 def test_the_memory_of_this_machine_is_known():
-    assert 10 ** 8 < memory_of("cpu") < 10 ** 14
+    assert 10**8 < memory_of("cpu") < 10**14
 
 
 def test_a_limit_of_the_container_counts(monkeypatch, tmp_path):
@@ -59,9 +98,21 @@ def test_a_limit_of_the_container_counts(monkeypatch, tmp_path):
 
 
 def test_stage_2_asks_before_it_reads(tmp_path, world, worker):
-    """With the tiny model's 8 dimensions: M as large as it may be does not fit in what is said to be there."""
+    """With the tiny model's 8 dimensions: M as large as it may be does not fit in what is said to
+    be there."""
     done = world.run(worker, "extract_activations")
     assert done["code"] == 0
-    done = world.run(worker, "train_sae", "--m", 2 ** 26, "--matryoshka-prefixes", "none", "--no-use-matryoshka",
-                     "--seeds", ",".join(map(str, range(40))))
-    assert done["code"] == 2 and done["err"].startswith("error: M: 67,108,864 features of 8 dimensions times 40 autoencoders take ")
+    done = world.run(
+        worker,
+        "train_sae",
+        "--m",
+        2**26,
+        "--matryoshka-prefixes",
+        "none",
+        "--no-use-matryoshka",
+        "--seeds",
+        ",".join(map(str, range(40))),
+    )
+    assert done["code"] == 2 and done["err"].startswith(
+        "error: M: 67,108,864 features of 8 dimensions times 40 autoencoders take "
+    )

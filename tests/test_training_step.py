@@ -1,4 +1,6 @@
-"""The sparse step against autograd through HypotheSAEs' forward and loss, and against a step worked out by hand."""
+"""The sparse step against autograd through HypotheSAEs' forward and loss, and against a step worked
+out by hand."""
+
 import pytest
 import torch
 from hypothesaes.sae import SparseAutoencoder
@@ -7,13 +9,19 @@ from fastsae.sae.autoencoder import new_sae, reference_step
 from fastsae.sae.initialisation import initialise
 from fastsae.sae.sparse_step import sparse_step
 
-VARIANTS = {"topk": {}, "matryoshka": {"prefix_lengths": [8, 24, 64]}, "batchtopk": {"use_batch_topk": True},
-            "matryoshka batchtopk": {"prefix_lengths": [16, 64], "use_batch_topk": True}}
+VARIANTS = {
+    "topk": {},
+    "matryoshka": {"prefix_lengths": [8, 24, 64]},
+    "batchtopk": {"use_batch_topk": True},
+    "matryoshka batchtopk": {"prefix_lengths": [16, 64], "use_batch_topk": True},
+}
 
 
 def make(d=12, m=64, k=4, aux_k=8, seed=0, **options):
     torch.manual_seed(seed)
-    sae = new_sae({"input_dim": d, "m_total_neurons": m, "k_active_neurons": k, "aux_k": aux_k, **options})
+    sae = new_sae(
+        {"input_dim": d, "m_total_neurons": m, "k_active_neurons": k, "aux_k": aux_k, **options}
+    )
     x = torch.randn(50, d) * torch.linspace(0.5, 3, d) + 1
     initialise(sae, x, seed)
     with torch.no_grad():
@@ -63,20 +71,25 @@ def test_gradients_equal_autograd_with_dead_features(variant, n_dead):
 
 
 def test_one_step_by_hand():
-    """d = 2, M = 2, K = 1, identity weights: x = (3, 1) fires feature 0 with 3, x = (0, 2) fires feature 1 with 2.
+    """d = 2, M = 2, K = 1, identity weights: x = (3, 1) fires feature 0 with 3, x = (0, 2) fires
+    feature 1 with 2.
 
-    Errors (reconstruction - x): (0, -1) and (0, 0). Their mean square is 1/4; the batch's mean is (1.5, 1.5), its mean squared
-    deviation (2.25 + 0.25 + 2.25 + 0.25) / 4 = 1.25; so the loss is 0.2. Its gradient at the reconstruction is
-    2 (0, -1) / (4 * 1.25) = (0, -0.4) for the first token; times its activation 3 that is -1.2 for decoder row 0, column 1.
+    Errors (reconstruction - x): (0, -1) and (0, 0). Their mean square is 1/4; the batch's mean is
+    (1.5, 1.5), its mean squared deviation (2.25 + 0.25 + 2.25 + 0.25) / 4 = 1.25; so the loss is
+    0.2. Its gradient at the reconstruction is 2 (0, -1) / (4 * 1.25) = (0, -0.4) for the first
+    token; times its activation 3 that is -1.2 for decoder row 0, column 1.
     """
     sae = new_sae({"input_dim": 2, "m_total_neurons": 2, "k_active_neurons": 1, "aux_k": 0})
     with torch.no_grad():
         sae.encoder.weight.copy_(torch.eye(2))
         sae.decoder.weight.copy_(torch.eye(2))
-    loss, fired = sparse_step(sae, torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.zeros(2, dtype=torch.bool), aux_coef=0.0)
+    loss, fired = sparse_step(
+        sae, torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.zeros(2, dtype=torch.bool), aux_coef=0.0
+    )
     assert float(loss) == pytest.approx(0.2)
     torch.testing.assert_close(sae.decoder.weight.grad.t(), torch.tensor([[0.0, -1.2], [0.0, 0.0]]))
-    # d loss / d activation = (0, -0.4) . (1, 0) = 0, so nothing reaches the encoder; b_dec gets the sum (0, -0.4)
+    # d loss / d activation = (0, -0.4) . (1, 0) = 0, so nothing reaches the encoder; b_dec gets the
+    # sum (0, -0.4)
     torch.testing.assert_close(sae.encoder.weight.grad, torch.zeros(2, 2))
     torch.testing.assert_close(sae.input_bias.grad, torch.tensor([0.0, -0.4]))
     assert fired.tolist() == [True, True]
@@ -96,10 +109,13 @@ def test_dead_features_with_negative_pre_activation_get_a_gradient():
     theirs.steps_since_activation[3] = 10_000
     reconstruction, info = theirs(x)
     theirs.compute_loss(x, reconstruction, info, 1 / 32, 0.0).backward()
-    assert theirs.encoder.weight.grad[3].norm() == 0  # if this fails, HypotheSAEs mended it and our note is out of date
+    # if this fails, HypotheSAEs mended it and our note is out of date
+    assert theirs.encoder.weight.grad[3].norm() == 0
 
 
-@pytest.mark.parametrize("x", [torch.ones(1, 12), torch.ones(7, 12)], ids=["one row", "constant rows"])
+@pytest.mark.parametrize(
+    "x", [torch.ones(1, 12), torch.ones(7, 12)], ids=["one row", "constant rows"]
+)
 def test_a_batch_without_variance_stays_finite(x):
     sae, _ = make()
     loss, _ = sparse_step(sae, x, torch.zeros(64, dtype=torch.bool), aux_coef=1 / 32)
@@ -110,7 +126,9 @@ def test_without_dead_features_the_aux_loss_adds_nothing():
     """HypotheSAEs adds a constant of about aux_coef then, so its loss is not the normalised MSE."""
     sae, x = make()
     nothing = torch.zeros(64, dtype=torch.bool)
-    assert float(sparse_step(sae, x, nothing, aux_coef=10.0)[0]) == float(sparse_step(sae, x, nothing, aux_coef=0.0)[0])
+    assert float(sparse_step(sae, x, nothing, aux_coef=10.0)[0]) == float(
+        sparse_step(sae, x, nothing, aux_coef=0.0)[0]
+    )
 
 
 def test_batchtopk_threshold_starts_at_the_first_batch():
@@ -139,4 +157,6 @@ def test_bfloat16_selection_keeps_exact_values(variant):
     x_centred = x - sae.input_bias
     pre = (x_centred @ sae.encoder.weight.t() + sae.neuron_bias).relu().detach()
     entries = active_entries(sae, x_centred.detach(), training=True, select=torch.bfloat16)
-    torch.testing.assert_close(entries.value.detach(), pre[entries.row, entries.column], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        entries.value.detach(), pre[entries.row, entries.column], rtol=1e-4, atol=1e-5
+    )

@@ -1,4 +1,6 @@
-"""HypotheSAEs 2.0.1's known traps, each with the test that fails if it comes back here; those without another home are below."""
+"""HypotheSAEs 2.0.1's known traps, each with the test that fails if it comes back here; those
+without another home are below."""
+
 import importlib
 import inspect
 
@@ -8,8 +10,7 @@ from conftest import planted_tokens
 
 TRAPS = {
     "fit gives NaN when one row is left over for the last batch": "test_training.test_sizes_that_leave_one_row_over",
-    "aux-k gives dead features with negative pre-activation no gradient":
-        "test_training_step.test_dead_features_with_negative_pre_activation_get_a_gradient",
+    "aux-k gives dead features with negative pre-activation no gradient": "test_training_step.test_dead_features_with_negative_pre_activation_get_a_gradient",
     "without dead features the aux loss adds a constant": "test_training_step.test_without_dead_features_the_aux_loss_adds_nothing",
     "early stopping keeps the last weights": "test_training.test_the_best_weights_are_kept",
     "a run cannot be continued": "test_training.test_an_interrupted_run_ends_in_the_same_bytes",
@@ -18,8 +19,7 @@ TRAPS = {
     "a damaged checkpoint loads as other weights": "test_guarantees_damage.test_no_flipped_bit_gives_other_numbers",
     "a checkpoint is reused for its name": "test_training.test_only_a_checkpoint_of_the_same_settings_is_reused",
     "the whole matrix goes to the device for a median": "test_traps.test_initialisation_takes_a_sample",
-    "the Responses API is used, which local servers lack":
-        "test_interpretation_llm.test_labels_scores_and_validation_end_to_end",
+    "the Responses API is used, which local servers lack": "test_interpretation_llm.test_labels_scores_and_validation_end_to_end",
     "failures and refusals become labels": "test_guarantees_llm.test_a_failure_is_a_status_and_never_a_label",
     "a torn cache loses every label": "test_interpretation_llm.test_a_torn_journal_loses_one_line_only",
     "only OPENAI_KEY_SAE is read": "test_traps.test_either_key_variable_will_do",
@@ -37,10 +37,14 @@ def test_encoding_changes_nothing():
     from fastsae.sae.autoencoder import encode, new_sae
     from fastsae.sae.initialisation import initialise
 
-    sae = new_sae({"input_dim": 8, "m_total_neurons": 16, "k_active_neurons": 2, "use_batch_topk": True})
+    sae = new_sae(
+        {"input_dim": 8, "m_total_neurons": 16, "k_active_neurons": 2, "use_batch_topk": True}
+    )
     x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     initialise(sae, x, 0)
-    before = {name: value.clone() for name, value in sae.state_dict().items()} | {"steps": sae.steps_since_activation.clone()}
+    before = {name: value.clone() for name, value in sae.state_dict().items()} | {
+        "steps": sae.steps_since_activation.clone()
+    }
     encode(sae, x)
     after = {**sae.state_dict(), "steps": sae.steps_since_activation}
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -59,8 +63,24 @@ def test_initialisation_takes_a_sample(write_activations, run_main, monkeypatch)
     monkeypatch.setattr(training_run, "initialise", remember)
     tokens, _ = planted_tokens(40_000, 2, 4, 1)
     flags = write_activations(tokens, [100] * 400)
-    assert run_main("train_sae", *flags, "--run-name", "test", "--m", 4, "--k", 1, "--no-use-matryoshka", "--n-epochs", 1,
-                    "--batch-size", 4096) == 0
+    assert (
+        run_main(
+            "train_sae",
+            *flags,
+            "--run-name",
+            "test",
+            "--m",
+            4,
+            "--k",
+            1,
+            "--no-use-matryoshka",
+            "--n-epochs",
+            1,
+            "--batch-size",
+            4096,
+        )
+        == 0
+    )
     assert seen == [train_sae.INIT_SAMPLE] and train_sae.INIT_SAMPLE < 36_000
 
 
@@ -73,5 +93,3 @@ def test_either_key_variable_will_do(monkeypatch, variable):
     assert endpoint() == ("sk-x", None)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
     assert endpoint() == ("sk-x", "http://localhost:1/v1")
-
-

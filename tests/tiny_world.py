@@ -1,4 +1,6 @@
-"""A tiny model, dataset and endpoint, on which whole stages take a third of a second, in forks of forking.py."""
+"""A tiny model, dataset and endpoint, on which whole stages take a third of a second, in forks of
+forking.py."""
+
 import hashlib
 import json
 import os
@@ -13,15 +15,20 @@ from forking import Stages
 from loopback import Endpoint, completion
 
 WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()
-TIMES = ("seconds", "tokens_per_second", "device")  # a run that was killed just before it wrote them has none
-N_WORKERS = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+# a run that was killed just before it wrote them has none
+TIMES = ("seconds", "tokens_per_second", "device")
+N_WORKERS = min(
+    2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+)
 KEY = "sk-secret-0123456789"
 STAGES = ("extract_activations", "train_sae", "interpret_sae")
 
 
 def answer(prompt):
     if "[[SCORE]]" in prompt:
-        return completion("It fires.\nMy final verdict score is: [[4]], feature name is [[words about bread]]")
+        return completion(
+            "It fires.\nMy final verdict score is: [[4]], feature name is [[words about bread]]"
+        )
     if "PROPERTY" in prompt:
         return completion("Yes." if "bread" in prompt.rsplit("TEXT:", 1)[1] else "No.")
     return completion(f'- "mentions bread {hashlib.sha256(prompt.encode()).hexdigest()[:6]}"')
@@ -29,42 +36,115 @@ def answer(prompt):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, smol_tokenizer):
-    """A tiny model, a dataset, an endpoint; for each stage its flags, what lies there before (`old` results too), and the outcome."""
+    """A tiny model, a dataset, an endpoint; for each stage its flags, what lies there before (`old`
+    results too), and the outcome."""
     import torch
     import transformers
 
     folder = tmp_path_factory.mktemp("kill")
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=4, pad_token_id=2))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(
+            vocab_size=49152,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            pad_token_id=2,
+        )
+    )
     model.save_pretrained(folder / "model")
     smol_tokenizer.save_pretrained(folder / "model")
     random_words = np.random.default_rng(0)
     dataset = folder / "texts.jsonl"
-    dataset.write_text("".join(json.dumps({"text": " ".join(random_words.choice(WORDS, 3 + i % 9)), "topic": f"t{i % 3}"}) + "\n"
-                               for i in range(30)))
+    dataset.write_text(
+        "".join(
+            json.dumps(
+                {"text": " ".join(random_words.choice(WORDS, 3 + i % 9)), "topic": f"t{i % 3}"}
+            )
+            + "\n"
+            for i in range(30)
+        )
+    )
     shared = ["--device", "cpu", "--dataset-path", dataset, "--run-name", "r", "--layer-idx", 1]
     flags = {
-        "extract_activations": [*shared, "--model-name", folder / "model", "--layers", "1,2", "--chunk-tokens", 180],
-        "train_sae": [*shared, "--m", 24, "--k", 2, "--matryoshka-prefixes", "8,24", "--n-epochs", 2, "--batch-size", 64,
-                      "--dead-after-tokens", 190, "--save-every", 1e-9, "--learning-rate", 0.01, "--max-norm-ratio", "none"],
-        "interpret_sae": [*shared, "--model-name", folder / "model", "--label-field", "topic", "--n-top-neurons", 16,
-                          "--n-scored-features", 4, "--n-fidelity-examples", 6, "--n-llm-workers", 1, "--interpreter-model", "m"]}
-    older = {"extract_activations": ["--max-length", 40], "train_sae": ["--seed", 7],
-             "interpret_sae": ["--n-top-neurons", 0, "--pooling", "mean"]}
+        "extract_activations": [
+            *shared,
+            "--model-name",
+            folder / "model",
+            "--layers",
+            "1,2",
+            "--chunk-tokens",
+            180,
+        ],
+        "train_sae": [
+            *shared,
+            "--m",
+            24,
+            "--k",
+            2,
+            "--matryoshka-prefixes",
+            "8,24",
+            "--n-epochs",
+            2,
+            "--batch-size",
+            64,
+            "--dead-after-tokens",
+            190,
+            "--save-every",
+            1e-9,
+            "--learning-rate",
+            0.01,
+            "--max-norm-ratio",
+            "none",
+        ],
+        "interpret_sae": [
+            *shared,
+            "--model-name",
+            folder / "model",
+            "--label-field",
+            "topic",
+            "--n-top-neurons",
+            16,
+            "--n-scored-features",
+            4,
+            "--n-fidelity-examples",
+            6,
+            "--n-llm-workers",
+            1,
+            "--interpreter-model",
+            "m",
+        ],
+    }
+    older = {
+        "extract_activations": ["--max-length", 40],
+        "train_sae": ["--seed", 7],
+        "interpret_sae": ["--n-top-neurons", 0, "--pooling", "mean"],
+    }
     stages = [Stages(TEST_TOKENIZERS=str(folder / "model")) for _ in range(N_WORKERS)]
-    world = SimpleNamespace(folder=folder, flags=flags, expected={}, old={}, operations={}, idle=SimpleQueue())
+    world = SimpleNamespace(
+        folder=folder, flags=flags, expected={}, old={}, operations={}, idle=SimpleQueue()
+    )
 
     def run(worker, script, *more, url=None, **how):
         environment = {"OPENAI_BASE_URL": url or worker.server.url, "OPENAI_API_KEY": KEY}
-        return worker.stages.run(script, *flags[script], *more, output=worker.out, environment=environment, **how)
+        return worker.stages.run(
+            script, *flags[script], *more, output=worker.out, environment=environment, **how
+        )
 
     world.run = run
     workers = []
     for i in range(N_WORKERS):  # one output folder each: it is named in some of the files
-        worker = SimpleNamespace(stages=stages[i], out=folder / f"worker{i}" / "out", before={}, after={}, number=i,
-                                 server=Endpoint(reply=answer))
+        worker = SimpleNamespace(
+            stages=stages[i],
+            out=folder / f"worker{i}" / "out",
+            before={},
+            after={},
+            number=i,
+            server=Endpoint(reply=answer),
+        )
         worker.out.parent.mkdir()
         for script in STAGES:
             done = run(worker, script, *older[script])
@@ -73,7 +153,10 @@ def world(tmp_path_factory, smol_tokenizer):
             shutil.copytree(worker.out, worker.before[script])
             done = run(worker, script)  # the outcome, from which the next stage goes on
             assert done["code"] == 0, done
-            world.expected[i, script], world.old[i, script] = contents(worker.out), contents(worker.out, old=True)
+            world.expected[i, script], world.old[i, script] = (
+                contents(worker.out),
+                contents(worker.out, old=True),
+            )
             world.operations[script] = done["operations"]
             worker.after[script] = folder / f"after{i}" / script
             shutil.copytree(worker.out, worker.after[script])
@@ -103,7 +186,8 @@ def replay(world, worker, script, *more, **how):
 
 
 def contents(folder, old=False):
-    """{name: sha256} of all files under their final names (or of those kept aside), timings left out, replies in any order."""
+    """{name: sha256} of all files under their final names (or of those kept aside), timings left
+    out, replies in any order."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -111,7 +195,9 @@ def contents(folder, old=False):
             continue
         content = path.read_bytes()
         if path.suffix == ".json":
-            content = json.dumps({key: value for key, value in json.loads(content).items() if key not in TIMES}).encode()
+            content = json.dumps(
+                {key: value for key, value in json.loads(content).items() if key not in TIMES}
+            ).encode()
         elif path.name == "llm_replies.jsonl":
             content = b"\n".join(sorted(content.splitlines()))
         found[name] = hashlib.sha256(content).hexdigest()
@@ -120,6 +206,7 @@ def contents(folder, old=False):
 
 def in_parallel(world, function, items):
     """`function(worker, item)` for all items, on as many workers as there are."""
+
     def work(item):
         worker = world.idle.get()
         try:

@@ -1,4 +1,6 @@
-"""The work of stage 1: the plan of chunks and batches, the forward passes, the parts of an unfinished run, and several processes."""
+"""The work of stage 1: the plan of chunks and batches, the forward passes, the parts of an
+unfinished run, and several processes."""
+
 import json
 import os
 import shlex
@@ -17,9 +19,12 @@ from fastsae.runtime.machine_errors import is_out_of_memory
 
 NOTE = "run.json"  # in a folder of parts: what they are of
 MAKER = "extract_activations.py"
-PART_BYTES = 192 << 20                                      # of one part in memory, all layers together; two are alive at a time
-BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}    # on a CPU larger batches leave its caches; measured in bench_extract.json
-SHORTEST_CACHED_PREFIX = 4                                  # tokens below which reusing the prefix saves nothing
+# of one part in memory, all layers together; two are alive at a time
+PART_BYTES = 192 << 20
+# on a CPU larger batches leave its caches; measured in bench_extract.json
+BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
+# tokens below which reusing the prefix saves nothing
+SHORTEST_CACHED_PREFIX = 4
 
 
 def split_chunks(lengths, chunk_tokens: int) -> list[tuple[int, int]]:
@@ -34,7 +39,8 @@ def split_chunks(lengths, chunk_tokens: int) -> list[tuple[int, int]]:
 
 
 def split_batches(lengths, batch_tokens: int) -> list[list[int]]:
-    """Lists of example numbers, longest first, of at most `batch_tokens` padded tokens (a longer example goes alone)."""
+    """Lists of example numbers, longest first, of at most `batch_tokens` padded tokens (a longer
+    example goes alone)."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
@@ -46,23 +52,29 @@ def split_batches(lengths, batch_tokens: int) -> list[list[int]]:
 
 def chunk_tokens_for(chunk_tokens, d_model, n_layers, storage_dtype):
     """CHUNK_TOKENS, or fewer where so many rows would not fit into PART_BYTES."""
-    return max(1, min(chunk_tokens, PART_BYTES // (d_model * n_layers * np.dtype(storage_dtype).itemsize)))
+    return max(
+        1, min(chunk_tokens, PART_BYTES // (d_model * n_layers * np.dtype(storage_dtype).itemsize))
+    )
 
 
 def require_disk_space(path, n_values, storage_dtype):
     storage.make_folder(path.parent)
-    needed = int(n_values) * np.dtype(storage_dtype).itemsize * 2 + (16 << 20)  # the parts, and the file made from them
+    # the parts, and the file made from them
+    needed = int(n_values) * np.dtype(storage_dtype).itemsize * 2 + (16 << 20)
     free = shutil.disk_usage(path.parent).free
     if free < needed:
-        raise EnvironmentFailure(f"{path.parent}: {needed / 1e9:.2f} GB are needed while this runs and {free / 1e9:.2f} GB are free. "
-                                 "free some space, choose another --output-dir, or lower --max-examples.")
+        raise EnvironmentFailure(
+            f"{path.parent}: {needed / 1e9:.2f} GB are needed while this runs and {free / 1e9:.2f} GB are free. "
+            "free some space, choose another --output-dir, or lower --max-examples."
+        )
 
 
 class World:
     """This process among those that torchrun started: `rank` of `size`, 0 of 1 without it.
 
-    Processes share nothing but the output folder: chunk i belongs to rank i % size, a part is there or not, and rank 0 waits for
-    the parts of the others. So it makes no difference to the result how many there are, or on how many machines.
+    Processes share nothing but the output folder: chunk i belongs to rank i % size, a part is there
+    or not, and rank 0 waits for the parts of the others. So it makes no difference to the result
+    how many there are, or on how many machines.
     """
 
     def __init__(self):
@@ -72,18 +84,27 @@ class World:
         if self.size > 1:  # torchrun gives each process one thread
             import torch
 
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            cores = (
+                len(os.sched_getaffinity(0))
+                if hasattr(os, "sched_getaffinity")
+                else os.cpu_count() or 1
+            )
             torch.set_num_threads(max(1, cores // self.local_size))
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        """One message for all: what every rank finds wrong, rank 0 says, and torchrun then stops the others."""
+        """One message for all: what every rank finds wrong, rank 0 says, and torchrun then stops
+        the others."""
         if self.size == 1 or error is None:
             return
         try:
-            if self.rank and isinstance(error, StageError) and not getattr(error, "of_this_rank", False):
+            if (
+                self.rank
+                and isinstance(error, StageError)
+                and not getattr(error, "of_this_rank", False)
+            ):
                 time.sleep(20)
         except BaseException as stop:
             error = stop
@@ -94,35 +115,52 @@ class World:
 
 
 class Forward:
-    """The model over batches of examples; holds the shared prefix, computed once, and the token budget of a batch."""
+    """The model over batches of examples; holds the shared prefix, computed once, and the token
+    budget of a batch."""
 
-    def __init__(self, model, table, *, n_shared, batch_tokens, storage_dtype, dataset_name, pin=False):
+    def __init__(
+        self, model, table, *, n_shared, batch_tokens, storage_dtype, dataset_name, pin=False
+    ):
         import torch
 
         self.model, self.table, self.starts = model, table, table.starts
-        self.batch_tokens, self.storage_dtype, self.dataset_name = batch_tokens, storage_dtype, dataset_name
+        self.batch_tokens, self.storage_dtype, self.dataset_name = (
+            batch_tokens,
+            storage_dtype,
+            dataset_name,
+        )
         self.pin = pin
         self.n_prefix = n_shared if SHORTEST_CACHED_PREFIX <= n_shared < table.lengths.min() else 0
         self.prefix = None
         if self.n_prefix:
-            self.prefix, streams = model.read_prefix(torch.from_numpy(table.ids[:self.n_prefix].astype(np.int64)))
-            self.prefix_rows = {  # needed at once, so not pinned: a copy into pinned memory would be on its way still
+            self.prefix, streams = model.read_prefix(
+                torch.from_numpy(table.ids[: self.n_prefix].astype(np.int64))
+            )
+            # needed at once, so not pinned: a copy into pinned memory would be on its way still
+            self.prefix_rows = {
                 layer: self._storable(stream, [(0, self.n_prefix)], pin=False).numpy()
-                for layer, stream in streams.items()}
+                for layer, stream in streams.items()
+            }
             self.n_prefix = self.n_prefix if self.prefix else 0
 
     def chunk(self, first, last, progress):
-        """{layer: (tokens of examples first to last, d_model)} in the storage type; calls `progress(n)` as tokens are done."""
+        """{layer: (tokens of examples first to last, d_model)} in the storage type; calls
+        `progress(n)` as tokens are done."""
         lengths = self.table.lengths[first:last]
-        starts = self.starts[first:last] - self.starts[first]  # first row of each example in this chunk
-        rows = {layer: np.empty((int(lengths.sum()), self.model.d_model), self.storage_dtype) for layer in self.model.layers}
+        # first row of each example in this chunk
+        starts = self.starts[first:last] - self.starts[first]
+        rows = {
+            layer: np.empty((int(lengths.sum()), self.model.d_model), self.storage_dtype)
+            for layer in self.model.layers
+        }
         if self.n_prefix:
             for layer, prefix_rows in self.prefix_rows.items():
                 rows[layer][starts[:, None] + np.arange(self.n_prefix)] = prefix_rows
         waiting = None
         for batch in split_batches(lengths - self.n_prefix, self.batch_tokens):
             for done in self._launch([first + i for i in batch]):
-                if waiting:  # one batch behind, so that a GPU computes while its last results are copied
+                # one batch behind, so that a GPU computes while its last results are copied
+                if waiting:
                     self._store(rows, first, waiting, progress)
                 waiting = done
         if waiting:
@@ -130,24 +168,36 @@ class Forward:
         return rows
 
     def _launch(self, batch):
-        """[(examples, {layer: rows on the host}, event)], more than one if memory ran out and the batch was halved."""
+        """[(examples, {layer: rows on the host}, event)], more than one if memory ran out and the
+        batch was halved."""
         import torch
 
         longest = max(int(self.table.lengths[i]) for i in batch) - self.n_prefix
-        if len(batch) > 1 and len(batch) * longest > self.batch_tokens:  # planned before memory ran out
+        # planned before memory ran out
+        if len(batch) > 1 and len(batch) * longest > self.batch_tokens:
             return self._halves(batch)
         try:
             streams = self.model(self._padded(batch), self.prefix)
             real = [(i, int(self.table.lengths[i]) - self.n_prefix) for i in batch]
-            rows = {layer: self._storable(stream, real, pin=self.pin) for layer, stream in streams.items()}
+            rows = {
+                layer: self._storable(stream, real, pin=self.pin)
+                for layer, stream in streams.items()
+            }
             return [(batch, rows, self._copied())]
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
         if len(batch) == 1:  # outside the handler, so that the failed pass's memory is free
-            raise self._own(EnvironmentFailure(f"MAX_LENGTH: an example of {self.table.lengths[batch[0]]} tokens does not fit into "
-                                               f"memory on {self.model.device}. lower --max-length."))
-        print(f"out of memory: BATCH_TOKENS {self.batch_tokens} -> {self.batch_tokens // 2}", flush=True)
+            raise self._own(
+                EnvironmentFailure(
+                    f"MAX_LENGTH: an example of {self.table.lengths[batch[0]]} tokens does not fit into "
+                    f"memory on {self.model.device}. lower --max-length."
+                )
+            )
+        print(
+            f"out of memory: BATCH_TOKENS {self.batch_tokens} -> {self.batch_tokens // 2}",
+            flush=True,
+        )
         self.batch_tokens //= 2
         if self.model.device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -164,11 +214,12 @@ class Forward:
         ids = torch.zeros((len(batch), max(lengths)), dtype=torch.long, pin_memory=self.pin)
         for row, (i, length) in enumerate(zip(batch, lengths)):
             start = self.starts[i] + self.n_prefix
-            ids[row, :length] = torch.from_numpy(self.table.ids[start:start + length])
+            ids[row, :length] = torch.from_numpy(self.table.ids[start : start + length])
         return ids
 
     def _copied(self):
-        """A CUDA event that comes when the rows on their way have arrived on the host; None where copies are waited for.
+        """A CUDA event that comes when the rows on their way have arrived on the host; None where
+        copies are waited for.
 
         It goes with the stream of the model's own device, which need not be the current one.
         """
@@ -182,7 +233,13 @@ class Forward:
 
     def _storable(self, stream, real, *, pin):
         try:
-            return storable(stream, real, self.storage_dtype, lambda i: place(self.dataset_name, self.table.lines[i]), pin=pin)
+            return storable(
+                stream,
+                real,
+                self.storage_dtype,
+                lambda i: place(self.dataset_name, self.table.lines[i]),
+                pin=pin,
+            )
         except InputError as error:
             raise self._own(error) from error
 
@@ -195,7 +252,7 @@ class Forward:
             length = int(self.table.lengths[i]) - self.n_prefix
             start = self.starts[i] - self.starts[first] + self.n_prefix
             for layer, buffer in buffers.items():
-                buffer[start:start + length] = rows[layer][at:at + length].numpy()
+                buffer[start : start + length] = rows[layer][at : at + length].numpy()
             at += length
             n_tokens += int(self.table.lengths[i])
         progress(n_tokens)
@@ -207,24 +264,34 @@ class Forward:
 
 
 def storable(stream, real, storage_dtype, where, pin=False):
-    """(batch, length, d_model) or (length, d_model) -> the real rows, one after the other, on the host in the storage type.
+    """(batch, length, d_model) or (length, d_model) -> the real rows, one after the other, on the
+    host in the storage type.
 
-    `real`: (example, length) of each row of the batch; `where(example)` names one. Refuses to lose a number to overflow, or to
-    store NaN.
+    `real`: (example, length) of each row of the batch; `where(example)` names one. Refuses to lose
+    a number to overflow, or to store NaN.
     """
     import torch
 
     stream = stream[None] if stream.ndim == 2 else stream
-    rows = torch.cat([stream[row, :length] for row, (_, length) in enumerate(real)])  # (real tokens, d_model)
-    peaks = rows.abs().amax(1).float()                                                # (real tokens,)
-    fits = peaks <= float(np.finfo(storage_dtype).max)                                # NaN is not <= anything
+    # (real tokens, d_model)
+    rows = torch.cat([stream[row, :length] for row, (_, length) in enumerate(real)])
+    # (real tokens,)
+    peaks = rows.abs().amax(1).float()
+    # NaN is not <= anything
+    fits = peaks <= float(np.finfo(storage_dtype).max)
     if not bool(fits.all()):
         at = int((~fits).nonzero()[0])
-        example = real[int(np.searchsorted(np.cumsum([length for _, length in real]), at, side="right"))][0]
+        example = real[
+            int(np.searchsorted(np.cumsum([length for _, length in real]), at, side="right"))
+        ][0]
         if not np.isfinite(float(peaks[at])):
-            raise InputError(f"{where(example)}: the model gives NaN or infinity here. set --dtype float32 or bfloat16.")
-        raise InputError(f"{where(example)}: an activation of {float(peaks[at]):.0f} does not fit into {storage_dtype}. "
-                         "set --storage-dtype float32.")
+            raise InputError(
+                f"{where(example)}: the model gives NaN or infinity here. set --dtype float32 or bfloat16."
+            )
+        raise InputError(
+            f"{where(example)}: an activation of {float(peaks[at]):.0f} does not fit into {storage_dtype}. "
+            "set --storage-dtype float32."
+        )
     rows = rows.to(getattr(torch, np.dtype(storage_dtype).name))
     if not pin:
         return rows.cpu()
@@ -232,10 +299,11 @@ def storable(stream, real, storage_dtype, where, pin=False):
 
 
 def extract_parts(forward, chunks, folder, plan, world):
-    """Keep the activations of each chunk in a part file under `folder`; returns the paths in order once all are there.
+    """Keep the activations of each chunk in a part file under `folder`; returns the paths in order
+    once all are there.
 
-    A part that is there is complete (it was renamed into place), so a run that was stopped goes on after it. A part is written
-    while the next one is computed.
+    A part that is there is complete (it was renamed into place), so a run that was stopped goes on
+    after it. A part is written while the next one is computed.
     """
     paths = [folder / f"part-{plan}-{i:05}.npz" for i in range(len(chunks))]
     n_tokens = [int(forward.table.lengths[first:last].sum()) for first, last in chunks]
@@ -255,18 +323,28 @@ def extract_parts(forward, chunks, folder, plan, world):
                 seconds = time.perf_counter() - started
                 if writing:
                     writing.result()
-                writing = writer.submit(artifacts.write_npz, paths[i], {
-                    **{f"activations_{layer}": part for layer, part in rows.items()}, "seconds": np.float64(seconds),
-                    **{f"norms_{layer}": token_norms(part) for layer, part in rows.items()}})
+                writing = writer.submit(
+                    artifacts.write_npz,
+                    paths[i],
+                    {
+                        **{f"activations_{layer}": part for layer, part in rows.items()},
+                        "seconds": np.float64(seconds),
+                        **{f"norms_{layer}": token_norms(part) for layer, part in rows.items()},
+                    },
+                )
                 del rows
             if writing:
                 try:
                     writing.result()
-                except FileNotFoundError:  # rank 0 has seen the last part, used it and cleared up before this process had its fsync
+                # rank 0 has seen the last part, used it and cleared up before this process had its
+                # fsync
+                except FileNotFoundError:
                     if not world.rank:
                         raise
         if world.rank == 0:
-            await_parts({i: paths[i] for i in missing if i % world.size}, n_tokens, world, bar.update)
+            await_parts(
+                {i: paths[i] for i in missing if i % world.size}, n_tokens, world, bar.update
+            )
     return paths
 
 
@@ -278,21 +356,29 @@ def await_parts(others, n_tokens, world, progress):
             progress(n_tokens[i])
             del others[i]
         if others:
-            waiting.say(ranks.listed({i % world.size for i in others}),
-                        f"to write {len(others)} more parts")
+            waiting.say(
+                ranks.listed({i % world.size for i in others}), f"to write {len(others)} more parts"
+            )
             time.sleep(0.2)
 
 
 def name_parts(folder, by_layer) -> None:
-    """Note in a folder of parts which results {layer: metadata} they will make, and by which command."""
-    path, about = folder / NOTE, {"fingerprints": [metadata["fingerprint"] for metadata in by_layer.values()],
-                                  "command": shlex.join(["python", *sys.argv])}
+    """Note in a folder of parts which results {layer: metadata} they will make, and by which
+    command."""
+    path, about = (
+        folder / NOTE,
+        {
+            "fingerprints": [metadata["fingerprint"] for metadata in by_layer.values()],
+            "command": shlex.join(["python", *sys.argv]),
+        },
+    )
     if not path.exists():
         artifacts.write_json(path, about)
 
 
 def clear_parts(folder, finished) -> None:
-    """Remove the parts in `folder`, and others of results that are `finished` {layer: metadata}; name those of other settings.
+    """Remove the parts in `folder`, and others of results that are `finished` {layer: metadata};
+    name those of other settings.
 
     These may be hours of work that their command goes on from, so they are nobody else's to delete.
     """
@@ -302,18 +388,22 @@ def clear_parts(folder, finished) -> None:
         try:
             about = json.loads((other / NOTE).read_text(encoding="utf-8"))
             fingerprints, command = set(about["fingerprints"]), str(about["command"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # of an earlier version, or killed before it was written
+        # of an earlier version, or killed before it was written
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             fingerprints, command = {"unknown"}, "the same command as then"
         if fingerprints <= done:
             storage.remove(other)
         else:
             size = sum(path.stat().st_size for path in other.glob("*"))
             command = "".join(c if c.isprintable() else "?" for c in command)
-            print(f"unfinished: {other} ({size / 1e6:.1f} MB) is of a run with other settings. finish it with: {command}; or delete it.")
+            print(
+                f"unfinished: {other} ({size / 1e6:.1f} MB) is of a run with other settings. finish it with: {command}; or delete it."
+            )
 
 
 def split_shards(lengths, shard_tokens: int) -> list[tuple[int, int]]:
-    """[(first, last)] ranges of consecutive examples of at most `shard_tokens` tokens (a longer example has its own)."""
+    """[(first, last)] ranges of consecutive examples of at most `shard_tokens` tokens (a longer
+    example has its own)."""
     shards, first, total = [], 0, 0
     for i, length in enumerate(lengths):
         if i > first and total + int(length) > shard_tokens:

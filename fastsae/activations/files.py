@@ -1,4 +1,6 @@
-"""Activations of stage 1 as other stages read them: one .npz or numbered shards, their rows mapped rather than loaded."""
+"""Activations of stage 1 as other stages read them: one .npz or numbered shards, their rows mapped
+rather than loaded."""
+
 import json
 import mmap
 import re
@@ -18,9 +20,14 @@ PER_TOKEN = ("token_ids", "token_kind", "token_role")
 
 
 def shard_path(path, number, n_shards):
-    """Where shard `number` (from 1) of `n_shards` of the activations file `path` lies: `path` itself if there is only one."""
+    """Where shard `number` (from 1) of `n_shards` of the activations file `path` lies: `path`
+    itself if there is only one."""
     path = Path(path)
-    return path if n_shards == 1 else path.with_name(f"{path.stem}-{number:05}-of-{n_shards:05}{path.suffix}")
+    return (
+        path
+        if n_shards == 1
+        else path.with_name(f"{path.stem}-{number:05}-of-{n_shards:05}{path.suffix}")
+    )
 
 
 def find_shards(path):
@@ -28,8 +35,12 @@ def find_shards(path):
     path = Path(path)
     if path.is_file():
         return [path]
-    found = sorted(p for p in path.parent.glob(f"{path.stem}-*{path.suffix}")  # those that were set aside end in .old-1
-                   if re.fullmatch(r"\d+-of-\d+", p.stem.removeprefix(f"{path.stem}-")))
+    # those that were set aside end in .old-1
+    found = sorted(
+        p
+        for p in path.parent.glob(f"{path.stem}-*{path.suffix}")
+        if re.fullmatch(r"\d+-of-\d+", p.stem.removeprefix(f"{path.stem}-"))
+    )
     if not found:
         return []
     n = int(found[-1].stem.split("-")[-1])
@@ -38,18 +49,22 @@ def find_shards(path):
 
 
 def read_metadata(path):
-    """The metadata of the activations file `path`, whole or in shards; all shards must be of one run."""
+    """The metadata of the activations file `path`, whole or in shards; all shards must be of one
+    run."""
     from fastsae.runtime.artifacts import read_npz_metadata
 
     shards = find_shards(path)
     metadata = [read_npz_metadata(p) for p in shards or [path]]
-    if len({m["fingerprint"] for m in metadata}) > 1 or any(m.get("n_shards", 1) != len(shards) for m in metadata if shards):
+    if len({m["fingerprint"] for m in metadata}) > 1 or any(
+        m.get("n_shards", 1) != len(shards) for m in metadata if shards
+    ):
         raise EnvironmentFailure(f"{path}: its shards are of different runs. run {MAKER} again.")
     return metadata[0]
 
 
 def open_activations(path):
-    """The members of an activations file as a dict, `activations` (n_tokens, d_model) mapped from the disk and never loaded whole.
+    """The members of an activations file as a dict, `activations` (n_tokens, d_model) mapped from
+    the disk and never loaded whole.
 
     Every byte is checked against its CRC once, here. Raises as `read_npz`.
     """
@@ -59,18 +74,23 @@ def open_activations(path):
     held = Held(shards)  # their members are read one after the other, and must be of one run
     metadata = read_metadata(path)
     small = [read_npz(p, [*PER_EXAMPLE, *PER_TOKEN], made_by=MAKER) for p in shards]
-    data: dict[str, Any] = {name: np.concatenate([s[name] for s in small]) for name in (*PER_EXAMPLE, *PER_TOKEN)}
+    data: dict[str, Any] = {
+        name: np.concatenate([s[name] for s in small]) for name in (*PER_EXAMPLE, *PER_TOKEN)
+    }
     rows = [map_member(p, "activations") for p in shards]
     held.require_unchanged()
     data["activations"] = rows[0] if len(rows) == 1 else ShardedRows(rows)
     data["metadata"] = np.array(json.dumps(metadata, ensure_ascii=False))
-    if len(data["activations"]) != data["seq_lengths"].sum() or len(data["token_ids"]) != len(data["activations"]):
+    if len(data["activations"]) != data["seq_lengths"].sum() or len(data["token_ids"]) != len(
+        data["activations"]
+    ):
         raise EnvironmentFailure(f"{path}: its members do not fit each other. run {MAKER}.")
     return data
 
 
 def map_member(path, name):
-    """An uncompressed member of an .npz as a read-only mapped array, after a CRC check of its bytes (numpy cannot: numpy#5976)."""
+    """An uncompressed member of an .npz as a read-only mapped array, after a CRC check of its bytes
+    (numpy cannot: numpy#5976)."""
     with refusing_damage(path, MAKER):
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(f"{name}.npy")
@@ -78,7 +98,10 @@ def map_member(path, name):
                 raise ValueError(f"{name} is compressed")
             with archive.open(info) as member:
                 version = np.lib.format.read_magic(member)
-                read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+                read_header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
                 shape, fortran, dtype = read_header(member)
                 in_member = member.tell()
                 while member.read(CHUNK_BYTES):  # zipfile compares the CRC at the end
@@ -90,7 +113,12 @@ def map_member(path, name):
         with open(path, "rb") as file:
             file.seek(info.header_offset + 26)
             lengths = file.read(4)
-        start = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+        start = (
+            info.header_offset
+            + 30
+            + int.from_bytes(lengths[:2], "little")
+            + int.from_bytes(lengths[2:], "little")
+        )
         return np.memmap(path, dtype, "r", start + in_member, shape)
 
 
@@ -107,7 +135,11 @@ class ShardedRows:
     def __init__(self, parts):
         self.parts = parts
         self.starts = np.concatenate([[0], np.cumsum([len(p) for p in parts])])  # (n_shards + 1,)
-        self.shape, self.dtype, self.ndim = (int(self.starts[-1]), *parts[0].shape[1:]), parts[0].dtype, parts[0].ndim
+        self.shape, self.dtype, self.ndim = (
+            (int(self.starts[-1]), *parts[0].shape[1:]),
+            parts[0].dtype,
+            parts[0].ndim,
+        )
 
     def __len__(self):
         return self.shape[0]

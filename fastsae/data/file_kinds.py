@@ -1,4 +1,5 @@
 """What a file is that holds no rows of JSON, by its content, and the command that makes rows of it."""
+
 import csv
 import json
 import re
@@ -9,11 +10,15 @@ from fastsae.runtime.errors import InputError
 from fastsae.settings.folders import TO_ROWS, folder_advice
 
 HEAD = 1 << 16  # bytes looked at
-TO_TEXT = ", then make one JSON object of each passage: {\"text\": ...}"
-LINES = ("python -c \"import json; [print(json.dumps({'text': line.strip()})) for line in "
-         "open('NAME', encoding='utf-8') if line.strip()]\" > data.jsonl")
-ITEMS = ("python -c \"import json; [print(json.dumps(row)) for row in "
-         "json.load(open('NAME', encoding='utf-8'))FIELD]\" > data.jsonl")
+TO_TEXT = ', then make one JSON object of each passage: {"text": ...}'
+LINES = (
+    "python -c \"import json; [print(json.dumps({'text': line.strip()})) for line in "
+    "open('NAME', encoding='utf-8') if line.strip()]\" > data.jsonl"
+)
+ITEMS = (
+    'python -c "import json; [print(json.dumps(row)) for row in '
+    "json.load(open('NAME', encoding='utf-8'))FIELD]\" > data.jsonl"
+)
 
 # what it begins with, what it is, what makes rows of it (NAME stands for the file)
 BEGINNINGS = (
@@ -24,48 +29,107 @@ BEGINNINGS = (
     (b"\x04\x22\x4d\x18", "is compressed by lz4", "decompress it: lz4 -dc NAME > data.jsonl"),
     (b"7z\xbc\xaf\x27\x1c", "is a 7z archive", "unpack it: 7z x NAME"),
     (b"Rar!", "is a rar archive", "unpack it: unrar x NAME"),
-    (b"PAR1", "is a Parquet table",
-     f"convert it: python -c \"import pandas; pandas.read_parquet('NAME').{TO_ROWS}\""),
-    (b"ARROW1", "is an Arrow (Feather) table",
-     f"convert it: python -c \"import pandas; pandas.read_feather('NAME').{TO_ROWS}\""),
-    (b"FEA1", "is a Feather table",
-     f"convert it: python -c \"import pandas; pandas.read_feather('NAME').{TO_ROWS}\""),
-    (b"\xff\xff\xff\xff", "is an Arrow stream, as the datasets library stores tables", "convert it: "
-     "python -c \"import datasets; datasets.Dataset.from_file('NAME').to_json('data.jsonl')\""),
-    (b"ORC", "is an ORC table",
-     f"convert it: python -c \"import pandas; pandas.read_orc('NAME').{TO_ROWS}\""),
+    (
+        b"PAR1",
+        "is a Parquet table",
+        f"convert it: python -c \"import pandas; pandas.read_parquet('NAME').{TO_ROWS}\"",
+    ),
+    (
+        b"ARROW1",
+        "is an Arrow (Feather) table",
+        f"convert it: python -c \"import pandas; pandas.read_feather('NAME').{TO_ROWS}\"",
+    ),
+    (
+        b"FEA1",
+        "is a Feather table",
+        f"convert it: python -c \"import pandas; pandas.read_feather('NAME').{TO_ROWS}\"",
+    ),
+    (
+        b"\xff\xff\xff\xff",
+        "is an Arrow stream, as the datasets library stores tables",
+        "convert it: "
+        "python -c \"import datasets; datasets.Dataset.from_file('NAME').to_json('data.jsonl')\"",
+    ),
+    (
+        b"ORC",
+        "is an ORC table",
+        f"convert it: python -c \"import pandas; pandas.read_orc('NAME').{TO_ROWS}\"",
+    ),
     (b"Obj\x01", "is an Avro file", "convert it: avro cat NAME > data.jsonl (pip install avro)"),
-    (b"SQLite format 3\0", "is an SQLite database", "export a table: python -c \"import pandas, sqlite3; "
-     f"pandas.read_sql('select * from TABLE', sqlite3.connect('NAME')).{TO_ROWS}\""),
-    (b"\x89HDF", "is an HDF5 file", "write its texts as JSON, one {\"text\": ...} a line"),
-    (b"\x93NUMPY", "is a NumPy array", "write its texts as JSON, one {\"text\": ...} a line"),
-    (b"\xd0\xcf\x11\xe0", "is an old Office file (.xls, .doc)",
-     f"convert a table: python -c \"import pandas; pandas.read_excel('NAME').{TO_ROWS}\""),
+    (
+        b"SQLite format 3\0",
+        "is an SQLite database",
+        'export a table: python -c "import pandas, sqlite3; '
+        f"pandas.read_sql('select * from TABLE', sqlite3.connect('NAME')).{TO_ROWS}\"",
+    ),
+    (b"\x89HDF", "is an HDF5 file", 'write its texts as JSON, one {"text": ...} a line'),
+    (b"\x93NUMPY", "is a NumPy array", 'write its texts as JSON, one {"text": ...} a line'),
+    (
+        b"\xd0\xcf\x11\xe0",
+        "is an old Office file (.xls, .doc)",
+        f"convert a table: python -c \"import pandas; pandas.read_excel('NAME').{TO_ROWS}\"",
+    ),
     (b"%PDF", "is a PDF", f"extract its text: pdftotext NAME data.txt{TO_TEXT}"),
-    (b"{\\rtf", "is a rich text file", f"extract its text: pandoc -t plain NAME -o data.txt{TO_TEXT}"),
-    (b"version https://git-lfs.github.com/", "is a pointer of git-lfs, not the data",
-     "fetch the data: git lfs pull"),
-    (b"/annex/objects/", "is a pointer of git-annex, not the data", "fetch the data: git annex get NAME"),
-    (b"\x89PNG", "is an image", "give texts"), (b"\xff\xd8\xff", "is an image", "give texts"),
-    (b"GIF8", "is an image", "give texts"), (b"RIFF", "is sound, video or an image", "give texts"),
-    (b"ID3", "is sound", "give texts"), (b"OggS", "is sound", "give texts"),
-    (b"\x7fELF", "is a program", "give texts"), (b"GGUF", "is a model", "give it as --model-name"),
-    (b"<?xml", "is XML", "write its texts as JSON, one {\"text\": ...} a line"))
+    (
+        b"{\\rtf",
+        "is a rich text file",
+        f"extract its text: pandoc -t plain NAME -o data.txt{TO_TEXT}",
+    ),
+    (
+        b"version https://git-lfs.github.com/",
+        "is a pointer of git-lfs, not the data",
+        "fetch the data: git lfs pull",
+    ),
+    (
+        b"/annex/objects/",
+        "is a pointer of git-annex, not the data",
+        "fetch the data: git annex get NAME",
+    ),
+    (b"\x89PNG", "is an image", "give texts"),
+    (b"\xff\xd8\xff", "is an image", "give texts"),
+    (b"GIF8", "is an image", "give texts"),
+    (b"RIFF", "is sound, video or an image", "give texts"),
+    (b"ID3", "is sound", "give texts"),
+    (b"OggS", "is sound", "give texts"),
+    (b"\x7fELF", "is a program", "give texts"),
+    (b"GGUF", "is a model", "give it as --model-name"),
+    (b"<?xml", "is XML", 'write its texts as JSON, one {"text": ...} a line'),
+)
 MEMBERS = (  # of a zip archive
-    (r"xl/", "is an Excel workbook",
-     f"convert it: python -c \"import pandas; pandas.read_excel('NAME').{TO_ROWS}\""),
-    (r"word/", "is a Word document", f"extract its text: pandoc -t plain NAME -o data.txt{TO_TEXT}"),
+    (
+        r"xl/",
+        "is an Excel workbook",
+        f"convert it: python -c \"import pandas; pandas.read_excel('NAME').{TO_ROWS}\"",
+    ),
+    (
+        r"word/",
+        "is a Word document",
+        f"extract its text: pandoc -t plain NAME -o data.txt{TO_TEXT}",
+    ),
     (r"ppt/", "is a presentation", f"save its text as data.txt{TO_TEXT}"),
-    (r"content\.xml", "is an OpenDocument file", "save it as CSV or text in LibreOffice: "
-     "soffice --convert-to csv NAME (a table), or --convert-to txt"),
-    (r"META-INF/container\.xml", "is an e-book",
-     f"extract its text: pandoc -t plain NAME -o data.txt{TO_TEXT}"),
-    (r".*\.npy$", "is a NumPy archive (.npz)", "write its texts as JSON, one {\"text\": ...} a line"),
-    (r".*data\.pkl$", "is a PyTorch file", "give it as --sae-path or --init-from if it is an autoencoder"))
+    (
+        r"content\.xml",
+        "is an OpenDocument file",
+        "save it as CSV or text in LibreOffice: "
+        "soffice --convert-to csv NAME (a table), or --convert-to txt",
+    ),
+    (
+        r"META-INF/container\.xml",
+        "is an e-book",
+        f"extract its text: pandoc -t plain NAME -o data.txt{TO_TEXT}",
+    ),
+    (r".*\.npy$", "is a NumPy archive (.npz)", 'write its texts as JSON, one {"text": ...} a line'),
+    (
+        r".*data\.pkl$",
+        "is a PyTorch file",
+        "give it as --sae-path or --init-from if it is an autoencoder",
+    ),
+)
 
 
 def refuse_foreign(path):
-    """Raise InputError if a file's beginning shows that it holds no JSON, nor plain text. Bytes that are no UTF-8 pass."""
+    """Raise InputError if a file's beginning shows that it holds no JSON, nor plain text. Bytes
+    that are no UTF-8 pass."""
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if found := _binary(path, head) or _text(path, head):
@@ -78,7 +142,7 @@ def _refusal(path, what, remedy):
 
 
 def encoding_of(head):
-    """"UTF-16" or "UTF-32" if the bytes look so, by a byte order mark or by zeros; else None."""
+    """ "UTF-16" or "UTF-32" if the bytes look so, by a byte order mark or by zeros; else None."""
     if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") or b"\0\0\0" in head[:64]:
         return "UTF-32"
     return "UTF-16" if b"\0" in head or head[:2] in (b"\xff\xfe", b"\xfe\xff") else None
@@ -87,14 +151,19 @@ def encoding_of(head):
 def _binary(path, head):
     """(what, remedy) of a format that is no text, or None."""
     for beginning, what, remedy in BEGINNINGS:
-        if head.startswith(beginning) and (beginning not in (b"RIFF", b"ORC", b"BZh", b"ID3") or _not_text(head)):
+        if head.startswith(beginning) and (
+            beginning not in (b"RIFF", b"ORC", b"BZh", b"ID3") or _not_text(head)
+        ):
             return what, remedy
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _archive(path)
     if head[257:262] == b"ustar":
         return "is a tar archive", "unpack it: tar -xf NAME"
     if re.match(rb"\x80[\x02-\x05][\x95c\]})(]", head):
-        return "is a Python pickle", "write its texts as JSON, one {\"text\": ...} a line, where you trust it"
+        return (
+            "is a Python pickle",
+            'write its texts as JSON, one {"text": ...} a line, where you trust it',
+        )
     return None
 
 
@@ -119,32 +188,43 @@ def _archive(path):
 
 
 def _text(path, head):
-    """(what, remedy) of text that is no JSON, or None: also where its first line is JSON, or may be meant as such."""
+    """(what, remedy) of text that is no JSON, or None: also where its first line is JSON, or may be
+    meant as such."""
     try:
         text = head.decode("utf-8-sig", errors="ignore").lstrip()
     except UnicodeDecodeError:
         return None
     start = text[:1024].lower()
     if re.match(r"<!doctype html|<html|<head|<!--.{0,500}?<html", start, re.S):
-        return ("is a web page, perhaps one about the file",
-                "download the file itself (on the Hugging Face hub its address has /resolve/ in place of /blob/)")
+        return (
+            "is a web page, perhaps one about the file",
+            "download the file itself (on the Hugging Face hub its address has /resolve/ in place of /blob/)",
+        )
     if b"\0" in head or str(path).endswith(".txt") or start.startswith(("{", "[")):
         return None
     if separator := _separator(text, str(path)):
         tabs = ", delimiter=" + repr(separator) if separator != "," else ""
         kind = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}[separator]
-        return (f"is a table of {kind}-separated values",
-                "convert it: python -c \"import csv, json; [print(json.dumps(row)) for row in "
-                f"csv.DictReader(open('NAME', newline='', encoding='utf-8'){tabs})]\" > data.jsonl, "
-                "and name the column of the texts with --text-field")
-    if re.match(r"(---\s*\n|%YAML|- \w+:\s|\w+:\s*\n\s*- )", text) or str(path).endswith((".yaml", ".yml")):
-        return ("is YAML", "convert a list of rows: python -c \"import json, yaml; [print(json.dumps(row)) for row "
-                "in yaml.safe_load(open('NAME', encoding='utf-8'))]\" > data.jsonl")
+        return (
+            f"is a table of {kind}-separated values",
+            'convert it: python -c "import csv, json; [print(json.dumps(row)) for row in '
+            f"csv.DictReader(open('NAME', newline='', encoding='utf-8'){tabs})]\" > data.jsonl, "
+            "and name the column of the texts with --text-field",
+        )
+    if re.match(r"(---\s*\n|%YAML|- \w+:\s|\w+:\s*\n\s*- )", text) or str(path).endswith(
+        (".yaml", ".yml")
+    ):
+        return (
+            "is YAML",
+            'convert a list of rows: python -c "import json, yaml; [print(json.dumps(row)) for row '
+            "in yaml.safe_load(open('NAME', encoding='utf-8'))]\" > data.jsonl",
+        )
     return None
 
 
 def _separator(text, path):
-    """What separates the columns of a table with a header of names and rows of as many cells; None if it is no table."""
+    """What separates the columns of a table with a header of names and rows of as many cells; None
+    if it is no table."""
     lines = text.splitlines()[:50]
     suffix = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
     for separator in filter(None, (suffix, "\t", ",", ";", "|")):
@@ -153,7 +233,9 @@ def _separator(text, path):
         except csv.Error:
             continue
         rows = [row for row in rows if row]
-        named = bool(rows) and all(re.fullmatch(r"[\w .()/#-]{1,64}", name.strip()) for name in rows[0])
+        named = bool(rows) and all(
+            re.fullmatch(r"[\w .()/#-]{1,64}", name.strip()) for name in rows[0]
+        )
         even = len(rows) > 1 and len(rows[1]) == len(rows[0]) > 1
         if named and (even or separator == suffix) and not _is_json(lines[-1]):
             return separator
@@ -174,11 +256,16 @@ def refuse_folder(path):
 
 
 def refuse_shape(path):
-    """Raise InputError if a file without a good row is JSON in another shape than one object a line, or plain text."""
+    """Raise InputError if a file without a good row is JSON in another shape than one object a
+    line, or plain text."""
     with open(path, "rb") as file:
         encoding = encoding_of(file.read(1 << 12))
     if encoding:
-        raise _refusal(path, "is not UTF-8", f"convert it, for example: iconv -f {encoding} -t UTF-8 NAME > data.jsonl")
+        raise _refusal(
+            path,
+            "is not UTF-8",
+            f"convert it, for example: iconv -f {encoding} -t UTF-8 NAME > data.jsonl",
+        )
     if found := _shape_of_json(path):
         raise _refusal(path, *found)
 
@@ -191,15 +278,28 @@ def _shape_of_json(path):
     if sum(map(_is_json, lines)) > len(lines) / 2:  # one object a line, and the first is a bad one
         return None
     if not head.startswith("{"):
-        return ("is plain text, not JSON", f"if each line is a text, make rows of them: {LINES}") if _is_prose(head) else None
+        return (
+            ("is plain text, not JSON", f"if each line is a text, make rows of them: {LINES}")
+            if _is_prose(head)
+            else None
+        )
     if re.match(r"\{\s*'", head):
-        return ("holds Python's dicts (single quotes), not JSON",
-                "convert it: python -c \"import ast, json; [print(json.dumps(ast.literal_eval(line))) "
-                "for line in open('NAME', encoding='utf-8') if line.strip()]\" > data.jsonl")
+        return (
+            "holds Python's dicts (single quotes), not JSON",
+            'convert it: python -c "import ast, json; [print(json.dumps(ast.literal_eval(line))) '
+            "for line in open('NAME', encoding='utf-8') if line.strip()]\" > data.jsonl",
+        )
     try:
         _, end = json.JSONDecoder().raw_decode(head)
-        if end <= len(first) and head[end:end + 1] in ("{", " ", ",") and head[end:].lstrip(" ,").startswith("{"):
-            return "holds several JSON objects in one line", "write one a line: jq -c . NAME > data.jsonl"
+        if (
+            end <= len(first)
+            and head[end : end + 1] in ("{", " ", ",")
+            and head[end:].lstrip(" ,").startswith("{")
+        ):
+            return (
+                "holds several JSON objects in one line",
+                "write one a line: jq -c . NAME > data.jsonl",
+            )
         spread = end > len(first)
     except json.JSONDecodeError as error:
         spread = error.pos > len(first) and len(first) < HEAD // 2
@@ -207,13 +307,23 @@ def _shape_of_json(path):
         return None
     if not spread:
         return None
-    if listed := re.match(r'\{[^\[{]{0,400}?"(\w{1,60})"\s*:\s*\[\s*\{\s*"(?!role|from|content|value|type)', head):
-        return (f"is one JSON object whose field {listed[1]} holds the rows",
-                "write these one a line: " + ITEMS.replace("FIELD", f"['{listed[1]}']"))
-    return "holds JSON objects spread over several lines", "write one a line: jq -c . NAME > data.jsonl"
+    if listed := re.match(
+        r'\{[^\[{]{0,400}?"(\w{1,60})"\s*:\s*\[\s*\{\s*"(?!role|from|content|value|type)', head
+    ):
+        return (
+            f"is one JSON object whose field {listed[1]} holds the rows",
+            "write these one a line: " + ITEMS.replace("FIELD", f"['{listed[1]}']"),
+        )
+    return (
+        "holds JSON objects spread over several lines",
+        "write one a line: jq -c . NAME > data.jsonl",
+    )
 
 
 def _is_prose(head):
     lines = [line for line in head.split("\n")[:-1] or [head] if line.strip()][:20]
-    return bool(lines) and not any(re.match(r'\s*([\[{"\d-]|true|false|null|NaN)', line) for line in lines) and (
-        all(line.isprintable() or "\t" in line or "\r" in line for line in lines))
+    return (
+        bool(lines)
+        and not any(re.match(r'\s*([\[{"\d-]|true|false|null|NaN)', line) for line in lines)
+        and (all(line.isprintable() or "\t" in line or "\r" in line for line in lines))
+    )

@@ -1,20 +1,23 @@
-"""Tokens of texts of any length: a window at a time, with the tokens that the whole text would have.
+"""Tokens of texts of any length: a window at a time, with the tokens that the whole text would
+have.
 
 A *joint* is a place that no token of the vocabulary crosses, for example between a letter and a
-blank. Byte pair encoding and unigram models never merge across it, so what stands between two joints
-has its tokens whatever stands elsewhere. What a pre-tokeniser or a normaliser looks at beyond a joint
-is covered by CONTEXT joints on either side of a window, and neighbouring windows are compared there.
+blank. Byte pair encoding and unigram models never merge across it, so what stands between two
+joints has its tokens whatever stands elsewhere. What a pre-tokeniser or a normaliser looks at
+beyond a joint is covered by CONTEXT joints on either side of a window, and neighbouring windows are
+compared there.
 """
+
 import re
 import string
 from collections import deque
 
 import numpy as np
 
-WINDOW = 1 << 16      # characters tokenised at a time
-CONTEXT = 8           # joints tokenised on either side of a window, whose tokens are not kept
+WINDOW = 1 << 16  # characters tokenised at a time
+CONTEXT = 8  # joints tokenised on either side of a window, whose tokens are not kept
 CALL_CHARACTERS = 1 << 20  # of several texts in one call of the tokenizer, about a second
-CALL_PIECES = 4096    # likewise
+CALL_PIECES = 4096  # likewise
 NON_ASCII_RIGHT = "\u3001\u3002\uff0c"  # ideographic comma, full stop, full-width comma
 
 
@@ -28,11 +31,14 @@ def is_long(n_characters):
 
 
 def in_groups(pieces, *, size=len):
-    """Lists of consecutive pieces of at most CALL_CHARACTERS together, by `size(piece)`; a long one goes alone."""
+    """Lists of consecutive pieces of at most CALL_CHARACTERS together, by `size(piece)`; a long one
+    goes alone."""
     group, total = [], 0
     for piece in pieces:
         characters = size(piece)
-        if group and (total + characters > CALL_CHARACTERS or is_long(characters) or len(group) == CALL_PIECES):
+        if group and (
+            total + characters > CALL_CHARACTERS or is_long(characters) or len(group) == CALL_PIECES
+        ):
             yield group
             group, total = [], 0
         group.append(piece)
@@ -45,7 +51,8 @@ def in_groups(pieces, *, size=len):
 
 
 def any_of(strings):
-    """A compiled pattern of the given strings, the longest first, in time that their number hardly changes."""
+    """A compiled pattern of the given strings, the longest first, in time that their number hardly
+    changes."""
     tree = {}
     for text in strings:
         node = tree
@@ -56,7 +63,9 @@ def any_of(strings):
 
 
 def _alternatives(node):
-    branches = [re.escape(first) + _alternatives(rest) for first, rest in sorted(node.items()) if first]
+    branches = [
+        re.escape(first) + _alternatives(rest) for first, rest in sorted(node.items()) if first
+    ]
     if not branches:
         return ""
     if len(branches) == 1 and "" not in node:
@@ -65,18 +74,23 @@ def _alternatives(node):
 
 
 def joint_pattern(tokenizer):
-    """A pattern that matches, with no width, at the joints of a fast tokenizer; None if none can be shown."""
+    """A pattern that matches, with no width, at the joints of a fast tokenizer; None if none can be
+    shown."""
     model = tokenizer.backend_tokenizer.model
     if type(model).__name__ not in ("BPE", "Unigram") or getattr(model, "end_of_word_suffix", None):
         return None
     known, content = _vocabulary(tokenizer)
-    punctuation = "".join(set(string.punctuation) - set("<=>"))  # these three can compose with what follows
+    # these three can compose with what follows
+    punctuation = "".join(set(string.punctuation) - set("<=>"))
     right = [c for c in " \n\t" + punctuation + NON_ASCII_RIGHT if known(c)]
     digits = [c for c in string.digits if known(c)]
     ideograph = rb"(?:[\xe4-\xe9][\x80-\xbf]{2}|\0[\x80-\xbf]{1,2})"
-    sides = [("(?<=[A-Za-z])", rb"[A-Za-z]", right + digits), ("(?<=[0-9])", rb"[0-9]", right),
-             (r"(?<=[^\W\d_])(?<=[^\x00-\x7f])", rb"[\x80-\xff]", [c for c in right if c.isascii()]),
-             ("(?<=[\u4e00-\u9fff])", ideograph, NON_ASCII_RIGHT)]
+    sides = [
+        ("(?<=[A-Za-z])", rb"[A-Za-z]", right + digits),
+        ("(?<=[0-9])", rb"[0-9]", right),
+        (r"(?<=[^\W\d_])(?<=[^\x00-\x7f])", rb"[\x80-\xff]", [c for c in right if c.isascii()]),
+        ("(?<=[\u4e00-\u9fff])", ideograph, NON_ASCII_RIGHT),
+    ]
     found = []
     for left, left_bytes, characters in sides:
         apart = [c for c in characters if not _crossed(content, left_bytes, c.encode())]
@@ -86,7 +100,8 @@ def joint_pattern(tokenizer):
 
 
 def _crossed(content, left, right):
-    """Whether a token holds `left` and then `right`, or ends in a part of it (bytes of one character)."""
+    """Whether a token holds `left` and then `right`, or ends in a part of it (bytes of one
+    character)."""
     parts = [re.escape(right)] + [re.escape(right[:i]) + rb"\0" for i in range(1, len(right))]
     return re.search(left + rb"(?:" + rb"|".join(parts) + rb")", content) is not None
 
@@ -99,9 +114,13 @@ def _vocabulary(tokenizer):
     if decoder is not None and b"ByteLevel" in decoder.__getstate__():
         of_character = {character: byte for byte, character in _byte_characters().items()}
         encoded = [bytes(of_character[c] for c in token if c in of_character) for token in tokens]
-        return lambda c: True, b"\0".join([b"", *encoded, *(token.encode() for token in added), b""])
+        return lambda c: True, b"\0".join(
+            [b"", *encoded, *(token.encode() for token in added), b""]
+        )
     plain = {token.replace("\u2581", " ") for token in tokens}
-    return plain.__contains__, b"\0".join([b"", *(t.encode() for t in plain), *(t.encode() for t in added), b""])
+    return plain.__contains__, b"\0".join(
+        [b"", *(t.encode() for t in plain), *(t.encode() for t in added), b""]
+    )
 
 
 def _byte_characters():
@@ -112,9 +131,11 @@ def _byte_characters():
 
 
 def windows(text, joints):
-    """Yield (low, start, end, high, middle): the text from `start` to `end`, to be tokenised from `low` to `high`.
+    """Yield (low, start, end, high, middle): the text from `start` to `end`, to be tokenised from
+    `low` to `high`.
 
-    All five are joints or ends of the text. The tokens from `end` to `middle` are to be those that the next window has there.
+    All five are joints or ends of the text. The tokens from `end` to `middle` are to be those that
+    the next window has there.
     """
     low = start = 0
     near = deque(maxlen=2 * CONTEXT + 1)
@@ -127,7 +148,8 @@ def windows(text, joints):
 
 
 def encode_windows(text, joints, encode):
-    """Yield (ids (n,), offsets (n, 2) in the text) of one window after the other. `encode` gives both for a piece of text.
+    """Yield (ids (n,), offsets (n, 2) in the text) of one window after the other. `encode` gives
+    both for a piece of text.
 
     Raises NotLocal where windows disagree; what was yielded before is then not to be used.
     """
@@ -136,11 +158,13 @@ def encode_windows(text, joints, encode):
     for low, start, end, high, middle in windows(text, joints):
         ids, offsets = encode(text[low:high])
         offsets = offsets + low
-        first, last, seen = (int(np.searchsorted(offsets[:, 0], place)) for place in (start, end, until))
+        first, last, seen = (
+            int(np.searchsorted(offsets[:, 0], place)) for place in (start, end, until)
+        )
         for place in (start, end):
             if ((offsets[:, 0] < place) & (offsets[:, 1] > place)).any():
                 raise NotLocal
         if not np.array_equal(ids[first:seen], ahead) and start:
             raise NotLocal
         yield ids[first:last], offsets[first:last]
-        ahead, until = ids[last:int(np.searchsorted(offsets[:, 0], middle))], middle
+        ahead, until = ids[last : int(np.searchsorted(offsets[:, 0], middle))], middle

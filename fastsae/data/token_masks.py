@@ -1,4 +1,6 @@
-"""Which tokens an autoencoder is trained and examined on, and the split of examples into three parts."""
+"""Which tokens an autoencoder is trained and examined on, and the split of examples into three
+parts."""
+
 import hashlib
 
 import numpy as np
@@ -10,16 +12,21 @@ def token_norms(activations, block=65536):
     """(n_tokens, d) array of any float type -> (n_tokens,) float32 norms, a block at a time."""
     norms = np.empty(len(activations), np.float32)
     for start in range(0, len(activations), block):
-        norms[start:start + block] = np.linalg.norm(activations[start:start + block].astype(np.float32), axis=1)
+        norms[start : start + block] = np.linalg.norm(
+            activations[start : start + block].astype(np.float32), axis=1
+        )
     return norms
 
 
-def usable_tokens(norms, kind, *, exclude_shared_prefix, max_norm_ratio, max_norm=None, deciding=None):
-    """((n_tokens,) bool, max_norm): tokens left after dropping the shared prefix and attention sinks.
+def usable_tokens(
+    norms, kind, *, exclude_shared_prefix, max_norm_ratio, max_norm=None, deciding=None
+):
+    """((n_tokens,) bool, max_norm): tokens left after dropping the shared prefix and attention
+    sinks.
 
-    Sinks are tokens with norms above `max_norm`, by default `max_norm_ratio` times the median of the
-    others (None = no bound). deciding: (n_tokens,) bool, the tokens of which that median is (None:
-    all; if none of them is left after the prefix, all too).
+    Sinks are tokens with norms above `max_norm`, by default `max_norm_ratio` times the median of
+    the others (None = no bound). deciding: (n_tokens,) bool, the tokens of which that median is
+    (None: all; if none of them is left after the prefix, all too).
     """
     keep = kind != SHARED_PREFIX if exclude_shared_prefix else np.ones(len(kind), bool)
     if max_norm is None and max_norm_ratio is not None:
@@ -29,15 +36,21 @@ def usable_tokens(norms, kind, *, exclude_shared_prefix, max_norm_ratio, max_nor
 
 
 def chosen_tokens(use, kind, role):
-    """(n_tokens,) bool: all tokens, those not written by the chat template, or those of the assistant's own text."""
-    return {"all": np.ones(len(kind), bool), "content": kind == 0, "assistant": (kind == 0) & (role == ROLES.index("assistant"))}[use]
+    """(n_tokens,) bool: all tokens, those not written by the chat template, or those of the
+    assistant's own text."""
+    return {
+        "all": np.ones(len(kind), bool),
+        "content": kind == 0,
+        "assistant": (kind == 0) & (role == ROLES.index("assistant")),
+    }[use]
 
 
 TRAIN, VALIDATION, TEST = 0, 1, 2  # what an example is for
 
 
 def text_numbers(token_ids, offsets):
-    """(n_examples,) int: examples of one number are the same tokens, numbered in the order they come.
+    """(n_examples,) int: examples of one number are the same tokens, numbered in the order they
+    come.
 
     Args: token_ids (n_tokens,); offsets (n_examples + 1,), where each example begins and ends.
     """
@@ -73,7 +86,7 @@ def split_texts(texts, validation_fraction, test_fraction, seed):
     n_validation = min(max(1, round(n * validation_fraction)), n - 1)
     n_test = min(round(n * test_fraction), n - 1 - n_validation)
     order = np.random.default_rng(seed).permutation(n)
-    part = np.full(n, TRAIN, np.int8)                                   # of each text
+    part = np.full(n, TRAIN, np.int8)  # of each text
     part[order[:n_validation]] = VALIDATION
-    part[order[n_validation:n_validation + n_test]] = TEST
+    part[order[n_validation : n_validation + n_test]] = TEST
     return part[texts]

@@ -1,12 +1,14 @@
-"""Tokens as people read them: names to count by, texts to show, excerpts, and labels made of a feature's own tokens."""
+"""Tokens as people read them: names to count by, texts to show, excerpts, and labels made of a
+feature's own tokens."""
+
 import numpy as np
 
 
 def token_names(tokenizer, token_ids):
     """Readable names of token ids (n,): ((n,) number of each one's name, list of names).
 
-    Names are decoded tokens without surrounding spaces and in lower case, so that ' We' and 'we' count as one; white space and
-    special tokens keep a visible form.
+    Names are decoded tokens without surrounding spaces and in lower case, so that ' We' and 'we'
+    count as one; white space and special tokens keep a visible form.
     """
     unique, inverse = np.unique(token_ids, return_inverse=True)
     numbers, names = {}, []
@@ -28,8 +30,8 @@ def visible(text: str) -> str:
 class TokenTexts:
     """Texts of tokens in a row, one each, that join to the decoded whole.
 
-    A character cut into several tokens is given to the first of them, the others get "". SentencePiece's leading space, which
-    decoding a single token drops, is put back.
+    A character cut into several tokens is given to the first of them, the others get "".
+    SentencePiece's leading space, which decoding a single token drops, is put back.
     """
 
     def __init__(self, tokenizer):
@@ -58,12 +60,16 @@ class TokenTexts:
 
 
 def with_text(texts):
-    """(n,) for each token the position where it is seen: its own, or that of the nearest earlier one where its own text is ""."""
-    return np.maximum.accumulate(np.array([i if text else 0 for i, text in enumerate(texts)], np.int64))
+    """(n,) for each token the position where it is seen: its own, or that of the nearest earlier
+    one where its own text is ""."""
+    return np.maximum.accumulate(
+        np.array([i if text else 0 for i, text in enumerate(texts)], np.int64)
+    )
 
 
 def seen_values(texts, positions, values):
-    """(positions, values) of activations on tokens, moved to where the tokens are seen; where several meet, the largest stays."""
+    """(positions, values) of activations on tokens, moved to where the tokens are seen; where
+    several meet, the largest stays."""
     seen, of = np.unique(with_text(texts)[positions], return_inverse=True)
     largest = np.zeros(len(seen), np.float32)
     np.maximum.at(largest, of, values)
@@ -71,17 +77,22 @@ def seen_values(texts, positions, values):
 
 
 def characteristic_tokens(name_mass, name_count, names, n_top):
-    """For each feature its most characteristic tokens, [(name, share of the feature's activation), ...], best first.
+    """For each feature its most characteristic tokens, [(name, share of the feature's activation),
+    ...], best first.
 
-    name_mass: CSR (M, n_names), each feature's activation by token name; name_count (n_names,), how many tokens have it. A token
-    scores share * log(share / base rate), its term in the divergence of "where the feature's activation lies" from "which
-    tokens there are"; tokens that are not above their base rate are left out.
+    name_mass: CSR (M, n_names), each feature's activation by token name; name_count (n_names,), how
+    many tokens have it. A token scores share * log(share / base rate), its term in the divergence
+    of "where the feature's activation lies" from "which tokens there are"; tokens that are not
+    above their base rate are left out.
     """
     base = name_count / max(name_count.sum(), 1)
     result = []
     for j in range(name_mass.shape[0]):
         row = slice(name_mass.indptr[j], name_mass.indptr[j + 1])
-        column, share = name_mass.indices[row], name_mass.data[row] / max(name_mass.data[row].sum(), 1e-30)
+        column, share = (
+            name_mass.indices[row],
+            name_mass.data[row] / max(name_mass.data[row].sum(), 1e-30),
+        )
         score = share * np.log(np.maximum(share, 1e-30) / base[column])
         order = np.lexsort((column, -score))[:n_top]
         result.append([(names[column[i]], float(share[i])) for i in order if score[i] > 0])
@@ -89,23 +100,30 @@ def characteristic_tokens(name_mass, name_count, names, n_top):
 
 
 def evidence_label(top_tokens, n_named=4, concentrated=0.3):
-    """A label made of the most characteristic tokens; says so when they carry little of the feature's activation."""
+    """A label made of the most characteristic tokens; says so when they carry little of the
+    feature's activation."""
     if not top_tokens:
         return ""
     named = top_tokens[:n_named]
     text = ", ".join(f"'{name}'" for name, _ in named)
-    return text if sum(share for _, share in named) >= concentrated else f"mixed contexts, some of {text}"
+    return (
+        text
+        if sum(share for _, share in named) >= concentrated
+        else f"mixed contexts, some of {text}"
+    )
 
 
 def excerpt(texts: list[str], peak: int, start: int = 0, width: int = 14) -> str:
     """One example around the token `peak`, that token between « and », as one line of text.
 
-    texts: its tokens' texts (a peak without one is marked where it is seen, see `with_text`); `width` tokens are shown on each side,
-    none before `start` unless the peak is there.
+    texts: its tokens' texts (a peak without one is marked where it is seen, see `with_text`);
+    `width` tokens are shown on each side, none before `start` unless the peak is there.
     """
     peak = int(with_text(texts)[peak])
     left, right = max(min(start, peak), peak - width), min(len(texts), peak + width + 1)
-    before, marked, after = "".join(texts[left:peak]), texts[peak], "".join(texts[peak + 1:right])
-    space = marked[:len(marked) - len(marked.lstrip(" "))] if marked.strip() else ""
+    before, marked, after = "".join(texts[left:peak]), texts[peak], "".join(texts[peak + 1 : right])
+    space = marked[: len(marked) - len(marked.lstrip(" "))] if marked.strip() else ""
     text = f"{before}{space}«{visible(marked.strip() or marked)}»{after}"
-    return ("…" if left > start else "") + " ".join(text.split()) + ("…" if right < len(texts) else "")
+    return (
+        ("…" if left > start else "") + " ".join(text.split()) + ("…" if right < len(texts) else "")
+    )

@@ -1,4 +1,6 @@
-"""Examples as tokens: rendering the model's chat template, tokenising, and the kind and role of every token."""
+"""Examples as tokens: rendering the model's chat template, tokenising, and the kind and role of
+every token."""
+
 import functools
 from dataclasses import dataclass
 
@@ -8,42 +10,71 @@ from fastsae.data import long_texts
 from fastsae.data.datasets import Example, place, read_dataset  # noqa: F401  (offered here too: examples and their tokens go together)
 from fastsae.runtime.errors import InputError
 
-CONTENT, TEMPLATE, SHARED_PREFIX = 0, 1, 2          # values of token_kind
-BATCH_CHARACTERS = 1 << 22                          # of the examples tokenised together
-NEIGHBOURHOOD = 1 << 16                             # characters in which a content is looked for when others were missing
-REMEMBERED_TURNS = 100                              # of dialogues whose template text is kept for the next one
-ROLES = ("none", "system", "user", "assistant", "tool")  # values of token_role; none = the template itself, or plain text
+CONTENT, TEMPLATE, SHARED_PREFIX = 0, 1, 2  # values of token_kind
+BATCH_CHARACTERS = 1 << 22  # of the examples tokenised together
+# characters in which a content is looked for when others were missing
+NEIGHBOURHOOD = 1 << 16
+# of dialogues whose template text is kept for the next one
+REMEMBERED_TURNS = 100
+# values of token_role; none = the template itself, or plain text
+ROLES = ("none", "system", "user", "assistant", "tool")
 
 
 @dataclass
 class Tokens:
     """One tokenised example: arrays of equal length, and what happened on the way."""
 
-    ids: np.ndarray    # (length,) int32
-    kind: np.ndarray   # (length,) uint8
-    role: np.ndarray   # (length,) uint8
+    ids: np.ndarray  # (length,) int32
+    kind: np.ndarray  # (length,) uint8
+    role: np.ndarray  # (length,) uint8
     truncated: bool = False
     n_control_strings: int = 0  # template control strings found in the data, kept as plain text
 
 
 class ChatTokenizer:
-    """Turns examples into tokens as the model's own chat template has them; text from the data stays text.
+    """Turns examples into tokens as the model's own chat template has them; text from the data
+    stays text.
 
-    `tokenizer`: a fast Hugging Face tokenizer. `chat_template` False gives plain tokenisation of `text` rows (with the
-    tokenizer's own BOS). `date` is handed to templates that print today's date, so that runs are repeatable.
+    `tokenizer`: a fast Hugging Face tokenizer. `chat_template` False gives plain tokenisation of
+    `text` rows (with the tokenizer's own BOS). `date` is handed to templates that print today's
+    date, so that runs are repeatable.
     """
 
-    def __init__(self, tokenizer, *, chat_template=True, max_length=None, date="", dataset_name="dataset", special_tokens=True):
-        self.special_tokens = special_tokens and not chat_template  # BOS and the like; a template writes its own
-        self.tokenizer, self.max_length, self.date, self.dataset_name = tokenizer, max_length, date, dataset_name
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        chat_template=True,
+        max_length=None,
+        date="",
+        dataset_name="dataset",
+        special_tokens=True,
+    ):
+        # BOS and the like; a template writes its own
+        self.special_tokens = special_tokens and not chat_template
+        self.tokenizer, self.max_length, self.date, self.dataset_name = (
+            tokenizer,
+            max_length,
+            date,
+            dataset_name,
+        )
         self.chat_template = chat_template
         if chat_template and not tokenizer.chat_template:
-            raise InputError("MODEL_NAME: this model has no chat template. choose an instruct model, or set --no-use-chat-template.")
+            raise InputError(
+                "MODEL_NAME: this model has no chat template. choose an instruct model, or set --no-use-chat-template."
+            )
         template_text = str(tokenizer.chat_template) if chat_template else ""
         special = set(tokenizer.all_special_tokens)
         self._control = long_texts.any_of(
-            token for token in tokenizer.get_added_vocab() if token.strip() and (token in special or token in template_text
-                                                                                 or (token.startswith("<") and token.endswith(">"))))
+            token
+            for token in tokenizer.get_added_vocab()
+            if token.strip()
+            and (
+                token in special
+                or token in template_text
+                or (token.startswith("<") and token.endswith(">"))
+            )
+        )
         self._pieces, self._control_ids = {}, {}
 
     @functools.cached_property
@@ -53,27 +84,34 @@ class ChatTokenizer:
 
     @functools.cached_property
     def joints(self):
-        """Where long texts may be cut (long_texts.joint_pattern); None if this tokenizer has to read them whole."""
+        """Where long texts may be cut (long_texts.joint_pattern); None if this tokenizer has to
+        read them whole."""
         return long_texts.joint_pattern(self.tokenizer)
 
     def __call__(self, examples, batch_size=512):
-        """A list of Tokens for a list of Examples; tokenises in batches (the tokenizer's own threads)."""
+        """A list of Tokens for a list of Examples; tokenises in batches (the tokenizer's own
+        threads)."""
         result = []
         for start in range(0, len(examples), batch_size):
-            result += self._batch(examples[start:start + batch_size])
+            result += self._batch(examples[start : start + batch_size])
         return result
 
     def _batch(self, examples):
         rendered = [self.render(example) for example in examples]
         short = [i for i, (text, _) in enumerate(rendered) if not long_texts.is_long(len(text))]
-        segments = [(i, *piece) for i in short for piece in self._cut(*rendered[i])]  # whole but for control strings in the data
-        encoded = self._encoded([(rendered[i][0][start:end], is_control) for i, start, end, is_control in segments])
+        # whole but for control strings in the data
+        segments = [(i, *piece) for i in short for piece in self._cut(*rendered[i])]
+        encoded = self._encoded(
+            [(rendered[i][0][start:end], is_control) for i, start, end, is_control in segments]
+        )
         parts, n_control = {i: [] for i in short}, dict.fromkeys(short, 0)
         for (i, start, _, is_control), (ids, offsets) in zip(segments, encoded):
             parts[i].append((ids, offsets + start))
             n_control[i] += is_control
-        return [self._tokens(parts[i], n_control[i], spans) if i in parts else self._long(text, spans)
-                for i, (text, spans) in enumerate(rendered)]
+        return [
+            self._tokens(parts[i], n_control[i], spans) if i in parts else self._long(text, spans)
+            for i, (text, spans) in enumerate(rendered)
+        ]
 
     def _long(self, text, spans):
         """Tokens of a long text: no more of it is tokenised than `max_length` needs."""
@@ -85,35 +123,50 @@ class ChatTokenizer:
             return self._tokens(self._long_parts(text, spans), n_control, spans)
 
     def _long_parts(self, text, spans):
-        """Yield (ids, offsets): pieces between control strings, short ones together and long ones window by window."""
-        for group in long_texts.in_groups(self._cut(text, spans), size=lambda piece: piece[1] - piece[0]):
+        """Yield (ids, offsets): pieces between control strings, short ones together and long ones
+        window by window."""
+        for group in long_texts.in_groups(
+            self._cut(text, spans), size=lambda piece: piece[1] - piece[0]
+        ):
             start, end, _ = group[0]
             if self.joints and long_texts.is_long(end - start):
-                parts = long_texts.encode_windows(text[start:end], self.joints, lambda piece: self._encode([piece])[0])
+                parts = long_texts.encode_windows(
+                    text[start:end], self.joints, lambda piece: self._encode([piece])[0]
+                )
                 yield from ((ids, offsets + start) for ids, offsets in parts)
             else:
-                encoded = self._encoded([(text[start:end], is_control) for start, end, is_control in group])
-                yield from ((ids, offsets + start) for (ids, offsets), (start, *_) in zip(encoded, group))
+                encoded = self._encoded(
+                    [(text[start:end], is_control) for start, end, is_control in group]
+                )
+                yield from (
+                    (ids, offsets + start) for (ids, offsets), (start, *_) in zip(encoded, group)
+                )
 
     def render(self, example):
-        """(text, spans): the templated text and the (start, end, role number) of each message's content in it."""
+        """(text, spans): the templated text and the (start, end, role number) of each message's
+        content in it."""
         if not self.chat_template:
             if not example.is_text:
-                raise InputError(f"{place(self.dataset_name, example.line)}: is a dialogue, which needs the chat template. "
-                                 "set --use-chat-template.")
+                raise InputError(
+                    f"{place(self.dataset_name, example.line)}: is a dialogue, which needs the chat template. "
+                    "set --use-chat-template."
+                )
             text = example.messages[0]["content"]
             return text, [(0, len(text), 0)]
         text = self._apply(example, example.messages)
         return text, self._content_spans(text, self._template_pieces(example), example.messages)
 
     def _template_pieces(self, example):
-        """What the template writes around the contents, found with marks nobody types; None if it does not insert them so."""
+        """What the template writes around the contents, found with marks nobody types; None if it
+        does not insert them so."""
         key = tuple(message["role"] for message in example.messages)
         if key in self._pieces:
             return self._pieces[key]
         marks = [f"\ue000{i}\ue001" for i in range(len(key))]
         try:
-            skeleton = self._apply(example, [{"role": role, "content": mark} for role, mark in zip(key, marks)])
+            skeleton = self._apply(
+                example, [{"role": role, "content": mark} for role, mark in zip(key, marks)]
+            )
             pieces = _around(skeleton, marks)
         except InputError:
             pieces = None
@@ -123,11 +176,15 @@ class ChatTokenizer:
 
     def _apply(self, example, messages):
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=self.date)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, date_string=self.date
+            )
         except Exception as error:  # templates refuse by raising whatever their author chose
             what = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-            raise InputError(f"{place(self.dataset_name, example.line)}: the chat template refuses this dialogue ({what}). "
-                             "reorder or remove its turns.") from None
+            raise InputError(
+                f"{place(self.dataset_name, example.line)}: the chat template refuses this dialogue ({what}). "
+                "reorder or remove its turns."
+            ) from None
 
     @staticmethod
     def _content_spans(text, pieces, messages):
@@ -144,7 +201,8 @@ class ChatTokenizer:
         return _spans_found(text, messages, roles)
 
     def _cut(self, text, spans):
-        """Yield the pieces (start, end, is_control) of a text, cut around each control string inside a message."""
+        """Yield the pieces (start, end, is_control) of a text, cut around each control string
+        inside a message."""
         position = 0
         for start, end, _ in spans:
             for control in self._control.finditer(text, start, end):
@@ -158,7 +216,10 @@ class ChatTokenizer:
     def _encoded(self, segments):
         """(ids, offsets) of each (text, is_control), in order."""
         plain = iter(self._encode([text for text, is_control in segments if not is_control]))
-        return [self._encoded_control(text) if is_control else next(plain) for text, is_control in segments]
+        return [
+            self._encoded_control(text) if is_control else next(plain)
+            for text, is_control in segments
+        ]
 
     def _encoded_control(self, text):
         if text not in self._control_ids:
@@ -170,9 +231,17 @@ class ChatTokenizer:
         options = {"split_special_tokens": True} if split_special else {}
         found = []
         for group in long_texts.in_groups(texts):
-            out = self.tokenizer(group, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, **options)
-            found += [(np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
-                      for ids, offsets in zip(out["input_ids"], out["offset_mapping"])]
+            out = self.tokenizer(
+                group,
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                **options,
+            )
+            found += [
+                (np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
+                for ids, offsets in zip(out["input_ids"], out["offset_mapping"])
+            ]
         return found
 
     def _tokens(self, parts, n_control, spans):
@@ -181,14 +250,21 @@ class ChatTokenizer:
         Those that overlap a span are content, with the span's role.
         """
         n, (before, after) = self.max_length, self.around
-        begins, ends, numbers = np.array(spans, np.int64).reshape(-1, 3).T  # in order, none within another
+        # in order, none within another
+        begins, ends, numbers = np.array(spans, np.int64).reshape(-1, 3).T
         columns = [_of_template(before)]
         n_tokens = len(before)
         for ids, offsets in parts:
-            last = np.searchsorted(begins, offsets[:, 1]) - 1  # (n,) span that begins last before the token's end, -1: none
+            # (n,) span that begins last before the token's end, -1: none
+            last = np.searchsorted(begins, offsets[:, 1]) - 1
             inside = (last >= 0) & (np.append(ends, 0)[last] > offsets[:, 0])
-            columns.append((ids, np.where(inside, CONTENT, TEMPLATE).astype(np.uint8),
-                            np.where(inside, np.append(numbers, 0)[last], 0).astype(np.uint8)))
+            columns.append(
+                (
+                    ids,
+                    np.where(inside, CONTENT, TEMPLATE).astype(np.uint8),
+                    np.where(inside, np.append(numbers, 0)[last], 0).astype(np.uint8),
+                )
+            )
             n_tokens += len(ids)
             if n is not None and n_tokens > n:
                 break
@@ -199,7 +275,11 @@ class ChatTokenizer:
 
 def _of_template(ids):
     """(ids, kinds, roles) of tokens that the tokenizer adds."""
-    return np.array(ids, np.int32), np.full(len(ids), TEMPLATE, np.uint8), np.zeros(len(ids), np.uint8)
+    return (
+        np.array(ids, np.int32),
+        np.full(len(ids), TEMPLATE, np.uint8),
+        np.zeros(len(ids), np.uint8),
+    )
 
 
 def _around(skeleton, marks):
@@ -217,8 +297,8 @@ def _around(skeleton, marks):
 def _spans_found(text, messages, roles):
     """Spans for a template that rewrites contents: what is left of each, in order.
 
-    Contents that are not there cost a search of all that follows; when that has been searched 64 times over, only the
-    neighbourhood is.
+    Contents that are not there cost a search of all that follows; when that has been searched 64
+    times over, only the neighbourhood is.
     """
     spans, position, budget = [], 0, 64 * len(text)
     for message, role in zip(messages, roles):
@@ -237,18 +317,20 @@ def added_tokens(tokenizer):
     """(ids before, ids after) that the tokenizer puts around a text: BOS and the like."""
     out = tokenizer("a", return_special_tokens_mask=True)
     own = np.flatnonzero(np.array(out["special_tokens_mask"]) == 0)
-    return out["input_ids"][:own[0]], out["input_ids"][own[-1] + 1:]
+    return out["input_ids"][: own[0]], out["input_ids"][own[-1] + 1 :]
 
 
 @dataclass
 class TokenTable:
-    """All examples of a run: their tokens one after the other, 6 bytes each, and where each example came from."""
+    """All examples of a run: their tokens one after the other, 6 bytes each, and where each example
+    came from."""
 
-    ids: np.ndarray      # (n_tokens,) int32
-    kind: np.ndarray     # (n_tokens,) uint8
-    role: np.ndarray     # (n_tokens,) uint8
+    ids: np.ndarray  # (n_tokens,) int32
+    kind: np.ndarray  # (n_tokens,) uint8
+    role: np.ndarray  # (n_tokens,) uint8
     lengths: np.ndarray  # (n_examples,) int32
-    lines: np.ndarray    # (n_examples,) int32, line number in the dataset (in blocks: number of the block)
+    # (n_examples,) int32, line number in the dataset (in blocks: number of the block)
+    lines: np.ndarray
     n_truncated: int = 0
     n_control_strings: int = 0
 
@@ -259,7 +341,8 @@ class TokenTable:
 
 
 def tokenise(examples, tokenizer, batch_size=512):
-    """A TokenTable of an iterable of examples, by `tokenizer` (a ChatTokenizer), a batch at a time so that no text is kept."""
+    """A TokenTable of an iterable of examples, by `tokenizer` (a ChatTokenizer), a batch at a time
+    so that no text is kept."""
     columns, lengths, lines, counts = ([], [], []), [], [], [0, 0]
 
     def take(batch):
@@ -280,26 +363,41 @@ def tokenise(examples, tokenizer, batch_size=512):
             batch, size = [], 0
     if batch:
         take(batch)
-    ids, kind, role = (np.concatenate(column) if column else np.zeros(0, np.int32) for column in columns)
-    return TokenTable(ids, kind, role, np.array(lengths, np.int32), np.array(lines, np.int32), *counts)
+    ids, kind, role = (
+        np.concatenate(column) if column else np.zeros(0, np.int32) for column in columns
+    )
+    return TokenTable(
+        ids, kind, role, np.array(lengths, np.int32), np.array(lines, np.int32), *counts
+    )
 
 
 def cut_blocks(table, block_length):
-    """The same tokens as blocks of `block_length` (block training): (TokenTable, tokens left over at the end)."""
+    """The same tokens as blocks of `block_length` (block training): (TokenTable, tokens left over
+    at the end)."""
     n, rest = divmod(len(table.ids), block_length)
     end = n * block_length
-    return TokenTable(table.ids[:end], table.kind[:end], table.role[:end], np.full(n, block_length, np.int32),
-                      np.arange(1, n + 1, dtype=np.int32), 0, table.n_control_strings), rest
+    return TokenTable(
+        table.ids[:end],
+        table.kind[:end],
+        table.role[:end],
+        np.full(n, block_length, np.int32),
+        np.arange(1, n + 1, dtype=np.int32),
+        0,
+        table.n_control_strings,
+    ), rest
 
 
 def mark_shared_prefix(table):
-    """Set `kind` to SHARED_PREFIX on the leading tokens that all examples have in common; returns how many.
+    """Set `kind` to SHARED_PREFIX on the leading tokens that all examples have in common; returns
+    how many.
 
-    Causal attention gives these the same activations in every example. If the common part is all of some example (equal
-    texts, or one example only), just the template's own leading tokens count.
+    Causal attention gives these the same activations in every example. If the common part is all of
+    some example (equal texts, or one example only), just the template's own leading tokens count.
     """
     starts, shortest = table.starts[:-1], int(table.lengths.min())
-    shared = next((i for i in range(shortest) if (table.ids[starts + i] != table.ids[i]).any()), shortest)
+    shared = next(
+        (i for i in range(shortest) if (table.ids[starts + i] != table.ids[i]).any()), shortest
+    )
     if shared == shortest:
         content = np.flatnonzero(table.kind[:shared] == CONTENT)
         shared = int(content[0]) if len(content) else 0
@@ -309,7 +407,8 @@ def mark_shared_prefix(table):
 
 
 def pad_activations(flat, seq_lengths):
-    """(n_tokens, d) rows of consecutive examples -> ((n_examples, longest, d) zero-padded, (n_examples, longest) mask)."""
+    """(n_tokens, d) rows of consecutive examples -> ((n_examples, longest, d) zero-padded,
+    (n_examples, longest) mask)."""
     lengths = np.asarray(seq_lengths)
     mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
     padded = np.zeros((*mask.shape, flat.shape[1]), flat.dtype)
@@ -318,5 +417,6 @@ def pad_activations(flat, seq_lengths):
 
 
 def flatten_activations(padded, mask, exclude_padding=True):
-    """The inverse of `pad_activations`: (n_tokens, d) real rows in order, or all positions if `exclude_padding` is False."""
+    """The inverse of `pad_activations`: (n_tokens, d) real rows in order, or all positions if
+    `exclude_padding` is False."""
     return padded[mask] if exclude_padding else padded.reshape(-1, padded.shape[-1])

@@ -25,7 +25,8 @@ def kind_of(path) -> str:
     """What the file is: fastsae (a checkpoint of this project, perhaps damaged), torch (what
     torch.save wrote) or npz.
 
-    Raises InputError, which says what it is instead, or EnvironmentFailure for a part of an archive.
+    Raises InputError, which says what it is instead, or EnvironmentFailure for a part of an
+    archive.
     """
     path = Path(path)
     with open(path, "rb") as file:

@@ -1,14 +1,18 @@
-"""Checkpoints in the layouts of other libraries: SAELens and sparsify. tests/test_formats.py loads them with these libraries.
+"""Checkpoints in the layouts of other libraries: SAELens and sparsify. tests/test_formats.py loads
+them with these libraries.
 
-The formulas are the same in all three, features = activation(W (x - b_dec) + b_enc), so that exporting only renames and transposes:
+The formulas are the same in all three, features = activation(W (x - b_dec) + b_enc), so that
+exporting only renames and transposes:
 
     topk (with or without prefixes)  SAELens topk       sparsify topk
     batchtopk                        SAELens jumprelu, its threshold for every feature
     standard                         SAELens standard
     jumprelu, gated                  SAELens jumprelu
 
-Hooks count blocks from 0: the residual stream after i blocks is `blocks.{i-1}.hook_resid_post`, sparsify's `layers.{i-1}`.
+Hooks count blocks from 0: the residual stream after i blocks is `blocks.{i-1}.hook_resid_post`,
+sparsify's `layers.{i-1}`.
 """
+
 import hashlib
 import json
 from pathlib import Path
@@ -19,14 +23,16 @@ from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import InputError
 
 FORMATS = ("saelens", "sparsify")
-SAELENS_VERSION = "6.54.12"  # whose layout this is; SAELens drops the metadata of what calls itself older than 6
+# whose layout this is; SAELens drops the metadata of what calls itself older than 6
+SAELENS_VERSION = "6.54.12"
 
 
 def export(path, kinds):
-    """Write the checkpoint at `path` beside itself as `<stem>.saelens/` and `<stem>.sparsify/layers.<i-1>/`.
+    """Write the checkpoint at `path` beside itself as `<stem>.saelens/` and
+    `<stem>.sparsify/layers.<i-1>/`.
 
-    Each appears complete or not at all, and is left alone where it already has this content. Raises InputError if a format
-    cannot hold the architecture.
+    Each appears complete or not at all, and is left alone where it already has this content. Raises
+    InputError if a format cannot hold the architecture.
     """
     from fastsae.formats.load import load_sae
 
@@ -43,13 +49,17 @@ def export(path, kinds):
 
 
 def bring_up_to_date(path, kinds):
-    """`export`, also to the formats of an earlier run: a folder with other weights must not stand beside the checkpoint.
+    """`export`, also to the formats of an earlier run: a folder with other weights must not stand
+    beside the checkpoint.
 
     One whose format cannot hold what the checkpoint is now gets an `.old-n` name.
     """
     from fastsae.formats.load import load_sae
 
-    kinds, earlier = tuple(kinds), [kind for kind in FORMATS if kind not in kinds and folder_of(path, kind).is_dir()]
+    kinds, earlier = (
+        tuple(kinds),
+        [kind for kind in FORMATS if kind not in kinds and folder_of(path, kind).is_dir()],
+    )
     if "sparsify" in earlier and architecture_of(load_sae(path)[0]) != "topk":
         storage.set_folder_aside(folder_of(path, earlier.pop(earlier.index("sparsify"))))
     if kinds or earlier:
@@ -58,9 +68,15 @@ def bring_up_to_date(path, kinds):
 
 def holds(folder, files):
     """True if the folder has exactly these `{name: bytes}`."""
-    there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} if folder.is_dir() else set()
-    return there == set(files) and all(artifacts.file_sha256(folder / name) == hashlib.sha256(content).hexdigest()
-                                       for name, content in files.items())
+    there = (
+        {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+        if folder.is_dir()
+        else set()
+    )
+    return there == set(files) and all(
+        artifacts.file_sha256(folder / name) == hashlib.sha256(content).hexdigest()
+        for name, content in files.items()
+    )
 
 
 def folder_of(path, kind):
@@ -72,7 +88,9 @@ def check_export(kind, architecture):
     if kind not in FORMATS:
         raise InputError(f"EXPORT: {kind!r} is unknown. choose {' or '.join(FORMATS)}.")
     if kind == "sparsify" and architecture != "topk":
-        raise InputError(f"EXPORT: sparsify holds topk only, not {architecture}. leave sparsify out, or train with --architecture topk.")
+        raise InputError(
+            f"EXPORT: sparsify holds topk only, not {architecture}. leave sparsify out, or train with --architecture topk."
+        )
 
 
 def saelens_files(sae, meta):
@@ -82,13 +100,26 @@ def saelens_files(sae, meta):
 
     architecture = {"batchtopk": "jumprelu"}.get(architecture_of(sae), architecture_of(sae))
     state = {name: value.detach().cpu().float() for name, value in sae.state_dict().items()}
-    tensors = {"W_enc": state["encoder.weight"].t(), "W_dec": state["decoder.weight"].t(), "b_enc": state["neuron_bias"],
-               "b_dec": state["input_bias"]}
-    if architecture == "jumprelu":  # a pre-activation counts above max(threshold, 0) here, and above both in SAELens
+    tensors = {
+        "W_enc": state["encoder.weight"].t(),
+        "W_dec": state["decoder.weight"].t(),
+        "b_enc": state["neuron_bias"],
+        "b_dec": state["input_bias"],
+    }
+    # a pre-activation counts above max(threshold, 0) here, and above both in SAELens
+    if architecture == "jumprelu":
         tensors["threshold"] = torch.relu(state["threshold"]).expand(sae.m_total_neurons)
-    config = {"architecture": architecture, "d_in": sae.input_dim, "d_sae": sae.m_total_neurons, "dtype": "float32", "device": "cpu",
-              "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
-              "metadata": saelens_metadata(meta)}
+    config = {
+        "architecture": architecture,
+        "d_in": sae.input_dim,
+        "d_sae": sae.m_total_neurons,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": saelens_metadata(meta),
+    }
     if architecture == "topk":
         config |= {"k": sae.k_active_neurons, "rescale_acts_by_decoder_norm": False}
     weights = save({name: value.contiguous().clone() for name, value in tensors.items()})
@@ -96,21 +127,34 @@ def saelens_files(sae, meta):
 
 
 def saelens_metadata(meta):
-    """What SAELens keeps of where an autoencoder belongs. Local files and folders are named without their path."""
+    """What SAELens keeps of where an autoencoder belongs. Local files and folders are named without
+    their path."""
     source = meta["activations"]
     settings = source["settings"]
     block = settings["LAYER_IDX"] - 1
-    return {"sae_lens_version": SAELENS_VERSION, "model_name": hub_id(source["model_name"]) or short_name(source["model_name"]),
-            "hook_name": f"blocks.{block}.hook_resid_post", "hf_hook_name": f"model.layers.{block}", "hook_head_index": None,
-            "prepend_bos": not settings.get("USE_CHAT_TEMPLATE", True),  # a chat template writes its own
-            "context_size": settings.get("MAX_LENGTH") or settings.get("BLOCK_LENGTH"),
-            "dataset_path": dataset_name(source["dataset_path"]), **own_metadata(meta)}
+    return {
+        "sae_lens_version": SAELENS_VERSION,
+        "model_name": hub_id(source["model_name"]) or short_name(source["model_name"]),
+        "hook_name": f"blocks.{block}.hook_resid_post",
+        "hf_hook_name": f"model.layers.{block}",
+        "hook_head_index": None,
+        # a chat template writes its own
+        "prepend_bos": not settings.get("USE_CHAT_TEMPLATE", True),
+        "context_size": settings.get("MAX_LENGTH") or settings.get("BLOCK_LENGTH"),
+        "dataset_path": dataset_name(source["dataset_path"]),
+        **own_metadata(meta),
+    }
 
 
 def own_metadata(meta):
-    """What no other library has a field for: the architecture, the weights of the model, the tokens it is for."""
-    about = {"fingerprint": meta["fingerprint"], "architecture": architecture_text(meta["settings"]),
-             "model_weights": weights_note(meta["activations"]["model_name"]), **meant_tokens(meta)}
+    """What no other library has a field for: the architecture, the weights of the model, the tokens
+    it is for."""
+    about = {
+        "fingerprint": meta["fingerprint"],
+        "architecture": architecture_text(meta["settings"]),
+        "model_weights": weights_note(meta["activations"]["model_name"]),
+        **meant_tokens(meta),
+    }
     return {f"fastsae_{name}": value for name, value in about.items()}
 
 
@@ -119,11 +163,24 @@ def sparsify_files(sae, meta):
     from safetensors.torch import save
 
     state = {name: value.detach().cpu().float() for name, value in sae.state_dict().items()}
-    tensors = {"encoder.weight": state["encoder.weight"], "encoder.bias": state["neuron_bias"], "W_dec": state["decoder.weight"].t(),
-               "b_dec": state["input_bias"]}
-    config = {"activation": "topk", "expansion_factor": max(1, sae.m_total_neurons // sae.input_dim), "normalize_decoder": True,
-              "num_latents": sae.m_total_neurons, "k": sae.k_active_neurons, "multi_topk": False, "skip_connection": False,
-              "transcode": False, "d_in": sae.input_dim, "metadata": own_metadata(meta)}
+    tensors = {
+        "encoder.weight": state["encoder.weight"],
+        "encoder.bias": state["neuron_bias"],
+        "W_dec": state["decoder.weight"].t(),
+        "b_dec": state["input_bias"],
+    }
+    config = {
+        "activation": "topk",
+        "expansion_factor": max(1, sae.m_total_neurons // sae.input_dim),
+        "normalize_decoder": True,
+        "num_latents": sae.m_total_neurons,
+        "k": sae.k_active_neurons,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sae.input_dim,
+        "metadata": own_metadata(meta),
+    }
     weights = save({name: value.contiguous().clone() for name, value in tensors.items()})
     layer = f"layers.{meta['activations']['settings']['LAYER_IDX'] - 1}"
     return {f"{layer}/cfg.json": _json(config), f"{layer}/sae.safetensors": weights}

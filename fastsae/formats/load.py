@@ -1,9 +1,12 @@
-"""Autoencoders from elsewhere, as the module that this project trains, with what stages and experiments ask of a checkpoint.
+"""Autoencoders from elsewhere, as the module that this project trains, with what stages and
+experiments ask of a checkpoint.
 
 `load_sae` reads checkpoints of train_sae.py, and of others: a folder of SAELens (cfg.json and
-sae_weights.safetensors), of sparsify (cfg.json and sae.safetensors), of dictionary_learning (ae.pt, config.json), or Gemma
-Scope's params.npz. Importing this module loads no torch, so that an up-to-date run ends quickly.
+sae_weights.safetensors), of sparsify (cfg.json and sae.safetensors), of dictionary_learning (ae.pt,
+config.json), or Gemma Scope's params.npz. Importing this module loads no torch, so that an
+up-to-date run ends quickly.
 """
+
 import hashlib
 from pathlib import Path
 
@@ -14,26 +17,41 @@ from fastsae.runtime import artifacts
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import InputError
 
-FILES = {"saelens": ("sae_weights.safetensors", "cfg.json"), "sparsify": ("sae.safetensors", "cfg.json"),
-         "dictionary_learning": ("ae.pt", "config.json"), "gemma scope": ("params.npz",)}  # the first one tells the format
-ASSUMED_K = 32          # active features where a format does not say how many, until they are counted
-FORMAT_OF = {"fastsae": "fastsae", "torch": "torch", "npz": "gemma scope"}  # of the content of a single file
-MAX_NORM_RATIO = 10.0   # as train_sae.py leaves attention sinks out
+FILES = {
+    "saelens": ("sae_weights.safetensors", "cfg.json"),
+    "sparsify": ("sae.safetensors", "cfg.json"),
+    # the first one tells the format
+    "dictionary_learning": ("ae.pt", "config.json"),
+    "gemma scope": ("params.npz",),
+}
+# active features where a format does not say how many, until they are counted
+ASSUMED_K = 32
+# of the content of a single file
+FORMAT_OF = {"fastsae": "fastsae", "torch": "torch", "npz": "gemma scope"}
+MAX_NORM_RATIO = 10.0  # as train_sae.py leaves attention sinks out
 MEASURED_TOKENS = 32768
 
 
 def locate(path):
-    """(format, its files): `path` is a folder or one of its files. A checkpoint of this project is ("fastsae", [file]).
+    """(format, its files): `path` is a folder or one of its files. A checkpoint of this project is
+    ("fastsae", [file]).
 
-    A file is judged by its content, unless its name and its neighbours make it one of FILES; "torch" is what torch.save wrote
-    elsewhere. A run's folder stands for the checkpoint that its metrics.json names. Raises InputError where nothing is known.
+    A file is judged by its content, unless its name and its neighbours make it one of FILES;
+    "torch" is what torch.save wrote elsewhere. A run's folder stands for the checkpoint that its
+    metrics.json names. Raises InputError where nothing is known.
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: not found. give a checkpoint (.pt) or the folder of an autoencoder.")
+        raise InputError(
+            f"{path}: not found. give a checkpoint (.pt) or the folder of an autoencoder."
+        )
     if path.is_file():
         folder = path.parent
-        of_folder = [names for names in FILES.values() if path.name in names[:2] and (folder / names[0]).is_file()]
+        of_folder = [
+            names
+            for names in FILES.values()
+            if path.name in names[:2] and (folder / names[0]).is_file()
+        ]
         if not of_folder or path.suffix not in (".safetensors", ".json"):
             return FORMAT_OF[detect.kind_of(path)], with_neighbours(path)
     else:
@@ -41,12 +59,16 @@ def locate(path):
     for kind, names in FILES.items():
         if (folder / names[0]).is_file() and (folder == path or path.name in names):
             if kind in ("dictionary_learning", "gemma scope"):
-                return FORMAT_OF[detect.kind_of(folder / names[0])], with_neighbours(folder / names[0])
+                return FORMAT_OF[detect.kind_of(folder / names[0])], with_neighbours(
+                    folder / names[0]
+                )
             return kind, [folder / name for name in names if (folder / name).is_file()]
     if (metrics := folder / "metrics.json").is_file() and folder == path:
         checkpoint = folder / named_checkpoint(metrics)
         if not checkpoint.is_file():
-            raise InputError(f"{checkpoint}: not found, though {metrics} names it. give the .pt file itself.")
+            raise InputError(
+                f"{checkpoint}: not found, though {metrics} names it. give the .pt file itself."
+            )
         return "fastsae", [checkpoint]
     raise InputError(f"{path}: holds no autoencoder; {what_there_is(folder)}.")
 
@@ -59,7 +81,11 @@ def with_neighbours(path):
 
 def what_there_is(folder):
     """What to give in place of a folder that is no autoencoder."""
-    inner = sorted(str(p.parent.relative_to(folder)) for names in FILES.values() for p in folder.glob(f"*/{names[0]}"))
+    inner = sorted(
+        str(p.parent.relative_to(folder))
+        for names in FILES.values()
+        for p in folder.glob(f"*/{names[0]}")
+    )
     if inner:
         return f"folders in it are: {', '.join(inner[:5])}. give the folder that has the weights"
     if files := sorted(p.name for p in folder.glob("*.pt") if ".resume" not in p.name):
@@ -68,14 +94,17 @@ def what_there_is(folder):
 
 
 def named_checkpoint(metrics_path):
-    """The name of the checkpoint that a run's metrics.json names. Raises InputError if it names none."""
+    """The name of the checkpoint that a run's metrics.json names. Raises InputError if it names
+    none."""
     try:
         name = artifacts.from_json(metrics_path.read_bytes())["checkpoint"]
         if Path(name).name in ("", ".."):
             raise ValueError
         return Path(name).name
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{metrics_path}: names no checkpoint. give the .pt file itself.") from None
+        raise InputError(
+            f"{metrics_path}: names no checkpoint. give the .pt file itself."
+        ) from None
 
 
 def content_sha256(path):
@@ -89,15 +118,20 @@ def content_sha256(path):
 def fingerprint_of(path):
     """What `load_sae` gives as the metadata's fingerprint, without loading the weights."""
     kind, files = locate(path)
-    return artifacts.read_checkpoint_metadata(files[0])["fingerprint"] if kind == "fastsae" else content_sha256(path)
+    return (
+        artifacts.read_checkpoint_metadata(files[0])["fingerprint"]
+        if kind == "fastsae"
+        else content_sha256(path)
+    )
 
 
 def start_of(init_from, output) -> Path | None:
     """The autoencoder that INIT_FROM stands for when `output` is to be written; None without one.
 
-    `output` itself, or its folder (whose metrics.json will name it), stands for what `output` was made from, as long as that lies
-    in the folder (a checkpoint that is written again is kept as `.old-n.pt`): so the same command means the same when it is given
-    again, and stops neither itself nor starts from its own result.
+    `output` itself, or its folder (whose metrics.json will name it), stands for what `output` was
+    made from, as long as that lies in the folder (a checkpoint that is written again is kept as
+    `.old-n.pt`): so the same command means the same when it is given again, and stops neither
+    itself nor starts from its own result.
     """
     if not init_from:
         return None
@@ -114,37 +148,75 @@ def start_of(init_from, output) -> Path | None:
 
 
 def load_foreign(path, device="cpu"):
-    """(sae, meta) of an autoencoder of another project. meta has the keys of a checkpoint's, as far as they can be known.
+    """(sae, meta) of an autoencoder of another project. meta has the keys of a checkpoint's, as far
+    as they can be known.
 
-    `meta["activations"]["settings"]["LAYER_IDX"]` is None where the files do not name a layer; `meta["settings"]["K"]` is None
-    where the number of active features is not fixed (`sae.k_active_neurons` is then only a guess for sizes, see `fit`).
+    `meta["activations"]["settings"]["LAYER_IDX"]` is None where the files do not name a layer;
+    `meta["settings"]["K"]` is None where the number of active features is not fixed
+    (`sae.k_active_neurons` is then only a guess for sizes, see `fit`).
     """
     from fastsae.formats import readers
     from fastsae.sae.autoencoder import new_sae
 
     kind, files = locate(path)
-    parts = {"saelens": readers.read_saelens, "sparsify": readers.read_sparsify,
-             "torch": readers.read_torch, "gemma scope": readers.read_gemma_scope}[kind](files[0])
+    parts = {
+        "saelens": readers.read_saelens,
+        "sparsify": readers.read_sparsify,
+        "torch": readers.read_torch,
+        "gemma scope": readers.read_gemma_scope,
+    }[kind](files[0])
     m, d = parts.w_enc.shape
-    sae = new_sae({"input_dim": d, "m_total_neurons": m, "k_active_neurons": parts.k or min(m, ASSUMED_K), "prefix_lengths": parts.prefixes,
-                   "architecture": parts.architecture}, device).eval()
-    values = {"encoder.weight": parts.w_enc, "decoder.weight": parts.w_dec.t(), "input_bias": parts.b_dec, "neuron_bias": parts.b_enc,
-              "threshold": sae.threshold if parts.threshold is None else parts.threshold}
+    sae = new_sae(
+        {
+            "input_dim": d,
+            "m_total_neurons": m,
+            "k_active_neurons": parts.k or min(m, ASSUMED_K),
+            "prefix_lengths": parts.prefixes,
+            "architecture": parts.architecture,
+        },
+        device,
+    ).eval()
+    values = {
+        "encoder.weight": parts.w_enc,
+        "decoder.weight": parts.w_dec.t(),
+        "input_bias": parts.b_dec,
+        "neuron_bias": parts.b_enc,
+        "threshold": sae.threshold if parts.threshold is None else parts.threshold,
+    }
     sae.load_state_dict(values)
     about = parts.about
     return sae, {
-        "format": artifacts.FORMAT, "stage": "imported autoencoder", "fingerprint": content_sha256(path), "inputs": {},
-        "settings": {"ARCHITECTURE": parts.architecture, "M": m, "K": parts.k, "MATRYOSHKA_PREFIXES": parts.prefixes,
-                     "EXCLUDE_SHARED_PREFIX": True},
-        "activations": {"model_name": about.get("model_name"), "model_revision": None, "settings": {"LAYER_IDX": about.get("layer")}},
-        "max_norm": None, "validation_examples": [], "test_examples": [], "metrics": {}, "source": {**about, "path": str(path)}}
+        "format": artifacts.FORMAT,
+        "stage": "imported autoencoder",
+        "fingerprint": content_sha256(path),
+        "inputs": {},
+        "settings": {
+            "ARCHITECTURE": parts.architecture,
+            "M": m,
+            "K": parts.k,
+            "MATRYOSHKA_PREFIXES": parts.prefixes,
+            "EXCLUDE_SHARED_PREFIX": True,
+        },
+        "activations": {
+            "model_name": about.get("model_name"),
+            "model_revision": None,
+            "settings": {"LAYER_IDX": about.get("layer")},
+        },
+        "max_norm": None,
+        "validation_examples": [],
+        "test_examples": [],
+        "metrics": {},
+        "source": {**about, "path": str(path)},
+    }
 
 
 def load_sae(path, device="cpu"):
-    """(sae, meta) of a checkpoint of this project, verified, or of an autoencoder of another library.
+    """(sae, meta) of a checkpoint of this project, verified, or of an autoencoder of another
+    library.
 
-    `path` is a .pt, a run's folder under checkpoints/, or what `locate` knows. Raises EnvironmentFailure if a file is damaged,
-    InputError if it is missing or holds what this project cannot compute exactly.
+    `path` is a .pt, a run's folder under checkpoints/, or what `locate` knows. Raises
+    EnvironmentFailure if a file is damaged, InputError if it is missing or holds what this project
+    cannot compute exactly.
     """
     from fastsae.sae.autoencoder import load_checkpoint
 
@@ -158,10 +230,12 @@ def load_sae(path, device="cpu"):
 
 
 def architecture_of(sae) -> str:
-    """What the module computes: topk, batchtopk, standard or jumprelu; gated only while it is trained.
+    """What the module computes: topk, batchtopk, standard or jumprelu; gated only while it is
+    trained.
 
     The answer lies in the module: `new_sae` and `load_sae` put it there. A saved gated one computes
-    JumpReLU. `trained_architecture` says what a checkpoint was trained as, `architecture_text` both.
+    JumpReLU. `trained_architecture` says what a checkpoint was trained as, `architecture_text`
+    both.
     """
     return sae.architecture
 
@@ -172,7 +246,8 @@ def trained_architecture(settings) -> str:
 
 
 def architecture_text(settings) -> str:
-    """What an autoencoder trained with `settings` computes, and as what it was trained if that differs."""
+    """What an autoencoder trained with `settings` computes, and as what it was trained if that
+    differs."""
     trained = trained_architecture(settings)
     return "jumprelu (trained as gated)" if trained == "gated" else trained
 
@@ -187,81 +262,130 @@ def target_k(settings) -> int | None:
     """How many features per token the training aimed at; None where nothing fixes their number."""
     trained = trained_architecture(settings)
     aimless = trained in ("standard", "gated") or (
-        trained == "jumprelu" and settings.get("JUMPRELU_LOSS", "target") != "target")
+        trained == "jumprelu" and settings.get("JUMPRELU_LOSS", "target") != "target"
+    )
     return None if aimless else settings.get("K")
 
 
 def check_fit(path, sae, meta, activations_path, activations_meta, d, setting):
-    """InputError if `sae` does not belong to these activations (n_tokens, d) by width or layer; a line where it names another model."""
+    """InputError if `sae` does not belong to these activations (n_tokens, d) by width or layer; a
+    line where it names another model."""
     layer = activations_meta["settings"]["LAYER_IDX"]
     problems = []
     if sae.input_dim != d:
-        problems.append(f"{setting}: {path} takes activations of {sae.input_dim} dimensions, {activations_path} has {d}. "
-                        "give an autoencoder of this model, or extract with the model it was trained on.")
+        problems.append(
+            f"{setting}: {path} takes activations of {sae.input_dim} dimensions, {activations_path} has {d}. "
+            "give an autoencoder of this model, or extract with the model it was trained on."
+        )
     its_layer = meta["activations"]["settings"]["LAYER_IDX"]
     if its_layer is not None and its_layer != layer:
-        problems.append(f"{setting}: {path} was trained after {its_layer} blocks, {activations_path} holds layer {layer}. "
-                        f"give --layer-idx {its_layer} here and to extract_activations.py.")
+        problems.append(
+            f"{setting}: {path} was trained after {its_layer} blocks, {activations_path} holds layer {layer}. "
+            f"give --layer-idx {its_layer} here and to extract_activations.py."
+        )
     if problems:
         raise InputError(*problems)
     its_model, model = meta["activations"].get("model_name"), activations_meta["model_name"]
     if its_model and short_name(its_model) != short_name(model):
-        print(f"note: {path} was trained on {short_name(its_model)}; the activations are of {short_name(described(model))}.")
+        print(
+            f"note: {path} was trained on {short_name(its_model)}; the activations are of {short_name(described(model))}."
+        )
     if its_layer is None:
         print(f"note: {path} does not say which layer it was trained on; taken for layer {layer}.")
 
 
 def is_plain_text(source):
-    """Whether the activations are of a .txt, which has no turns and so no chat template, whatever USE_CHAT_TEMPLATE says."""
+    """Whether the activations are of a .txt, which has no turns and so no chat template, whatever
+    USE_CHAT_TEMPLATE says."""
     return str(source.get("dataset_path") or "").endswith(".txt")
 
 
 def meant_tokens(meta) -> dict:
-    """Which tokens the autoencoder is for, as exports say it: no format that others read has a mask.
+    """Which tokens the autoencoder is for, as exports say it: no format that others read has a
+    mask.
 
     {max_norm, shared_prefix_tokens, use_tokens, tokens: a sentence}; None where there is no bound.
     """
     settings, source = meta["settings"], meta["activations"]
     prefix = source.get("n_shared_prefix") if settings.get("EXCLUDE_SHARED_PREFIX") else None
     use, max_norm = settings.get("USE_TOKENS", "all"), meta.get("max_norm")
-    left_out = [f"the first {prefix} tokens of each example (the prefix that all share)"] if prefix else []
-    left_out += [f"tokens whose activation has a norm above {max_norm:.6g} (attention sinks)"] if max_norm else []
+    left_out = (
+        [f"the first {prefix} tokens of each example (the prefix that all share)"] if prefix else []
+    )
+    left_out += (
+        [f"tokens whose activation has a norm above {max_norm:.6g} (attention sinks)"]
+        if max_norm
+        else []
+    )
     left_out += [f"all tokens but those of kind {use!r}"] if use != "all" else []
     sentence = "It is for all tokens."
     if left_out:
-        sentence = (f"It was not trained on {', '.join(left_out)}. No mask is part of this format: leave these tokens out when you "
-                    "encode activations or build dashboards. There, most features above a threshold or ReLU fire without meaning, "
-                    "and strongest of all tokens.")
-    return {"max_norm": max_norm, "shared_prefix_tokens": prefix, "use_tokens": use, "tokens": sentence}
+        sentence = (
+            f"It was not trained on {', '.join(left_out)}. No mask is part of this format: leave these tokens out when you "
+            "encode activations or build dashboards. There, most features above a threshold or ReLU fire without meaning, "
+            "and strongest of all tokens."
+        )
+    return {
+        "max_norm": max_norm,
+        "shared_prefix_tokens": prefix,
+        "use_tokens": use,
+        "tokens": sentence,
+    }
 
 
 def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
-    """Check an autoencoder against activations (`data`, the members of their file), measure it there, and complete `meta` by that.
+    """Check an autoencoder against activations (`data`, the members of their file), measure it
+    there, and complete `meta` by that.
 
-    max_norm and K are found where the files do not say them, and metrics where there are none: over at most MEASURED_TOKENS tokens
-    by lot, those that training would use. Returns the metrics. Raises InputError if it does not fit.
+    max_norm and K are found where the files do not say them, and metrics where there are none: over
+    at most MEASURED_TOKENS tokens by lot, those that training would use. Returns the metrics.
+    Raises InputError if it does not fit.
     """
     import numpy as np
 
     from fastsae.data.tokenization import CONTENT
     from fastsae.sae.metrics import evaluate
 
-    check_fit(path, sae, meta, activations_path, activations_meta, data["activations"].shape[1], "SAE_PATH")
+    check_fit(
+        path,
+        sae,
+        meta,
+        activations_path,
+        activations_meta,
+        data["activations"].shape[1],
+        "SAE_PATH",
+    )
     own = meta["settings"]
     keep, meta["max_norm"] = usable_tokens(
-        token_norms(data["activations"]), data["token_kind"], exclude_shared_prefix=own["EXCLUDE_SHARED_PREFIX"],
-        max_norm_ratio=MAX_NORM_RATIO if "source" in meta else None, max_norm=meta["max_norm"])
-    rows = np.flatnonzero(keep & chosen_tokens(own.get("USE_TOKENS", "all"), data["token_kind"], data["token_role"]))
+        token_norms(data["activations"]),
+        data["token_kind"],
+        exclude_shared_prefix=own["EXCLUDE_SHARED_PREFIX"],
+        max_norm_ratio=MAX_NORM_RATIO if "source" in meta else None,
+        max_norm=meta["max_norm"],
+    )
+    rows = np.flatnonzero(
+        keep & chosen_tokens(own.get("USE_TOKENS", "all"), data["token_kind"], data["token_role"])
+    )
     if not len(rows):
-        raise InputError(f"SAE_PATH: {path} was trained on tokens of other norms than those here. give one of this model and layer.")
+        raise InputError(
+            f"SAE_PATH: {path} was trained on tokens of other norms than those here. give one of this model and layer."
+        )
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MEASURED_TOKENS])
     example = np.repeat(np.arange(len(data["seq_lengths"])), data["seq_lengths"])
-    metrics = evaluate(sae, data["activations"], rows, example, np.asarray(data["token_kind"]) != CONTENT)
-    print(f"{path} ({architecture_of(sae)}, {sae.m_total_neurons:,} features): normalised MSE {metrics['normalized_mse']:.4f}, "
-          f"L0 {metrics['l0']:.1f} on {len(rows):,} tokens")
+    metrics = evaluate(
+        sae, data["activations"], rows, example, np.asarray(data["token_kind"]) != CONTENT
+    )
+    print(
+        f"{path} ({architecture_of(sae)}, {sae.m_total_neurons:,} features): normalised MSE {metrics['normalized_mse']:.4f}, "
+        f"L0 {metrics['l0']:.1f} on {len(rows):,} tokens"
+    )
     if metrics["normalized_mse"] >= 1:
-        print("warning: normalised MSE is not below 1: worse than the mean activation. is it of this model, layer and scale?")
+        print(
+            "warning: normalised MSE is not below 1: worse than the mean activation. is it of this model, layer and scale?"
+        )
     meta["metrics"] = meta["metrics"] or {**metrics, "n_validation_tokens": metrics["n_tokens"]}
     if meta["settings"]["K"] is None:
-        sae.k_active_neurons = meta["settings"]["K"] = min(sae.m_total_neurons, max(1, round(metrics["l0"])))
+        sae.k_active_neurons = meta["settings"]["K"] = min(
+            sae.m_total_neurons, max(1, round(metrics["l0"]))
+        )
     return metrics

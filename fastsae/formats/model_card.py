@@ -1,48 +1,77 @@
-"""The README.md of a run's folder, as the Hugging Face hub reads it: a YAML header, figures, and how to load the autoencoders.
+"""The README.md of a run's folder, as the Hugging Face hub reads it: a YAML header, figures, and
+how to load the autoencoders.
 
-Names of models and datasets are other people's text. In the header they are JSON strings, which YAML reads literally; in the page they
-stand in code spans, in which neither Markdown nor HTML means anything. No such name goes into a table or a command.
+Names of models and datasets are other people's text. In the header they are JSON strings, which
+YAML reads literally; in the page they stand in code spans, in which neither Markdown nor HTML means
+anything. No such name goes into a table or a command.
 """
+
 import hashlib
 import json
 import re
 
 from fastsae.formats.export import dataset_name, folder_of
-from fastsae.formats.load import architecture_text, is_plain_text, meant_tokens, nested_prefixes, target_k, trained_architecture
+from fastsae.formats.load import (
+    architecture_text,
+    is_plain_text,
+    meant_tokens,
+    nested_prefixes,
+    target_k,
+    trained_architecture,
+)
 from fastsae.lm.names import described, hub_id, weights_note
 from fastsae.runtime import artifacts
 from fastsae.runtime.storage import as_utf8
 from fastsae.sae.metrics import measured_on
 
-METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("l0", "L0"),
-           ("dead_fraction", "dead features"), ("cosine_similarity", "cosine similarity"), ("mse", "MSE (FAST, eq. 7)"))
+METRICS = (
+    ("normalized_mse", "normalised MSE"),
+    ("explained_variance", "explained variance"),
+    ("l0", "L0"),
+    ("dead_fraction", "dead features"),
+    ("cosine_similarity", "cosine similarity"),
+    ("mse", "MSE (FAST, eq. 7)"),
+)
 HYPOTHESAES = ("topk", "batchtopk", "standard")  # what hypothesaes.sae.load_model reads
-DOES = {"topk": "the K largest pre-activations of each token, those below 0 left out", "standard": "ReLU",
-        "batchtopk": "every pre-activation above one threshold, learned so that K are active on average",
-        "jumprelu": "every pre-activation above its feature's threshold",
-        "gated": "trained as a gated autoencoder, kept as the JumpReLU one it equals"}
+DOES = {
+    "topk": "the K largest pre-activations of each token, those below 0 left out",
+    "standard": "ReLU",
+    "batchtopk": "every pre-activation above one threshold, learned so that K are active on average",
+    "jumprelu": "every pre-activation above its feature's threshold",
+    "gated": "trained as a gated autoencoder, kept as the JumpReLU one it equals",
+}
 
-MEASURED = {"test": "On {0[n_test_tokens]:,} tokens of test examples, which decided neither the weights nor the best epoch.",
-            "validation": "On {0[n_validation_tokens]:,} tokens of validation examples: not trained on, but they chose the best epoch."}
+MEASURED = {
+    "test": "On {0[n_test_tokens]:,} tokens of test examples, which decided neither the weights nor the best epoch.",
+    "validation": "On {0[n_validation_tokens]:,} tokens of validation examples: not trained on, but they chose the best epoch.",
+}
 
 
 def write_card(folder, metas):
-    """Write README.md for checkpoints {path: metadata}, all of one run, unless somebody has worked on the one that is there."""
+    """Write README.md for checkpoints {path: metadata}, all of one run, unless somebody has worked
+    on the one that is there."""
     text = as_utf8(card(list(metas.items()))).decode()  # as it is read back
     text, path = signed(text), folder / "README.md"
     found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-    if found is not None and not (SIGNATURE.search(found) and found == signed(SIGNATURE.sub("", found, count=1))):
+    if found is not None and not (
+        SIGNATURE.search(found) and found == signed(SIGNATURE.sub("", found, count=1))
+    ):
         print(f"{path}: was edited, and is left as it is. move it away to have one written.")
     elif found != text:
         artifacts.write_text(path, text)
 
 
-SIGNATURE = re.compile(r"^# as written by train_sae\.py: [0-9a-f]{64}\n", re.M)  # a comment of the header
+# a comment of the header
+SIGNATURE = re.compile(r"^# as written by train_sae\.py: [0-9a-f]{64}\n", re.M)
 
 
 def signed(text):
     """A card with the checksum of the rest in its header, by which an edited one is known."""
-    return text.replace("---\n", f"---\n# as written by train_sae.py: {hashlib.sha256(text.encode()).hexdigest()}\n", 1)
+    return text.replace(
+        "---\n",
+        f"---\n# as written by train_sae.py: {hashlib.sha256(text.encode()).hexdigest()}\n",
+        1,
+    )
 
 
 def card(entries):
@@ -50,19 +79,49 @@ def card(entries):
     source = entries[0][1]["activations"]
     layer, model = source["settings"]["LAYER_IDX"], source["model_name"]
     title = "Sparse autoencoder" if len(entries) == 1 else f"{len(entries)} sparse autoencoders"
-    return "\n".join([
-        "---", *header(entries), "---", "", f"# {title} of {code(described(model))}, layer {layer}", "",
-        f"Reads the residual stream after {layer} blocks (`hidden_states[{layer}]`, in TransformerLens "
-        f"`blocks.{layer - 1}.hook_resid_post`) as it is: scale and mean are part of the weights.", "",
-        *([f"The model's weights: {code(note)}.", ""] if (note := weights_note(model)) else []),
-        *provenance(entries[0][1]), "",
-        "## Which tokens it is for", "", meant_tokens(entries[0][1])["tokens"], "",
-        "## Figures", "", *figures(entries), "", "## How to load", "", *loading(entries), "",
-        "## Settings of the training", "", "```json", json.dumps(settings_of(entries[0][1]), indent=1), "```", "",
-        "## Before publishing", "", "Nothing is uploaded by itself. State a `license:` in the header above, and mind that the `.pt` files "
-        "hold the paths of your data. In this folder:", "", "```bash",
-        'hf upload your-name/your-sae . . --exclude "*.resume.pt" --exclude "*.jsonl" --exclude "*.log" --exclude "*.old-*" --exclude ".*"',
-        "```", ""])
+    return "\n".join(
+        [
+            "---",
+            *header(entries),
+            "---",
+            "",
+            f"# {title} of {code(described(model))}, layer {layer}",
+            "",
+            f"Reads the residual stream after {layer} blocks (`hidden_states[{layer}]`, in TransformerLens "
+            f"`blocks.{layer - 1}.hook_resid_post`) as it is: scale and mean are part of the weights.",
+            "",
+            *([f"The model's weights: {code(note)}.", ""] if (note := weights_note(model)) else []),
+            *provenance(entries[0][1]),
+            "",
+            "## Which tokens it is for",
+            "",
+            meant_tokens(entries[0][1])["tokens"],
+            "",
+            "## Figures",
+            "",
+            *figures(entries),
+            "",
+            "## How to load",
+            "",
+            *loading(entries),
+            "",
+            "## Settings of the training",
+            "",
+            "```json",
+            json.dumps(settings_of(entries[0][1]), indent=1),
+            "```",
+            "",
+            "## Before publishing",
+            "",
+            "Nothing is uploaded by itself. State a `license:` in the header above, and mind that the `.pt` files "
+            "hold the paths of your data. In this folder:",
+            "",
+            "```bash",
+            'hf upload your-name/your-sae . . --exclude "*.resume.pt" --exclude "*.jsonl" --exclude "*.log" --exclude "*.old-*" --exclude ".*"',
+            "```",
+            "",
+        ]
+    )
 
 
 def header(entries):
@@ -71,19 +130,35 @@ def header(entries):
     base, dataset = hub_id(source["model_name"]), source["dataset_path"]
     exported = any(folder_of(path, "saelens").is_dir() for path, _ in entries)
     lines = ["library_name: saelens"] if exported else []
-    lines += ["tags:", "- sparse-autoencoder", "- mechanistic-interpretability", *(["- saelens"] if exported else [])]
+    lines += [
+        "tags:",
+        "- sparse-autoencoder",
+        "- mechanistic-interpretability",
+        *(["- saelens"] if exported else []),
+    ]
     if base:
         lines += [f"base_model: {quoted(base)}"]
     if dataset.startswith("hf:"):
         lines += ["datasets:", f"- {quoted(dataset_name(dataset))}"]
     lines += ["model-index:"]
     for path, meta in entries:
-        lines += [f"- name: {quoted(path.stem)}", "  results:", "  - task:", "      type: feature-extraction", "    dataset:",
-                  f"      name: {quoted(dataset_name(dataset))}", f"      type: {quoted(dataset_name(dataset))}",
-                  f"      split: {measured_on(meta['metrics'])}",
-                  "    metrics:"]
+        lines += [
+            f"- name: {quoted(path.stem)}",
+            "  results:",
+            "  - task:",
+            "      type: feature-extraction",
+            "    dataset:",
+            f"      name: {quoted(dataset_name(dataset))}",
+            f"      type: {quoted(dataset_name(dataset))}",
+            f"      split: {measured_on(meta['metrics'])}",
+            "    metrics:",
+        ]
         for name, shown in METRICS:
-            lines += [f"    - type: {name}", f"      name: {quoted(shown)}", f"      value: {json.dumps(meta['metrics'][name])}"]
+            lines += [
+                f"    - type: {name}",
+                f"      name: {quoted(shown)}",
+                f"      value: {json.dumps(meta['metrics'][name])}",
+            ]
     return lines
 
 
@@ -91,58 +166,121 @@ def provenance(meta):
     source, settings = meta["activations"], meta["activations"]["settings"]
     with_template = settings.get("USE_CHAT_TEMPLATE", True) and not is_plain_text(source)
     rendered = "with the model's chat template" if with_template else "without chat template"
-    how = ("joined and cut into blocks" if settings.get("PROCESSING") == "block" else
-           "each alone in the model (FAST, [arXiv 2506.07691](https://arxiv.org/abs/2506.07691))")
-    left_out = ["the prefix that all examples share"] if meta["settings"].get("EXCLUDE_SHARED_PREFIX") else []
-    left_out += [f"tokens with a norm above {meta['max_norm']:.4g} (attention sinks)"] if meta.get("max_norm") is not None else []
-    return [f"- Data: {source['n_examples']:,} examples of {code(dataset_name(source['dataset_path']))}, {how}, {rendered}; "
-            f"{meta['metrics']['n_train_tokens']:,} tokens for training.",
-            f"- Left out of training: {' and '.join(left_out) or 'nothing'}.",
-            f"- Dataset sha256 `{source['inputs']['dataset'][:64]}`; versions: "
-            f"{', '.join(f'{name} {version}' for name, version in meta['versions'].items())}."]
+    how = (
+        "joined and cut into blocks"
+        if settings.get("PROCESSING") == "block"
+        else "each alone in the model (FAST, [arXiv 2506.07691](https://arxiv.org/abs/2506.07691))"
+    )
+    left_out = (
+        ["the prefix that all examples share"]
+        if meta["settings"].get("EXCLUDE_SHARED_PREFIX")
+        else []
+    )
+    left_out += (
+        [f"tokens with a norm above {meta['max_norm']:.4g} (attention sinks)"]
+        if meta.get("max_norm") is not None
+        else []
+    )
+    return [
+        f"- Data: {source['n_examples']:,} examples of {code(dataset_name(source['dataset_path']))}, {how}, {rendered}; "
+        f"{meta['metrics']['n_train_tokens']:,} tokens for training.",
+        f"- Left out of training: {' and '.join(left_out) or 'nothing'}.",
+        f"- Dataset sha256 `{source['inputs']['dataset'][:64]}`; versions: "
+        f"{', '.join(f'{name} {version}' for name, version in meta['versions'].items())}.",
+    ]
 
 
 def figures(entries):
     """A table of what was measured on held-out examples; all names in it are this project's."""
-    lines = ["| file | architecture | M | K | " + " | ".join(shown for _, shown in METRICS) + " |", "|---" * (len(METRICS) + 4) + "|"]
+    lines = [
+        "| file | architecture | M | K | " + " | ".join(shown for _, shown in METRICS) + " |",
+        "|---" * (len(METRICS) + 4) + "|",
+    ]
     for path, meta in entries:
         s = meta["settings"]
-        prefixes = ", prefixes " * bool(nested_prefixes(s)) + ", ".join(map(str, nested_prefixes(s)))
-        lines.append(f"| `{path.name}` | {architecture_text(s)}{prefixes} | {s['M']} | {target_k(s) or ''} | "
-                     + " | ".join(f"{meta['metrics'][name]:.4g}" for name, _ in METRICS) + " |")
+        prefixes = ", prefixes " * bool(nested_prefixes(s)) + ", ".join(
+            map(str, nested_prefixes(s))
+        )
+        lines.append(
+            f"| `{path.name}` | {architecture_text(s)}{prefixes} | {s['M']} | {target_k(s) or ''} | "
+            + " | ".join(f"{meta['metrics'][name]:.4g}" for name, _ in METRICS)
+            + " |"
+        )
     metrics = entries[0][1]["metrics"]
     kinds = sorted({trained_architecture(meta["settings"]) for _, meta in entries})
-    return [*lines, "", f"{MEASURED[measured_on(metrics)].format(metrics)} Normalised MSE is the squared "
-            "error over the variance about the mean.", "", *(f"{kind}: {DOES[kind]}." for kind in kinds)]
+    return [
+        *lines,
+        "",
+        f"{MEASURED[measured_on(metrics)].format(metrics)} Normalised MSE is the squared "
+        "error over the variance about the mean.",
+        "",
+        *(f"{kind}: {DOES[kind]}." for kind in kinds),
+    ]
 
 
 def loading(entries):
     """Code for each library that can hold the architecture faithfully."""
     path, meta = entries[0]
-    kind, block = trained_architecture(meta["settings"]), meta["activations"]["settings"]["LAYER_IDX"] - 1
+    kind, block = (
+        trained_architecture(meta["settings"]),
+        meta["activations"]["settings"]["LAYER_IDX"] - 1,
+    )
     saelens, sparsify = (folder_of(path, name).name for name in ("saelens", "sparsify"))
-    lines = ["With this project:", *block_of("from fastsae import load_sae", "", f'sae = load_sae("{path.name}")',
-                                             "features = sae.encode(activations)  # (n, M) of (n, d)",
-                                             "reconstruction = sae.decode(features)", 'sae.features_of("Where did I leave the key?")')]
-    lines += with_export(path, "saelens", "SAELens", "from sae_lens import SAE", "", f'sae = SAE.load_from_disk("{saelens}")',
-                         "features = sae.encode(activations)")
+    lines = [
+        "With this project:",
+        *block_of(
+            "from fastsae import load_sae",
+            "",
+            f'sae = load_sae("{path.name}")',
+            "features = sae.encode(activations)  # (n, M) of (n, d)",
+            "reconstruction = sae.decode(features)",
+            'sae.features_of("Where did I leave the key?")',
+        ),
+    ]
+    lines += with_export(
+        path,
+        "saelens",
+        "SAELens",
+        "from sae_lens import SAE",
+        "",
+        f'sae = SAE.load_from_disk("{saelens}")',
+        "features = sae.encode(activations)",
+    )
     if kind == "topk":
-        lines += with_export(path, "sparsify", "sparsify", "from sparsify import SparseCoder", "",
-                             f'sae = SparseCoder.load_from_disk("{sparsify}/layers.{block}")',
-                             "top_acts, top_indices, _ = sae.encode(activations)")
-        lines += ["sparsify with a CUDA build of PyTorch on a machine without a GPU: set `SPARSIFY_DISABLE_TRITON=1` before it is "
-                  "imported, or its decoder fails.", ""]
+        lines += with_export(
+            path,
+            "sparsify",
+            "sparsify",
+            "from sparsify import SparseCoder",
+            "",
+            f'sae = SparseCoder.load_from_disk("{sparsify}/layers.{block}")',
+            "top_acts, top_indices, _ = sae.encode(activations)",
+        )
+        lines += [
+            "sparsify with a CUDA build of PyTorch on a machine without a GPU: set `SPARSIFY_DISABLE_TRITON=1` before it is "
+            "imported, or its decoder fails.",
+            "",
+        ]
     if kind in HYPOTHESAES:
-        lines += ["With HypotheSAEs (it unpickles: only for files you trust):", *block_of(
-            "from hypothesaes.sae import load_model", "", f'sae = load_model("{path.name}").eval()',
-            "reconstruction, info = sae(activations)")]
+        lines += [
+            "With HypotheSAEs (it unpickles: only for files you trust):",
+            *block_of(
+                "from hypothesaes.sae import load_model",
+                "",
+                f'sae = load_model("{path.name}").eval()',
+                "reconstruction, info = sae(activations)",
+            ),
+        ]
     return lines
 
 
 def with_export(path, kind, name, *code_lines):
     if folder_of(path, kind).is_dir():
         return [f"With {name}:", *block_of(*code_lines)]
-    return [f"With {name}: the same training command with `--export {kind}` writes what it reads, without training again.", ""]
+    return [
+        f"With {name}: the same training command with `--export {kind}` writes what it reads, without training again.",
+        "",
+    ]
 
 
 def block_of(*lines):
@@ -151,11 +289,15 @@ def block_of(*lines):
 
 
 def settings_of(meta):
-    return {name: clean(value) if isinstance(value, str) else value for name, value in meta["settings"].items()}
+    return {
+        name: clean(value) if isinstance(value, str) else value
+        for name, value in meta["settings"].items()
+    }
 
 
 def clean(text):
-    """One line of at most 200 characters that print: no control, no direction marks, no halves of characters."""
+    """One line of at most 200 characters that print: no control, no direction marks, no halves of
+    characters."""
     return "".join(c if c.isprintable() else " " for c in str(text))[:200]
 
 

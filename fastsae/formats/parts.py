@@ -1,8 +1,11 @@
-"""What the readers of foreign autoencoders build on: their tensors and settings, checked as they are taken out, and the form they get.
+"""What the readers of foreign autoencoders build on: their tensors and settings, checked as they
+are taken out, and the form they get.
 
-Only safetensors, .npz without pickles and `torch.load(weights_only=True)` are used. Every tensor must be known, of the right shape
-and finite, and every setting of its type; else one line names the file and the key.
+Only safetensors, .npz without pickles and `torch.load(weights_only=True)` are used. Every tensor
+must be known, of the right shape and finite, and every setting of its type; else one line names the
+file and the key.
 """
+
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +18,12 @@ from fastsae.runtime.storage import from_json
 
 @dataclass
 class Parts:
-    """features = activation(w_enc (x - b_dec) + b_enc), reconstruction = features @ w_dec + b_dec, all float32 on the CPU.
+    """features = activation(w_enc (x - b_dec) + b_enc), reconstruction = features @ w_dec + b_dec,
+    all float32 on the CPU.
 
-    w_enc and w_dec (M, d); b_enc (M,); b_dec (d,); architecture topk (the k largest, ReLU), batchtopk (above the 0-d threshold),
-    standard (ReLU) or jumprelu (above the threshold (M,)); `about`: where it comes from, as far as the files say.
+    w_enc and w_dec (M, d); b_enc (M,); b_dec (d,); architecture topk (the k largest, ReLU),
+    batchtopk (above the 0-d threshold), standard (ReLU) or jumprelu (above the threshold (M,));
+    `about`: where it comes from, as far as the files say.
     """
 
     w_enc: torch.Tensor
@@ -37,9 +42,14 @@ class Parts:
         return self
 
     def unit_rows(self):
-        """Decoder rows of length 1, their lengths moved into the features. For topk this can change which are the k largest."""
+        """Decoder rows of length 1, their lengths moved into the features. For topk this can change
+        which are the k largest."""
         length = torch.linalg.vector_norm(self.w_dec, dim=1).clamp_min(1e-8)  # (M,)
-        self.w_enc, self.w_dec, self.b_enc = self.w_enc * length[:, None], self.w_dec / length[:, None], self.b_enc * length
+        self.w_enc, self.w_dec, self.b_enc = (
+            self.w_enc * length[:, None],
+            self.w_dec / length[:, None],
+            self.b_enc * length,
+        )
         if self.threshold is not None and self.threshold.ndim:
             self.threshold = self.threshold * length
         return self
@@ -57,15 +67,23 @@ class Tensors:
     def take(self, name, *shape):
         """float32 tensor `name`; a None in `shape` is any size."""
         if name not in self.values:
-            raise InputError(f"{self.path}: {name} is missing; there are {', '.join(sorted(self.values)) or 'no tensors'}. "
-                             "give the folder that the library wrote.")
+            raise InputError(
+                f"{self.path}: {name} is missing; there are {', '.join(sorted(self.values)) or 'no tensors'}. "
+                "give the folder that the library wrote."
+            )
         value = self.values.pop(name)
-        if value.ndim != len(shape) or any(want is not None and want != size for want, size in zip(shape, value.shape)):
+        if value.ndim != len(shape) or any(
+            want is not None and want != size for want, size in zip(shape, value.shape)
+        ):
             wanted = tuple("any" if size is None else size for size in shape)
-            raise InputError(f"{self.path}: {name} has shape {tuple(value.shape)}, not {wanted}. the file is not what its config says.")
+            raise InputError(
+                f"{self.path}: {name} has shape {tuple(value.shape)}, not {wanted}. the file is not what its config says."
+            )
         value = value.to(torch.float32).contiguous()
         if not bool(value.isfinite().all()):
-            raise InputError(f"{self.path}: {name} holds NaN or infinity. get another copy of the file.")
+            raise InputError(
+                f"{self.path}: {name} holds NaN or infinity. get another copy of the file."
+            )
         return value
 
     def drop(self, *names):
@@ -74,8 +92,10 @@ class Tensors:
 
     def finish(self):
         if self.values:
-            raise InputError(f"{self.path}: {', '.join(sorted(self.values))}: unknown, so the autoencoder cannot be read faithfully. "
-                             "convert it with SAELens and save it there.")
+            raise InputError(
+                f"{self.path}: {', '.join(sorted(self.values))}: unknown, so the autoencoder cannot be read faithfully. "
+                "convert it with SAELens and save it there."
+            )
 
 
 class Config:
@@ -92,15 +112,24 @@ class Config:
             value = int(value)
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        wrong = isinstance(value, bool) and kind is not bool or isinstance(value, float) and not math.isfinite(value)
+        wrong = (
+            isinstance(value, bool)
+            and kind is not bool
+            or isinstance(value, float)
+            and not math.isfinite(value)
+        )
         if wrong or not isinstance(value, kind):
-            raise InputError(f"{self.path}: {name} is {str(value)[:60]!r}, no {kind.__name__}. get another copy of the file.")
+            raise InputError(
+                f"{self.path}: {name} is {str(value)[:60]!r}, no {kind.__name__}. get another copy of the file."
+            )
         return value
 
     def need(self, name, kind):
         value = self.get(name, kind)
         if value is None:
-            raise InputError(f"{self.path}: {name} is missing. give the folder that the library wrote.")
+            raise InputError(
+                f"{self.path}: {name} is missing. give the folder that the library wrote."
+            )
         return value
 
     def refuse(self, name, why):
@@ -129,4 +158,6 @@ def read_safetensors(path):
     try:
         return Tensors(path, load_file(path))
     except SafetensorError as error:
-        raise EnvironmentFailure(f"{path}: damaged ({str(error)[:100]}). get another copy.") from None
+        raise EnvironmentFailure(
+            f"{path}: damaged ({str(error)[:100]}). get another copy."
+        ) from None

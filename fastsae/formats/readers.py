@@ -1,7 +1,9 @@
-"""Readers of the autoencoders that other libraries write: SAELens, sparsify, dictionary_learning, Gemma Scope.
+"""Readers of the autoencoders that other libraries write: SAELens, sparsify, dictionary_learning,
+Gemma Scope.
 
 Each returns `Parts`, or raises InputError where these could not hold exactly what the files say.
 """
+
 import re
 
 import numpy as np
@@ -12,10 +14,25 @@ from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 SAELENS = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
-DICTIONARY_CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
-                      "MatryoshkaBatchTopKSAE")
-HYPOTHESAES_CONFIG = ("input_dim", "m_total_neurons", "k_active_neurons", "aux_k", "multi_k", "dead_neuron_threshold_steps",
-                      "prefix_lengths", "use_batch_topk")
+DICTIONARY_CLASSES = (
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "GatedAutoEncoder",
+    "JumpReluAutoEncoder",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+)
+HYPOTHESAES_CONFIG = (
+    "input_dim",
+    "m_total_neurons",
+    "k_active_neurons",
+    "aux_k",
+    "multi_k",
+    "dead_neuron_threshold_steps",
+    "prefix_lengths",
+    "use_batch_topk",
+)
 
 
 def layer_of_hook(name, where):
@@ -26,36 +43,60 @@ def layer_of_hook(name, where):
         return int(found[1]) + (found[2] == "post")
     if found := re.fullmatch(r"(?:[A-Za-z_]\w*\.)*(?:layers|h)[._](\d+)", name):
         return int(found[1]) + 1
-    raise InputError(f"{where}: was trained on {name[:80]!r}, not on the residual stream. only residual-stream autoencoders fit here.")
+    raise InputError(
+        f"{where}: was trained on {name[:80]!r}, not on the residual stream. only residual-stream autoencoders fit here."
+    )
 
 
 def read_saelens(path):
-    """`Parts` of SAELens' sae_weights.safetensors and cfg.json, version 6 or before, of an inference or a training module."""
+    """`Parts` of SAELens' sae_weights.safetensors and cfg.json, version 6 or before, of an
+    inference or a training module."""
     cfg, weights = read_config(path.with_name("cfg.json")), read_safetensors(path)
     more = cfg.values["metadata"] if isinstance(cfg.values.get("metadata"), dict) else {}
-    kwargs = cfg.values["activation_fn_kwargs"] if isinstance(cfg.values.get("activation_fn_kwargs"), dict) else {}
+    kwargs = (
+        cfg.values["activation_fn_kwargs"]
+        if isinstance(cfg.values.get("activation_fn_kwargs"), dict)
+        else {}
+    )
     function = cfg.get("activation_fn_str", str) or cfg.get("activation_fn", str, "relu")
     architecture = "topk" if function == "topk" else cfg.get("architecture", str, "standard")
     if architecture not in SAELENS:
         cfg.refuse("architecture", f"is none of {', '.join(SAELENS)}. choose another autoencoder")
     if function not in ("relu", "topk"):
-        raise InputError(f"{cfg.path}: activation_fn {function[:60]!r} is not relu or topk. choose another autoencoder.")
+        raise InputError(
+            f"{cfg.path}: activation_fn {function[:60]!r} is not relu or topk. choose another autoencoder."
+        )
     check_input_form(cfg)
     d, m = cfg.need("d_in", int), cfg.need("d_sae", int)
     w_enc = weights.take("W_enc", d, m).t().contiguous()
-    parts = Parts(w_enc, weights.take("W_dec", m, d), torch.zeros(m), weights.take("b_dec", d), architecture)
+    parts = Parts(
+        w_enc, weights.take("W_dec", m, d), torch.zeros(m), weights.take("b_dec", d), architecture
+    )
     read_activation(parts, weights, cfg, kwargs)
-    for name in ("scaling_factor", "finetuning_scaling_factor"):  # of features, after the encoder, in old fine-tuned ones
+    # of features, after the encoder, in old fine-tuned ones
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
         if name in weights:
             parts.w_dec = parts.w_dec * weights.take(name, m)[:, None]
     weights.finish()
     if not cfg.get("apply_b_dec_to_input", bool, True):
         parts.centre_input()
-    hook = next((source.get(name) for source in (more, cfg.values) for name in ("hook_name", "hook_point") if source.get(name)), None)
+    hook = next(
+        (
+            source.get(name)
+            for source in (more, cfg.values)
+            for name in ("hook_name", "hook_point")
+            if source.get(name)
+        ),
+        None,
+    )
     if hook is not None and not isinstance(hook, str):
         raise InputError(f"{cfg.path}: hook_name is no text. get another copy of the file.")
-    parts.about = {"format": "saelens", "layer": layer_of_hook(hook, cfg.path), "hook_name": hook,
-                   "model_name": more.get("model_name") or cfg.values.get("model_name")}
+    parts.about = {
+        "format": "saelens",
+        "layer": layer_of_hook(hook, cfg.path),
+        "hook_name": hook,
+        "model_name": more.get("model_name") or cfg.values.get("model_name"),
+    }
     return parts
 
 
@@ -63,18 +104,31 @@ def check_input_form(cfg):
     """Refuse inputs that are changed token by token, or by numbers that are not in the folder."""
     kind = cfg.values.get("normalize_activations")
     if kind in ("expected_average_only_in", True, "covariance_whitening"):
-        cfg.refuse("normalize_activations", "needs numbers that are not in the folder. load it with SAELens' from_pretrained, which folds "
-                   "them into the weights, and save it with save_model")
+        cfg.refuse(
+            "normalize_activations",
+            "needs numbers that are not in the folder. load it with SAELens' from_pretrained, which folds "
+            "them into the weights, and save it with save_model",
+        )
     if kind not in (None, False, "none"):
-        cfg.refuse("normalize_activations", "scales each token by its own norm, which no linear encoder holds. choose another autoencoder")
+        cfg.refuse(
+            "normalize_activations",
+            "scales each token by its own norm, which no linear encoder holds. choose another autoencoder",
+        )
     if cfg.get("reshape_activations", str, "none") != "none":
-        cfg.refuse("reshape_activations", "is for attention heads, not for the residual stream. choose another autoencoder")
+        cfg.refuse(
+            "reshape_activations",
+            "is for attention heads, not for the residual stream. choose another autoencoder",
+        )
     if cfg.values.get("transcode") or cfg.values.get("skip_connection"):
-        cfg.refuse("transcode" if cfg.values.get("transcode") else "skip_connection", "makes it a transcoder. choose an autoencoder")
+        cfg.refuse(
+            "transcode" if cfg.values.get("transcode") else "skip_connection",
+            "makes it a transcoder. choose an autoencoder",
+        )
 
 
 def read_activation(parts, weights, cfg, kwargs):
-    """The biases, threshold and k of a SAELens architecture; decoder norms that it multiplies the features with are folded."""
+    """The biases, threshold and k of a SAELens architecture; decoder norms that it multiplies the
+    features with are folded."""
     m, architecture = len(parts.w_dec), parts.architecture
     if architecture == "gated":
         parts.b_enc = weights.take("b_mag", m)
@@ -83,45 +137,68 @@ def read_activation(parts, weights, cfg, kwargs):
     parts.b_enc = weights.take("b_enc", m)
     in_training = architecture in ("batchtopk", "matryoshka_batchtopk")
     if architecture == "jumprelu":
-        parts.threshold = weights.take("log_threshold", m).exp() if "log_threshold" in weights else weights.take("threshold", m)
+        parts.threshold = (
+            weights.take("log_threshold", m).exp()
+            if "log_threshold" in weights
+            else weights.take("threshold", m)
+        )
     if architecture == "topk":
         if kwargs.get("signed"):
-            raise InputError(f"{cfg.path}: activation_fn_kwargs signed: features may be negative. choose another autoencoder.")
+            raise InputError(
+                f"{cfg.path}: activation_fn_kwargs signed: features may be negative. choose another autoencoder."
+            )
         parts.k = Config(cfg.path, {"k": cfg.values.get("k", kwargs.get("k"))}).need("k", int)
         check_k(parts, cfg)
     if in_training:
         parts.architecture, parts.threshold = "batchtopk", weights.take("topk_threshold")
         parts.k = max(1, round(cfg.get("k", float, 1.0)))
         parts.prefixes = prefixes_of(cfg.get("matryoshka_widths", list), m, cfg)
-    if cfg.get("rescale_acts_by_decoder_norm", bool, in_training) and architecture in ("topk", "batchtopk", "matryoshka_batchtopk"):
+    if cfg.get("rescale_acts_by_decoder_norm", bool, in_training) and architecture in (
+        "topk",
+        "batchtopk",
+        "matryoshka_batchtopk",
+    ):
         parts.unit_rows()  # the threshold is already that of features times norms
 
 
 def check_k(parts, cfg):
     if not 1 <= parts.k <= len(parts.w_enc):
-        raise InputError(f"{cfg.path}: k {parts.k} is not from 1 to {len(parts.w_enc)}. get another copy of the file.")
+        raise InputError(
+            f"{cfg.path}: k {parts.k} is not from 1 to {len(parts.w_enc)}. get another copy of the file."
+        )
 
 
 def prefixes_of(widths, m, where, name="matryoshka_widths"):
-    """Matryoshka prefixes from a list of lengths, the whole appended where it is left out; None without any."""
+    """Matryoshka prefixes from a list of lengths, the whole appended where it is left out; None
+    without any."""
     if not widths:
         return None
     widths = [*widths, m] if widths[-1] != m else list(widths)
-    if not all(isinstance(n, int) and n > 0 for n in widths) or any(a >= b for a, b in zip(widths, widths[1:])):
-        raise InputError(f"{where.path}: {name} {str(widths)[:60]} do not rise to {m}. get another copy of the file.")
+    if not all(isinstance(n, int) and n > 0 for n in widths) or any(
+        a >= b for a, b in zip(widths, widths[1:])
+    ):
+        raise InputError(
+            f"{where.path}: {name} {str(widths)[:60]} do not rise to {m}. get another copy of the file."
+        )
     return widths
 
 
 def gates_as_jumprelu(parts, gate_bias, log_magnitude):
-    """A gated encoder as the JumpReLU one it equals; `b_enc` is its b_mag (the equation: architectures.inference_weights)."""
+    """A gated encoder as the JumpReLU one it equals; `b_enc` is its b_mag (the equation:
+    architectures.inference_weights)."""
     magnitude = log_magnitude.exp()
     parts.threshold = torch.relu(parts.b_enc - magnitude * gate_bias)
     parts.w_enc, parts.architecture = parts.w_enc * magnitude[:, None], "jumprelu"
 
 
 def read_sparsify(path):
-    """`Parts` of sparsify's sae.safetensors and cfg.json (TopK only); the layer is the folder's name."""
-    cfg, weights, folder = read_config(path.with_name("cfg.json")), read_safetensors(path), path.resolve().parent
+    """`Parts` of sparsify's sae.safetensors and cfg.json (TopK only); the layer is the folder's
+    name."""
+    cfg, weights, folder = (
+        read_config(path.with_name("cfg.json")),
+        read_safetensors(path),
+        path.resolve().parent,
+    )
     if cfg.get("activation", str, "topk") != "topk":
         cfg.refuse("activation", "is not topk. choose another autoencoder")
     if cfg.values.get("signed"):
@@ -130,57 +207,112 @@ def read_sparsify(path):
     d = cfg.need("d_in", int)
     m = cfg.get("num_latents", int) or d * cfg.need("expansion_factor", int)
     w_enc, w_dec = weights.take("encoder.weight", m, d), weights.take("W_dec", m, d)
-    parts = Parts(w_enc, w_dec, weights.take("encoder.bias", m), weights.take("b_dec", d), "topk", k=cfg.need("k", int))
+    parts = Parts(
+        w_enc,
+        w_dec,
+        weights.take("encoder.bias", m),
+        weights.take("b_dec", d),
+        "topk",
+        k=cfg.need("k", int),
+    )
     check_k(parts, cfg)
     weights.finish()
     hook = folder.name if re.search(r"(layers|h)[._]\d", folder.name) else None
-    parts.about = {"format": "sparsify", "layer": layer_of_hook(hook, folder), "hook_name": hook, "model_name": None}
+    parts.about = {
+        "format": "sparsify",
+        "layer": layer_of_hook(hook, folder),
+        "hook_name": hook,
+        "model_name": None,
+    }
     return parts
 
 
 def read_gemma_scope(path):
-    """`Parts` of Gemma Scope's params.npz (JumpReLU without b_dec in front, arXiv 2408.05147); the layer stands in the folders' names."""
-    weights = Tensors(path, {name: torch.from_numpy(value.astype(np.float32)) for name, value in artifacts.read_foreign_npz(path).items()})
+    """`Parts` of Gemma Scope's params.npz (JumpReLU without b_dec in front, arXiv 2408.05147); the
+    layer stands in the folders' names."""
+    weights = Tensors(
+        path,
+        {
+            name: torch.from_numpy(value.astype(np.float32))
+            for name, value in artifacts.read_foreign_npz(path).items()
+        },
+    )
     w_enc = weights.take("W_enc", None, None)
     d, m = w_enc.shape
-    parts = Parts(w_enc.t().contiguous(), weights.take("W_dec", m, d), weights.take("b_enc", m), weights.take("b_dec", d), "jumprelu",
-                  weights.take("threshold", m))
+    parts = Parts(
+        w_enc.t().contiguous(),
+        weights.take("W_dec", m, d),
+        weights.take("b_enc", m),
+        weights.take("b_dec", d),
+        "jumprelu",
+        weights.take("threshold", m),
+    )
     weights.finish()
     found = re.findall(r"layer_(\d+)", str(path.resolve()))
-    parts.about = {"format": "gemma scope", "layer": int(found[-1]) + 1 if found else None, "hook_name": None, "model_name": None}
+    parts.about = {
+        "format": "gemma scope",
+        "layer": int(found[-1]) + 1 if found else None,
+        "hook_name": None,
+        "model_name": None,
+    }
     return parts.centre_input()
 
 
 def read_torch(path):
-    """`Parts` of a file of torch.save: HypotheSAEs' `{"config", "state_dict"}`, or dictionary_learning's tensors by name."""
+    """`Parts` of a file of torch.save: HypotheSAEs' `{"config", "state_dict"}`, or
+    dictionary_learning's tensors by name."""
     values = artifacts.read_foreign_checkpoint(path)
     if isinstance(values, dict) and isinstance(values.get("meta"), dict) and "config" in values:
-        raise EnvironmentFailure(f"{path}: is a checkpoint of this project without its checksum: damaged, or saved again. get another "
-                                 "copy, or run train_sae.py.")
+        raise EnvironmentFailure(
+            f"{path}: is a checkpoint of this project without its checksum: damaged, or saved again. get another "
+            "copy, or run train_sae.py."
+        )
     if isinstance(values, dict) and {"config", "state_dict"} <= set(values):
         return read_hypothesaes(path, values)
-    if not isinstance(values, dict) or not values or not all(isinstance(value, torch.Tensor) for value in values.values()):
-        raise InputError(f"{path}: holds {type(values).__name__}, not an autoencoder of HypotheSAEs or the named tensors of "
-                         "dictionary_learning. give the file that the library wrote.")
+    if (
+        not isinstance(values, dict)
+        or not values
+        or not all(isinstance(value, torch.Tensor) for value in values.values())
+    ):
+        raise InputError(
+            f"{path}: holds {type(values).__name__}, not an autoencoder of HypotheSAEs or the named tensors of "
+            "dictionary_learning. give the file that the library wrote."
+        )
     return read_dictionary_learning(path, values)
 
 
 def read_hypothesaes(path, values):
-    """`Parts` of what HypotheSAEs' `SparseAutoencoder.save` writes: TopK or BatchTopK, with prefixes or without.
+    """`Parts` of what HypotheSAEs' `SparseAutoencoder.save` writes: TopK or BatchTopK, with
+    prefixes or without.
 
-    multi_k and aux_k are terms of the loss: at inference they change nothing. A file of before BatchTopK has no threshold.
+    multi_k and aux_k are terms of the loss: at inference they change nothing. A file of before
+    BatchTopK has no threshold.
     """
     config, state = values["config"], values["state_dict"]
-    if set(values) != {"config", "state_dict"} or not isinstance(config, dict) or not isinstance(state, dict) or not all(
-            isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path}: is not as HypotheSAEs saves: a dict of settings and one of tensors. give the file that it wrote.")
+    if (
+        set(values) != {"config", "state_dict"}
+        or not isinstance(config, dict)
+        or not isinstance(state, dict)
+        or not all(isinstance(value, torch.Tensor) for value in state.values())
+    ):
+        raise InputError(
+            f"{path}: is not as HypotheSAEs saves: a dict of settings and one of tensors. give the file that it wrote."
+        )
     if unknown := sorted(map(str, set(config) - set(HYPOTHESAES_CONFIG))):
-        raise InputError(f"{path}: config holds {', '.join(unknown)[:80]}, which HypotheSAEs does not write. convert it with SAELens.")
+        raise InputError(
+            f"{path}: config holds {', '.join(unknown)[:80]}, which HypotheSAEs does not write. convert it with SAELens."
+        )
     cfg, weights = Config(path, config), Tensors(path, state)
     d, m, k = (cfg.need(name, int) for name in ("input_dim", "m_total_neurons", "k_active_neurons"))
     is_batch = cfg.get("use_batch_topk", bool, False)
-    parts = Parts(weights.take("encoder.weight", m, d), weights.take("decoder.weight", d, m).t().contiguous(),
-                  weights.take("neuron_bias", m), weights.take("input_bias", d), "batchtopk" if is_batch else "topk", k=k)
+    parts = Parts(
+        weights.take("encoder.weight", m, d),
+        weights.take("decoder.weight", d, m).t().contiguous(),
+        weights.take("neuron_bias", m),
+        weights.take("input_bias", d),
+        "batchtopk" if is_batch else "topk",
+        k=k,
+    )
     check_k(parts, cfg)
     if is_batch:
         parts.threshold = weights.take("threshold")
@@ -192,21 +324,28 @@ def read_hypothesaes(path, values):
 
 
 def read_dictionary_learning(path, values):
-    """`Parts` of dictionary_learning's state dict (ae.pt), with its config.json beside it where there is one."""
+    """`Parts` of dictionary_learning's state dict (ae.pt), with its config.json beside it where
+    there is one."""
     weights, config_path = Tensors(path, values), path.with_name("config.json")
     trainer = Config(config_path, {})
     if path.name == "ae.pt" and config_path.is_file():
         trainer = Config(config_path, read_config(config_path).need("trainer", dict))
     kind = trainer.get("dict_class", str) or class_of_tensors(weights)
     if kind not in DICTIONARY_CLASSES:
-        trainer.refuse("dict_class", f"is none of {', '.join(DICTIONARY_CLASSES)}. choose another autoencoder")
+        trainer.refuse(
+            "dict_class", f"is none of {', '.join(DICTIONARY_CLASSES)}. choose another autoencoder"
+        )
     parts = dictionary_parts(kind, weights, trainer)
     weights.finish()
     hook, layer = trainer.get("submodule_name", str), trainer.get("layer", int)
     if hook and not hook.startswith("resid_post"):
         layer_of_hook(hook, trainer.path)
-    parts.about = {"format": "dictionary_learning", "layer": None if layer is None else layer + 1, "hook_name": hook,
-                   "model_name": trainer.get("lm_name", str)}
+    parts.about = {
+        "format": "dictionary_learning",
+        "layer": None if layer is None else layer + 1,
+        "hook_name": hook,
+        "model_name": trainer.get("lm_name", str),
+    }
     return parts
 
 
@@ -218,7 +357,9 @@ def class_of_tensors(weights):
         return "MatryoshkaBatchTopKSAE"
     if "k" in weights:
         if "threshold" in weights:
-            raise InputError(f"{weights.path}: may be AutoEncoderTopK or BatchTopKSAE, whose tensors are alike. put config.json beside it.")
+            raise InputError(
+                f"{weights.path}: may be AutoEncoderTopK or BatchTopKSAE, whose tensors are alike. put config.json beside it."
+            )
         return "AutoEncoderTopK"
     if "W_enc" in weights:
         return "JumpReluAutoEncoder"
@@ -230,14 +371,28 @@ def dictionary_parts(kind, weights, trainer):
     if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
         w_enc = weights.take("W_enc", None, None).t().contiguous()
         m, d = w_enc.shape
-        parts = Parts(w_enc, weights.take("W_dec", m, d), weights.take("b_enc", m), weights.take("b_dec", d), "jumprelu")
+        parts = Parts(
+            w_enc,
+            weights.take("W_dec", m, d),
+            weights.take("b_enc", m),
+            weights.take("b_dec", d),
+            "jumprelu",
+        )
     else:
         w_enc = weights.take("encoder.weight", None, None)
         m, d = w_enc.shape
-        names = {"AutoEncoder": ("encoder.bias", "bias"), "AutoEncoderNew": ("encoder.bias", "decoder.bias"),
-                 "GatedAutoEncoder": ("mag_bias", "decoder_bias")}.get(kind, ("encoder.bias", "b_dec"))
-        parts = Parts(w_enc, weights.take("decoder.weight", d, m).t().contiguous(), weights.take(names[0], m), weights.take(names[1], d),
-                      "standard")
+        names = {
+            "AutoEncoder": ("encoder.bias", "bias"),
+            "AutoEncoderNew": ("encoder.bias", "decoder.bias"),
+            "GatedAutoEncoder": ("mag_bias", "decoder_bias"),
+        }.get(kind, ("encoder.bias", "b_dec"))
+        parts = Parts(
+            w_enc,
+            weights.take("decoder.weight", d, m).t().contiguous(),
+            weights.take(names[0], m),
+            weights.take(names[1], d),
+            "standard",
+        )
     if kind == "GatedAutoEncoder":
         gates_as_jumprelu(parts, weights.take("gate_bias", m), weights.take("r_mag", m))
     elif kind == "JumpReluAutoEncoder":
@@ -249,5 +404,7 @@ def dictionary_parts(kind, weights, trainer):
         parts.threshold = None if kind == "AutoEncoderTopK" else weights.take("threshold")
         weights.drop("threshold")  # AutoEncoderTopK keeps one, which its own encode does not use
         if kind == "MatryoshkaBatchTopKSAE":
-            parts.prefixes = prefixes_of(weights.take("group_sizes", None).cumsum(0).int().tolist(), m, weights)
+            parts.prefixes = prefixes_of(
+                weights.take("group_sizes", None).cumsum(0).int().tolist(), m, weights
+            )
     return parts.centre_input() if kind in ("AutoEncoderNew", "JumpReluAutoEncoder") else parts

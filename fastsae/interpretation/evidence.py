@@ -1,15 +1,25 @@
-"""From a dataset, its activations and an autoencoder to everything that can be said of each feature without a language model."""
+"""From a dataset, its activations and an autoencoder to everything that can be said of each feature
+without a language model."""
+
 import functools
 
 import numpy as np
 import torch
 
-from fastsae.data.token_text import TokenTexts, characteristic_tokens, evidence_label, excerpt, token_names
+from fastsae.data.token_text import (
+    TokenTexts,
+    characteristic_tokens,
+    evidence_label,
+    excerpt,
+    token_names,
+)
 from fastsae.data.tokenization import SHARED_PREFIX
 from fastsae.interpretation.statistics import collect, encode_rows, example_blocks
 
-QUANTILES = (0.9, 0.7, 0.5, 0.3, 0.1)   # of the strongest activation per example, over the examples where a feature fires
-N_SAMPLED = 32                          # random firing examples per feature from which the quantiles are read
+# of the strongest activation per example, over the examples where a feature fires
+QUANTILES = (0.9, 0.7, 0.5, 0.3, 0.1)
+# random firing examples per feature from which the quantiles are read
+N_SAMPLED = 32
 N_NEIGHBOURS = 6
 COSINE_BLOCK = 512
 
@@ -17,15 +27,34 @@ COSINE_BLOCK = 512
 class Evidence:
     """The statistics of all features with the texts to show them in.
 
-    data: the members of an activations file; examples: its `Example`s; bounds: {"max_norm", "exclude_shared_prefix", "use"} of training.
+    data: the members of an activations file; examples: its `Example`s; bounds: {"max_norm",
+    "exclude_shared_prefix", "use"} of training.
     """
 
     def __init__(self, sae, data, examples, tokenizer, bounds, *, n_top, seed=0, progress=None):
-        self.sae, self.data, self.examples, self.tokenizer, self.n_top = sae, data, examples, tokenizer, n_top
+        self.sae, self.data, self.examples, self.tokenizer, self.n_top = (
+            sae,
+            data,
+            examples,
+            tokenizer,
+            n_top,
+        )
         self.offsets = np.concatenate([[0], np.cumsum(data["seq_lengths"], dtype=np.int64)])
         name_of_token, self.names = token_names(tokenizer, data["token_ids"])
-        self.statistics = collect(sae, data["activations"], data["seq_lengths"], data["token_kind"], data["token_role"], name_of_token,
-                                  len(self.names), n_top=n_top, n_sampled=N_SAMPLED, seed=seed, progress=progress, **bounds)
+        self.statistics = collect(
+            sae,
+            data["activations"],
+            data["seq_lengths"],
+            data["token_kind"],
+            data["token_role"],
+            name_of_token,
+            len(self.names),
+            n_top=n_top,
+            n_sampled=N_SAMPLED,
+            seed=seed,
+            progress=progress,
+            **bounds,
+        )
         self.texts_of = TokenTexts(tokenizer)
         self._texts = {}
 
@@ -36,43 +65,72 @@ class Evidence:
     def token_texts(self, example):
         """The texts of an example's tokens, one each."""
         if example not in self._texts:
-            self._texts[example] = self.texts_of(self.data["token_ids"][self.offsets[example]:self.offsets[example + 1]])
+            self._texts[example] = self.texts_of(
+                self.data["token_ids"][self.offsets[example] : self.offsets[example + 1]]
+            )
         return self._texts[example]
 
     @functools.cached_property
     def text_numbers(self):
         """(n_examples,) numbers; examples of one number are the same tokens."""
         numbers, ids = {}, self.data["token_ids"]
-        return np.array([numbers.setdefault(bytes(ids[a:b]), len(numbers)) for a, b in zip(self.offsets, self.offsets[1:])])
+        return np.array(
+            [
+                numbers.setdefault(bytes(ids[a:b]), len(numbers))
+                for a, b in zip(self.offsets, self.offsets[1:])
+            ]
+        )
 
     def own_start(self, example):
         """Where an example's own tokens begin, after the prefix that all examples share."""
-        kind = self.data["token_kind"][self.offsets[example]:self.offsets[example + 1]]
+        kind = self.data["token_kind"][self.offsets[example] : self.offsets[example + 1]]
         return int(np.argmax(kind != SHARED_PREFIX)) if (kind != SHARED_PREFIX).any() else 0
 
     def rows(self, n_top_tokens):
-        """One dict per feature: the columns of the tables that need no labels of the dataset and no LLM."""
+        """One dict per feature: the columns of the tables that need no labels of the dataset and no
+        LLM."""
         s = self.statistics
-        self.top_tokens = characteristic_tokens(s.name_mass.sums, s.name_count, self.names, n_top_tokens)
-        special = s.kind_role_mass[:, 1:].sum((1, 2)) / np.maximum(s.kind_role_mass.sum((1, 2)), 1e-30)
+        self.top_tokens = characteristic_tokens(
+            s.name_mass.sums, s.name_count, self.names, n_top_tokens
+        )
+        special = s.kind_role_mass[:, 1:].sum((1, 2)) / np.maximum(
+            s.kind_role_mass.sum((1, 2)), 1e-30
+        )
         rows = []
         for j in range(self.m):
             alive = s.count[j] > 0
-            row = {"feature": j, "label": evidence_label(self.top_tokens[j]), "label_source": "tokens" if alive else "",
-                   "status": "ok" if alive else "dead", "density": float(s.density[j]), "max_activation": float(s.maximum[j]),
-                   "top_tokens": ", ".join(f"'{name}' {100 * share:.0f}%" for name, share in self.top_tokens[j])}
+            row = {
+                "feature": j,
+                "label": evidence_label(self.top_tokens[j]),
+                "label_source": "tokens" if alive else "",
+                "status": "ok" if alive else "dead",
+                "density": float(s.density[j]),
+                "max_activation": float(s.maximum[j]),
+                "top_tokens": ", ".join(
+                    f"'{name}' {100 * share:.0f}%" for name, share in self.top_tokens[j]
+                ),
+            }
             for i, (example, position) in enumerate(zip(s.top.example[j], s.top.position[j]), 1):
-                row[f"top_example_{i}"] = excerpt(self.token_texts(example), position, self.own_start(example)) if example >= 0 else ""
+                row[f"top_example_{i}"] = (
+                    excerpt(self.token_texts(example), position, self.own_start(example))
+                    if example >= 0
+                    else ""
+                )
             row["special_token_share"] = float(special[j]) if alive else None
             row["matryoshka_level"] = level_name(j, self.sae.prefix_lengths)
             rows.append(row)
         return rows
 
     def shown_examples(self, features):
-        """{feature: [(quantile or None for the strongest, example, position of the maximum), ...]}, strongest first."""
+        """{feature: [(quantile or None for the strongest, example, position of the maximum), ...]},
+        strongest first."""
         s, shown = self.statistics, {}
         for j in features:
-            strongest = [(None, int(e), int(p)) for e, p in zip(s.top.example[j], s.top.position[j]) if e >= 0]
+            strongest = [
+                (None, int(e), int(p))
+                for e, p in zip(s.top.example[j], s.top.position[j])
+                if e >= 0
+            ]
             taken = {example for _, example, _ in strongest}
             there = np.flatnonzero(s.sample.example[j] >= 0)
             ranked = there[np.argsort(-s.sample.value[j][there], kind="stable")]
@@ -86,7 +144,8 @@ class Evidence:
         return shown
 
     def token_values(self, pairs):
-        """{(feature, example): (positions, values)} of a feature's activations in an example, for the pairs given.
+        """{(feature, example): (positions, values)} of a feature's activations in an example, for
+        the pairs given.
 
         Encodes the examples named once more; what is kept is only what was asked for.
         """
@@ -96,16 +155,23 @@ class Evidence:
         order, result = np.array(sorted(wanted), np.int64), {}
         lengths = np.diff(self.offsets)[order] if len(order) else np.zeros(0, np.int64)
         for first, last in example_blocks(np.concatenate([[0], np.cumsum(lengths)])):
-            rows = np.concatenate([np.arange(self.offsets[e], self.offsets[e + 1]) for e in order[first:last]])
+            rows = np.concatenate(
+                [np.arange(self.offsets[e], self.offsets[e + 1]) for e in order[first:last]]
+            )
             rows = rows[self.statistics.kept[rows]]
-            features = encode_rows(self.sae, torch.from_numpy(np.array(self.data["activations"][rows], np.float32))).tocsc()
+            features = encode_rows(
+                self.sae, torch.from_numpy(np.array(self.data["activations"][rows], np.float32))
+            ).tocsc()
             features.sort_indices()
             for example in order[first:last]:
-                left, right = np.searchsorted(rows, self.offsets[example:example + 2])
+                left, right = np.searchsorted(rows, self.offsets[example : example + 2])
                 for feature in wanted[int(example)]:
-                    start, end = features.indptr[feature:feature + 2]
+                    start, end = features.indptr[feature : feature + 2]
                     a, b = start + np.searchsorted(features.indices[start:end], (left, right))
-                    result[feature, int(example)] = rows[features.indices[a:b]] - self.offsets[example], features.data[a:b]
+                    result[feature, int(example)] = (
+                        rows[features.indices[a:b]] - self.offsets[example],
+                        features.data[a:b],
+                    )
         return result
 
     def neighbours(self, features):
@@ -113,11 +179,13 @@ class Evidence:
         decoder = torch.nn.functional.normalize(self.sae.decoder.weight.t().float(), dim=1)
         found = {}
         for start in range(0, len(features), COSINE_BLOCK):
-            block = torch.as_tensor(features[start:start + COSINE_BLOCK], device=decoder.device)
+            block = torch.as_tensor(features[start : start + COSINE_BLOCK], device=decoder.device)
             cosine = decoder[block] @ decoder.t()
             cosine[torch.arange(len(block)), block] = -2
             best = cosine.topk(min(N_NEIGHBOURS, self.m - 1), dim=1)
-            for j, others, values in zip(block.tolist(), best.indices.tolist(), best.values.tolist()):
+            for j, others, values in zip(
+                block.tolist(), best.indices.tolist(), best.values.tolist()
+            ):
                 found[j] = list(zip(others, values))
         return found
 
@@ -135,7 +203,8 @@ class Evidence:
 
 
 def level_name(feature, prefixes):
-    """'coarse' for the first Matryoshka prefix, 'fine' for what only the last one holds, 'level i' between; '' without prefixes."""
+    """'coarse' for the first Matryoshka prefix, 'fine' for what only the last one holds, 'level i'
+    between; '' without prefixes."""
     if not prefixes or len(prefixes) < 2:
         return ""
     level = int(np.searchsorted(prefixes, feature, "right"))

@@ -1,4 +1,6 @@
-"""Tokens that a feature promotes and suppresses: its decoder direction read through the model's final norm and unembedding."""
+"""Tokens that a feature promotes and suppresses: its decoder direction read through the model's
+final norm and unembedding."""
+
 import copy
 from pathlib import Path
 
@@ -15,9 +17,11 @@ FINAL_NORM = ("model.norm.weight", "language_model.norm.weight", "transformer.ln
 
 
 def add_lens(rows, evidence, located, source, n_top, n_column):
-    """Name in each row of a feature that fires the tokens it promotes and suppresses; {feature: ([(token, logit)], [...])}.
+    """Name in each row of a feature that fires the tokens it promotes and suppresses; {feature:
+    ([(token, logit)], [...])}.
 
-    `located` and `source` ({"revision", "cache_dir"}) say where the model's weights are; {} where they are not at hand.
+    `located` and `source` ({"revision", "cache_dir"}) say where the model's weights are; {} where
+    they are not at hand.
     """
     unembedding, decoder = load_unembedding(located, **source), evidence.sae.decoder.weight.t()
     if unembedding is None or unembedding.shape[1] != decoder.shape[1]:
@@ -26,21 +30,30 @@ def add_lens(rows, evidence, located, source, n_top, n_column):
     for row in rows:
         if row["status"] != "dead":
             j = row["feature"]
-            lens[j] = tuple([("".join(evidence.texts_of([t])), float(v)) for t, v in zip(ids[j], values[j])] for ids, values in sides)
+            lens[j] = tuple(
+                [("".join(evidence.texts_of([t])), float(v)) for t, v in zip(ids[j], values[j])]
+                for ids, values in sides
+            )
             for name, side in zip(("promoted_tokens", "suppressed_tokens"), lens[j]):
-                row[name] = ", ".join(f"'{visible(token.strip() or token)}'" for token, _ in side[:n_column])
+                row[name] = ", ".join(
+                    f"'{visible(token.strip() or token)}'" for token, _ in side[:n_column]
+                )
     return lens
 
 
 @torch.no_grad()
 def promoted_and_suppressed(decoder_rows, unembedding, n_top):
-    """(ids, values) of the n_top largest and of the n_top smallest logits of each feature, (M, n_top) each, strongest first.
+    """(ids, values) of the n_top largest and of the n_top smallest logits of each feature, (M,
+    n_top) each, strongest first.
 
-    decoder_rows (M, d); unembedding (vocabulary, d) with the final norm's weights folded in: see `load_unembedding`.
+    decoder_rows (M, d); unembedding (vocabulary, d) with the final norm's weights folded in: see
+    `load_unembedding`.
     """
     up, down = ([], []), ([], [])
     for start in range(0, len(decoder_rows), BLOCK):
-        logits = decoder_rows[start:start + BLOCK].float() @ unembedding.t()   # (block, vocabulary)
+        logits = (
+            decoder_rows[start : start + BLOCK].float() @ unembedding.t()
+        )  # (block, vocabulary)
         for largest, (ids, values) in ((True, up), (False, down)):
             best = logits.topk(min(n_top, logits.shape[1]), dim=1, largest=largest)
             ids.append(best.indices.cpu().numpy())
@@ -49,10 +62,12 @@ def promoted_and_suppressed(decoder_rows, unembedding, n_top):
 
 
 def load_unembedding(located, *, revision=None, cache_dir=None):
-    """The unembedding (vocabulary, d) float32 times the final norm's weights, or None where the model's weights are not at hand.
+    """The unembedding (vocabulary, d) float32 times the final norm's weights, or None where the
+    model's weights are not at hand.
 
-    None too where the final norm is no RMSNorm: one that subtracts the mean or adds a bias does not fold into the matrix like
-    this. Reads these two tensors only, from a folder or the hub's local cache; nothing is downloaded.
+    None too where the final norm is no RMSNorm: one that subtracts the mean or adds a bias does not
+    fold into the matrix like this. Reads these two tensors only, from a folder or the hub's local
+    cache; nothing is downloaded.
     """
     folder = _folder(located, revision, cache_dir)
     if folder is None:
@@ -72,20 +87,34 @@ def load_unembedding(located, *, revision=None, cache_dir=None):
 
 @torch.no_grad()
 def norm_offset(norm):
-    """0 where a module computes x / rms(x) * weight, 1 where it computes x / rms(x) * (1 + weight), found by trying; else None."""
-    if norm is None or [name for name, _ in norm.named_parameters()] != ["weight"] or list(norm.buffers()):
+    """0 where a module computes x / rms(x) * weight, 1 where it computes x / rms(x) * (1 + weight),
+    found by trying; else None."""
+    if (
+        norm is None
+        or [name for name, _ in norm.named_parameters()] != ["weight"]
+        or list(norm.buffers())
+    ):
         return None
     norm = copy.deepcopy(norm).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(norm.weight.shape, generator=generator)
     norm.weight.copy_(weight)
-    x = 100 * torch.randn(4, len(weight), generator=generator) + 50      # large beside any eps, and with a mean
+    # large beside any eps, and with a mean
+    x = 100 * torch.randn(4, len(weight), generator=generator) + 50
     found, normed = norm(x), x / x.square().mean(1, keepdim=True).sqrt()
-    return next((offset for offset in (0, 1) if torch.allclose(found, normed * (weight + offset), rtol=1e-3, atol=1e-3)), None)
+    return next(
+        (
+            offset
+            for offset in (0, 1)
+            if torch.allclose(found, normed * (weight + offset), rtol=1e-3, atol=1e-3)
+        ),
+        None,
+    )
 
 
 def _final_norm(folder):
-    """The module of the model's final norm, without its values; None for a model that transformers does not know or that has none."""
+    """The module of the model's final norm, without its values; None for a model that transformers
+    does not know or that has none."""
     import transformers
 
     from fastsae.lm.language_model import decoder_stack, load_config
@@ -94,7 +123,9 @@ def _final_norm(folder):
         config = load_config(str(folder))
         with torch.device("meta"):
             return decoder_stack(transformers.AutoModelForCausalLM.from_config(config)).norm
-    except Exception:  # configurations raise what their authors chose; the lens is an extra, the stage goes on without it
+    # configurations raise what their authors chose; the lens is an extra, the stage goes on without
+    # it
+    except Exception:
         return None
 
 
@@ -107,9 +138,16 @@ def _folder(located, revision, cache_dir):
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(located, revision=revision or "main", local_files_only=True,
-                                      cache_dir=str(Path(cache_dir) / "hub") if cache_dir else None))
-    except (OSError, ValueError) as error:  # not in the cache: the lens is an extra, the stage goes on without it
+        return Path(
+            snapshot_download(
+                located,
+                revision=revision or "main",
+                local_files_only=True,
+                cache_dir=str(Path(cache_dir) / "hub") if cache_dir else None,
+            )
+        )
+    # not in the cache: the lens is an extra, the stage goes on without it
+    except (OSError, ValueError) as error:
         if cause := cause_in_machine(error, missing=False):
             raise cause from None
         return None
@@ -127,7 +165,15 @@ def _tensor_files(folder):
 
 
 def _find(files, endings):
-    return next((name for ending in endings for name in files if name.endswith(ending) and "vision" not in name), None)
+    return next(
+        (
+            name
+            for ending in endings
+            for name in files
+            if name.endswith(ending) and "vision" not in name
+        ),
+        None,
+    )
 
 
 def _read(files, name):

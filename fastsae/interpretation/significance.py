@@ -1,7 +1,10 @@
-"""Which of many measured AUCs are above chance: a permutation test of each, and a bound on the share of false ones."""
+"""Which of many measured AUCs are above chance: a permutation test of each, and a bound on the
+share of false ones."""
+
 import numpy as np
 
-LEVEL = 0.05  # false discovery rate: expected share of chance findings among those that are called above chance
+# false discovery rate: expected share of chance findings among those that are called above chance
+LEVEL = 0.05
 
 
 def rank_sum_p_values(ranks, n_inside, rank_sums):
@@ -18,13 +21,13 @@ def rank_sum_p_values(ranks, n_inside, rank_sums):
     n = len(ranks)
     inside = np.asarray(n_inside, np.float64)
     centred = ranks - ranks.mean(0)
-    second, third = (centred ** 2).mean(0), (centred ** 3).mean(0)
+    second, third = (centred**2).mean(0), (centred**3).mean(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         variance = second * inside * (n - inside) / (n - 1)
         moment = third * inside * (n - inside) * (n - 2 * inside) / ((n - 1) * (n - 2))
         # half a step of continuity: the sum moves by at least the smallest gap between ranks
         z = (rank_sums - inside * ranks.mean(0) - 0.5 * smallest_gap(ranks)) / np.sqrt(variance)
-        skewness = moment / variance ** 1.5
+        skewness = moment / variance**1.5
     usable = (variance > 0) & np.isfinite(z) & np.isfinite(skewness)
     p = np.ones(ranks.shape[1])
     p[usable] = pearson3.sf(z[usable], skewness[usable])
@@ -34,16 +37,21 @@ def rank_sum_p_values(ranks, n_inside, rank_sums):
 def smallest_gap(ranks):
     """(M,) least difference between two different ranks of a column; 0 where all are equal."""
     steps = np.diff(np.sort(ranks, axis=0), axis=0)
-    return np.where((steps > 0).any(0), np.where(steps > 0, steps, np.inf).min(0, initial=np.inf), 0)
+    return np.where(
+        (steps > 0).any(0), np.where(steps > 0, steps, np.inf).min(0, initial=np.inf), 0
+    )
 
 
 def above_chance(p_values, level=LEVEL):
-    """(M,) bool: p-values that the Benjamini-Hochberg procedure accepts at this false discovery rate; nan never is."""
+    """(M,) bool: p-values that the Benjamini-Hochberg procedure accepts at this false discovery
+    rate; nan never is."""
     p_values = np.asarray(p_values, np.float64)
     known = np.flatnonzero(~np.isnan(p_values))
     order = known[np.argsort(p_values[known], kind="stable")]
-    passed = np.flatnonzero(p_values[order] <= level * np.arange(1, len(order) + 1) / max(len(order), 1))
+    passed = np.flatnonzero(
+        p_values[order] <= level * np.arange(1, len(order) + 1) / max(len(order), 1)
+    )
     accepted = np.zeros(len(p_values), bool)
     if len(passed):
-        accepted[order[:passed[-1] + 1]] = True
+        accepted[order[: passed[-1] + 1]] = True
     return accepted

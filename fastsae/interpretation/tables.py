@@ -1,4 +1,6 @@
-"""The tables of stage 3: a CSV for spreadsheets, where no cell may act as a formula, and a JSONL with the exact text."""
+"""The tables of stage 3: a CSV for spreadsheets, where no cell may act as a formula, and a JSONL
+with the exact text."""
+
 import csv
 import hashlib
 import io
@@ -14,13 +16,21 @@ SEAL = "sha256"  # the last key of the first line of interpretations.jsonl
 # line breaks; a cell acts as a formula if it begins with one of FORMULA (also full-width, small,
 # raised or lowered), before which they drop blanks, quotes and characters without width.
 CUT = r";\t\n|"  # not the comma: a text that holds one is in quotes
-FORMULA = (r"=+@\-" "\u2212\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b"
-           "\u207c\u208c\u207a\u208a\u207b\u208b")
-DROPPED = (r"\s\x00-\x1f\x7f-\xa0" "\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
-           "\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
-           "\ud800-\udfff\U000e0000-\U000e0fff\"'`\xb4\xab\xbb\u2018-\u201f\u2039\u203a\uff02\uff07")
-BEFORE_FORMULA = re.compile(f"(?:^|(?<=[{CUT}]))(?=(?:(?![{CUT}])[{DROPPED}])*[{FORMULA}])"
-                            r"|^(?=[\t\n])")
+FORMULA = (
+    r"=+@\-"
+    "\u2212\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b"
+    "\u207c\u208c\u207a\u208a\u207b\u208b"
+)
+DROPPED = (
+    r"\s\x00-\x1f\x7f-\xa0"
+    "\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+    "\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e0fff\"'`\xb4\xab\xbb\u2018-\u201f\u2039\u203a\uff02\uff07"
+)
+BEFORE_FORMULA = re.compile(
+    f"(?:^|(?<=[{CUT}]))(?=(?:(?![{CUT}])[{DROPPED}])*[{FORMULA}])"
+    r"|^(?=[\t\n])"
+)
 
 OCCASIONAL = ("hypotheses.csv", "hypotheses.json")  # written by some runs only
 
@@ -28,8 +38,9 @@ OCCASIONAL = ("hypotheses.csv", "hypotheses.json")  # written by some runs only
 def csv_text(rows: list[dict], columns) -> str:
     """CSV of dicts; numbers with six digits.
 
-    Where a spreadsheet could begin a cell with a formula, which is at the start of a text and after `;`, tab, `|` and line break, an
-    apostrophe stands before it. Otherwise `csv.reader` gives back the text, with line breaks as "\\n".
+    Where a spreadsheet could begin a cell with a formula, which is at the start of a text and after
+    `;`, tab, `|` and line break, an apostrophe stands before it. Otherwise `csv.reader` gives back
+    the text, with line breaks as "\\n".
     """
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, lineterminator="\n")
@@ -43,31 +54,40 @@ def _cell(value):
         return f"{value:.6g}"
     if not isinstance(value, str):
         return value
-    value = value.replace("\r\n", "\n").replace("\r", "\n")  # csv does not quote a lone CR, which would end the row
+    # csv does not quote a lone CR, which would end the row
+    value = value.replace("\r\n", "\n").replace("\r", "\n")
     return BEFORE_FORMULA.sub("'", value)
 
 
 def write_outputs(folder, texts, jsonl_path, rows, metadata):
-    """Write the named texts, then the JSONL whose first line names their checksums: while that is missing, nothing counts as done."""
+    """Write the named texts, then the JSONL whose first line names their checksums: while that is
+    missing, nothing counts as done."""
     for name, text in texts.items():
         artifacts.write_text(folder / name, text, keep_old=True)
-    for name in set(OCCASIONAL) - set(texts):  # what an earlier run wrote does not belong to this one
+    # what an earlier run wrote does not belong to this one
+    for name in set(OCCASIONAL) - set(texts):
         if (folder / name).exists():
             storage.set_aside([folder / name])
     sums = {name: artifacts.file_sha256(folder / name) for name in texts}
-    about = {**metadata, "csv_sha256": sums["interpretations.csv"], "files": {**metadata.get("files", {}), **sums}}
+    about = {
+        **metadata,
+        "csv_sha256": sums["interpretations.csv"],
+        "files": {**metadata.get("files", {}), **sums},
+    }
     artifacts.write_text(jsonl_path, sealed(about, rows), keep_old=True)
 
 
 def sealed(about: dict, rows: list[dict]) -> str:
-    """JSON lines of `about` and the rows; the first ends with the digest of all the rest, so that no line can be lost or changed."""
+    """JSON lines of `about` and the rows; the first ends with the digest of all the rest, so that
+    no line can be lost or changed."""
     text = "".join(artifacts.to_json(row) + "\n" for row in rows)
     digest = hashlib.sha256(storage.as_utf8(f"{artifacts.to_json(about)}\n{text}")).hexdigest()
     return artifacts.to_json({**about, SEAL: digest}) + "\n" + text
 
 
 def read_sealed(path) -> list[dict]:
-    """The lines of a file that holds what `sealed` gave. EnvironmentFailure if a byte of it was lost, added or changed."""
+    """The lines of a file that holds what `sealed` gave. EnvironmentFailure if a byte of it was
+    lost, added or changed."""
     content = Path(path).read_bytes()
     try:
         about, *rows = map(json.loads, content.decode("utf-8").removesuffix("\n").split("\n"))
@@ -76,16 +96,25 @@ def read_sealed(path) -> list[dict]:
             return [about, *rows]
     except (ValueError, AttributeError, TypeError, RecursionError):
         pass
-    raise EnvironmentFailure(f"{path}: was changed by hand, damaged, or made by an earlier version. run interpret_sae.py to make it anew.")
+    raise EnvironmentFailure(
+        f"{path}: was changed by hand, damaged, or made by an earlier version. run interpret_sae.py to make it anew."
+    )
 
 
 def read_labels(jsonl_path, checkpoint_fingerprint: str) -> dict[int, str]:
-    """{feature: label} of interpretations.jsonl; {} if it is missing, damaged, or about another checkpoint."""
+    """{feature: label} of interpretations.jsonl; {} if it is missing, damaged, or about another
+    checkpoint."""
     try:
         about, *rows = read_sealed(jsonl_path)
         if about["inputs"]["checkpoint"] != checkpoint_fingerprint:
             return {}
         return {row["feature"]: row["label"] for row in rows}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError,
-            EnvironmentFailure):  # labels are an extra here
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EnvironmentFailure,
+    ):  # labels are an extra here
         return {}

@@ -1,4 +1,6 @@
-"""Features that predict a target: chosen on one half of the examples, measured on the other, beside what needs no features."""
+"""Features that predict a target: chosen on one half of the examples, measured on the other, beside
+what needs no features."""
+
 import contextlib
 import io
 import warnings
@@ -10,15 +12,17 @@ from fastsae.activations.files import release
 from fastsae.interpretation.categories import auc_matrix, correlations, dense_blocks, first_half
 from fastsae.runtime.stops import stop_if_asked
 
-METHOD_VERSION = 2       # of the selection; 1 was HypotheSAEs' own separation_score, without a least support
-LASSO_FEATURES = 4096    # lasso sees at most so many, those of largest correlation
-LEAST_SUPPORT = 10       # fewer texts of the finding half, firing or silent, are no evidence
+# of the selection; 1 was HypotheSAEs' own separation_score, without a least support
+METHOD_VERSION = 2
+LASSO_FEATURES = 4096  # lasso sees at most so many, those of largest correlation
+LEAST_SUPPORT = 10  # fewer texts of the finding half, firing or silent, are no evidence
 COMPARED_EXAMPLES = 4000  # ridge regressions see at most so many, drawn at random
 PENALTIES = np.logspace(-1, 5, 13)  # of the ridge regressions, on columns of unit variance
 
 
 def finding_half(target, seed, texts=None):
-    """(n,) bool: the half on which features are chosen; of each value for a target of 0 and 1. Copies of a text share a side."""
+    """(n,) bool: the half on which features are chosen; of each value for a target of 0 and 1.
+    Copies of a text share a side."""
     texts = np.arange(len(target)) if texts is None else texts
     if is_binary(target):
         return first_half(target.astype(int), 2, seed, texts)
@@ -40,13 +44,15 @@ def least_support(target):
 
 
 def supported(pooled, least, silence):
-    """(M,) bool: whether each column of sparse `pooled` (n_texts, M) fires in `least` rows; with `silence`, is also 0 in as many."""
+    """(M,) bool: whether each column of sparse `pooled` (n_texts, M) fires in `least` rows; with
+    `silence`, is also 0 in as many."""
     fires = np.asarray((pooled > 0).sum(0)).ravel()
     return (fires >= least) & ((pooled.shape[0] - fires >= least) | (not silence))
 
 
 def without_few_silent(pooled, least):
-    """CSC `pooled` (n_texts, M) where 0 counts as a column's mean over the others if fewer than `least` rows are 0.
+    """CSC `pooled` (n_texts, M) where 0 counts as a column's mean over the others if fewer than
+    `least` rows are 0.
 
     Such a feature may be ranked by how strongly it fires, as the dense ones of long texts are, but
     not by a few texts on which it does not.
@@ -63,7 +69,8 @@ def without_few_silent(pooled, least):
 
 
 def separation_scores(pooled, target, n_top):
-    """(M,) mean target of the n_top rows where each column is largest and above 0, less the mean of the rows where it is 0.
+    """(M,) mean target of the n_top rows where each column is largest and above 0, less the mean of
+    the rows where it is 0.
 
     Args: pooled (n, M) non-negative, dense or CSR; target (n,). Of equal values the earlier rows
     count as larger. nan for a column that is never 0, or always. After HypotheSAEs (arXiv
@@ -71,24 +78,29 @@ def separation_scores(pooled, target, n_top):
     """
     scores = []
     for block in dense_blocks(pooled):
-        order = np.argsort(-block, axis=0, kind="stable")[:n_top]               # (n_top, columns)
+        order = np.argsort(-block, axis=0, kind="stable")[:n_top]  # (n_top, columns)
         inside = np.take_along_axis(block, order, axis=0) > 0
         silent = block == 0
         with np.errstate(invalid="ignore", divide="ignore"):
-            scores.append((target[order] * inside).sum(0) / inside.sum(0) - target @ silent / silent.sum(0))
+            scores.append(
+                (target[order] * inside).sum(0) / inside.sum(0) - target @ silent / silent.sum(0)
+            )
     return np.concatenate(scores)
 
 
 def select_features(pooled, target, n_select, method, seed, texts=None):
-    """Features that predict a target, best first: dicts of feature, score, held-out correlation and AUC, n_firing.
+    """Features that predict a target, best first: dicts of feature, score, held-out correlation and
+    AUC, n_firing.
 
-    pooled: CSR (n_examples, M); target (n_examples,) of 0 and 1, or of numbers. Features are selected on one half of the
-    examples, each text counted once; correlation and, for 0 and 1, AUC are of the other half. method: separation_score,
-    correlation, or lasso (HypotheSAEs'). texts: numbers, equal where texts are (None: all differ).
+    pooled: CSR (n_examples, M); target (n_examples,) of 0 and 1, or of numbers. Features are
+    selected on one half of the examples, each text counted once; correlation and, for 0 and 1, AUC
+    are of the other half. method: separation_score, correlation, or lasso (HypotheSAEs'). texts:
+    numbers, equal where texts are (None: all differ).
     """
     texts = np.arange(len(target)) if texts is None else texts
     binary, first = is_binary(target), finding_half(target, seed, texts)
-    if len(np.unique(target[first])) < 2 or len(np.unique(target[~first])) < 2:  # all that differ are copies of one text
+    # all that differ are copies of one text
+    if len(np.unique(target[first])) < 2 or len(np.unique(target[~first])) < 2:
         return []
     once = np.flatnonzero(first)
     once = once[np.sort(np.unique(texts[once], return_index=True)[1])]
@@ -102,8 +114,12 @@ def select_features(pooled, target, n_select, method, seed, texts=None):
     if not len(candidates):
         return []
     if method == "lasso":
-        candidates = np.sort(candidates[np.argsort(-np.abs(correlation[candidates]), kind="stable")[:LASSO_FEATURES]])
-        scores = lasso_coefficients(choosing[:, candidates].toarray(), found, min(n_select, len(candidates)), binary)
+        candidates = np.sort(
+            candidates[np.argsort(-np.abs(correlation[candidates]), kind="stable")[:LASSO_FEATURES]]
+        )
+        scores = lasso_coefficients(
+            choosing[:, candidates].toarray(), found, min(n_select, len(candidates)), binary
+        )
     elif method == "separation_score":
         scores = separation_scores(choosing[:, candidates], found, max(1, min(100, len(once) // 4)))
     else:
@@ -112,19 +128,34 @@ def select_features(pooled, target, n_select, method, seed, texts=None):
     chosen = usable[np.argsort(-np.abs(scores[usable]), kind="stable")][:n_select]
     testing = pooled[~first].tocsc()[:, candidates[chosen]].toarray()
     held_out = correlations(testing, target[~first]) if len(chosen) else []
-    aucs = auc_matrix(testing, target[~first].astype(int), 2)[1] if binary and len(chosen) else [None] * len(chosen)
+    aucs = (
+        auc_matrix(testing, target[~first].astype(int), 2)[1]
+        if binary and len(chosen)
+        else [None] * len(chosen)
+    )
     fires = fires[candidates]
-    return [{"feature": int(candidates[j]), "score": float(scores[j]), "held_out_correlation": finite(r), "held_out_auc": finite(auc),
-             "n_firing": int(fires[j])} for j, r, auc in zip(chosen, held_out, aucs)]
+    return [
+        {
+            "feature": int(candidates[j]),
+            "score": float(scores[j]),
+            "held_out_correlation": finite(r),
+            "held_out_auc": finite(auc),
+            "n_firing": int(fires[j]),
+        }
+        for j, r, auc in zip(chosen, held_out, aucs)
+    ]
 
 
 def lasso_coefficients(pooled, target, n_select, binary):
     """(p,) coefficients of HypotheSAEs' lasso with n_select of them, 0 for the others."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it prints, and warns of convergence
+    # it prints, and warns of convergence
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from hypothesaes.select_neurons import select_neurons
 
-        chosen, scores = select_neurons(pooled, target, n_select, method="lasso", classification=binary)
+        chosen, scores = select_neurons(
+            pooled, target, n_select, method="lasso", classification=binary
+        )
     coefficients = np.zeros(pooled.shape[1])
     coefficients[chosen] = scores
     return coefficients
@@ -146,7 +177,8 @@ def mean_activations(activations, offsets, kept, examples):
 
 
 def held_out_scores(sources, target, first):
-    """{name: {"n_columns", "held_out"}}: ridge regression on each source's columns, fitted on one half, measured on the other.
+    """{name: {"n_columns", "held_out"}}: ridge regression on each source's columns, fitted on one
+    half, measured on the other.
 
     Args: sources {name: (n, p) dense or CSR}; target (n,); first (n,) bool, the finding half, which
     also chooses the penalty. held_out: AUC for a target of 0 and 1, else R2; None without columns.
@@ -165,13 +197,16 @@ def held_out_scores(sources, target, first):
                 warnings.simplefilter("ignore")  # of columns that are constant in this half
                 model = RidgeCV(PENALTIES).fit(scaler.transform(columns[first]), target[first])
             predicted = model.predict(scaler.transform(columns[~first]))
-            held_out = finite((roc_auc_score if is_binary(target) else r2_score)(target[~first], predicted))
+            held_out = finite(
+                (roc_auc_score if is_binary(target) else r2_score)(target[~first], predicted)
+            )
         result[name] = {"n_columns": int(columns.shape[1]), "held_out": held_out}
     return result
 
 
 def word_counts(texts, first):
-    """CSR (n, words): 1 + log of how often each text holds each word that at least two texts of the finding half hold."""
+    """CSR (n, words): 1 + log of how often each text holds each word that at least two texts of the
+    finding half hold."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     counts = CountVectorizer(token_pattern=r"(?u)\w+", min_df=2)
@@ -185,21 +220,41 @@ def word_counts(texts, first):
 
 
 def compare(pooled, found, target, examples, evidence, seed, texts):
-    """What the selected features explain of the target on the held-out half, beside all features and what needs none.
+    """What the selected features explain of the target on the held-out half, beside all features
+    and what needs none.
 
-    pooled: CSR (n, M) of `examples` (n,), with target (n,) and texts (n,); found: `select_features`' result;
-    evidence: a `feature_evidence.Evidence`. The halves are those of the selection.
+    pooled: CSR (n, M) of `examples` (n,), with target (n,) and texts (n,); found:
+    `select_features`' result; evidence: a `feature_evidence.Evidence`. The halves are those of the
+    selection.
     """
     first = finding_half(target, seed, texts)
     some = np.sort(np.random.default_rng((seed, 6)).permutation(len(target))[:COMPARED_EXAMPLES])
     if min(len(np.unique(target[some][side])) for side in (first[some], ~first[some])) < 2:
         return None
-    read = ["".join(evidence.token_texts(e)[i] for i in np.flatnonzero(evidence.statistics.kept[
-        evidence.offsets[e]:evidence.offsets[e + 1]])) for e in examples[some]]  # the text that the model read
+    read = [
+        "".join(
+            evidence.token_texts(e)[i]
+            for i in np.flatnonzero(
+                evidence.statistics.kept[
+                    # the text that the model read
+                    evidence.offsets[e] : evidence.offsets[e + 1]
+                ]
+            )
+        )
+        for e in examples[some]
+    ]
     features = pooled[some].toarray()
-    sources = {"selected features": features[:, [entry["feature"] for entry in found]], "all features": features,
-               "activations themselves": mean_activations(evidence.data["activations"], evidence.offsets,
-                                                          evidence.statistics.kept, examples[some]),
-               "bag of words": word_counts(read, first[some])}
-    return {"measure": "AUC" if is_binary(target) else "R2", "n_finding": int(first[some].sum()),
-            "n_held_out": int((~first[some]).sum()), "sources": held_out_scores(sources, target[some], first[some])}
+    sources = {
+        "selected features": features[:, [entry["feature"] for entry in found]],
+        "all features": features,
+        "activations themselves": mean_activations(
+            evidence.data["activations"], evidence.offsets, evidence.statistics.kept, examples[some]
+        ),
+        "bag of words": word_counts(read, first[some]),
+    }
+    return {
+        "measure": "AUC" if is_binary(target) else "R2",
+        "n_finding": int(first[some].sum()),
+        "n_held_out": int((~first[some]).sum()),
+        "sources": held_out_scores(sources, target[some], first[some]),
+    }

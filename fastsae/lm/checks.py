@@ -1,10 +1,13 @@
-"""What is checked of a language model before its numbers are trusted: that attention is causal, that a device computes right."""
+"""What is checked of a language model before its numbers are trusted: that attention is causal,
+that a device computes right."""
+
 import sys
 
 from fastsae.runtime.errors import InputError
 
-SAMPLE = (2, 16)                                                  # rows and tokens of the sample
-BOUNDS = {"float32": (1e-3, 1e-2), "bfloat16": (0.05, 0.5), "float16": (0.05, 0.5)}  # median and largest difference of a token
+SAMPLE = (2, 16)  # rows and tokens of the sample
+# median and largest difference of a token
+BOUNDS = {"float32": (1e-3, 1e-2), "bfloat16": (0.05, 0.5), "float16": (0.05, 0.5)}
 
 
 def sample_ids(model):
@@ -12,32 +15,43 @@ def sample_ids(model):
     import torch
 
     n_rows, length = SAMPLE
-    return torch.arange(100, 100 + n_rows * length).reshape(n_rows, length) % model.stack.config.vocab_size
+    return (
+        torch.arange(100, 100 + n_rows * length).reshape(n_rows, length)
+        % model.stack.config.vocab_size
+    )
 
 
 def require_causal(model, name):
-    """InputError unless `model` gives a residual stream in which no token depends on a later one: padding and prefix rely on it."""
+    """InputError unless `model` gives a residual stream in which no token depends on a later one:
+    padding and prefix rely on it."""
     ids = sample_ids(model)[:1]
     changed = ids.clone()
     changed[0, -1] = 0
     before, after = model(ids), model(changed)
     for layer in model.layers:
         if layer not in before or before[layer].shape != (*ids.shape, model.d_model):
-            raise InputError(f"MODEL_NAME: {name} has no residual stream of width {model.d_model} after block {layer}. "
-                             "choose a Llama-type model.")
+            raise InputError(
+                f"MODEL_NAME: {name} has no residual stream of width {model.d_model} after block {layer}. "
+                "choose a Llama-type model."
+            )
         stream, other = before[layer][0, :-1].float(), after[layer][0, :-1].float()
         if bool(((stream - other).norm(dim=1) > 0.01 * stream.norm(dim=1)).any()):
-            raise InputError(f"MODEL_NAME: in {name} a token sees later ones, so examples cannot be padded. choose a causal model.")
+            raise InputError(
+                f"MODEL_NAME: in {name} a token sees later ones, so examples cannot be padded. choose a causal model."
+            )
 
 
 def device_agrees(model, ids, device):
-    """Move `model` from the CPU to `device`; (whether it computes the same there, largest relative difference of a token).
+    """Move `model` from the CPU to `device`; (whether it computes the same there, largest relative
+    difference of a token).
 
-    ids: (batch, length) int tensor. The same weights are run before and after, so no second copy is needed. The bounds depend on
-    the model's precision: in bfloat16 one rounding is 0.4 %.
+    ids: (batch, length) int tensor. The same weights are run before and after, so no second copy is
+    needed. The bounds depend on the model's precision: in bfloat16 one rounding is 0.4 %.
     """
+
     def streams():
-        return [stream.float().cpu() for _, stream in sorted(model(ids).items())]  # (batch, length, d_model) of each layer
+        # (batch, length, d_model) of each layer
+        return [stream.float().cpu() for _, stream in sorted(model(ids).items())]
 
     expected = streams()
     model.stack.to(device)
@@ -45,15 +59,21 @@ def device_agrees(model, ids, device):
     median_bound, bound = BOUNDS[str(model.dtype).removeprefix("torch.")]
     agrees, largest = True, 0.0
     for there, here in zip(streams(), expected):
-        difference = (there - here).norm(dim=-1) / here.norm(dim=-1)               # (batch, length)
-        agrees &= bool(difference.median() <= median_bound and difference.max() <= bound)  # NaN is not <= anything
+        difference = (there - here).norm(dim=-1) / here.norm(dim=-1)  # (batch, length)
+        # NaN is not <= anything
+        agrees &= bool(difference.median() <= median_bound and difference.max() <= bound)
         largest = max(largest, float(difference.nan_to_num(float("inf")).max()))
     return agrees, largest
 
 
 def move(model, device):
-    """Put `model` on `device`, with a warning where it computes something else there than on the CPU."""
+    """Put `model` on `device`, with a warning where it computes something else there than on the
+    CPU."""
     agrees, largest = device_agrees(model, sample_ids(model), device)
     if not agrees:
-        print(f"warning: DEVICE: {device} and the CPU differ by up to {100 * largest:.0f} % on a sample of {SAMPLE[0] * SAMPLE[1]} tokens; "
-              "its numbers may be wrong. compare with --device cpu.", file=sys.stderr, flush=True)
+        print(
+            f"warning: DEVICE: {device} and the CPU differ by up to {100 * largest:.0f} % on a sample of {SAMPLE[0] * SAMPLE[1]} tokens; "
+            "its numbers may be wrong. compare with --device cpu.",
+            file=sys.stderr,
+            flush=True,
+        )

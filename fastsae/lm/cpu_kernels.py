@@ -1,22 +1,34 @@
-"""The same mathematics, faster on x86 processors: oneDNN's matrix products with packed weights, and attention as plain products.
+"""The same mathematics, faster on x86 processors: oneDNN's matrix products with packed weights, and
+attention as plain products.
 
-PyTorch hands float32 products to MKL, which holds back on processors that are not Intel's: 209 against 487 GFLOP/s on an AMD EPYC
-(experiments/results/bench_extract.json). oneDNN is part of PyTorch's CPU builds; where it is not, nothing is replaced. The
-operators are those that torch.compile itself emits for a frozen model.
+PyTorch hands float32 products to MKL, which holds back on processors that are not Intel's: 209
+against 487 GFLOP/s on an AMD EPYC (experiments/results/bench_extract.json). oneDNN is part of
+PyTorch's CPU builds; where it is not, nothing is replaced. The operators are those that
+torch.compile itself emits for a frozen model.
 """
+
 import torch
 from torch import nn
 
-LONGEST_PLAIN = 512    # tokens up to which attention as plain products beats the fused kernel
-ACTIVATIONS = {        # transformers' class: oneDNN's name and algorithm
-    "SiLU": ("swish", ""), "SiLUActivation": ("swish", ""), "GELUTanh": ("gelu", "tanh")}
+LONGEST_PLAIN = 512  # tokens up to which attention as plain products beats the fused kernel
+ACTIVATIONS = {  # transformers' class: oneDNN's name and algorithm
+    "SiLU": ("swish", ""),
+    "SiLUActivation": ("swish", ""),
+    "GELUTanh": ("gelu", "tanh"),
+}
 
 
 def quicken(stack):
-    """Replace the linear layers, gated MLPs and attention of a decoder stack, in place, where that changes no result beyond rounding."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    """Replace the linear layers, gated MLPs and attention of a decoder stack, in place, where that
+    changes no result beyond rounding."""
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
         return
-    if any(p.dtype == torch.bfloat16 for p in stack.layers.parameters()) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if (
+        any(p.dtype == torch.bfloat16 for p in stack.layers.parameters())
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
         return
     for block in stack.layers:
         for name, module in list(block.named_children()):
@@ -24,7 +36,10 @@ def quicken(stack):
                 setattr(block, name, fast)
         for parent in list(block.modules()):
             for name, module in list(parent.named_children()):
-                if type(module) is nn.Linear and module.weight.dtype in (torch.float32, torch.bfloat16):
+                if type(module) is nn.Linear and module.weight.dtype in (
+                    torch.float32,
+                    torch.bfloat16,
+                ):
                     setattr(parent, name, PackedLinear(module))
     if stack.config._attn_implementation == "sdpa":
         from transformers import AttentionInterface
@@ -36,7 +51,8 @@ def quicken(stack):
 
 
 def packed(weight):
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1024)  # 1024: rows it is laid out for; any number works
+    # 1024: rows it is laid out for; any number works
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1024)
 
 
 def product(x, weight, bias=None, activation="none", algorithm=""):
@@ -61,39 +77,55 @@ class PackedLinear(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """down(act(gate(x)) * up(x)) without a pass over memory of its own for the activation and the product; act: SiLU or GELU.
+    """down(act(gate(x)) * up(x)) without a pass over memory of its own for the activation and the
+    product; act: SiLU or GELU.
 
-    The hidden units are sorted so that those that can grow largest come last. oneDNN adds up in that order, and once a massive
-    value is in a sum, every later term is rounded to its size: in the model's own order the worst token's error against float64
-    is five times MKL's, in this order it is not larger.
+    The hidden units are sorted so that those that can grow largest come last. oneDNN adds up in
+    that order, and once a massive value is in a sum, every later term is rounded to its size: in
+    the model's own order the worst token's error against float64 is five times MKL's, in this order
+    it is not larger.
     """
 
     def __init__(self, mlp):
         super().__init__()
         # (hidden, d), (hidden, d), (d, hidden)
-        gate, up, down = (linear.weight.detach() for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        order = (gate.float().norm(dim=1) * up.float().norm(dim=1) * down.float().norm(dim=0)).argsort(stable=True)
-        self.gate, self.up, self.down = packed(gate[order]), packed(up[order]), packed(down[:, order])
+        gate, up, down = (
+            linear.weight.detach() for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )
+        order = (
+            gate.float().norm(dim=1) * up.float().norm(dim=1) * down.float().norm(dim=0)
+        ).argsort(stable=True)
+        self.gate, self.up, self.down = (
+            packed(gate[order]),
+            packed(up[order]),
+            packed(down[:, order]),
+        )
         self.activation, self.algorithm = ACTIVATIONS[type(mlp.act_fn).__name__]
 
     @staticmethod
     def fits(mlp):
         linears: list = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         act = getattr(mlp, "act_fn", None)  # some models name it otherwise; theirs stay as they are
-        return (all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
-                and {module for module in mlp.children()} == {*linears, act}
-                and type(act).__name__ in ACTIVATIONS
-                and mlp.gate_proj.weight.dtype in (torch.float32, torch.bfloat16))
+        return (
+            all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+            and {module for module in mlp.children()} == {*linears, act}
+            and type(act).__name__ in ACTIVATIONS
+            and mlp.gate_proj.weight.dtype in (torch.float32, torch.bfloat16)
+        )
 
     def forward(self, x):
-        gate = product(x, self.gate, activation=self.activation, algorithm=self.algorithm)  # (..., hidden)
+        # (..., hidden)
+        gate = product(x, self.gate, activation=self.activation, algorithm=self.algorithm)
         return product(product_with(x, self.up, gate, "mul"), self.down)
 
 
 def same_result(fast, mlp, n_rows=4):
-    """Whether `fast` gives what `mlp` does. A module with the right parts can still do more with them, as Gemma 3n's sparse ones."""
+    """Whether `fast` gives what `mlp` does. A module with the right parts can still do more with
+    them, as Gemma 3n's sparse ones."""
     weight = mlp.gate_proj.weight
-    x = torch.randn(n_rows, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    x = torch.randn(n_rows, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(
+        weight.dtype
+    )
     with torch.inference_mode():
         expected = mlp(x).float()
         error = (fast(x).float() - expected).norm(dim=1) / expected.norm(dim=1)
@@ -103,24 +135,39 @@ def same_result(fast, mlp, n_rows=4):
 def plain_attention(module, query, key, value, attention_mask, scaling=None, **options):
     """softmax(q k' + causal mask) v by two batched products.
 
-    query, key (batch, heads, tokens, d_head), value (batch, heads, tokens, d_value); returns (batch, tokens, heads, d_value).
+    query, key (batch, heads, tokens, d_head), value (batch, heads, tokens, d_value); returns
+    (batch, tokens, heads, d_value).
 
-    `attention_mask`: None for plain causal, or what transformers' sdpa_mask gives, equal for all rows of a batch without padding mask.
+    `attention_mask`: None for plain causal, or what transformers' sdpa_mask gives, equal for all
+    rows of a batch without padding mask.
     """
     batch, heads, n_query, d_head = query.shape
     n_key = key.shape[2]
     if n_key > LONGEST_PLAIN or options.get("softcap") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
     group = heads // key.shape[1]
-    key, value = (t.repeat_interleave(group, 1).reshape(batch * heads, n_key, t.shape[-1]) if group > 1 else
-                  t.reshape(batch * heads, n_key, t.shape[-1]) for t in (key, value))
+    key, value = (
+        t.repeat_interleave(group, 1).reshape(batch * heads, n_key, t.shape[-1])
+        if group > 1
+        else t.reshape(batch * heads, n_key, t.shape[-1])
+        for t in (key, value)
+    )
     if attention_mask is None:
         visible = torch.ones(n_query, n_key, dtype=torch.bool).tril(n_key - n_query)
     else:
         visible = attention_mask[0, 0]
     hidden = torch.zeros(n_query, n_key, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
-    scores = torch.baddbmm(hidden, query.reshape(batch * heads, n_query, d_head), key.transpose(1, 2),
-                           alpha=d_head ** -0.5 if scaling is None else scaling)  # (batch * heads, n_query, n_key)
-    return torch.bmm(scores.softmax(-1), value).view(batch, heads, n_query, -1).transpose(1, 2), None
+    scores = torch.baddbmm(
+        hidden,
+        query.reshape(batch * heads, n_query, d_head),
+        key.transpose(1, 2),
+        # (batch * heads, n_query, n_key)
+        alpha=d_head**-0.5 if scaling is None else scaling,
+    )
+    return torch.bmm(scores.softmax(-1), value).view(batch, heads, n_query, -1).transpose(
+        1, 2
+    ), None

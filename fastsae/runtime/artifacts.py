@@ -1,8 +1,11 @@
-"""Files that stages hand to each other: written whole or not at all, verified when read, reused only if they match.
+"""Files that stages hand to each other: written whole or not at all, verified when read, reused
+only if they match.
 
-Every artifact carries its own metadata, `{"format", "stage", "settings", "inputs", "fingerprint", ...}`. The fingerprint is the
-sha256 of what decides the content (format, stage, settings, inputs), so equal fingerprints mean that the work is already done.
+Every artifact carries its own metadata, `{"format", "stage", "settings", "inputs", "fingerprint",
+...}`. The fingerprint is the sha256 of what decides the content (format, stage, settings, inputs),
+so equal fingerprints mean that the work is already done.
 """
+
 import contextlib
 import errno
 import hashlib
@@ -44,8 +47,15 @@ def fingerprint(stage, settings, inputs):
 
 def new_metadata(stage, settings, inputs, **more):
     """The metadata block of a new artifact; `more` is recorded but decides nothing."""
-    return {"format": FORMAT, "stage": stage, "settings": settings, "inputs": inputs,
-            "fingerprint": fingerprint(stage, settings, inputs), "versions": library_versions(), **more}
+    return {
+        "format": FORMAT,
+        "stage": stage,
+        "settings": settings,
+        "inputs": inputs,
+        "fingerprint": fingerprint(stage, settings, inputs),
+        "versions": library_versions(),
+        **more,
+    }
 
 
 def library_versions():
@@ -56,14 +66,19 @@ def library_versions():
 
 
 def difference(old, new):
-    """The first few settings and inputs in which two metadata blocks differ, as 'LAYER_IDX 12 -> 20, ...'."""
+    """The first few settings and inputs in which two metadata blocks differ, as 'LAYER_IDX 12 ->
+    20, ...'."""
     found = []
     for part in ("settings", "inputs"):
         before, after = old.get(part, {}), new.get(part, {})
         for name in sorted(set(before) | set(after)):
             a, b = (json.loads(json.dumps(side.get(name, "absent"))) for side in (before, after))
             if a != b:
-                found.append(f"{name} {str(a)[:40]} -> {str(b)[:40]}" if part == "settings" else f"{name} changed")
+                found.append(
+                    f"{name} {str(a)[:40]} -> {str(b)[:40]}"
+                    if part == "settings"
+                    else f"{name} changed"
+                )
     if old.get("format") != new.get("format"):
         found.append("file format changed")
     return ", ".join(found[:5]) or "unknown difference"
@@ -78,9 +93,11 @@ def file_sha256(path):
 
 
 def matches(path, metadata, read):
-    """True if the artifact at `path` is already what `metadata` describes. Otherwise says what differs, if one is there.
+    """True if the artifact at `path` is already what `metadata` describes. Otherwise says what
+    differs, if one is there.
 
-    `read(path)` returns the metadata inside the artifact; an unreadable artifact counts as one that does not match.
+    `read(path)` returns the metadata inside the artifact; an unreadable artifact counts as one that
+    does not match.
     """
     if not Path(path).exists():
         return False
@@ -98,32 +115,55 @@ def matches(path, metadata, read):
 
 # Activations (.npz)
 
+
 def write_npz(path, arrays, *, keep_old=False):
-    """Write `{name: array or (shape, dtype, iterator of row blocks)}` as an uncompressed .npz, streaming the iterators.
+    """Write `{name: array or (shape, dtype, iterator of row blocks)}` as an uncompressed .npz,
+    streaming the iterators.
 
     Member dates are fixed, so equal content gives equal bytes.
     """
-    with committed(path, keep_old=keep_old) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        committed(path, keep_old=keep_old) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
         for name, value in arrays.items():
-            shape, dtype, blocks = value if isinstance(value, tuple) else (value.shape, value.dtype, [value])
+            shape, dtype, blocks = (
+                value if isinstance(value, tuple) else (value.shape, value.dtype, [value])
+            )
             header = io.BytesIO()
             np.lib.format.write_array_header_1_0(
-                header, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape})
-            header = _aligned(header.getvalue(), file.tell() + 30 + len(f"{name}.npy") + 20)  # after the zip's own header of the member
+                header,
+                {
+                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                    "fortran_order": False,
+                    "shape": shape,
+                },
+            )
+            # after the zip's own header of the member
+            header = _aligned(header.getvalue(), file.tell() + 30 + len(f"{name}.npy") + 20)
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 member.write(header)
                 for block in blocks:
-                    member.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)  # no copy of the whole
+                    # no copy of the whole
+                    member.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)
 
 
 def _aligned(header, offset):
-    """The header of a .npy with blanks added, so that at `offset` in a file its data begin at a multiple of 64: readers map them."""
+    """The header of a .npy with blanks added, so that at `offset` in a file its data begin at a
+    multiple of 64: readers map them."""
     pad = -(offset + len(header)) % 64
-    return header[:8] + (len(header) - 10 + pad).to_bytes(2, "little") + header[10:-1] + b" " * pad + b"\n"
+    return (
+        header[:8]
+        + (len(header) - 10 + pad).to_bytes(2, "little")
+        + header[10:-1]
+        + b" " * pad
+        + b"\n"
+    )
 
 
 def read_npz(path, members=None, *, made_by):
-    """Read members of an .npz (all by default) with CRC checks and no pickle; `made_by` is named in the remedy.
+    """Read members of an .npz (all by default) with CRC checks and no pickle; `made_by` is named in
+    the remedy.
 
     Raises InputError if the file is missing, EnvironmentFailure if it is damaged or foreign.
     """
@@ -132,12 +172,16 @@ def read_npz(path, members=None, *, made_by):
         raise InputError(f"{path}: not found. run {made_by} first, or check --output-dir.")
     with refusing_damage(path, made_by), zipfile.ZipFile(path) as archive:
         names = members or [name.removesuffix(".npy") for name in archive.namelist()]
-        return {name: _array(archive, archive.getinfo(f"{name}.npy"), path.stat().st_size) for name in names}
+        return {
+            name: _array(archive, archive.getinfo(f"{name}.npy"), path.stat().st_size)
+            for name in names
+        }
 
 
 @contextlib.contextmanager
 def refusing_damage(path, made_by):
-    """Whatever reading a damaged or foreign .npz raises becomes one line with the command that makes it anew.
+    """Whatever reading a damaged or foreign .npz raises becomes one line with the command that
+    makes it anew.
 
     Errors of the machine pass: of the OSErrors only EINVAL is damage, a place that no file has.
     """
@@ -149,8 +193,17 @@ def refusing_damage(path, made_by):
         raise EnvironmentFailure(_npz_damage(path, error, made_by)) from None
     except KeyError as error:
         name = str(error).split("'")[1] if "'" in str(error) else error
-        raise EnvironmentFailure(f"{path}: has no member {name}, so it is no file of this project. run {made_by}.") from None
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise EnvironmentFailure(
+            f"{path}: has no member {name}, so it is no file of this project. run {made_by}."
+        ) from None
+    except (
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         if cause_in_machine(error, missing=False):
             raise
         raise EnvironmentFailure(_npz_damage(path, error, made_by)) from None
@@ -161,7 +214,8 @@ def _npz_damage(path, error, made_by):
 
 
 def read_foreign_npz(path):
-    """The arrays of numbers of another project's .npz, its checksums looked at, without pickles. EnvironmentFailure if it is damaged."""
+    """The arrays of numbers of another project's .npz, its checksums looked at, without pickles.
+    EnvironmentFailure if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if (bad := archive.testzip()) is not None:
@@ -171,15 +225,25 @@ def read_foreign_npz(path):
         if text := [name for name, value in found.items() if value.dtype.kind not in "fiu"]:
             raise ValueError(f"{text[0]} holds no numbers")
         return found
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+    except (
+        ValueError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         if cause_in_machine(error, missing=False):
             raise
-        raise EnvironmentFailure(f"{path}: damaged, or no plain .npz ({_brief(error)}). get another copy.") from None
+        raise EnvironmentFailure(
+            f"{path}: damaged, or no plain .npz ({_brief(error)}). get another copy."
+        ) from None
 
 
 def _array(archive, info, file_size):
-    """The array of an .npy member. All of it is read, so its checksum covers the header too (np.load stops where a damaged header
-    says the data ends, and checks nothing then)."""
+    """The array of an .npy member. All of it is read, so its checksum covers the header too
+    (np.load stops where a damaged header says the data ends, and checks nothing then)."""
     if info.file_size > file_size:
         raise ValueError("a member is larger than the file")
     content = bytearray(info.file_size)
@@ -214,10 +278,13 @@ def metadata_of(arrays, path, made_by="extract_activations.py"):
 def _checked_metadata(value, path, made_by):
     if isinstance(value, dict) and value.get("format") == FORMAT and "fingerprint" in value:
         return value
-    raise EnvironmentFailure(f"{path}: its metadata is not of this version of the project. run {made_by}.")
+    raise EnvironmentFailure(
+        f"{path}: its metadata is not of this version of the project. run {made_by}."
+    )
 
 
 # Checkpoints (.pt)
+
 
 def write_checkpoint(path, checkpoint, *, keep_old=True):
     """`torch.save` of a dict of plain values and tensors. Equal content gives equal bytes."""
@@ -232,38 +299,50 @@ def write_checkpoint(path, checkpoint, *, keep_old=True):
 
 
 def _seal(content):
-    """The end of a checkpoint file: its sha256 as the zip archive's comment, which other readers skip.
+    """The end of a checkpoint file: its sha256 as the zip archive's comment, which other readers
+    skip.
 
-    The archive's own CRCs are not enough: PyTorch never looks at them, and they do not cover the archive's headers.
+    The archive's own CRCs are not enough: PyTorch never looks at them, and they do not cover the
+    archive's headers.
     """
     return struct.pack("<H", 64) + hashlib.sha256(content).hexdigest().encode()
 
 
 def is_sealed(content) -> bool:
-    """Whether a file, or the last bytes of one, ends as `write_checkpoint` ends its files, true or damaged."""
-    return content[-66:-64] == struct.pack("<H", 64) and re.fullmatch(b"[0-9a-f]{64}", content[-64:]) is not None
+    """Whether a file, or the last bytes of one, ends as `write_checkpoint` ends its files, true or
+    damaged."""
+    return (
+        content[-66:-64] == struct.pack("<H", 64)
+        and re.fullmatch(b"[0-9a-f]{64}", content[-64:]) is not None
+    )
 
 
 def read_checkpoint(path, *, made_by="train_sae.py"):
-    """A checkpoint's dict, after checking the sha256 of the whole file, and without running pickled code."""
+    """A checkpoint's dict, after checking the sha256 of the whole file, and without running pickled
+    code."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: not found. run {made_by} first, or check --output-dir.")
     content = path.read_bytes()
     if not is_sealed(content):
-        raise EnvironmentFailure(f"{path}: is no checkpoint of this project, or a part of one. run {made_by}.")
+        raise EnvironmentFailure(
+            f"{path}: is no checkpoint of this project, or a part of one. run {made_by}."
+        )
     if content[-66:] != _seal(content[:-66]):
         raise EnvironmentFailure(f"{path}: damaged, its checksum is another. run {made_by}.")
     try:
         return _load_tensors(content)
     except pickle.UnpicklingError as error:
-        raise EnvironmentFailure(f"{path}: is no plain checkpoint ({_brief(error)}). run {made_by}.") from None
+        raise EnvironmentFailure(
+            f"{path}: is no plain checkpoint ({_brief(error)}). run {made_by}."
+        ) from None
 
 
 def _load_tensors(content):
     """What `torch.save` wrote, if it is plain values and tensors; no pickled code runs.
 
-    Whatever else PyTorch raises than an error of the machine says only that it cannot be read: UnpicklingError.
+    Whatever else PyTorch raises than an error of the machine says only that it cannot be read:
+    UnpicklingError.
     """
     import torch
 
@@ -277,7 +356,8 @@ def _load_tensors(content):
 
 
 def read_foreign_checkpoint(path):
-    """What another project saved with `torch.save`, without running pickled code; its checksums, which PyTorch ignores, are looked at.
+    """What another project saved with `torch.save`, without running pickled code; its checksums,
+    which PyTorch ignores, are looked at.
 
     Raises EnvironmentFailure if it is damaged or holds more than plain values and tensors.
     """
@@ -287,13 +367,24 @@ def read_foreign_checkpoint(path):
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 if (bad := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {bad}")
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise EnvironmentFailure(f"{path}: damaged, or a part of a file ({_brief(error)}). get another copy.") from None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        raise EnvironmentFailure(
+            f"{path}: damaged, or a part of a file ({_brief(error)}). get another copy."
+        ) from None
     try:
         return _load_tensors(content)
     except pickle.UnpicklingError as error:
-        raise EnvironmentFailure(f"{path}: holds more than tensors and plain values, or nothing that PyTorch reads ({_brief(error)}), "
-                                 "and no pickled code is run. save its state_dict alone.") from None
+        raise EnvironmentFailure(
+            f"{path}: holds more than tensors and plain values, or nothing that PyTorch reads ({_brief(error)}), "
+            "and no pickled code is run. save its state_dict alone."
+        ) from None
 
 
 def read_checkpoint_metadata(path):

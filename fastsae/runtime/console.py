@@ -1,16 +1,22 @@
-"""stdout and stderr of a stage: one print is one line, nothing in it acts on a terminal, and no failure to print ends the work.
+"""stdout and stderr of a stage: one print is one line, nothing in it acts on a terminal, and no
+failure to print ends the work.
 
-What is printed holds names, labels and messages that others wrote. Whoever prints passes a whole line to `print`; here, at the one
-place where it goes out, everything in it that could begin another line or reach the terminal as a command becomes visible.
+What is printed holds names, labels and messages that others wrote. Whoever prints passes a whole
+line to `print`; here, at the one place where it goes out, everything in it that could begin another
+line or reach the terminal as a command becomes visible.
 """
+
 import contextlib
 import os
 import re
 import sys
 
-# Control characters but the tab, line and paragraph separators, what turns or hides text, and halves of surrogate pairs.
-UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
-                    "\ufeff\ufff0-\ufffb\U000e0000-\U000e0fff]")
+# Control characters but the tab, line and paragraph separators, what turns or hides text, and
+# halves of surrogate pairs.
+UNSAFE = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
+    "\ufeff\ufff0-\ufffb\U000e0000-\U000e0fff]"
+)
 NAMES = {"\n": "\\n", "\r": "\\r"}
 OF_BARS = re.compile("\n*(\x1b\\[A)*")  # how tqdm moves between its lines
 IMPORTANT = ("summary: ", "warning: ")
@@ -21,7 +27,8 @@ class OwnLine(str):
 
 
 def shown(text: str) -> str:
-    """The text in one line, with escapes such as `\\x1b` and `\\n` for what would act on a terminal or begin a line."""
+    """The text in one line, with escapes such as `\\x1b` and `\\n` for what would act on a terminal
+    or begin a line."""
     return UNSAFE.sub(_escape, text)
 
 
@@ -35,10 +42,11 @@ def _escape(found: re.Match) -> str:
 
 
 class Console:
-    """Stands for `stream`, sys.stdout or sys.stderr (None if closed). Each `write` is part of one line, as `print` makes them.
+    """Stands for `stream`, sys.stdout or sys.stderr (None if closed). Each `write` is part of one
+    line, as `print` makes them.
 
-    quiet: only warnings and summaries go out. failure: the OSError or ValueError that ended printing; None while it works, and
-    where the reader left, as `| head` does.
+    quiet: only warnings and summaries go out. failure: the OSError or ValueError that ended
+    printing; None while it works, and where the reader left, as `| head` does.
     """
 
     def __init__(self, stream, *, quiet: bool = False, bars: bool = False):
@@ -81,7 +89,8 @@ class Console:
     def _heard(self, action, *text):
         try:
             getattr(self._stream, action)(*text)
-        except (OSError, ValueError) as error:  # the disk is full, or nobody reads; ValueError: the stream is closed
+        # the disk is full, or nobody reads; ValueError: the stream is closed
+        except (OSError, ValueError) as error:
             if not isinstance(error, BrokenPipeError):
                 self.failure = error
             self._stop_printing()
@@ -111,7 +120,8 @@ def installed():
 
 
 def open_closed_handles():
-    """/dev/null at each of the handles 0 to 2 that is closed, or the next file opened would get what libraries print."""
+    """/dev/null at each of the handles 0 to 2 that is closed, or the next file opened would get
+    what libraries print."""
     for number in range(3):
         try:
             os.fstat(number)

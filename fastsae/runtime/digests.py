@@ -1,8 +1,11 @@
-"""What files hold: digests of their whole content, remembered for large ones, and files that must not change meanwhile.
+"""What files hold: digests of their whole content, remembered for large ones, and files that must
+not change meanwhile.
 
-A remembered digest counts as long as size, inode, time of change and time of the last change of the inode (ctime, which no
-program can set back) are the same. It lies in a folder of the cache, so a second look at gigabytes takes no time.
+A remembered digest counts as long as size, inode, time of change and time of the last change of the
+inode (ctime, which no program can set back) are the same. It lies in a folder of the cache, so a
+second look at gigabytes takes no time.
 """
+
 import contextlib
 import hashlib
 import io
@@ -18,17 +21,20 @@ from fastsae.runtime.artifacts import file_sha256
 from fastsae.runtime.errors import EnvironmentFailure
 
 REMEMBERED_FROM = 1 << 24  # bytes; smaller files are read each time
-SETTLED = 2.0              # seconds without a change before a digest is remembered: the coarsest clock of a file system
+# seconds without a change before a digest is remembered: the coarsest clock of a file system
+SETTLED = 2.0
 
 
 def state_of(path) -> list[int]:
-    """What changes whenever the content of a file does: size, inode, mtime and ctime in ns. OSError if there is none."""
+    """What changes whenever the content of a file does: size, inode, mtime and ctime in ns. OSError
+    if there is none."""
     found = os.stat(path)
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def content_sha256(path, memory: Path) -> str:
-    """sha256 (hex) of a file; that of a large one is remembered in the folder `memory` while its state stays the same."""
+    """sha256 (hex) of a file; that of a large one is remembered in the folder `memory` while its
+    state stays the same."""
     path = Path(path).resolve()
     began, state = time.time(), state_of(path)
     note = memory / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
@@ -39,7 +45,8 @@ def content_sha256(path, memory: Path) -> str:
     if state_of(path) != state:
         raise _replaced(path)
     if large and began - state[3] / 1e9 > SETTLED:
-        with contextlib.suppress(OSError):  # a cache that takes no files: it is read again next time
+        # a cache that takes no files: it is read again next time
+        with contextlib.suppress(OSError):
             storage.write_json(note, {"state": state, "sha256": digest})
     return digest
 
@@ -54,13 +61,15 @@ def _remembered(note, state):
 
 
 class Held:
-    """Files as they are when this is made. `require_unchanged` is for after they were read, to know that all was of one time."""
+    """Files as they are when this is made. `require_unchanged` is for after they were read, to know
+    that all was of one time."""
 
     def __init__(self, paths):
         self.states = {Path(path): _state_or_none(path) for path in paths}
 
     def require_unchanged(self) -> None:
-        """EnvironmentFailure if a file was replaced, edited or removed since, even by what had been there before."""
+        """EnvironmentFailure if a file was replaced, edited or removed since, even by what had been
+        there before."""
         for path, state in self.states.items():
             if _state_or_none(path) != state:
                 raise _replaced(path)
@@ -83,7 +92,8 @@ class _Hashed(io.RawIOBase):
 
 @contextlib.contextmanager
 def reading(path, sha256: str | None = None) -> Iterator[io.BufferedReader]:
-    """The file, opened for reading its bytes. EnvironmentFailure at the end of the `with` block if they have another digest.
+    """The file, opened for reading its bytes. EnvironmentFailure at the end of the `with` block if
+    they have another digest.
 
     What the block left unread is read for that; a block that raises is not held up.
     """

@@ -1,8 +1,11 @@
-"""Training in several processes that torchrun started: what they must know of each other. Alone, every function here is the identity.
+"""Training in several processes that torchrun started: what they must know of each other. Alone,
+every function here is the identity.
 
-Each process takes its slice of every batch. Sums over the batch (gradients, variance, loss) are added up, BatchTopK's choice and
-threshold and the counters of dead features look at all slices, so N processes do what one does with the same batch.
+Each process takes its slice of every batch. Sums over the batch (gradients, variance, loss) are
+added up, BatchTopK's choice and threshold and the counters of dead features look at all slices, so
+N processes do what one does with the same batch.
 """
+
 import os
 import socket
 import time
@@ -23,7 +26,8 @@ def world():
 
 
 def start(device: str) -> None:
-    """Join the other processes that train on the same data, each on its `device`; alone, do nothing.
+    """Join the other processes that train on the same data, each on its `device`; alone, do
+    nothing.
 
     Says for whom it waits. InputError where nothing says where they meet, or where processes of one
     machine would share a CUDA device; EnvironmentFailure where the others do not come.
@@ -35,47 +39,74 @@ def start(device: str) -> None:
     if device.startswith("cuda"):
         _require_own_devices(store, rank, size, device)
     # Counts and flags are kept on the CPU, which NCCL does not serve.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
-                            store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+    )
     stops.joined_others()
 
 
 def _meet(rank, size):
     """The store that all processes share, once all have come to it."""
-    store, deadline, waiting = _store(rank, size), time.monotonic() + PATIENCE.total_seconds(), ranks.Waiting()
+    store, deadline, waiting = (
+        _store(rank, size),
+        time.monotonic() + PATIENCE.total_seconds(),
+        ranks.Waiting(),
+    )
     store.set(f"here/{rank}", "")
     missing = set(range(size))
     while missing := {other for other in missing if not store.check([f"here/{other}"])}:
         waiting.say(ranks.listed(missing), f"of {size} to start this stage")
         if time.monotonic() > deadline:
-            raise EnvironmentFailure(f"WORLD_SIZE: {ranks.listed(missing)} of {size} did not come. "
-                                     "start all processes, or look at what they said.")
+            raise EnvironmentFailure(
+                f"WORLD_SIZE: {ranks.listed(missing)} of {size} did not come. "
+                "start all processes, or look at what they said."
+            )
         time.sleep(0.05)
     return store
 
 
 def _store(rank, size):
-    """A connection to the store at MASTER_ADDR and MASTER_PORT, which rank 0 opens unless torchrun did."""
+    """A connection to the store at MASTER_ADDR and MASTER_PORT, which rank 0 opens unless torchrun
+    did."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise InputError(f"{name}: is not set, so {size} processes cannot find each other. start the stage "
-                             "with torchrun, or set MASTER_ADDR and MASTER_PORT to where rank 0 runs.")
+            raise InputError(
+                f"{name}: is not set, so {size} processes cannot find each other. start the stage "
+                "with torchrun, or set MASTER_ADDR and MASTER_PORT to where rank 0 runs."
+            )
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise InputError(f"MASTER_PORT: expected a port from 1 to 65535, got {ascii(port)}. choose a free one.")
+        raise InputError(
+            f"MASTER_PORT: expected a port from 1 to 65535, got {ascii(port)}. choose a free one."
+        )
     opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not opens:
         _await_answer(host, int(port))
     try:
-        store = dist.TCPStore(host, int(port), size, opens, timeout=PATIENCE, wait_for_workers=False, multi_tenant=True)
+        store = dist.TCPStore(
+            host,
+            int(port),
+            size,
+            opens,
+            timeout=PATIENCE,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
     except RuntimeError as error:
         brief = str(error).splitlines()[0][:200]
-        raise EnvironmentFailure(f"MASTER_PORT: {host}:{port} cannot be used ({brief}). choose another one.") from None
+        raise EnvironmentFailure(
+            f"MASTER_PORT: {host}:{port} cannot be used ({brief}). choose another one."
+        ) from None
     return dist.PrefixStore(f"fastsae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _await_answer(host, port):
-    """Return when somebody listens there. (TCPStore's own tries print a page each, and no signal ends them.)"""
+    """Return when somebody listens there. (TCPStore's own tries print a page each, and no signal
+    ends them.)"""
     deadline, waiting = time.monotonic() + PATIENCE.total_seconds(), ranks.Waiting()
     while True:
         try:
@@ -83,8 +114,10 @@ def _await_answer(host, port):
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise EnvironmentFailure(f"MASTER_ADDR: no answer from {host}:{port} ({error.strerror or error}). "
-                                         "start rank 0 there.") from None
+                raise EnvironmentFailure(
+                    f"MASTER_ADDR: no answer from {host}:{port} ({error.strerror or error}). "
+                    "start rank 0 there."
+                ) from None
             waiting.say("rank 0", f"to answer at {host}:{port} ({error.strerror or error})")
             time.sleep(0.2)
 
@@ -96,8 +129,10 @@ def _require_own_devices(store, rank, size, device):
     taken = [store.get(f"device/{other}") for other in range(size)]
     if len(set(taken)) < size:
         mine = [other for other in range(size) if taken[other] == taken[rank]]
-        raise InputError(f"DEVICE: {ranks.listed(mine)} would train on the same {device}. start one process for each "
-                         "GPU, with --device cuda.")
+        raise InputError(
+            f"DEVICE: {ranks.listed(mine)} would train on the same {device}. start one process for each "
+            "GPU, with --device cuda."
+        )
 
 
 def wait_for_all():
@@ -144,12 +179,14 @@ def joined(values):
     """The values (n,) of all processes in one tensor."""
     if not together():
         return values
-    sizes = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(dist.get_world_size())]
+    sizes = [
+        torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(dist.get_world_size())
+    ]
     dist.all_gather(sizes, torch.tensor([len(values)], device=values.device))
     longest = max(int(size) for size in sizes)
     padded = [values.new_empty(longest) for _ in sizes]
     dist.all_gather(padded, torch.cat([values, values.new_zeros(longest - len(values))]))
-    return torch.cat([part[:int(size)] for part, size in zip(padded, sizes)])
+    return torch.cat([part[: int(size)] for part, size in zip(padded, sizes)])
 
 
 def from_rank_0(make):

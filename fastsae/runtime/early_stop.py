@@ -1,4 +1,5 @@
 """Ctrl-C and SIGTERM in the first moments of a script, while it loads its libraries."""
+
 import os
 import signal
 
@@ -8,18 +9,21 @@ MESSAGE = "stopped: what was finished is kept; the same command continues."
 
 
 def listen():
-    """From here on a stop ends the process with one line and its exit code, until `run_stage` answers it.
+    """From here on a stop ends the process with one line and its exit code, until `run_stage`
+    answers it.
 
-    For the first line of a script: this file imports nothing that takes time. An exception would not
-    do: libraries catch it, or turn it into another one.
+    For the first line of a script: this file imports nothing that takes time. An exception would
+    not do: libraries catch it, or turn it into another one.
     """
     for number in STOPS:
         signal.signal(number, lambda number, frame: end_now(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # run_pipeline.py starts stages with these blocked
+    # run_pipeline.py starts stages with these blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def end_now(number: int):
-    """End the process as a stage ends that was stopped. What is written is whole or not there, as after a kill."""
+    """End the process as a stage ends that was stopped. What is written is whole or not there, as
+    after a kill."""
     try:
         if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks for all
             os.write(2, f"{MESSAGE}\n".encode())

@@ -4,7 +4,8 @@ EXIT_BUG, EXIT_INPUT, EXIT_ENVIRONMENT, EXIT_INCOMPLETE = 1, 2, 3, 4
 
 
 class StageError(Exception):
-    """What went wrong and what to do about it: `where: what. remedy.`, an argument each when there are several."""
+    """What went wrong and what to do about it: `where: what. remedy.`, an argument each when there
+    are several."""
 
     exit_code = 1
 

@@ -1,4 +1,5 @@
-"""Errors of the machine: memory, disk, rights and limits. Which these are, and what to do about them.
+"""Errors of the machine: memory, disk, rights and limits. Which these are, and what to do about
+them.
 
 They say nothing of the file that was being read, so no reader may turn one into "damaged".
 """
@@ -27,7 +28,8 @@ ANYWHERE = {
     "free some memory, then run again": (errno.ENOMEM,),
     "see that nothing moves or removes it meanwhile, then run again": (errno.ENOENT,),
 }
-NO_MEMORY = (  # what PyTorch's RuntimeErrors say: its allocators, CUDA and MPS, and CUDA's libraries
+# what PyTorch's RuntimeErrors say: its allocators, CUDA and MPS, and CUDA's libraries
+NO_MEMORY = (
     "not enough memory|allocate memory|DefaultCPUAllocator|out of memory|_ALLOC_FAILED"
     "|INSUFFICIENT_RESOURCES|insufficient resources"
 )

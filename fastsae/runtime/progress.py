@@ -1,4 +1,6 @@
-"""What a stage tells while it works and at its end: bars at a terminal, else a line now and then; one line of JSON to programs."""
+"""What a stage tells while it works and at its end: bars at a terminal, else a line now and then;
+one line of JSON to programs."""
+
 import json
 import os
 import sys
@@ -12,7 +14,8 @@ INTERVAL = 30.0  # seconds between lines where stderr is no terminal; shorter ru
 
 
 def start(*, quiet: bool) -> float:
-    """The time, for `summary`. With `quiet` stdout carries only warnings and summaries from here on (`run_stage` undoes it).
+    """The time, for `summary`. With `quiet` stdout carries only warnings and summaries from here on
+    (`run_stage` undoes it).
 
     Of torchrun's processes rank 0 speaks for all; variables that describe no such process are
     an InputError, and so are several processes of the whole pipeline.
@@ -42,10 +45,20 @@ def _is_quiet():
 
 
 class Task:
-    """How far a piece of work is: `n` of `total` units (None: nobody knows), begun at `initial`. A context: one within another
-    takes its place in the lines until it ends. `bar`: its tqdm bar, or None. `at_most`: it may end before `total`."""
+    """How far a piece of work is: `n` of `total` units (None: nobody knows), begun at `initial`. A
+    context: one within another takes its place in the lines until it ends. `bar`: its tqdm bar, or
+    None. `at_most`: it may end before `total`."""
 
-    def __init__(self, name: str, total: float | None, unit: str, *, initial: float = 0, at_most: bool = False, bar=None):
+    def __init__(
+        self,
+        name: str,
+        total: float | None,
+        unit: str,
+        *,
+        initial: float = 0,
+        at_most: bool = False,
+        bar=None,
+    ):
         self.name, self.total, self.unit, self.at_most = name, total, unit, at_most
         self.n, self.initial, self.fraction, self.note, self.bar = initial, initial, 0.0, "", bar
         self.began = time.monotonic()
@@ -90,7 +103,8 @@ class Task:
             self.bar.refresh()
 
     def line(self, now: float) -> str:
-        """What the work is, how far, how fast and how long still, at the time `now` (of time.monotonic)."""
+        """What the work is, how far, how fast and how long still, at the time `now` (of
+        time.monotonic)."""
         seconds, n = max(now - self.began, 1e-9), self.n + self.fraction
         if not self.unit:
             return f"progress: {self.name}, for {duration(seconds)}"
@@ -136,18 +150,36 @@ def _print_lines(over, interval):
 
 
 def step(name: str):
-    """Say what the stage is doing where no bar does, such as "loading the model", for the lines off a terminal."""
+    """Say what the stage is doing where no bar does, such as "loading the model", for the lines off
+    a terminal."""
     _tasks[:1] = [Task(name, None, "")]
 
 
-def bar(total: int, desc: str, unit: str, *, at_most: bool = False, initial: int = 0, **options) -> Task:
-    """A piece of work with a tqdm bar on stderr at a terminal; elsewhere it has lines. Neither where only what matters is printed."""
+def bar(
+    total: int, desc: str, unit: str, *, at_most: bool = False, initial: int = 0, **options
+) -> Task:
+    """A piece of work with a tqdm bar on stderr at a terminal; elsewhere it has lines. Neither
+    where only what matters is printed."""
     if _is_quiet() or not sys.stderr.isatty():
         return Task(desc, total, unit, initial=initial, at_most=at_most)
     from tqdm import tqdm
 
-    return Task(desc, total, unit, initial=initial, at_most=at_most, bar=tqdm(
-        total=total, desc=desc, unit=unit, mininterval=1, file=sys.stderr, initial=initial, **options))
+    return Task(
+        desc,
+        total,
+        unit,
+        initial=initial,
+        at_most=at_most,
+        bar=tqdm(
+            total=total,
+            desc=desc,
+            unit=unit,
+            mininterval=1,
+            file=sys.stderr,
+            initial=initial,
+            **options,
+        ),
+    )
 
 
 def counted(items, name: str, unit: str, total: int | None = None):
@@ -159,7 +191,13 @@ def counted(items, name: str, unit: str, total: int | None = None):
 
 
 def summary(stage: str, path, started: float, **figures):
-    """Print `summary: {"stage", "path", "seconds", ...}`, the last line of a stage on stdout. `started` is of `start`."""
-    line = {"stage": stage, "path": str(path), "seconds": round(time.monotonic() - started, 2), **figures}
+    """Print `summary: {"stage", "path", "seconds", ...}`, the last line of a stage on stdout.
+    `started` is of `start`."""
+    line = {
+        "stage": stage,
+        "path": str(path),
+        "seconds": round(time.monotonic() - started, 2),
+        **figures,
+    }
     sys.stdout.write(OwnLine(f"summary: {json.dumps(line)}\n"))
     sys.stdout.flush()

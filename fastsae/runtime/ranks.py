@@ -4,6 +4,7 @@ torchrun sets all four. A launcher that sets RANK and WORLD_SIZE alone, as for o
 machine, is understood too; SLURM's own variables are not read, because a batch script sees them
 with one process as well as with many.
 """
+
 import os
 import re
 import sys
@@ -39,23 +40,37 @@ def current(environment: Mapping[str, str] = os.environ) -> Ranks:
     remedy = REMEDY.format(" ".join(given))
     for name, text in given.items():
         if not re.fullmatch("[0-9]{1,6}", text):
-            raise InputError(f"{name}: expected a whole number below a million, got {ascii(text)}. {remedy}")
+            raise InputError(
+                f"{name}: expected a whole number below a million, got {ascii(text)}. {remedy}"
+            )
     for name in ("RANK", "WORLD_SIZE"):
         if name not in given:
-            raise InputError(f"{name}: is not set, although {' and '.join(given)} "
-                             f"{'is' if len(given) == 1 else 'are'}. {remedy}")
+            raise InputError(
+                f"{name}: is not set, although {' and '.join(given)} "
+                f"{'is' if len(given) == 1 else 'are'}. {remedy}"
+            )
     numbers = {name: int(text) for name, text in given.items()}
     local_rank = numbers.get("LOCAL_RANK", 0)
-    ranks = Ranks(numbers["RANK"], numbers["WORLD_SIZE"], local_rank,
-                  numbers.get("LOCAL_WORLD_SIZE", local_rank + 1))
-    for name, size_name in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-                            ("LOCAL_RANK", "WORLD_SIZE")):
+    ranks = Ranks(
+        numbers["RANK"],
+        numbers["WORLD_SIZE"],
+        local_rank,
+        numbers.get("LOCAL_WORLD_SIZE", local_rank + 1),
+    )
+    for name, size_name in (
+        ("RANK", "WORLD_SIZE"),
+        ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        ("LOCAL_RANK", "WORLD_SIZE"),
+    ):
         if numbers.get(name, 0) >= numbers.get(size_name, ranks.local_size):
-            raise InputError(f"{name}: {numbers.get(name, 0)} is not below {size_name}="
-                             f"{numbers[size_name]}. {remedy}")
+            raise InputError(
+                f"{name}: {numbers.get(name, 0)} is not below {size_name}="
+                f"{numbers[size_name]}. {remedy}"
+            )
     if ranks.local_size > ranks.size:
-        raise InputError(f"LOCAL_WORLD_SIZE: {ranks.local_size} is above WORLD_SIZE={ranks.size}. "
-                         f"{remedy}")
+        raise InputError(
+            f"LOCAL_WORLD_SIZE: {ranks.local_size} is above WORLD_SIZE={ranks.size}. {remedy}"
+        )
     return ranks
 
 
@@ -86,5 +101,6 @@ class Waiting:
 def require_one_process(what: str, remedy: str) -> None:
     """InputError where several processes were started for what one process does alone."""
     if (size := current().size) > 1:
-        raise InputError(f"WORLD_SIZE: {size} processes were started, but {what} is the work of one. "
-                         f"{remedy}")
+        raise InputError(
+            f"WORLD_SIZE: {size} processes were started, but {what} is the work of one. {remedy}"
+        )

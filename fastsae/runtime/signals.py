@@ -1,4 +1,6 @@
-"""SIGTERM and Ctrl-C where no exception can answer them: while libraries load, and in calls that Python does not interrupt."""
+"""SIGTERM and Ctrl-C where no exception can answer them: while libraries load, and in calls that
+Python does not interrupt."""
+
 import contextlib
 import os
 import signal
@@ -7,16 +9,18 @@ import threading
 
 from fastsae.runtime.early_stop import STOPS, end_now
 
-ANSWER_WITHIN = 4.0  # seconds from the signal to the end of the process, where nothing is being saved
-SAVE_WITHIN = 16.0   # seconds more for a stage that saves; service managers kill after 30
+# seconds from the signal to the end of the process, where nothing is being saved
+ANSWER_WITHIN = 4.0
+SAVE_WITHIN = 16.0  # seconds more for a stage that saves; service managers kill after 30
 
 
 @contextlib.contextmanager
 def watched(saving):
-    """Within, a process that does not end by itself after a stop is ended: it is in a call that handlers wait for.
+    """Within, a process that does not end by itself after a stop is ended: it is in a call that
+    handlers wait for.
 
-    `saving()` says whether the stage is writing down its state, for which it has longer. A thread waits for the signal, since handlers
-    run in the main thread only, between two steps of Python.
+    `saving()` says whether the stage is writing down its state, for which it has longer. A thread
+    waits for the signal, since handlers run in the main thread only, between two steps of Python.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -43,7 +47,8 @@ def _watch(reader, over, saving):
 
 @contextlib.contextmanager
 def handled_by(handler, again):
-    """Within, `handler` gets the stops. Exceptions of it that were lost in a destructor are asked for once more by `again(number)`."""
+    """Within, `handler` gets the stops. Exceptions of it that were lost in a destructor are asked
+    for once more by `again(number)`."""
     previous = {number: signal.signal(number, handler) for number in STOPS}
     hook = sys.unraisablehook
 

@@ -1,4 +1,6 @@
-"""How a stage ends: errors a user can cause or meet are one line and an exit code; all others are bugs, whose traceback is kept."""
+"""How a stage ends: errors a user can cause or meet are one line and an exit code; all others are
+bugs, whose traceback is kept."""
+
 import contextlib
 import os
 import signal
@@ -10,7 +12,13 @@ import traceback
 from pathlib import Path
 
 from fastsae.runtime import console, early_stop, machine_errors, masking, signals, stops, storage
-from fastsae.runtime.errors import EXIT_BUG, EXIT_ENVIRONMENT, EnvironmentFailure, StageError, Terminated
+from fastsae.runtime.errors import (
+    EXIT_BUG,
+    EXIT_ENVIRONMENT,
+    EnvironmentFailure,
+    StageError,
+    Terminated,
+)
 
 _parent = {"in_pipeline": False}
 
@@ -21,10 +29,12 @@ def in_pipeline() -> bool:
 
 
 def run_stage(main, *, ends_in_time: bool = True) -> int:
-    """Call `main()` and return the exit code: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete, 130/143 interrupted.
+    """Call `main()` and return the exit code: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete,
+    130/143 interrupted.
 
-    Within, stdout and stderr are `console.Console`s, and SIGTERM and Ctrl-C end the stage; all is as it was before afterwards.
-    ends_in_time: end the process a few seconds after a stop, whatever it is in. Off for who waits for others.
+    Within, stdout and stderr are `console.Console`s, and SIGTERM and Ctrl-C end the stage; all is
+    as it was before afterwards. ends_in_time: end the process a few seconds after a stop, whatever
+    it is in. Off for who waits for others.
     """
     console.open_closed_handles()
     stops.begin()
@@ -49,7 +59,10 @@ def _code_of(main):
         code = _call(main)
         sys.stdout.flush()
         if isinstance(failure := _failure_of(sys.stdout), OSError) and not sys.stdout.was_closed:
-            print(f"warning: stdout: {failure.strerror}. what was to be printed is lost; the work itself is done.", file=sys.stderr)
+            print(
+                f"warning: stdout: {failure.strerror}. what was to be printed is lost; the work itself is done.",
+                file=sys.stderr,
+            )
         return code
     except StageError as error:
         if stops.raised() is None:
@@ -86,25 +99,31 @@ def _failure_of(stream):
 
 
 def require_printed():
-    """EnvironmentFailure if what was printed went nowhere, for a command whose printing is its work. A reader that left is no failure."""
+    """EnvironmentFailure if what was printed went nowhere, for a command whose printing is its
+    work. A reader that left is no failure."""
     sys.stdout.flush()
     if (failure := _failure_of(sys.stdout)) is not None:
         what = getattr(failure, "strerror", None) or failure
-        raise EnvironmentFailure(f"stdout: {what}. print to a terminal, or to a file on a disk with free space.")
+        raise EnvironmentFailure(
+            f"stdout: {what}. print to a terminal, or to a file on a disk with free space."
+        )
 
 
 def end(code):
-    """End the process with the exit code; if it failed, at once: threads may still wait for an answer that nobody needs."""
+    """End the process with the exit code; if it failed, at once: threads may still wait for an
+    answer that nobody needs."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads, or it is closed
         sys.stdout.flush()
         sys.stderr.flush()
-    if code or stops.has_joined_others():  # gloo's threads abort a process now and then while Python shuts down (torch 2.13)
+    # gloo's threads abort a process now and then while Python shuts down (torch 2.13)
+    if code or stops.has_joined_others():
         os._exit(code)
     sys.exit(code)
 
 
 def end_with_parent():
-    """Under run_pipeline.py, whose end closes our stdin: stop then as at SIGTERM, even if it was killed."""
+    """Under run_pipeline.py, whose end closes our stdin: stop then as at SIGTERM, even if it was
+    killed."""
     _parent["in_pipeline"] = bool(os.environ.pop("FASTSAE_STDIN_ENDS_WITH_PARENT", None))
     if _parent["in_pipeline"]:
         threading.Thread(target=_wait_for_parent, daemon=True).start()
@@ -134,19 +153,27 @@ def _bug(error):
     """EXIT_BUG, the traceback on stderr and in a file, and a last line that says where."""
     text = masking.of_environment()("".join(traceback.format_exception(error)))
     for line in text.rstrip("\n").split("\n"):
-        indent = "  " * line.startswith(("error: ", "warning: "))  # a message's line looks like none of ours
+        # a message's line looks like none of ours
+        indent = "  " * line.startswith(("error: ", "warning: "))
         print(indent + line, file=sys.stderr)
-    for folder in filter(None, (storage.log_folder(), Path(tempfile.gettempdir()))):  # none if the stage did not come so far
+    # none if the stage did not come so far
+    for folder in filter(None, (storage.log_folder(), Path(tempfile.gettempdir()))):
         with contextlib.suppress(OSError):  # a folder that takes no file
             path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
             storage.write_text(path, f"{' '.join(sys.argv)}\n{text}")
-            print(f"error: this is a bug. report it with {path}; the same command goes on from what is finished.", file=sys.stderr)
+            print(
+                f"error: this is a bug. report it with {path}; the same command goes on from what is finished.",
+                file=sys.stderr,
+            )
             break
     return EXIT_BUG
 
 
 def _out_of_memory(error):
     brief = (str(error) or "out of memory").splitlines()[0][:150]
-    print(f"error: memory: {brief}. lower --batch-tokens (stage 1) or --buffer-tokens and --batch-size (stage 2), then run again: "
-          "what was finished is kept.", file=sys.stderr)
+    print(
+        f"error: memory: {brief}. lower --batch-tokens (stage 1) or --buffer-tokens and --batch-size (stage 2), then run again: "
+        "what was finished is kept.",
+        file=sys.stderr,
+    )
     return EXIT_ENVIRONMENT

@@ -1,4 +1,6 @@
-"""SIGTERM and Ctrl-C: when a stage hears of them, and how a loop asks for them where its state is whole."""
+"""SIGTERM and Ctrl-C: when a stage hears of them, and how a loop asks for them where its state is
+whole."""
+
 import contextlib
 import math
 import os
@@ -10,15 +12,27 @@ from typing import Any
 
 from fastsae.runtime.errors import Terminated
 
-_waiting: dict[str, Any] = {"running": False, "deferred": False, "asked": None, "raised": None, "saving": False, "at": -math.inf,
-                            "joined": False, "at_end": []}
-SAME_STOP = 1.0  # seconds in which a second signal is the first one once more: a service manager sends it to all, and the pipeline on
+_waiting: dict[str, Any] = {
+    "running": False,
+    "deferred": False,
+    "asked": None,
+    "raised": None,
+    "saving": False,
+    "at": -math.inf,
+    "joined": False,
+    "at_end": [],
+}
+# seconds in which a second signal is the first one once more: a service manager sends it to all,
+# and the pipeline on
+SAME_STOP = 1.0
 ONCE_MORE = 0.05  # seconds after which a stop that was lost is asked for again
 
 
 def begin() -> None:
     """Forget earlier stops: a stage begins."""
-    _waiting.update(running=False, deferred=False, asked=None, raised=None, saving=False, at=-math.inf)
+    _waiting.update(
+        running=False, deferred=False, asked=None, raised=None, saving=False, at=-math.inf
+    )
 
 
 def at_end(action: Callable[[], object]) -> None:
@@ -64,7 +78,8 @@ def raise_stop():
 
 
 def again(lost):
-    """Whether the exception, which Python could only print, was a stop; then it is asked for once more."""
+    """Whether the exception, which Python could only print, was a stop; then it is asked for once
+    more."""
     if not isinstance(lost, (KeyboardInterrupt, Terminated)) or _waiting["raised"] is None:
         return False
     _waiting["at"] = -math.inf
@@ -76,7 +91,8 @@ def again(lost):
 
 @contextlib.contextmanager
 def deferred_stop():
-    """Within, SIGTERM and Ctrl-C only ask: the loop looks at `stop_asked()` where its state is whole, saves, and calls `stop()`."""
+    """Within, SIGTERM and Ctrl-C only ask: the loop looks at `stop_asked()` where its state is
+    whole, saves, and calls `stop()`."""
     _waiting.update(deferred=True, asked=None)
     try:
         yield

@@ -1,8 +1,11 @@
-"""Where files are written, and nowhere else: whole or not at all, by one run at a time. Tests look for any other way.
+"""Where files are written, and nowhere else: whole or not at all, by one run at a time. Tests look
+for any other way.
 
-Each operation that changes the disk first calls `watch(operation, path)`. It does nothing; tests put a function there that counts,
-fails as a full disk does, or kills the process, at each operation in turn.
+Each operation that changes the disk first calls `watch(operation, path)`. It does nothing; tests
+put a function there that counts, fails as a full disk does, or kills the process, at each operation
+in turn.
 """
+
 import contextlib
 import errno
 import fcntl
@@ -23,7 +26,8 @@ from fastsae.runtime.errors import EnvironmentFailure
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.S)
 SCRATCH = ".scratch-"
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)       # a file system without locks, as some network ones
+# a file system without locks, as some network ones
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 MAX_LINE = 1 << 26  # bytes of a line that is read
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
@@ -34,7 +38,8 @@ def watch(operation, path):
 
 
 class _File(io.FileIO):
-    """A file whose writes are watched. Python's buffer is in front of it, so these are the writes that reach the system."""
+    """A file whose writes are watched. Python's buffer is in front of it, so these are the writes
+    that reach the system."""
 
     def write(self, data):
         watch("write", self.name)
@@ -47,10 +52,11 @@ class _File(io.FileIO):
 
 @contextlib.contextmanager
 def committed(path, *, keep_old=False):
-    """A binary file that appears under `path` complete, or not at all: temp file, fsync, rename, fsync of the folder.
+    """A binary file that appears under `path` complete, or not at all: temp file, fsync, rename,
+    fsync of the folder.
 
-    With `keep_old`, what was there stays as `<stem>.old-1<suffix>` (the next free number), and under its own name until the new
-    file is whole.
+    With `keep_old`, what was there stays as `<stem>.old-1<suffix>` (the next free number), and
+    under its own name until the new file is whole.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -84,7 +90,8 @@ def _sync_folder(folder):
     try:
         _sync(handle, folder)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+        # some network file systems sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(handle)
@@ -97,7 +104,8 @@ def make_folder(folder):
 
 
 def as_utf8(text: str) -> bytes:
-    """UTF-8 for any string: halves of surrogate pairs, as in file names that are not UTF-8, become `\\udce9`, as in JSON."""
+    """UTF-8 for any string: halves of surrogate pairs, as in file names that are not UTF-8, become
+    `\\udce9`, as in JSON."""
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -111,7 +119,8 @@ def to_json(value):
 
 
 def from_json(text):
-    """The value of a JSON text or bytes. Raises ValueError for whatever is none, nesting without end included."""
+    """The value of a JSON text or bytes. Raises ValueError for whatever is none, nesting without
+    end included."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -162,7 +171,8 @@ def remove(path):
 
 @contextlib.contextmanager
 def scratch_folder(root):
-    """A folder under `root` that is gone at the end of the `with` block; so are now those of processes that were killed."""
+    """A folder under `root` that is gone at the end of the `with` block; so are now those of
+    processes that were killed."""
     make_folder(root)
     for left in root.glob(f"{SCRATCH}*"):
         _remove_if_abandoned(left)
@@ -170,7 +180,8 @@ def scratch_folder(root):
     with tempfile.TemporaryDirectory(dir=root, prefix=SCRATCH) as folder:
         handle = os.open(folder, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks: others leave it alone for a day
+            # a file system without locks: others leave it alone for a day
+            with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield folder
         finally:
@@ -178,7 +189,8 @@ def scratch_folder(root):
 
 
 def _remove_if_abandoned(folder):
-    """Remove a scratch folder whose process has ended, which the kernel knows by its lock; without locks after a day."""
+    """Remove a scratch folder whose process has ended, which the kernel knows by its lock; without
+    locks after a day."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -204,10 +216,12 @@ def put_folder(new, folder):
 
 
 def write_folder(folder, files):
-    """A folder of `{name: bytes}`, names with slashes for folders in it, that appears under its name complete, or not at all.
+    """A folder of `{name: bytes}`, names with slashes for folders in it, that appears under its
+    name complete, or not at all.
 
-    What was there is kept as `<name>.old-n`. Folders cannot be exchanged in one step: a kill between the two renames leaves the old
-    one under that name and none under its own, and the next run writes it.
+    What was there is kept as `<name>.old-n`. Folders cannot be exchanged in one step: a kill
+    between the two renames leaves the old one under that name and none under its own, and the next
+    run writes it.
     """
     new = temporary_of(folder)
     try:
@@ -236,6 +250,7 @@ def set_folder_aside(folder):
 
 # Journals: files that grow by lines, each of which counts by itself
 
+
 def append_line(path, value):
     """Append one JSON line and fsync it."""
     make_folder(path.parent)
@@ -244,7 +259,8 @@ def append_line(path, value):
         watch("create", path)
     with io.BufferedRandom(_File(path, "ab+")) as file:
         torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-        file.write(b"\n" * bool(torn) + as_utf8(to_json(value)) + b"\n")  # a torn line must not swallow the next one
+        # a torn line must not swallow the next one
+        file.write(b"\n" * bool(torn) + as_utf8(to_json(value)) + b"\n")
         file.flush()
         _sync(file.fileno(), path)
     if is_new:
@@ -286,10 +302,12 @@ def keep_log_in(folder: Path | None) -> None:
 
 
 def claim(path, instead):
-    """Until this stage ends, no other run may write `path`. EnvironmentFailure if one does; `instead` is the flag that avoids it.
+    """Until this stage ends, no other run may write `path`. EnvironmentFailure if one does;
+    `instead` is the flag that avoids it.
 
-    `path` is a file or a folder. The lock is the kernel's (flock) and ends with the process, however that ends; its file
-    `.<name>.lock` says who holds it. Of torchrun's processes rank 0 takes it for all. Where no lock can be had, a warning says so.
+    `path` is a file or a folder. The lock is the kernel's (flock) and ends with the process,
+    however that ends; its file `.<name>.lock` says who holds it. Of torchrun's processes rank 0
+    takes it for all. Where no lock can be had, a warning says so.
     """
     keep_log_in(path.parent)
     if ranks.current().rank:
@@ -301,7 +319,9 @@ def claim(path, instead):
     except OSError as error:
         if error.errno not in NO_LOCKS + NO_RIGHTS:
             raise
-        print(f"warning: {path}: cannot be locked ({error.strerror}). let no other run write there.")
+        print(
+            f"warning: {path}: cannot be locked ({error.strerror}). let no other run write there."
+        )
         return
     stops.at_end(lambda: _release(lock, handle))
     if path.is_dir():
@@ -311,14 +331,16 @@ def claim(path, instead):
 
 
 def sweep(folder, names="*"):
-    """Remove the temporary files of runs that were killed, of files whose names match. Only for who has claimed them."""
+    """Remove the temporary files of runs that were killed, of files whose names match. Only for who
+    has claimed them."""
     for left in folder.glob(f".{names}.tmp"):
         if TEMPORARY.fullmatch(left.name):  # nobody else's
             remove(left)
 
 
 def require_writable(paths):
-    """Raise now, before slow work, what writing these files would raise after it: no rights, too long a name, a folder in its way.
+    """Raise now, before slow work, what writing these files would raise after it: no rights, too
+    long a name, a folder in its way.
 
     Leaves nothing behind but the folders that they will lie in.
     """
@@ -352,14 +374,18 @@ def _locked(lock, path, instead):
             if _is_at(lock, handle):
                 with contextlib.suppress(OSError):  # it serves a message only
                     os.truncate(handle, 0)
-                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%d %b %H:%M:%S')}".encode())
+                    os.write(
+                        handle,
+                        f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%d %b %H:%M:%S')}".encode(),
+                    )
                 return handle
             os.close(handle)  # its holder had just ended and removed it
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace") or "another run"
             os.close(handle)
-            raise EnvironmentFailure(f"{path}: {holder}, is writing here. wait until it has ended, or give another {instead}."
-                                            ) from None
+            raise EnvironmentFailure(
+                f"{path}: {holder}, is writing here. wait until it has ended, or give another {instead}."
+            ) from None
         except OSError:
             os.close(handle)
             raise
@@ -374,6 +400,7 @@ def _is_at(path, handle):
 
 
 def _release(lock, handle):
-    with contextlib.suppress(OSError):  # a folder that is gone, or rights that were taken away: the lock itself ends with the handle
+    # a folder that is gone, or rights that were taken away: the lock itself ends with the handle
+    with contextlib.suppress(OSError):
         lock.unlink(missing_ok=True)
     os.close(handle)

@@ -1,4 +1,6 @@
-"""Autoencoders: HypotheSAEs' `SparseAutoencoder`, laid out for fast steps; its checkpoints; its features of given activations."""
+"""Autoencoders: HypotheSAEs' `SparseAutoencoder`, laid out for fast steps; its checkpoints; its
+features of given activations."""
+
 import torch
 
 from fastsae.runtime import artifacts
@@ -6,12 +8,23 @@ from fastsae.runtime.errors import EnvironmentFailure
 from fastsae.sae.architectures import DENSE, Normalisation, inference_weights, prepare
 from fastsae.sae.sparse_step import TINY, Entries, active_entries, update_threshold
 
-CONFIG_NAMES = ("input_dim", "m_total_neurons", "k_active_neurons", "aux_k", "multi_k", "dead_neuron_threshold_steps",
-                "prefix_lengths", "use_batch_topk")
+CONFIG_NAMES = (
+    "input_dim",
+    "m_total_neurons",
+    "k_active_neurons",
+    "aux_k",
+    "multi_k",
+    "dead_neuron_threshold_steps",
+    "prefix_lengths",
+    "use_batch_topk",
+)
 
 
-def checkpoint_name(m: int, k: int, prefixes: list[int] | None = None, architecture: str = "topk") -> str:
-    """The file name HypotheSAEs gives such a checkpoint (without importing it, which takes seconds); the dense ones name themselves."""
+def checkpoint_name(
+    m: int, k: int, prefixes: list[int] | None = None, architecture: str = "topk"
+) -> str:
+    """The file name HypotheSAEs gives such a checkpoint (without importing it, which takes
+    seconds); the dense ones name themselves."""
     if architecture in DENSE:
         return f"SAE_{architecture}_M={m}_K={k}.pt"
     if not prefixes:
@@ -20,22 +33,27 @@ def checkpoint_name(m: int, k: int, prefixes: list[int] | None = None, architect
 
 
 def new_sae(config: dict, device: str | torch.device = "cpu"):
-    """A `hypothesaes.sae.SparseAutoencoder` from its config dict, its decoder stored as the transpose of (M, d) rows.
+    """A `hypothesaes.sae.SparseAutoencoder` from its config dict, its decoder stored as the
+    transpose of (M, d) rows.
 
     `architecture` in the config is ours: without it TopK, or BatchTopK if it says use_batch_topk.
     """
     from hypothesaes.sae import SparseAutoencoder
 
     config = dict(config)
-    architecture = config.pop("architecture", "batchtopk" if config.get("use_batch_topk") else "topk")
-    sae = SparseAutoencoder(**{**config, "use_batch_topk": architecture != "topk"}, device=device)  # above a threshold at inference
+    architecture = config.pop(
+        "architecture", "batchtopk" if config.get("use_batch_topk") else "topk"
+    )
+    # above a threshold at inference
+    sae = SparseAutoencoder(**{**config, "use_batch_topk": architecture != "topk"}, device=device)
     sae.decoder.weight.data = sae.decoder.weight.data.t().contiguous().t()
     prepare(sae, architecture)
     return sae
 
 
 def inference_form(sae, normalisation):
-    """`sae`, trained on normalised activations, as one that takes them as they are; `sae` itself if there is nothing to change."""
+    """`sae`, trained on normalised activations, as one that takes them as they are; `sae` itself if
+    there is nothing to change."""
     if normalisation == Normalisation() and sae.architecture != "gated":
         return sae
     architecture = "jumprelu" if sae.architecture == "gated" else sae.architecture
@@ -45,19 +63,26 @@ def inference_form(sae, normalisation):
 
 
 def config_of(sae):
-    """The dict that rebuilds `sae`. HypotheSAEs reads all but JumpReLU's: a standard one is BatchTopK with a threshold of 0 to it."""
+    """The dict that rebuilds `sae`. HypotheSAEs reads all but JumpReLU's: a standard one is
+    BatchTopK with a threshold of 0 to it."""
     config = {name: getattr(sae, name) for name in CONFIG_NAMES}
-    return {**config, "architecture": sae.architecture} if sae.architecture in ("jumprelu", "gated") else config
+    return (
+        {**config, "architecture": sae.architecture}
+        if sae.architecture in ("jumprelu", "gated")
+        else config
+    )
 
 
 def with_architecture(config, meta):
-    """A checkpoint's config with the architecture, which `config_of` leaves out of a standard one's."""
+    """A checkpoint's config with the architecture, which `config_of` leaves out of a standard
+    one's."""
     is_standard = meta.get("settings", {}).get("ARCHITECTURE") == "standard"
     return {**config, "architecture": "standard"} if is_standard else config
 
 
 def reference_step(sae, x, dead, *, aux_coef):
-    """The slow twin of `sparse_step`: HypotheSAEs' own forward and loss and autograd, with the same corrections to aux-k."""
+    """The slow twin of `sparse_step`: HypotheSAEs' own forward and loss and autograd, with the same
+    corrections to aux-k."""
     sae.zero_grad(set_to_none=True)
     aux_k, threshold = sae.aux_k, sae.threshold.clone()
     sae.train()
@@ -98,20 +123,29 @@ def decode(sae, entries: Entries) -> torch.Tensor:
 
 
 def save_sae(path, sae, meta: dict) -> None:
-    """Write `{"config", "state_dict", "meta"}`, which `hypothesaes.sae.load_model` reads (see `config_of`); never NaN or infinity."""
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sae.state_dict().items()}
+    """Write `{"config", "state_dict", "meta"}`, which `hypothesaes.sae.load_model` reads (see
+    `config_of`); never NaN or infinity."""
+    state = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in sae.state_dict().items()
+    }
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-        raise EnvironmentFailure(f"{path}: not written, the weights hold NaN or infinity. lower --learning-rate.")
+        raise EnvironmentFailure(
+            f"{path}: not written, the weights hold NaN or infinity. lower --learning-rate."
+        )
     artifacts.write_checkpoint(path, {"config": config_of(sae), "state_dict": state, "meta": meta})
 
 
 def load_checkpoint(path, device="cpu"):
-    """(sae, meta) of a checkpoint that `save_sae` wrote, its checksum looked at. Raises EnvironmentFailure if it is damaged."""
+    """(sae, meta) of a checkpoint that `save_sae` wrote, its checksum looked at. Raises
+    EnvironmentFailure if it is damaged."""
     checkpoint = artifacts.read_checkpoint(path)
     try:
         meta = checkpoint["meta"]
         sae = new_sae(with_architecture(checkpoint["config"], meta), device)
         sae.load_state_dict(checkpoint["state_dict"])
     except (KeyError, TypeError, RuntimeError, AssertionError, AttributeError) as error:
-        raise EnvironmentFailure(f"{path}: is no checkpoint of train_sae.py ({type(error).__name__}). run train_sae.py.") from None
+        raise EnvironmentFailure(
+            f"{path}: is no checkpoint of train_sae.py ({type(error).__name__}). run train_sae.py."
+        ) from None
     return sae.eval(), meta

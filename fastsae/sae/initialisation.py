@@ -1,36 +1,44 @@
 """Where training starts: b_dec, the decoder's directions, and how long the encoder's rows are."""
+
 import math
 
 import torch
 
 from fastsae.sae.architectures import DENSE, start_threshold
 
-LEAN = 0.25                     # of mixed directions towards a token each, against 1 at random
-MEDIAN_COLUMNS = 512            # sorted at a time
-GEOMETRIC_MEDIAN_STEPS = 300    # of Weiszfeld's iteration, at most
+LEAN = 0.25  # of mixed directions towards a token each, against 1 at random
+MEDIAN_COLUMNS = 512  # sorted at a time
+GEOMETRIC_MEDIAN_STEPS = 300  # of Weiszfeld's iteration, at most
 GEOMETRIC_MEDIAN_CHANGE = 1e-8  # relative change of the summed distances at which it ends
 
 
 @torch.no_grad()
 def initialise(sae, sample, seed, *, directions="xavier", centre="median", encoder_scale=1.0):
-    """Set the weights of `sae` from a sample of activations (n, d); the defaults are HypotheSAEs' initialisation.
+    """Set the weights of `sae` from a sample of activations (n, d); the defaults are HypotheSAEs'
+    initialisation.
 
-    Args: directions of the unit decoder rows: xavier, kaiming, orthogonal, data (tokens of the sample less b_dec), or mixed (at random
-    with a lean towards such tokens: most of what data gains early on, without its many features that never fire); centre, what
-    b_dec is of the sample: median, mean or geometric_median; encoder_scale, the length of the encoder's rows, which are those of
-    the decoder; None = the length at which the sample's reconstruction has the least squared error.
+    Args: directions of the unit decoder rows: xavier, kaiming, orthogonal, data (tokens of the
+    sample less b_dec), or mixed (at random with a lean towards such tokens: most of what data gains
+    early on, without its many features that never fire); centre, what b_dec is of the sample:
+    median, mean or geometric_median; encoder_scale, the length of the encoder's rows, which are
+    those of the decoder; None = the length at which the sample's reconstruction has the least
+    squared error.
 
-    At length 1 the first reconstruction is too long (overlapping features all explain the same part of a token), and the first
-    steps are spent on shrinking the encoder.
+    At length 1 the first reconstruction is too long (overlapping features all explain the same part
+    of a token), and the first steps are spent on shrinking the encoder.
     """
-    sae.input_bias.copy_({"median": median, "mean": lambda x: x.mean(0),
-                          "geometric_median": geometric_median}[centre](sample))
+    sae.input_bias.copy_(
+        {"median": median, "mean": lambda x: x.mean(0), "geometric_median": geometric_median}[
+            centre
+        ](sample)
+    )
     rows = draw_directions(directions, sae.m_total_neurons, sample - sae.input_bias, seed)
     sae.decoder.weight.copy_(rows.t())
     sae.normalize_decoder_()
     sae.encoder.weight.copy_(sae.decoder.weight.t())
     sae.neuron_bias.zero_()
-    some = sample[::math.ceil(len(sample) / 4096)]  # from all of the file, whose examples may be sorted
+    # from all of the file, whose examples may be sorted
+    some = sample[:: math.ceil(len(sample) / 4096)]
     if sae.architecture == "jumprelu":
         start_threshold(sae, some)
     if encoder_scale is None:
@@ -40,17 +48,23 @@ def initialise(sae, sample, seed, *, directions="xavier", centre="median", encod
 
 
 def draw_directions(kind, m, sample, seed):
-    """(M, d) rows of any length from a centred sample (n, d), drawn on the CPU so that every device starts from the same numbers."""
+    """(M, d) rows of any length from a centred sample (n, d), drawn on the CPU so that every device
+    starts from the same numbers."""
     d = sample.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind in ("data", "mixed"):
-            chosen = torch.cat([torch.randperm(len(sample)) for _ in range(math.ceil(m / len(sample)))])[:m]
+            chosen = torch.cat(
+                [torch.randperm(len(sample)) for _ in range(math.ceil(m / len(sample)))]
+            )[:m]
             rows = sample[chosen.to(sample.device)]
             noise = torch.randn(m, d).to(sample)
             if kind == "data":
-                return rows + noise * sample.std().clamp_min(1e-6) * 1e-2  # no two rows alike, and none 0
-            return torch.nn.functional.normalize(noise, dim=1) + LEAN * torch.nn.functional.normalize(rows, dim=1)
+                # no two rows alike, and none 0
+                return rows + noise * sample.std().clamp_min(1e-6) * 1e-2
+            return torch.nn.functional.normalize(
+                noise, dim=1
+            ) + LEAN * torch.nn.functional.normalize(rows, dim=1)
         if kind == "orthogonal":  # blocks of d directions at right angles to each other
             blocks = [torch.nn.init.orthogonal_(torch.empty(d, d)) for _ in range(math.ceil(m / d))]
             return torch.cat(blocks)[:m].to(sample.device)
@@ -60,11 +74,14 @@ def draw_directions(kind, m, sample, seed):
 
 
 def best_scale(sae, sample):
-    """The factor that brings the reconstructions of `sample` (n, d) closest to it, by least squares; 1 where nothing fires."""
+    """The factor that brings the reconstructions of `sample` (n, d) closest to it, by least
+    squares; 1 where nothing fires."""
     from fastsae.sae.sparse_step import active_entries
 
     x = sample - sae.input_bias
-    reconstruction = active_entries(sae, x, training=sae.architecture not in DENSE).times(sae.decoder.weight.t().contiguous())
+    reconstruction = active_entries(sae, x, training=sae.architecture not in DENSE).times(
+        sae.decoder.weight.t().contiguous()
+    )
     squared = float(reconstruction.square().sum())
     return max(float((reconstruction * x).sum()) / squared, 1e-3) if squared > 0 else 1.0
 
@@ -77,14 +94,18 @@ def median(x: torch.Tensor) -> torch.Tensor:
     """
     if x.device.type == "cpu":
         return x.median(dim=0).values
-    return torch.cat([block.sort(dim=0).values[(len(x) - 1) // 2] for block in x.split(MEDIAN_COLUMNS, dim=1)])
+    return torch.cat(
+        [block.sort(dim=0).values[(len(x) - 1) // 2] for block in x.split(MEDIAN_COLUMNS, dim=1)]
+    )
 
 
 def geometric_median(x):
-    """The point with the least sum of distances to the rows of x (n, d), by Weiszfeld's iteration (FAST, section on b_dec)."""
+    """The point with the least sum of distances to the rows of x (n, d), by Weiszfeld's iteration
+    (FAST, section on b_dec)."""
     guess, last = x.mean(0), math.inf
     for _ in range(GEOMETRIC_MEDIAN_STEPS):
-        distance = torch.linalg.vector_norm(x - guess, dim=1).clamp_min(1e-10)  # (n,) a point may lie on a row
+        # (n,) a point may lie on a row
+        distance = torch.linalg.vector_norm(x - guess, dim=1).clamp_min(1e-10)
         if last - (total := float(distance.double().sum())) <= GEOMETRIC_MEDIAN_CHANGE * total:
             break
         last = total

@@ -1,4 +1,6 @@
-"""How well an autoencoder reconstructs activations, summed over whole sets of tokens (never a mean of batch ratios)."""
+"""How well an autoencoder reconstructs activations, summed over whole sets of tokens (never a mean
+of batch ratios)."""
+
 import numpy as np
 import torch
 
@@ -14,31 +16,40 @@ IN_ALL = ("mse", "normalized_mse", "explained_variance", "l0", "mse_template_tok
 def evaluate(sae, activations, rows, example_of_row, special, errors=None):
     """Metrics of `sae` on the given rows of `activations`.
 
-    Args: activations (n_tokens, d) CPU tensor or (mapped) array; rows (n,) the tokens to use; example_of_row (n_tokens,) example numbers;
-    special (n_tokens,) bool, the tokens that count for mse_template_tokens (stage 2: every token that the chat template wrote, which is
-    more than the control tokens and role names of the paper's MSE_st); errors (n_tokens,), to be filled at the rows given with
-    the squared error of each, summed over dimensions.
+    Args: activations (n_tokens, d) CPU tensor or (mapped) array; rows (n,) the tokens to use;
+    example_of_row (n_tokens,) example numbers; special (n_tokens,) bool, the tokens that count for
+    mse_template_tokens (stage 2: every token that the chat template wrote, which is more than the
+    control tokens and role names of the paper's MSE_st); errors (n_tokens,), to be filled at the
+    rows given with the squared error of each, summed over dimensions.
 
-    `mse` is FAST's (arXiv 2506.07691, eq. 7): squared error per dimension, the mean over the tokens of an example, then over
-    examples. `normalized_mse` is the sum of squared errors over the sum of squared distances from the tokens' mean.
+    `mse` is FAST's (arXiv 2506.07691, eq. 7): squared error per dimension, the mean over the tokens
+    of an example, then over examples. `normalized_mse` is the sum of squared errors over the sum of
+    squared distances from the tokens' mean.
     """
     device = sae.input_bias.device
     prefixes = sae.prefix_lengths or [sae.m_total_neurons]
-    squared = np.empty(len(rows))               # (n,) squared error per token, summed over dimensions
+    # (n,) squared error per token, summed over dimensions
+    squared = np.empty(len(rows))
     cosine = l0 = 0.0
     prefix_squared = np.zeros(len(prefixes))
     fired = torch.zeros(sae.m_total_neurons, dtype=torch.bool, device=device)
     total, total_squared = torch.zeros(activations.shape[1], dtype=torch.float64), 0.0
     for start in range(0, len(rows), BATCH):
         stop_if_asked()
-        x = torch.as_tensor(activations[rows[start:start + BATCH]]).to(device).float()
+        x = torch.as_tensor(activations[rows[start : start + BATCH]]).to(device).float()
         release(activations)
         entries = encode(sae, x)
         reconstruction = decode(sae, entries)
         error = (reconstruction - x).square().sum(1)
-        squared[start:start + len(x)] = error.double().cpu().numpy()
-        prefix_squared += [float((error if end == sae.m_total_neurons else _prefix_error(sae, entries, end, x)).double().sum())
-                           for end in prefixes]
+        squared[start : start + len(x)] = error.double().cpu().numpy()
+        prefix_squared += [
+            float(
+                (error if end == sae.m_total_neurons else _prefix_error(sae, entries, end, x))
+                .double()
+                .sum()
+            )
+            for end in prefixes
+        ]
         cosine += float(torch.cosine_similarity(reconstruction, x).double().sum())
         l0 += len(entries.value)
         fired[entries.column] = True
@@ -47,7 +58,8 @@ def evaluate(sae, activations, rows, example_of_row, special, errors=None):
         total_squared += float(wide.square().sum())
     if errors is not None:
         errors[rows] = squared
-    variance = max(total_squared - float(total.square().sum()) / len(rows), 1e-30)  # about the mean, summed over tokens
+    # about the mean, summed over tokens
+    variance = max(total_squared - float(total.square().sum()) / len(rows), 1e-30)
     d = activations.shape[1]
     normalised = float(squared.sum() / variance)
     is_special = special[rows]
@@ -57,9 +69,13 @@ def evaluate(sae, activations, rows, example_of_row, special, errors=None):
         "explained_variance": 1 - normalised,
         "l0": l0 / len(rows),
         "dead_fraction": 1 - float(fired.double().mean()),
-        "mse_template_tokens": _per_example_mean(squared[is_special] / d, example_of_row[rows][is_special]),
+        "mse_template_tokens": _per_example_mean(
+            squared[is_special] / d, example_of_row[rows][is_special]
+        ),
         "cosine_similarity": cosine / len(rows),
-        "prefix_normalized_mse": {str(end): float(s / variance) for end, s in zip(prefixes, prefix_squared)},
+        "prefix_normalized_mse": {
+            str(end): float(s / variance) for end, s in zip(prefixes, prefix_squared)
+        },
         "n_tokens": len(rows),
         "n_special_tokens": int(is_special.sum()),
     }

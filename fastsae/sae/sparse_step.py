@@ -1,14 +1,18 @@
 """One training step of a TopK-family autoencoder from its active features only.
 
-HypotheSAEs computes the loss with dense (batch, M) matrices of which K entries per row are not zero. Here the forward pass, the
-loss and every gradient use those entries alone, as sparse (CSR) products; the encoder's own product is the one dense product
-left, a block of rows at a time so that its result is still in the cache when the largest K are picked from it. The outcome equals
-autograd through HypotheSAEs' `forward` and `compute_loss` (tests/test_training_step.py), except for three corrections: aux-k
-ranks dead features by their pre-activation and applies no ReLU, so that it reaches features whose pre-activation is negative; it
-is left out while nothing is dead; and a batch without variance gives 0 instead of NaN.
+HypotheSAEs computes the loss with dense (batch, M) matrices of which K entries per row are not
+zero. Here the forward pass, the loss and every gradient use those entries alone, as sparse (CSR)
+products; the encoder's own product is the one dense product left, a block of rows at a time so that
+its result is still in the cache when the largest K are picked from it. The outcome equals autograd
+through HypotheSAEs' `forward` and `compute_loss` (tests/test_training_step.py), except for three
+corrections: aux-k ranks dead features by their pre-activation and applies no ReLU, so that it
+reaches features whose pre-activation is negative; it is left out while nothing is dead; and a batch
+without variance gives 0 instead of NaN.
 
-Shapes: x (B, d), encoder weight (M, d), decoder rows (M, d), one entry per active feature, sorted by row and column.
+Shapes: x (B, d), encoder weight (M, d), decoder rows (M, d), one entry per active feature, sorted
+by row and column.
 """
+
 import functools
 import warnings
 from dataclasses import dataclass
@@ -20,22 +24,25 @@ from fastsae.runtime import distributed
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
-TINY = 1e-12       # floor of a batch's variance, so that constant batches divide by something
+TINY = 1e-12  # floor of a batch's variance, so that constant batches divide by something
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-HAS_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not on CPUs without AVX-512
-BLOCK_ROWS = 512   # rows of pre-activations at a time on a CPU: 512 x 4,608 floats are 9 MB
+# not on CPUs without AVX-512
+HAS_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+BLOCK_ROWS = 512  # rows of pre-activations at a time on a CPU: 512 x 4,608 floats are 9 MB
 
 
 @dataclass
 class Entries:
-    """The non-zero entries of a sparse (n_rows, M) matrix of features, sorted by row and within a row by column.
+    """The non-zero entries of a sparse (n_rows, M) matrix of features, sorted by row and within a
+    row by column.
 
-    Indices are int32, which the sparse products take as they are (int64 would be converted by each of them).
+    Indices are int32, which the sparse products take as they are (int64 would be converted by each
+    of them).
     """
 
-    row: torch.Tensor     # (nnz,) int32
+    row: torch.Tensor  # (nnz,) int32
     column: torch.Tensor  # (nnz,) int32
-    value: torch.Tensor   # (nnz,) float
+    value: torch.Tensor  # (nnz,) float
     n_rows: int
     n_columns: int
     pointers: torch.Tensor | None = None  # (n_rows + 1,) int32, where each row begins
@@ -46,7 +53,9 @@ class Entries:
         return self.pointers
 
     def _csr(self, value):
-        return torch.sparse_csr_tensor(self.crow(), self.column, value, (self.n_rows, self.n_columns), check_invariants=False)
+        return torch.sparse_csr_tensor(
+            self.crow(), self.column, value, (self.n_rows, self.n_columns), check_invariants=False
+        )
 
     def times(self, dense):
         """(n_rows, M) @ (M, d) -> (n_rows, d)."""
@@ -54,21 +63,32 @@ class Entries:
 
     def dots(self, left, right):
         """<left[row], right[column]> for each entry, (nnz,): left (n_rows, d), right (M, d)."""
-        return torch.sparse.sampled_addmm(self._csr(torch.zeros_like(self.value)), left, right.t(), beta=0.0).values()
+        return torch.sparse.sampled_addmm(
+            self._csr(torch.zeros_like(self.value)), left, right.t(), beta=0.0
+        ).values()
 
     def transposed_times(self, pairs):
-        """For each (row, value, dense) of `pairs`, the product (M, n) @ (n, d) -> (M, d) over the entries of this pattern.
+        """For each (row, value, dense) of `pairs`, the product (M, n) @ (n, d) -> (M, d) over the
+        entries of this pattern.
 
-        `row` may number the rows of `dense` otherwise than this pattern does; sorting by column is done once for all pairs.
+        `row` may number the rows of `dense` otherwise than this pattern does; sorting by column is
+        done once for all pairs.
         """
         order = _rising(self.column, self.n_columns)
         crow = _pointers(self.column, self.n_columns)
-        return [torch.sparse_csr_tensor(crow, row[order], value[order], (self.n_columns, len(dense)), check_invariants=False) @ dense
-                for row, value, dense in pairs]
+        return [
+            torch.sparse_csr_tensor(
+                crow, row[order], value[order], (self.n_columns, len(dense)), check_invariants=False
+            )
+            @ dense
+            for row, value, dense in pairs
+        ]
 
     def keep(self, mask):
         """The entries where `mask` (nnz,) is true, or whose numbers it lists in rising order."""
-        return Entries(self.row[mask], self.column[mask], self.value[mask], self.n_rows, self.n_columns)
+        return Entries(
+            self.row[mask], self.column[mask], self.value[mask], self.n_rows, self.n_columns
+        )
 
 
 def _pointers(index, n):
@@ -78,8 +98,9 @@ def _pointers(index, n):
 
 
 def _rising(column, n_columns):
-    """The stable order that sorts `column` (nnz,). NumPy sorts 16-bit numbers by radix, several times faster than PyTorch sorts so few."""
-    if column.device.type == "cpu" and n_columns <= 2 ** 16:
+    """The stable order that sorts `column` (nnz,). NumPy sorts 16-bit numbers by radix, several
+    times faster than PyTorch sorts so few."""
+    if column.device.type == "cpu" and n_columns <= 2**16:
         return torch.from_numpy(column.numpy().astype(np.uint16).argsort(kind="stable"))
     return column.argsort(stable=True)
 
@@ -100,39 +121,49 @@ def _full(column, value, n_columns):
 def top_columns(pre, k):
     """Columns of the k largest entries of each row of `pre` (rows, M), (rows, k) in any order.
 
-    For large M in two exact rounds: columns fall into groups, the k largest lie in the k groups with the largest maxima, and only
-    those groups are searched.
+    For large M in two exact rounds: columns fall into groups, the k largest lie in the k groups
+    with the largest maxima, and only those groups are searched.
     """
     n_columns = pre.shape[1]
-    n_groups = next((n_columns // size for size in (12, 8, 16, 6, 4) if n_columns % size == 0), n_columns)
+    n_groups = next(
+        (n_columns // size for size in (12, 8, 16, 6, 4) if n_columns % size == 0), n_columns
+    )
     if pre.is_cuda or n_columns < 1024 or n_groups < 4 * k:
         return pre.topk(k, dim=1, sorted=False).indices
-    best_groups = pre.view(len(pre), -1, n_groups).amax(1).topk(k, dim=1, sorted=False).indices     # (rows, k)
-    candidates = (best_groups[:, None] + torch.arange(0, n_columns, n_groups)[:, None]).flatten(1)  # (rows, k * group size)
+    # (rows, k)
+    best_groups = pre.view(len(pre), -1, n_groups).amax(1).topk(k, dim=1, sorted=False).indices
+    # (rows, k * group size)
+    candidates = (best_groups[:, None] + torch.arange(0, n_columns, n_groups)[:, None]).flatten(1)
     return candidates.gather(1, pre.gather(1, candidates).topk(k, dim=1, sorted=False).indices)
 
 
 def _blocks(sae, x_centred, dtype):
     """(first row, pre-activations) of consecutive blocks of rows."""
     size = len(x_centred) if x_centred.is_cuda else BLOCK_ROWS
-    weight, bias, x = (tensor.detach().to(dtype) for tensor in (sae.encoder.weight, sae.neuron_bias, x_centred))
-    for first in range(0, max(len(x), 1), max(size, 1)):  # one block of no rows where there are none
-        yield first, linear(x[first:first + size], weight, bias)
+    weight, bias, x = (
+        tensor.detach().to(dtype) for tensor in (sae.encoder.weight, sae.neuron_bias, x_centred)
+    )
+    # one block of no rows where there are none
+    for first in range(0, max(len(x), 1), max(size, 1)):
+        yield first, linear(x[first : first + size], weight, bias)
 
 
 def linear(x, weight, bias):
-    """x @ weight.T + bias. On a CPU by oneDNN where PyTorch has it, twice as fast as MKL on processors that are not Intel's."""
+    """x @ weight.T + bias. On a CPU by oneDNN where PyTorch has it, twice as fast as MKL on
+    processors that are not Intel's."""
     if x.device.type != "cpu" or not HAS_ONEDNN or (x.dtype == torch.bfloat16 and not HAS_BFLOAT16):
         return torch.addmm(bias, x, weight.t())
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def active_entries(sae, x_centred, *, training, select=torch.float32):
-    """The active features of a batch as HypotheSAEs chooses them, ReLU applied; zeros may remain among them.
+    """The active features of a batch as HypotheSAEs chooses them, ReLU applied; zeros may remain
+    among them.
 
-    TopK: the K largest of each row. BatchTopK: the K * B largest of the batch while training, everything above the learned
-    threshold otherwise. With `select=torch.bfloat16` the choice is made from a bfloat16 product (several times faster on CPUs
-    that have it), and the values of the chosen are computed in float32.
+    TopK: the K largest of each row. BatchTopK: the K * B largest of the batch while training,
+    everything above the learned threshold otherwise. With `select=torch.bfloat16` the choice is
+    made from a bfloat16 product (several times faster on CPUs that have it), and the values of the
+    chosen are computed in float32.
     """
     if not sae.use_batch_topk:
         column, value = _top_k(sae, x_centred, select)
@@ -142,7 +173,10 @@ def active_entries(sae, x_centred, *, training, select=torch.float32):
         return _above(sae, x_centred, sae.threshold.clamp_min(0))
     entries = _full(column, value, sae.m_total_neurons)
     if select != torch.float32:
-        entries.value = entries.dots(x_centred, sae.encoder.weight.detach()) + sae.neuron_bias.detach()[entries.column]
+        entries.value = (
+            entries.dots(x_centred, sae.encoder.weight.detach())
+            + sae.neuron_bias.detach()[entries.column]
+        )
     entries.value.relu_()
     return entries
 
@@ -153,8 +187,8 @@ def _top_k(sae, x_centred, dtype):
     column = torch.empty(n, k, dtype=torch.long, device=device)
     value = torch.empty(n, k, device=device)
     for first, pre in _blocks(sae, x_centred, dtype):
-        column[first:first + len(pre)] = chosen = top_columns(pre, k).sort(dim=1).values
-        value[first:first + len(pre)] = pre.gather(1, chosen)
+        column[first : first + len(pre)] = chosen = top_columns(pre, k).sort(dim=1).values
+        value[first : first + len(pre)] = pre.gather(1, chosen)
     return column, value
 
 
@@ -166,19 +200,25 @@ def _above(sae, x_centred, bound):
         rows.append((row + first).int())
         columns.append(column.int())
         values.append(pre[row, column])
-    return Entries(torch.cat(rows), torch.cat(columns), torch.cat(values), len(x_centred), sae.m_total_neurons)
+    return Entries(
+        torch.cat(rows), torch.cat(columns), torch.cat(values), len(x_centred), sae.m_total_neurons
+    )
 
 
 def _batch_top_k(sae, x_centred):
-    """The K * B largest entries of the batch. A bound a little under the usual threshold leaves few candidates to sort."""
+    """The K * B largest entries of the batch. A bound a little under the usual threshold leaves few
+    candidates to sort."""
     n_rows = int(distributed.total(torch.tensor([len(x_centred)])))
     n_wanted = min(sae.k_active_neurons, sae.m_total_neurons) * n_rows
-    candidates = _above(sae, x_centred, 0.8 * sae.threshold if sae.threshold > 0 else _first_bound(sae, x_centred))
+    candidates = _above(
+        sae, x_centred, 0.8 * sae.threshold if sae.threshold > 0 else _first_bound(sae, x_centred)
+    )
     values = distributed.joined(candidates.value)
     if len(values) < n_wanted:
         candidates = _above(sae, x_centred, -torch.inf)
         values = distributed.joined(candidates.value)
-    if distributed.together():  # each process keeps those of its own that are among the largest of all
+    # each process keeps those of its own that are among the largest of all
+    if distributed.together():
         chosen = candidates.value >= values.topk(n_wanted, sorted=False).values.min()
     else:
         chosen = values.topk(n_wanted, sorted=False).indices.sort().values
@@ -188,9 +228,12 @@ def _batch_top_k(sae, x_centred):
 
 
 def _first_bound(sae, x_centred):
-    """A bound for a start without a threshold, from the first block: without one all pre-activations would be candidates."""
+    """A bound for a start without a threshold, from the first block: without one all
+    pre-activations would be candidates."""
     _, pre = next(_blocks(sae, x_centred, torch.float32))
-    largest = pre.flatten().topk(min(sae.k_active_neurons * len(pre), pre.numel()), sorted=False).values
+    largest = (
+        pre.flatten().topk(min(sae.k_active_neurons * len(pre), pre.numel()), sorted=False).values
+    )
     bound = 0.8 * largest.min() if len(largest) else pre.new_tensor(0.0)
     return distributed.least(torch.where(bound > 0, bound, -torch.inf))
 
@@ -199,10 +242,10 @@ def _first_bound(sae, x_centred):
 def sparse_step(sae, x, dead, *, aux_coef, select=torch.float32):
     """Fill `.grad` of all four parameters of a `hypothesaes.sae.SparseAutoencoder` for one batch.
 
-    Args: x (B, d) float32; dead (M,) bool, the features that aux-k should revive; aux_coef, the weight of that loss; select, see
-    `active_entries`. Returns (loss, fired): the loss as a 0-d tensor, and fired (M,) bool; of several processes, each one's
-    part. `sae.decoder.weight` must be the
-    transpose of a contiguous (M, d) tensor (see `autoencoder.new_sae`).
+    Args: x (B, d) float32; dead (M,) bool, the features that aux-k should revive; aux_coef, the
+    weight of that loss; select, see `active_entries`. Returns (loss, fired): the loss as a 0-d
+    tensor, and fired (M,) bool; of several processes, each one's part. `sae.decoder.weight` must be
+    the transpose of a contiguous (M, d) tensor (see `autoencoder.new_sae`).
     """
     decoder = sae.decoder.weight.detach().t()  # (M, d)
     (n, d), n_all = x.shape, _rows_of_all(x)
@@ -214,12 +257,14 @@ def sparse_step(sae, x, dead, *, aux_coef, select=torch.float32):
         update_threshold(sae, active.value)
     leveled = _by_level(active, prefixes)
 
-    error = leveled.times(decoder).view(n, n_levels, d)  # (B, L, d), each level's part of the reconstruction
+    # (B, L, d), each level's part of the reconstruction
+    error = leveled.times(decoder).view(n, n_levels, d)
     error[:, 0] -= x_centred
     for i in range(1, n_levels):
-        error[:, i] += error[:, i - 1]                   # now (reconstruction from the prefix) - x
+        error[:, i] += error[:, i - 1]  # now (reconstruction from the prefix) - x
     variance = _variance(x_centred)
-    loss = torch.linalg.vector_norm(error).square() / (n_all * n_levels * d * variance)  # mean over levels of their normalised MSE
+    # mean over levels of their normalised MSE
+    loss = torch.linalg.vector_norm(error).square() / (n_all * n_levels * d * variance)
     residual = -error[:, -1] if sae.aux_k and aux_coef and bool(dead.any()) else None
 
     # d loss / d (level's part) sums the gradients of all prefixes that contain the level.
@@ -229,7 +274,9 @@ def sparse_step(sae, x, dead, *, aux_coef, select=torch.float32):
     grad_input_bias = grad_out[:, 0].sum(0)
     grad_out = grad_out.view(n * n_levels, d)
     grad_value = leveled.dots(grad_out, decoder) * (active.value > 0)
-    grad_decoder, grad_encoder = active.transposed_times([(leveled.row, active.value, grad_out), (active.row, grad_value, x_centred)])
+    grad_decoder, grad_encoder = active.transposed_times(
+        [(leveled.row, active.value, grad_out), (active.row, grad_value, x_centred)]
+    )
     zeros = torch.zeros_like(sae.neuron_bias)
     fired = zeros.index_add(0, active.column, active.value) > 0
     grad_neuron_bias = zeros.index_add_(0, active.column, grad_value)
@@ -237,11 +284,18 @@ def sparse_step(sae, x, dead, *, aux_coef, select=torch.float32):
     if residual is not None:
         aux, aux_loss, aux_grad_out = _aux_loss(sae, x_centred, decoder, residual, dead, aux_coef)
         aux_grad_value = aux.dots(aux_grad_out, decoder)
-        to_decoder, to_encoder = aux.transposed_times([(aux.row, aux.value, aux_grad_out), (aux.row, aux_grad_value, x_centred)])
-        loss, grad_decoder, grad_encoder = loss + aux_loss, grad_decoder + to_decoder, grad_encoder + to_encoder
+        to_decoder, to_encoder = aux.transposed_times(
+            [(aux.row, aux.value, aux_grad_out), (aux.row, aux_grad_value, x_centred)]
+        )
+        loss, grad_decoder, grad_encoder = (
+            loss + aux_loss,
+            grad_decoder + to_decoder,
+            grad_encoder + to_encoder,
+        )
         grad_neuron_bias.index_add_(0, aux.column, aux_grad_value)
 
-    # b_dec also enters through x - b_dec: minus the sum over the batch of d loss / d pre, times the encoder.
+    # b_dec also enters through x - b_dec: minus the sum over the batch of d loss / d pre, times the
+    # encoder.
     grad_input_bias -= grad_neuron_bias @ sae.encoder.weight
     sae.encoder.weight.grad, sae.decoder.weight.grad = grad_encoder, grad_decoder.t()
     sae.input_bias.grad, sae.neuron_bias.grad = grad_input_bias, grad_neuron_bias
@@ -254,36 +308,55 @@ def _rows_of_all(x):
 
 
 def _variance(x):
-    """Mean squared distance of the rows of x (B, d) from their mean, per dimension; about 20 times faster than `x.var(0).mean()`.
+    """Mean squared distance of the rows of x (B, d) from their mean, per dimension; about 20 times
+    faster than `x.var(0).mean()`.
 
-    The rows must be roughly centred, or the difference of squares would lose digits: x - b_dec and residuals are.
+    The rows must be roughly centred, or the difference of squares would lose digits: x - b_dec and
+    residuals are.
     """
     if distributed.together():
-        sums = distributed.total(torch.cat([x.sum(0), torch.linalg.vector_norm(x).square()[None], x.new_tensor([len(x)])]))
+        sums = distributed.total(
+            torch.cat(
+                [x.sum(0), torch.linalg.vector_norm(x).square()[None], x.new_tensor([len(x)])]
+            )
+        )
         n, d = sums[-1], x.shape[1]
         return (sums[-2] / (n * d) - (sums[:-2] / n).square().mean()).clamp_min(TINY)
-    return (torch.linalg.vector_norm(x).square() / x.numel() - x.mean(0).square().mean()).clamp_min(TINY)
+    return (torch.linalg.vector_norm(x).square() / x.numel() - x.mean(0).square().mean()).clamp_min(
+        TINY
+    )
 
 
 def _by_level(active, prefixes):
-    """The entries spread over B * L rows: entry (b, j) goes to row b * L + level(j), the first Matryoshka prefix that holds j.
+    """The entries spread over B * L rows: entry (b, j) goes to row b * L + level(j), the first
+    Matryoshka prefix that holds j.
 
-    One product with the decoder then gives every level's part of the reconstruction, and a running sum over the levels the
-    reconstruction from each prefix. Columns rise within a row, hence levels do, and the entries keep their order.
+    One product with the decoder then gives every level's part of the reconstruction, and a running
+    sum over the levels the reconstruction from each prefix. Columns rise within a row, hence levels
+    do, and the entries keep their order.
     """
     if len(prefixes) == 1:
         return active
     level = sum((active.column >= end).int() for end in prefixes[:-1])
-    return Entries(active.row * len(prefixes) + level, active.column, active.value, active.n_rows * len(prefixes), active.n_columns)
+    return Entries(
+        active.row * len(prefixes) + level,
+        active.column,
+        active.value,
+        active.n_rows * len(prefixes),
+        active.n_columns,
+    )
 
 
 def _aux_loss(sae, x_centred, decoder, residual, dead, aux_coef):
-    """Dead features predict what the live ones left over: the `aux_k` dead features of largest pre-activation, no ReLU.
+    """Dead features predict what the live ones left over: the `aux_k` dead features of largest
+    pre-activation, no ReLU.
 
-    Returns their entries, the weighted loss, and its gradient with respect to the predicted residual (B, d).
+    Returns their entries, the weighted loss, and its gradient with respect to the predicted
+    residual (B, d).
     """
     columns = dead.nonzero().squeeze(1)
-    pre = torch.addmm(sae.neuron_bias[columns], x_centred, sae.encoder.weight[columns].t())  # (B, dead)
+    # (B, dead)
+    pre = torch.addmm(sae.neuron_bias[columns], x_centred, sae.encoder.weight[columns].t())
     choice = pre.topk(min(sae.aux_k, len(columns)), dim=1).indices.sort(dim=1).values
     aux = _full(columns[choice], pre.gather(1, choice), sae.m_total_neurons)
     error = aux.times(decoder) - residual  # (B, d)
@@ -294,11 +367,14 @@ def _aux_loss(sae, x_centred, decoder, residual, dead, aux_coef):
 
 
 def update_threshold(sae, values, rate=1e-2):
-    """BatchTopK's threshold for later use: a running mean of the smallest positive activation, starting at the first one.
+    """BatchTopK's threshold for later use: a running mean of the smallest positive activation,
+    starting at the first one.
 
     (HypotheSAEs starts it at 0, which leaves it too low after short runs.)
     """
     positive = torch.where(values > 0, values, torch.inf)
     positive = distributed.least(positive.min() if len(values) else values.new_tensor(torch.inf))
     positive = torch.where(positive.isinf(), sae.threshold, positive)
-    sae.threshold.copy_(torch.where(sae.threshold == 0, positive, sae.threshold.lerp(positive, rate)))
+    sae.threshold.copy_(
+        torch.where(sae.threshold == 0, positive, sae.threshold.lerp(positive, rate))
+    )

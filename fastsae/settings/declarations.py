@@ -3,6 +3,7 @@
 A setting is an UPPER_CASE constant: one that `shipped.json` lists, annotated or not, or any other
 that is annotated. Whatever else could be meant as a setting is refused rather than ignored.
 """
+
 import ast
 import functools
 import io
@@ -18,13 +19,26 @@ from fastsae.settings import kinds
 from fastsae.settings.suggestions import nearest_name
 
 SHIPPED = Path(__file__).with_name("shipped.json")  # {file: {NAME: {type, default, by_preset}}}
-CORE = ("config.py", "extract_activations.py", "train_sae.py", "interpret_sae.py",
-        "run_pipeline.py")
+CORE = (
+    "config.py",
+    "extract_activations.py",
+    "train_sae.py",
+    "interpret_sae.py",
+    "run_pipeline.py",
+)
 CONSTANT = r"[A-Z][A-Z0-9_]*"
 LARGEST_EXPONENT = 64
-ARITHMETIC: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-              ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos}
+ARITHMETIC: dict[type, Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -82,15 +96,25 @@ def settings_in(path: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]
     for name, annotation, value, node in assignments(source.tree):
         if name not in known and annotation is None and name not in settings:
             continue
-        setting = settings.setdefault(name, {
-            "type": known[name]["type"] if name in known else ast.unparse(annotation),
-            "annotation": None, "has_value": False, "value": None, "comment": "", "file": file,
-            "line": node.lineno})
+        setting = settings.setdefault(
+            name,
+            {
+                "type": known[name]["type"] if name in known else ast.unparse(annotation),
+                "annotation": None,
+                "has_value": False,
+                "value": None,
+                "comment": "",
+                "file": file,
+                "line": node.lineno,
+            },
+        )
         setting["annotation"] = ast.unparse(annotation) if annotation else setting["annotation"]
         setting["comment"] = source.comments.get(node.end_lineno) or setting["comment"]
         if not kinds.is_known(setting["type"]):
-            problems.append(f"{file}:{node.lineno}: {name} has the type {setting['type']}. "
-                            "use int, float, bool, str, tuple[int, ...], or one of these | None.")
+            problems.append(
+                f"{file}:{node.lineno}: {name} has the type {setting['type']}. "
+                "use int, float, bool, str, tuple[int, ...], or one of these | None."
+            )
             setting["type"] = "str | None"
             unread.append(name)
         elif value is not None:
@@ -98,17 +122,22 @@ def settings_in(path: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]
                 plain = plain_value(value)
                 setting.update(value=plain, has_value=True, line=node.lineno)
             except NotPlain as error:
-                problems.append(f"{file}:{node.lineno}: {name} must be a plain value, "
-                                f"not {error}. write the value itself.")
+                problems.append(
+                    f"{file}:{node.lineno}: {name} must be a plain value, "
+                    f"not {error}. write the value itself."
+                )
                 unread.append(name)
     for name in unread:  # no other value stands in for it
         settings[name].update(has_value=True, value=None, unread=True)
     for setting in settings.values():
         if kinds.has_type(setting["value"], setting["type"]):
             setting["value"] = kinds.as_type(setting["value"], setting["type"])
-    problems += [f"{file}:{line}: {name} is set in a way that is not seen, as files are read "
-                 f"without being run. write `{name} = value` on a line of its own, not indented."
-                 for name, line in source.hidden if name in settings or name in known]
+    problems += [
+        f"{file}:{line}: {name} is set in a way that is not seen, as files are read "
+        f"without being run. write `{name} = value` on a line of its own, not indented."
+        for name, line in source.hidden
+        if name in settings or name in known
+    ]
     if file in shipped():
         problems += missing(settings, known, file) + strangers(source, path)
     return settings, problems
@@ -131,8 +160,11 @@ def look_at(text: str) -> Source:
     """What the text of a Python file says."""
     tree = ast.parse(text)
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = {token.start[0]: token.string.lstrip("# ")
-                for token in tokens if token.type == tokenize.COMMENT}
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    }
     return Source(tree, comments, hidden_bindings(tree), names_read(tree))
 
 
@@ -157,9 +189,12 @@ def pairs(target: ast.expr, value: ast.expr):
     several = (ast.Tuple, ast.List)
     if isinstance(target, ast.Name):
         yield target.id, value
-    elif (isinstance(target, several) and isinstance(value, several)
-          and len(target.elts) == len(value.elts)
-          and not any(isinstance(each, ast.Starred) for each in (*target.elts, *value.elts))):
+    elif (
+        isinstance(target, several)
+        and isinstance(value, several)
+        and len(target.elts) == len(value.elts)
+        and not any(isinstance(each, ast.Starred) for each in (*target.elts, *value.elts))
+    ):
         for left, right in zip(target.elts, value.elts):
             yield from pairs(left, right)
 
@@ -190,8 +225,11 @@ def evaluated(node: ast.expr) -> Any:
 def number(node: ast.expr) -> int | float:
     """The value of an operand; NotPlain if it is no number."""
     value = evaluated(node)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (
-            isinstance(value, int) and value.bit_length() > 4096):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or (isinstance(value, int) and value.bit_length() > 4096)
+    ):
         raise NotPlain(f"`{kinds.shown(ast.unparse(node))[1:-1]}`")
     return value
 
@@ -202,8 +240,7 @@ def hidden_bindings(tree: ast.Module) -> list[tuple[str, int]]:
     for node in tree.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            seen = {name for target in targets
-                    for name, _ in pairs(target, node.value or target)}
+            seen = {name for target in targets for name, _ in pairs(target, node.value or target)}
             found += [each for each in bindings(node) if each[0] not in seen]
         else:
             found += bindings(node)
@@ -237,9 +274,11 @@ def snapshot(paths: list[Path], preset: dict[str, Any]) -> str:
     for path in paths:
         lines = []
         for name, setting in settings_in(path)[0].items():
-            about = {"type": setting["annotation"] or setting["type"],
-                     "default": setting["value"] if setting["has_value"] else preset[name],
-                     "by_preset": not setting["has_value"]}
+            about = {
+                "type": setting["annotation"] or setting["type"],
+                "default": setting["value"] if setting["has_value"] else preset[name],
+                "by_preset": not setting["has_value"],
+            }
             lines.append(f"  {json.dumps(name)}: {json.dumps(about)}")
         files.append(f" {json.dumps(path.name)}: {{\n" + ",\n".join(lines) + "\n }")
     return "{\n" + ",\n".join(files) + "\n}\n"
@@ -247,9 +286,12 @@ def snapshot(paths: list[Path], preset: dict[str, Any]) -> str:
 
 def missing(settings: dict, known: dict, file: str) -> list[str]:
     """A line for each setting that the file ships with and that is no longer in it."""
-    return [f"{file}: {name} is missing. write `{name}: {about['type']} = "
-            f"{kinds.shown(default_of(about))}` at its top."
-            for name, about in known.items() if name not in settings]
+    return [
+        f"{file}: {name} is missing. write `{name}: {about['type']} = "
+        f"{kinds.shown(default_of(about))}` at its top."
+        for name, about in known.items()
+        if name not in settings
+    ]
 
 
 def default_of(about: dict[str, Any]) -> Any:
@@ -307,5 +349,8 @@ def names_read(tree: ast.Module) -> set[str]:
 def read_elsewhere(name: str, path: str | Path) -> bool:
     """Whether another file of the folder, or the package, has the name."""
     word = re.compile(rf"\b{re.escape(name)}\b")
-    return any(word.search(other.read_text(encoding="utf-8", errors="replace"))
-               for other in Path(path).parent.glob("*.py") if other.name != Path(path).name)
+    return any(
+        word.search(other.read_text(encoding="utf-8", errors="replace"))
+        for other in Path(path).parent.glob("*.py")
+        if other.name != Path(path).name
+    )

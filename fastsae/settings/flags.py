@@ -1,4 +1,5 @@
 """Flags: `--layer-idx 18`, `--m=512`, `--use-matryoshka`, `--no-use-matryoshka`."""
+
 import os
 import sys
 from collections.abc import Callable
@@ -20,16 +21,24 @@ def is_switch(kind: str) -> bool:
     return kinds.base_of(kind) == "bool"
 
 
-def parse_flags(declared: dict[str, dict], argv: list[str], script: str | Path, *,
-                show_help: Callable[[], Any] = lambda: None) -> tuple[dict[str, Any], list[str]]:
+def parse_flags(
+    declared: dict[str, dict],
+    argv: list[str],
+    script: str | Path,
+    *,
+    show_help: Callable[[], Any] = lambda: None,
+) -> tuple[dict[str, Any], list[str]]:
     """({NAME: value} of the flags in `argv`, problems). At `--help` calls `show_help` and exits 0.
 
     A flag whose value cannot be read is left out, and its name begins a line of `problems`.
     """
     names = {f"--{flag_name(name)}": name for name in declared}
-    switches = {f"{prefix}{flag_name(name)}": (name, prefix == "--")
-                for name, setting in declared.items() if is_switch(setting["type"])
-                for prefix in ("--", "--no-")}
+    switches = {
+        f"{prefix}{flag_name(name)}": (name, prefix == "--")
+        for name, setting in declared.items()
+        if is_switch(setting["type"])
+        for prefix in ("--", "--no-")
+    }
     given: dict[str, Any] = {}
     problems, words = [], list(argv)
     while words:
@@ -58,8 +67,10 @@ def parse_flags(declared: dict[str, dict], argv: list[str], script: str | Path, 
             try:
                 given[name] = kinds.parse(text, kind)
             except ValueError:
-                problems.append(f"{name}: expected {kinds.expectation(kind)}, "
-                                f"got {kinds.shown(text)}. {example}")
+                problems.append(
+                    f"{name}: expected {kinds.expectation(kind)}, "
+                    f"got {kinds.shown(text)}. {example}"
+                )
     return given, problems
 
 
@@ -69,8 +80,10 @@ def no_such_flag(flag: str, declared: dict[str, dict], script: str | Path) -> st
     name = word.upper().replace("-", "_")
     home = home_of(name) or home_of(name.removeprefix("NO_"))
     if home and name not in declared and name.removeprefix("NO_") not in declared:
-        return (f"{flag}: no such setting of {os.path.basename(script)}, but of {home}. leave it "
-                "out here, or start run_pipeline.py, which takes the flags of all stages.")
+        return (
+            f"{flag}: no such setting of {os.path.basename(script)}, but of {home}. leave it "
+            "out here, or start run_pipeline.py, which takes the flags of all stages."
+        )
     near = nearest(word, [flag_name(each) for each in declared])
     if word.startswith("no-"):
         switches = [flag_name(each) for each in declared if is_switch(declared[each]["type"])]
@@ -78,8 +91,10 @@ def no_such_flag(flag: str, declared: dict[str, dict], script: str | Path) -> st
         near = negated or near
     if not near:
         return f"{flag}: no such setting. see --help for all of them."
-    return (f"{flag}: no such setting. perhaps {listed([f'--{each}' for each in near])} is meant; "
-            "--help lists all.")
+    return (
+        f"{flag}: no such setting. perhaps {listed([f'--{each}' for each in near])} is meant; "
+        "--help lists all."
+    )
 
 
 def as_flags(name: str, value: Any) -> str:

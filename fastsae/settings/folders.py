@@ -1,4 +1,5 @@
 """What a folder is that was given as a dataset, and the command that makes a file of rows of it."""
+
 import os
 import re
 from pathlib import Path
@@ -22,14 +23,21 @@ def folder_advice(path: str | Path) -> tuple[str, str]:
     elif {"state.json", "dataset_info.json"} & set(names):
         what, remedy = "is a saved dataset", f"{load}.to_json('data.jsonl')\""
     elif ".jsonl" in suffixes:
-        what, remedy = "is a folder of .jsonl files", "give one, or join them: cat FOLDER/*.jsonl > data.jsonl"
+        what, remedy = (
+            "is a folder of .jsonl files",
+            "give one, or join them: cat FOLDER/*.jsonl > data.jsonl",
+        )
     elif ".parquet" in suffixes:
         what = "is a folder of Parquet tables"
         remedy = f"convert it: python -c \"import pandas; pandas.read_parquet('{name}').{TO_ROWS}\""
     elif ".txt" in suffixes:
-        what, remedy = "is a folder of .txt files", (
-            "make a row of each: python -c \"import json, pathlib; [print(json.dumps({'text': p.read_text(encoding='utf-8')})) "
-            f"for p in sorted(pathlib.Path('{name}').glob('*.txt'))]\" > data.jsonl")
+        what, remedy = (
+            "is a folder of .txt files",
+            (
+                "make a row of each: python -c \"import json, pathlib; [print(json.dumps({'text': p.read_text(encoding='utf-8')})) "
+                f"for p in sorted(pathlib.Path('{name}').glob('*.txt'))]\" > data.jsonl"
+            ),
+        )
     else:
         what, remedy = "is a folder", "give one file with --dataset-path FILE.jsonl"
     return what, remedy.replace("FOLDER", name)

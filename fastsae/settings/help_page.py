@@ -1,4 +1,5 @@
 """The page that `--help` prints."""
+
 import ast
 import os
 import re
@@ -15,19 +16,34 @@ exit codes: 0 done; 1 a bug; 2 bad input or setting; 3 disk, network, rights or 
             4 done, with features unlabelled; 130, 143 interrupted"""
 
 
-def help_text(declared: dict[str, dict], presets: dict[str, dict], script: Path,
-              project: Path) -> str:
+def help_text(
+    declared: dict[str, dict], presets: dict[str, dict], script: Path, project: Path
+) -> str:
     """The script's first paragraph and examples, every setting, the exit codes."""
     about = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
-    lines = [f"usage: python {os.path.relpath(script, project)} [--setting value ...]", "",
-             *textwrap.wrap(" ".join(about.split("\n\n")[0].split()), WIDTH)]
+    lines = [
+        f"usage: python {os.path.relpath(script, project)} [--setting value ...]",
+        "",
+        *textwrap.wrap(" ".join(about.split("\n\n")[0].split()), WIDTH),
+    ]
     for name, setting in declared.items():
         if (heading := f"settings of {setting['file']}:") not in lines:
             lines += ["", heading]
         lines += about_setting(name, setting, presets)
     examples = [line[2:] for line in about.split("\n") if line.startswith("    ")]
-    return "\n".join([*lines, "", "Edit a setting at the top of its file, or give its flag for one "
-                      "run. Tuples take commas.", "", "examples:", *examples, "", EXIT_CODES])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Edit a setting at the top of its file, or give its flag for one "
+            "run. Tuples take commas.",
+            "",
+            "examples:",
+            *examples,
+            "",
+            EXIT_CODES,
+        ]
+    )
 
 
 def about_setting(name: str, setting: dict[str, Any], presets: dict[str, dict]) -> list[str]:
@@ -37,12 +53,20 @@ def about_setting(name: str, setting: dict[str, Any], presets: dict[str, dict]) 
         flag = f"  --{flag_name(name)} | --no-{flag_name(name)}"
     else:
         flag = f"  --{flag_name(name)} {kind}" + "|none" * setting["type"].endswith(" | None")
-    defaults = ({"": setting["value"]} if setting["has_value"] else
-                {f"{preset}: ": values.get(name) for preset, values in presets.items()})
+    defaults = (
+        {"": setting["value"]}
+        if setting["has_value"]
+        else {f"{preset}: ": values.get(name) for preset, values in presets.items()}
+    )
     default = "; ".join(f"{preset}{kinds.as_typed(value)}" for preset, value in defaults.items())
     above = []
     if len(flag) > COLUMN - 2:
         above, flag = [flag], ""
-    text = textwrap.fill(f"{setting['comment']} [{default}]", WIDTH, break_on_hyphens=False,
-                         initial_indent=flag.ljust(COLUMN), subsequent_indent=" " * COLUMN)
+    text = textwrap.fill(
+        f"{setting['comment']} [{default}]",
+        WIDTH,
+        break_on_hyphens=False,
+        initial_indent=flag.ljust(COLUMN),
+        subsequent_indent=" " * COLUMN,
+    )
     return [*above, *text.split("\n")]

@@ -1,19 +1,27 @@
 """The types that settings can have, by annotation: `int`, `tuple[int, ...]`, `str | None`."""
+
 import re
 import sys
 from typing import Any
 
 PLAIN = ("bool", "int", "float", "str")
-EXAMPLES = {"int": "8", "float": "0.5", "tuple[int, ...]": "8,16", "tuple[float, ...]": "0.5,2",
-            "tuple[str, ...]": "saelens"}
+EXAMPLES = {
+    "int": "8",
+    "float": "0.5",
+    "tuple[int, ...]": "8,16",
+    "tuple[float, ...]": "0.5,2",
+    "tuple[str, ...]": "saelens",
+}
 LARGEST_FLOAT = sys.float_info.max
 LONGEST = 60  # characters of a value that a message repeats
 
 
 def is_known(kind: str) -> bool:
     """Whether `kind` is a type that settings can have."""
-    return re.fullmatch(r"(bool|((int|float|str)|tuple\[(int|float|str), \.\.\.\]))( \| None)?",
-                        kind) is not None
+    return (
+        re.fullmatch(r"(bool|((int|float|str)|tuple\[(int|float|str), \.\.\.\]))( \| None)?", kind)
+        is not None
+    )
 
 
 def base_of(kind: str) -> str:
@@ -42,8 +50,9 @@ def has_type(value: Any, kind: str) -> bool:
     if kind.endswith(" | None"):
         return value is None or has_type(value, base_of(kind))
     if kind.startswith("tuple["):
-        return (isinstance(value, (tuple, list))
-                and all(has_type(each, item_of(kind)) for each in value))
+        return isinstance(value, (tuple, list)) and all(
+            has_type(each, item_of(kind)) for each in value
+        )
     if kind == "float":
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number and abs(value) <= LARGEST_FLOAT
@@ -88,10 +97,11 @@ def shown(value: Any) -> str:
         text = printable(repr(value))
     except ValueError:  # an int of more digits than Python writes
         text = f"a number of {value.bit_length()} bits"
-    return text if len(text) <= LONGEST else f"{text[:LONGEST - 20]}...{text[-10:]}"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 20]}...{text[-10:]}"
 
 
 def printable(text: str) -> str:
     """The text with what does not print as escapes: no line is forged, no control sequence sent."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )

@@ -1,4 +1,5 @@
 """Settings from files, preset and flags: what `config.resolve` does."""
+
 import os
 import sys
 from pathlib import Path
@@ -36,13 +37,17 @@ def resolve(project: Path, presets: Any, scripts: tuple, argv: list[str] | None 
     declared = read_files([project / "config.py", *map(Path, scripts)], script)
     refuse(check_presets(presets, declared, project))
     given, problems = parse_flags(
-        declared, sys.argv[1:] if argv is None else argv, script,
-        show_help=lambda: print_help(help_text(declared, presets, script, project)))
+        declared,
+        sys.argv[1:] if argv is None else argv,
+        script,
+        show_help=lambda: print_help(help_text(declared, presets, script, project)),
+    )
     unread = {problem.split(":")[0] for problem in problems}  # no other value stands in for them
     preset = given.get("PRESET", declared["PRESET"]["value"])
     if not isinstance(preset, str) or preset not in presets:
-        problems.append(f"PRESET: there is no preset {kinds.shown(preset)}. "
-                        f"choose {' or '.join(presets)}.")
+        problems.append(
+            f"PRESET: there is no preset {kinds.shown(preset)}. choose {' or '.join(presets)}."
+        )
         preset = next(iter(presets))
     values, source = {}, {}
     for name, setting in declared.items():
@@ -56,15 +61,24 @@ def resolve(project: Path, presets: Any, scripts: tuple, argv: list[str] | None 
         values[name] = absolute(name, values[name], base)
     wrong = [name for name in declared if not kinds.has_type(values[name], declared[name]["type"])]
     problems += [wrong_type(name, values[name], declared[name], source[name]) for name in wrong]
-    right = {name: kinds.as_type(value, declared[name]["type"]) for name, value in values.items()
-             if name not in wrong}
-    problems += check_values(complete({name: value for name, value in right.items()
-                                       if name not in unread}))
+    right = {
+        name: kinds.as_type(value, declared[name]["type"])
+        for name, value in values.items()
+        if name not in wrong
+    }
+    problems += check_values(
+        complete({name: value for name, value in right.items() if name not in unread})
+    )
     refuse(problems)
     for name, value in (completed := complete(right)).items():
         source[name] = source[name] if value == right[name] else "follows"
-    return Settings(completed, source, {name: each["file"] for name, each in declared.items()},
-                    complete(defaults_of(declared, project)), project)
+    return Settings(
+        completed,
+        source,
+        {name: each["file"] for name, each in declared.items()},
+        complete(defaults_of(declared, project)),
+        project,
+    )
 
 
 def read_files(paths: list[Path], script: Path) -> dict[str, dict[str, Any]]:
@@ -85,16 +99,26 @@ def check_presets(presets: Any, declared: dict[str, dict], project: Path) -> lis
 
     A preset sets exactly the settings that are declared without a value, so no edit is shadowed.
     """
-    if not isinstance(presets, dict) or not presets or not all(
-            isinstance(name, str) and isinstance(each, dict) for name, each in presets.items()):
-        return ["PRESETS: expected a dict of dicts, {name: {SETTING: value}}. "
-                "write it in config.py like the two that are shipped."]
+    if (
+        not isinstance(presets, dict)
+        or not presets
+        or not all(
+            isinstance(name, str) and isinstance(each, dict) for name, each in presets.items()
+        )
+    ):
+        return [
+            "PRESETS: expected a dict of dicts, {name: {SETTING: value}}. "
+            "write it in config.py like the two that are shipped."
+        ]
     problems = []
     open_names = [name for name, setting in declared.items() if not setting["has_value"]]
     for preset, values in presets.items():
-        problems += [f"PRESETS: {preset!r} does not set {name}. add it in config.py, or give "
-                     f"{name} a value in {declared[name]['file']}."
-                     for name in open_names if name not in values]
+        problems += [
+            f"PRESETS: {preset!r} does not set {name}. add it in config.py, or give "
+            f"{name} a value in {declared[name]['file']}."
+            for name in open_names
+            if name not in values
+        ]
         for name in values:
             problem = not_for_presets(name, declared, project)
             problems += [f"PRESETS: {preset!r} sets {problem}"] if problem else []
@@ -113,16 +137,24 @@ def not_for_presets(name: Any, declared: dict[str, dict], project: Path) -> str 
     setting = declared.get(name) or settings_in(project / home)[0].get(name, {})
     if not setting.get("has_value", True):
         return None
-    return (f"{name}, which has a value in {home} that would win. edit it there, or give "
-            f"--{flag_name(name)}; leave it out of the preset.")
+    return (
+        f"{name}, which has a value in {home} that would win. edit it there, or give "
+        f"--{flag_name(name)}; leave it out of the preset."
+    )
 
 
 def absolute(name: str, value: Any, base: Path) -> Any:
     """A path setting's value as seen from `base`; any other value as it is.
 
-    MODEL_NAME is a path where it looks like one or names a folder there, and not the embedded model.
+    MODEL_NAME is a path where it looks like one or names a folder there, and not the embedded
+    model.
     """
-    if name == "MODEL_NAME" and isinstance(value, str) and value.strip() and value != EMBEDDED_MODEL:
+    if (
+        name == "MODEL_NAME"
+        and isinstance(value, str)
+        and value.strip()
+        and value != EMBEDDED_MODEL
+    ):
         path = os.path.join(base, os.path.expanduser(value))
         looks = value.startswith((".", "/", "~")) or value.endswith(".gguf")
         if looks or os.path.isdir(path):

@@ -3,6 +3,7 @@
 All are checked before anything loads. The names that a rule needs may be absent: a stage knows only
 its own settings and the shared ones.
 """
+
 import operator
 import os
 import re
@@ -16,40 +17,92 @@ from fastsae.settings.values import LONGEST_NAME
 
 # {NAME: bound}, for tuples each item's.
 AT_LEAST: dict[str, float] = {
-    "LAYER_IDX": 1, "MAX_LENGTH": 2, "MAX_EXAMPLES": 2, "SEED": 0, "BATCH_TOKENS": 1,
-    "CHUNK_TOKENS": 1, "SHARD_BYTES": 1, "BLOCK_LENGTH": 2, "DEDUP_NGRAM": 0, "M": 1, "K": 1,
-    "AUX_K": 0, "AUX_COEF": 0, "DEAD_AFTER_TOKENS": 1, "BATCH_SIZE": 2, "N_EPOCHS": 1,
-    "PATIENCE": 1, "N_TOP_NEURONS": 0, "N_LLM_WORKERS": 1, "LR_WARMUP_STEPS": 0,
-    "SPARSITY_WARMUP_STEPS": 0, "BUFFER_TOKENS": 6, "MAX_TRAIN_TOKENS": 2, "L1_COEFFICIENT": 0,
-    "L0_COEFFICIENT": 0, "RESAMPLE_EVERY": 1, "SEEDS": 0, "K_LIST": 1, "L1_COEFFICIENT_LIST": 0,
-    "N_REPORT_FEATURES": 1, "N_SCORED_FEATURES": 0, "N_FIDELITY_EXAMPLES": 0, "N_HYPOTHESES": 1,
-    "TEST_FRACTION": 0}
+    "LAYER_IDX": 1,
+    "MAX_LENGTH": 2,
+    "MAX_EXAMPLES": 2,
+    "SEED": 0,
+    "BATCH_TOKENS": 1,
+    "CHUNK_TOKENS": 1,
+    "SHARD_BYTES": 1,
+    "BLOCK_LENGTH": 2,
+    "DEDUP_NGRAM": 0,
+    "M": 1,
+    "K": 1,
+    "AUX_K": 0,
+    "AUX_COEF": 0,
+    "DEAD_AFTER_TOKENS": 1,
+    "BATCH_SIZE": 2,
+    "N_EPOCHS": 1,
+    "PATIENCE": 1,
+    "N_TOP_NEURONS": 0,
+    "N_LLM_WORKERS": 1,
+    "LR_WARMUP_STEPS": 0,
+    "SPARSITY_WARMUP_STEPS": 0,
+    "BUFFER_TOKENS": 6,
+    "MAX_TRAIN_TOKENS": 2,
+    "L1_COEFFICIENT": 0,
+    "L0_COEFFICIENT": 0,
+    "RESAMPLE_EVERY": 1,
+    "SEEDS": 0,
+    "K_LIST": 1,
+    "L1_COEFFICIENT_LIST": 0,
+    "N_REPORT_FEATURES": 1,
+    "N_SCORED_FEATURES": 0,
+    "N_FIDELITY_EXAMPLES": 0,
+    "N_HYPOTHESES": 1,
+    "TEST_FRACTION": 0,
+}
 ABOVE: dict[str, float] = {
-    "LEARNING_RATE": 0, "CLIP_GRAD": 0, "MAX_NORM_RATIO": 1, "VALIDATION_FRACTION": 0,
-    "LLM_TIMEOUT": 0, "SAVE_EVERY": 0, "LR_DECAY_FRACTION": 0, "INIT_ENCODER_SCALE": 0,
-    "JUMPRELU_BANDWIDTH": 0}
+    "LEARNING_RATE": 0,
+    "CLIP_GRAD": 0,
+    "MAX_NORM_RATIO": 1,
+    "VALIDATION_FRACTION": 0,
+    "LLM_TIMEOUT": 0,
+    "SAVE_EVERY": 0,
+    "LR_DECAY_FRACTION": 0,
+    "INIT_ENCODER_SCALE": 0,
+    "JUMPRELU_BANDWIDTH": 0,
+}
 SMALLEST = 1e-12  # of what is above 0, else it is 0 in float32 or no time at all
 SMALLEST_OF: dict[str, float] = {"INIT_ENCODER_SCALE": 1e-6, "JUMPRELU_BANDWIDTH": 1e-6}
 AT_MOST: dict[str, float] = {
-    "VALIDATION_FRACTION": 0.99, "TEST_FRACTION": 0.98, "LR_DECAY_FRACTION": 1,
-    "M": 2 ** 26, "DEDUP_NGRAM": 1000, "BLOCK_LENGTH": 2 ** 31 - 1, "N_LLM_WORKERS": 256,
-    "LLM_TIMEOUT": 86_400, "LEARNING_RATE": 1e38, "AUX_COEF": 1e38, "L1_COEFFICIENT": 1e38,
-    "L1_COEFFICIENT_LIST": 1e38, "L0_COEFFICIENT": 1e38,  # float32 ends at 3.4e38
-    "INIT_ENCODER_SCALE": 1e6, "JUMPRELU_BANDWIDTH": 1e6}
-LARGEST_INT, LARGEST_FLOAT = 2 ** 53 - 1, 1e12  # of every other setting: exact everywhere
+    "VALIDATION_FRACTION": 0.99,
+    "TEST_FRACTION": 0.98,
+    "LR_DECAY_FRACTION": 1,
+    "M": 2**26,
+    "DEDUP_NGRAM": 1000,
+    "BLOCK_LENGTH": 2**31 - 1,
+    "N_LLM_WORKERS": 256,
+    "LLM_TIMEOUT": 86_400,
+    "LEARNING_RATE": 1e38,
+    "AUX_COEF": 1e38,
+    "L1_COEFFICIENT": 1e38,
+    "L1_COEFFICIENT_LIST": 1e38,
+    "L0_COEFFICIENT": 1e38,  # float32 ends at 3.4e38
+    "INIT_ENCODER_SCALE": 1e6,
+    "JUMPRELU_BANDWIDTH": 1e6,
+}
+LARGEST_INT, LARGEST_FLOAT = 2**53 - 1, 1e12  # of every other setting: exact everywhere
 CHOICES: dict[str, tuple[str, ...]] = {
-    "DTYPE": ("auto", "float32", "bfloat16", "float16"), "STORAGE_DTYPE": ("float16", "float32"),
-    "PROCESSING": ("example", "block"), "POOLING": ("max", "mean"), "TARGET_POOLING": ("max", "mean"),
-    "ENGINE": ("sparse", "reference"), "SELECT_DTYPE": ("float32", "bfloat16"),
+    "DTYPE": ("auto", "float32", "bfloat16", "float16"),
+    "STORAGE_DTYPE": ("float16", "float32"),
+    "PROCESSING": ("example", "block"),
+    "POOLING": ("max", "mean"),
+    "TARGET_POOLING": ("max", "mean"),
+    "ENGINE": ("sparse", "reference"),
+    "SELECT_DTYPE": ("float32", "bfloat16"),
     "LR_SCHEDULE": ("constant", "linear", "cosine"),
     "ARCHITECTURE": ("topk", "batchtopk", "standard", "jumprelu", "gated"),
-    "JUMPRELU_LOSS": ("target", "step"), "LOGGER": ("none", "tensorboard", "wandb"),
+    "JUMPRELU_LOSS": ("target", "step"),
+    "LOGGER": ("none", "tensorboard", "wandb"),
     "USE_TOKENS": ("all", "content", "assistant"),
     "NORMALIZE_ACTIVATIONS": ("auto", "none", "mean", "norm", "both"),
     "INIT_DIRECTIONS": ("mixed", "xavier", "kaiming", "orthogonal", "data"),
-    "INIT_CENTRE": ("median", "mean", "geometric_median"), "EXPORT": ("saelens", "sparsify"),
+    "INIT_CENTRE": ("median", "mean", "geometric_median"),
+    "EXPORT": ("saelens", "sparsify"),
     "LLM_PROTOCOL": ("both", "contrastive", "fast"),
-    "SELECTION_METHOD": ("separation_score", "correlation", "lasso")}
+    "SELECTION_METHOD": ("separation_score", "correlation", "lasso"),
+}
 DENSE = ("standard", "jumprelu", "gated")  # architectures without a fixed number of active features
 FEATURES = {"M", "K", "AUX_K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES"}
 
@@ -93,19 +146,31 @@ def check_values(values: dict[str, Any]) -> list[str]:
     check_bounds(values, require)
     for name, allowed in CHOICES.items():
         for value in each(values.get(name)):
-            require(value in allowed, name, f"{shown(value)} is unknown",
-                    f"choose {', '.join(allowed)}")
+            require(
+                value in allowed, name, f"{shown(value)} is unknown", f"choose {', '.join(allowed)}"
+            )
     if "DEVICE" in values:
-        require(re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", values["DEVICE"]), "DEVICE",
-                f"{shown(values['DEVICE'])} is unknown", "choose auto, cpu, mps, cuda or cuda:0")
+        require(
+            re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", values["DEVICE"]),
+            "DEVICE",
+            f"{shown(values['DEVICE'])} is unknown",
+            "choose auto, cpu, mps, cuda or cuda:0",
+        )
     if values.get("RUN_NAME") is not None:
-        require(re.fullmatch(r"[\w.=+-]*[\w=+-]", values["RUN_NAME"]), "RUN_NAME",
-                f"{shown(values['RUN_NAME'])} cannot be a folder's name",
-                "use letters, digits and . _ = + -")
+        require(
+            re.fullmatch(r"[\w.=+-]*[\w=+-]", values["RUN_NAME"]),
+            "RUN_NAME",
+            f"{shown(values['RUN_NAME'])} cannot be a folder's name",
+            "use letters, digits and . _ = + -",
+        )
     for name in ("RUN_NAME", "NEURONPEDIA_SET"):
         length = len(str(values.get(name) or "").encode(errors="replace"))
-        require(length <= LONGEST_NAME, name, f"{length} bytes are too long for a folder's name",
-                f"give at most {LONGEST_NAME}")
+        require(
+            length <= LONGEST_NAME,
+            name,
+            f"{length} bytes are too long for a folder's name",
+            f"give at most {LONGEST_NAME}",
+        )
     check_paths(values, require)
     check_extraction(values, require)
     if FEATURES <= set(values):
@@ -118,24 +183,37 @@ def check_values(values: dict[str, Any]) -> list[str]:
 def check_bounds(values: dict[str, Any], require: Require) -> None:
     """Each number within its bounds; where it has none, within what is exact everywhere."""
     for table, ok, wrong, right in (
-            (AT_LEAST, operator.ge, "below {}", "{} or more"),
-            (AT_MOST, operator.le, "above {}", "{} or less"),
-            (ABOVE, operator.gt, "not above {}", "more than {}")):
+        (AT_LEAST, operator.ge, "below {}", "{} or more"),
+        (AT_MOST, operator.le, "above {}", "{} or less"),
+        (ABOVE, operator.gt, "not above {}", "more than {}"),
+    ):
         for name, bound in table.items():
             for value in each(values.get(name)):
-                require(ok(value, bound), name, f"{shown(value)} is {wrong.format(bound)}",
-                        f"give {right.format(bound)}")
+                require(
+                    ok(value, bound),
+                    name,
+                    f"{shown(value)} is {wrong.format(bound)}",
+                    f"give {right.format(bound)}",
+                )
     for name, bound in ABOVE.items():
         least = SMALLEST_OF.get(name, SMALLEST)
         for value in each(values.get(name)):
-            require(value <= bound or value >= least, name, f"{value} is below {least}",
-                    f"give {least} or more")
+            require(
+                value <= bound or value >= least,
+                name,
+                f"{value} is below {least}",
+                f"give {least} or more",
+            )
     for name, value in values.items():
         for one in each(value) if name not in AT_MOST else ():
             bound = LARGEST_INT if isinstance(one, int) else LARGEST_FLOAT
             if not isinstance(one, str):
-                require(abs(one) <= bound, name, f"{shown(one)} is beyond {bound}",
-                        "give a smaller number")
+                require(
+                    abs(one) <= bound,
+                    name,
+                    f"{shown(one)} is beyond {bound}",
+                    "give a smaller number",
+                )
 
 
 def check_paths(values: dict[str, Any], require: Require) -> None:
@@ -146,63 +224,113 @@ def check_paths(values: dict[str, Any], require: Require) -> None:
         what, remedy = "is not a file", "give your data with --dataset-path FILE.jsonl"
         if os.path.isdir(path):
             what, remedy = folder_advice(path)
-        require(path.startswith("hf:") or os.path.isfile(path), "DATASET_PATH", f"{path} {what}", remedy)
+        require(
+            path.startswith("hf:") or os.path.isfile(path), "DATASET_PATH", f"{path} {what}", remedy
+        )
     for name in ("OUTPUT_DIR", "CACHE_DIR"):
-        require(values.get(name) != "", name, "is empty",
-                f"name a folder, or leave --{flag_name(name)} out")
+        require(
+            values.get(name) != "",
+            name,
+            "is empty",
+            f"name a folder, or leave --{flag_name(name)} out",
+        )
         nearest = values.get(name) or "/"
         while not os.path.lexists(nearest) and os.path.dirname(nearest) != nearest:
             nearest = os.path.dirname(nearest)
-        require(os.path.isdir(nearest), name, f"{nearest} is not a folder",
-                f"choose another --{flag_name(name)}")
+        require(
+            os.path.isdir(nearest),
+            name,
+            f"{nearest} is not a folder",
+            f"choose another --{flag_name(name)}",
+        )
 
 
-TEXT_REMEDY = ("make one of each line: python -c \"import json; [print(json.dumps({'text': "
-               "t.strip()})) for t in open('FILE.txt', encoding='utf-8') if t.strip()]\" > FILE.jsonl; "
-               "or train on all of it joined, without stage 3: --processing block")
+TEXT_REMEDY = (
+    "make one of each line: python -c \"import json; [print(json.dumps({'text': "
+    "t.strip()})) for t in open('FILE.txt', encoding='utf-8') if t.strip()]\" > FILE.jsonl; "
+    "or train on all of it joined, without stage 3: --processing block"
+)
 
 
 def check_extraction(values: dict[str, Any], require: Require) -> None:
     """LAYERS, and what a plain text can be used for."""
     if values.get("LAYERS") is not None:
         layers = values["LAYERS"]
-        require(len(layers) > 0 and min(layers) >= 1 and len(set(layers)) == len(layers), "LAYERS",
-                f"{layers} are not different layers from 1 on", "give for example --layers 12,18")
-    if ({"PROCESSING", "DEDUP_NGRAM", "DATASET_PATH"} <= set(values)
-            and values["DATASET_PATH"].endswith(".txt")):
+        require(
+            len(layers) > 0 and min(layers) >= 1 and len(set(layers)) == len(layers),
+            "LAYERS",
+            f"{layers} are not different layers from 1 on",
+            "give for example --layers 12,18",
+        )
+    if {"PROCESSING", "DEDUP_NGRAM", "DATASET_PATH"} <= set(values) and values[
+        "DATASET_PATH"
+    ].endswith(".txt"):
         require(values["PROCESSING"] == "block", "PROCESSING", "a .txt has no rows", TEXT_REMEDY)
-        require(values["DEDUP_NGRAM"] == 0, "DEDUP_NGRAM", "a .txt has no examples to drop",
-                "set it to 0")
+        require(
+            values["DEDUP_NGRAM"] == 0,
+            "DEDUP_NGRAM",
+            "a .txt has no examples to drop",
+            "set it to 0",
+        )
 
 
 def check_features(values: dict[str, Any], require: Require) -> None:
     """M, K, AUX_K, the prefixes and the lists of several autoencoders against each other."""
     held_out = values.get("VALIDATION_FRACTION", 0) + values.get("TEST_FRACTION", 0)
-    require(held_out < 1 or values["VALIDATION_FRACTION"] > 0.99, "TEST_FRACTION",
-            f"with VALIDATION_FRACTION it is {held_out:g}, and nothing is left to train on",
-            "lower --test-fraction")
+    require(
+        held_out < 1 or values["VALIDATION_FRACTION"] > 0.99,
+        "TEST_FRACTION",
+        f"with VALIDATION_FRACTION it is {held_out:g}, and nothing is left to train on",
+        "lower --test-fraction",
+    )
     m, prefixes = values["M"], values["MATRYOSHKA_PREFIXES"]
     for name in ("K", "K_LIST"):
         k = max(each(values.get(name)), default=0)
-        require(k <= m, name, f"{shown(k)} active features of only M={shown(m)}",
-                f"lower --{flag_name(name)} or raise --m to at least {shown(k)}")
-    require((values["AUX_K"] or 0) <= m, "AUX_K",
-            f"{shown(values['AUX_K'])} is more than M={shown(m)}", "lower --aux-k")
+        require(
+            k <= m,
+            name,
+            f"{shown(k)} active features of only M={shown(m)}",
+            f"lower --{flag_name(name)} or raise --m to at least {shown(k)}",
+        )
+    require(
+        (values["AUX_K"] or 0) <= m,
+        "AUX_K",
+        f"{shown(values['AUX_K'])} is more than M={shown(m)}",
+        "lower --aux-k",
+    )
     for name in ("SEEDS", "K_LIST", "L1_COEFFICIENT_LIST"):
         several = values.get(name)
-        require(several is None or 0 < len(several) == len(set(several)), name,
-                f"{several} are not different values", "name each once, or give none")
-    require(not (values.get("INIT_FROM") and values.get("SEEDS")), "SEEDS",
-            "all would start alike, from INIT_FROM", "leave one of the two out")
+        require(
+            several is None or 0 < len(several) == len(set(several)),
+            name,
+            f"{several} are not different values",
+            "name each once, or give none",
+        )
+    require(
+        not (values.get("INIT_FROM") and values.get("SEEDS")),
+        "SEEDS",
+        "all would start alike, from INIT_FROM",
+        "leave one of the two out",
+    )
     nested = values["USE_MATRYOSHKA"] and values.get("ARCHITECTURE") not in DENSE
     if nested and prefixes is not None:
-        rising = (len(prefixes) > 0 and prefixes[0] >= 1
-                  and all(a < b for a, b in zip(prefixes, prefixes[1:])))
-        require(rising or m < 1, "MATRYOSHKA_PREFIXES", f"{prefixes} do not rise from 1 or more",
-                "give for example 64,256, or none for a quarter of M and M")
-        require(not rising or prefixes[-1] == m, "MATRYOSHKA_PREFIXES",
-                f"the last of {prefixes} is not M={shown(m)}",
-                f"give for example {max(1, m // 4)},{shown(m)}, or none for these two")
+        rising = (
+            len(prefixes) > 0
+            and prefixes[0] >= 1
+            and all(a < b for a, b in zip(prefixes, prefixes[1:]))
+        )
+        require(
+            rising or m < 1,
+            "MATRYOSHKA_PREFIXES",
+            f"{prefixes} do not rise from 1 or more",
+            "give for example 64,256, or none for a quarter of M and M",
+        )
+        require(
+            not rising or prefixes[-1] == m,
+            "MATRYOSHKA_PREFIXES",
+            f"the last of {prefixes} is not M={shown(m)}",
+            f"give for example {max(1, m // 4)},{shown(m)}, or none for these two",
+        )
 
 
 def check_architecture(values: dict[str, Any], require: Require) -> None:
@@ -210,37 +338,73 @@ def check_architecture(values: dict[str, Any], require: Require) -> None:
     architecture = values.get("ARCHITECTURE")
     dense, batch_topk = architecture in DENSE, values.get("USE_BATCH_TOPK")
     which = "USE_MATRYOSHKA" if values["MATRYOSHKA_PREFIXES"] is None else "MATRYOSHKA_PREFIXES"
-    require(not (dense and values["USE_MATRYOSHKA"]), which, f"{architecture} has no prefixes",
-            "give --no-use-matryoshka, or --architecture topk")
-    require(not (dense and batch_topk), "USE_BATCH_TOPK", f"{architecture} picks no largest K",
-            "give --no-use-batch-topk, or --architecture batchtopk")
-    require(architecture != "batchtopk" or batch_topk is not False, "USE_BATCH_TOPK",
-            "off contradicts ARCHITECTURE batchtopk", "leave it out, or give --architecture topk")
-    require(values.get("SELECT_DTYPE") != "bfloat16" or (architecture == "topk" and not batch_topk),
-            "SELECT_DTYPE", "only topk can choose from bfloat16",
-            "set it to float32, or give --architecture topk")
+    require(
+        not (dense and values["USE_MATRYOSHKA"]),
+        which,
+        f"{architecture} has no prefixes",
+        "give --no-use-matryoshka, or --architecture topk",
+    )
+    require(
+        not (dense and batch_topk),
+        "USE_BATCH_TOPK",
+        f"{architecture} picks no largest K",
+        "give --no-use-batch-topk, or --architecture batchtopk",
+    )
+    require(
+        architecture != "batchtopk" or batch_topk is not False,
+        "USE_BATCH_TOPK",
+        "off contradicts ARCHITECTURE batchtopk",
+        "leave it out, or give --architecture topk",
+    )
+    require(
+        values.get("SELECT_DTYPE") != "bfloat16" or (architecture == "topk" and not batch_topk),
+        "SELECT_DTYPE",
+        "only topk can choose from bfloat16",
+        "set it to float32, or give --architecture topk",
+    )
     by_l1 = architecture in ("standard", "gated")
     for name, plays_a_part in (("L1_COEFFICIENT_LIST", by_l1), ("K_LIST", not by_l1)):
-        require(plays_a_part or not values.get(name), name,
-                f"{architecture} does not use it, so all would be alike",
-                "leave it out, or give another --architecture")
+        require(
+            plays_a_part or not values.get(name),
+            name,
+            f"{architecture} does not use it, so all would be alike",
+            "leave it out, or give another --architecture",
+        )
     other = "batchtopk" if batch_topk else architecture
-    require("sparsify" not in each(values.get("EXPORT")) or other == "topk", "EXPORT",
-            f"sparsify holds topk only, not {other}",
-            "leave sparsify out, or give --architecture topk")
+    require(
+        "sparsify" not in each(values.get("EXPORT")) or other == "topk",
+        "EXPORT",
+        f"sparsify holds topk only, not {other}",
+        "leave sparsify out, or give --architecture topk",
+    )
 
 
 def check_interpretation(values: dict[str, Any], require: Require) -> None:
     """The rules of stage 3's own settings."""
     if {"TARGET_VALUE", "TARGET_FIELD", "LABEL_FIELD"} <= set(values):
-        require(not values["TARGET_VALUE"] or values["TARGET_FIELD"] or values["LABEL_FIELD"],
-                "TARGET_VALUE", "no field is named that could have it",
-                "name one with --target-field")
+        require(
+            not values["TARGET_VALUE"] or values["TARGET_FIELD"] or values["LABEL_FIELD"],
+            "TARGET_VALUE",
+            "no field is named that could have it",
+            "name one with --target-field",
+        )
     for name in ("TEXT", "DRY_RUN"):
-        require(not (values.get("QUIET") and values.get(name)), name, "QUIET hides what it prints",
-                "leave out --quiet")
+        require(
+            not (values.get("QUIET") and values.get(name)),
+            name,
+            "QUIET hides what it prints",
+            "leave out --quiet",
+        )
     n, set_name = values.get("N_FIDELITY_EXAMPLES") or 0, values.get("NEURONPEDIA_SET")
-    require(n <= 0 or n >= 6, "N_FIDELITY_EXAMPLES", f"{n} are too few to test a label",
-            "give 6 or more, or 0 for no test")
-    require(set_name is None or re.fullmatch(r"[\w.-]*\w", set_name), "NEURONPEDIA_SET",
-            f"{shown(set_name)} cannot be the name of a set", "use letters, digits and . _ -")
+    require(
+        n <= 0 or n >= 6,
+        "N_FIDELITY_EXAMPLES",
+        f"{n} are too few to test a label",
+        "give 6 or more, or 0 for no test",
+    )
+    require(
+        set_name is None or re.fullmatch(r"[\w.-]*\w", set_name),
+        "NEURONPEDIA_SET",
+        f"{shown(set_name)} cannot be the name of a set",
+        "use letters, digits and . _ -",
+    )

@@ -4,6 +4,7 @@ Nothing can be said of a syntax error in the very file that Python was told to r
 first. `run_pipeline.py` reads the stages' files before it starts them. What this needs is imported
 when there is something to say, since the first lines of a script are to be quick.
 """
+
 import os
 import sys
 
@@ -54,6 +55,7 @@ def is_constant(path: str, line: int) -> bool:
     for node in tree.body:
         if node.lineno <= line <= (node.end_lineno or node.lineno):
             names = [each.id for each in ast.walk(node) if isinstance(each, ast.Name)]
-            return (isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr))
-                    and any(name.isupper() for name in names))
+            return isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)) and any(
+                name.isupper() for name in names
+            )
     return False

@@ -1,4 +1,5 @@
 """The resolved settings of one run."""
+
 from __future__ import annotations
 
 import hashlib
@@ -24,10 +25,11 @@ def run_name_of(dataset_path: str) -> str:
     """
     name = Path(dataset_path).name
     name = name.rpartition(".")[0] if name.endswith((".jsonl", ".json", ".txt")) else name
-    name = "".join(c if c.isprintable() else "_" for c in name)  # no control sequence, no half character
+    # no control sequence, no half character
+    name = "".join(c if c.isprintable() else "_" for c in name)
     if len(name.encode()) > LONGEST_NAME:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        name = f"{name.encode()[:LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
+        name = f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
     return name if name.strip(". ") else "dataset"
 
 
@@ -38,17 +40,31 @@ class Settings:
     `defaults` the values that the project ships.
     """
 
-    def __init__(self, values: dict[str, Any], source: dict[str, str], owner: dict[str, str],
-                 defaults: dict[str, Any] | None = None, project: Path = PROJECT):
+    def __init__(
+        self,
+        values: dict[str, Any],
+        source: dict[str, str],
+        owner: dict[str, str],
+        defaults: dict[str, Any] | None = None,
+        project: Path = PROJECT,
+    ):
         self.__dict__.update(
-            values=MappingProxyType(dict(values)), source=MappingProxyType(dict(source)),
-            owner=MappingProxyType(dict(owner)), project=project,
-            defaults=MappingProxyType(dict(defaults or {})))
+            values=MappingProxyType(dict(values)),
+            source=MappingProxyType(dict(source)),
+            owner=MappingProxyType(dict(owner)),
+            project=project,
+            defaults=MappingProxyType(dict(defaults or {})),
+        )
 
     def __reduce__(self):
         """Copies and pickles are made from the parts: a mapping proxy has no copy of its own."""
-        return Settings, (dict(self.values), dict(self.source), dict(self.owner),
-                          dict(self.defaults), self.project)
+        return Settings, (
+            dict(self.values),
+            dict(self.source),
+            dict(self.owner),
+            dict(self.defaults),
+            self.project,
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,8 +77,13 @@ class Settings:
 
     def replace(self, **values: Any) -> Settings:
         """These settings with other `values`, for one of several autoencoders."""
-        return Settings({**self.values, **values}, dict(self.source), dict(self.owner),
-                        dict(self.defaults), self.project)
+        return Settings(
+            {**self.values, **values},
+            dict(self.source),
+            dict(self.owner),
+            dict(self.defaults),
+            self.project,
+        )
 
     def select(self, names: Iterable[str]) -> dict[str, Any]:
         """The named settings as a JSON-able dict."""
@@ -82,8 +103,11 @@ class Settings:
 
     def flags_for(self, script: str) -> list[str]:
         """The flags of this run that `script` understands, as command-line arguments."""
-        return [as_flags(name, value) for name, value in self.values.items()
-                if self.source[name] == "flag" and self.owner[name] in ("config.py", script)]
+        return [
+            as_flags(name, value)
+            for name, value in self.values.items()
+            if self.source[name] == "flag" and self.owner[name] in ("config.py", script)
+        ]
 
     def show(self) -> None:
         """Print what differs from the defaults, unless PRINT_SETTINGS is off or QUIET on."""
@@ -100,15 +124,18 @@ class Settings:
         if not by_source:
             return f"settings: all at their defaults ({rest})"
         order = sorted(by_source, key=lambda source: (RANK.get(source.split()[0], 1), source))
-        items = [(f"({source}) " if i == 0 else "") + item
-                 for source in order for i, item in enumerate(by_source[source])]
+        items = [
+            (f"({source}) " if i == 0 else "") + item
+            for source in order
+            for i, item in enumerate(by_source[source])
+        ]
         return "\n".join([*in_two_lines(items), f"  all others at their defaults ({rest})"])
 
 
 def brief(value: Any) -> str:
     """A value as a flag takes it, cut, and without anything that a terminal would obey."""
     text = kinds.printable(kinds.as_typed(value))
-    return text if len(text) <= LONGEST else f"{text[:20]}...{text[-LONGEST + 23:]}"
+    return text if len(text) <= LONGEST else f"{text[:20]}...{text[-LONGEST + 23 :]}"
 
 
 def in_two_lines(items: list[str]) -> list[str]:

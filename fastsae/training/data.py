@@ -1,4 +1,6 @@
-"""The tokens that train, validate and test, and the order in which they come: from memory, or through a mixing buffer from the disk."""
+"""The tokens that train, validate and test, and the order in which they come: from memory, or
+through a mixing buffer from the disk."""
+
 import json
 import threading
 
@@ -19,51 +21,85 @@ from fastsae.data.token_masks import (
 from fastsae.runtime import distributed
 from fastsae.runtime.errors import InputError
 
-CHUNK_ROWS = 1024     # rows that are read together, at most: neighbours in the file, so their examples are the same few
-CHUNKS_PER_PART = 64  # and at least so many chunks come into the pool at a time, so that it holds many examples
+# rows that are read together, at most: neighbours in the file, so their examples are the same few
+CHUNK_ROWS = 1024
+# and at least so many chunks come into the pool at a time, so that it holds many examples
+CHUNKS_PER_PART = 64
 
 
 class Tokens:
     """The activations of stage 1, mapped from the disk, and which of their rows are for what.
 
-    `train` (n,) decides the weights, `validation` the best epoch, `test` nothing: rows that training
-    uses; `all_validation` and `all_test` hold every row of those examples. What the data decide
-    before training, the bound on norms, is decided by the training examples.
+    `train` (n,) decides the weights, `validation` the best epoch, `test` nothing: rows that
+    training uses; `all_validation` and `all_test` hold every row of those examples. What the data
+    decide before training, the bound on norms, is decided by the training examples.
     """
 
-    def __init__(self, path, *, validation_fraction, seed, exclude_shared_prefix, max_norm_ratio, use,
-                 test_fraction=0.0, max_train_tokens=None):
+    def __init__(
+        self,
+        path,
+        *,
+        validation_fraction,
+        seed,
+        exclude_shared_prefix,
+        max_norm_ratio,
+        use,
+        test_fraction=0.0,
+        max_train_tokens=None,
+    ):
         data = open_activations(path)
         lengths, kind = data["seq_lengths"], data["token_kind"]
-        self.activations = data["activations"]                                # (n_tokens, d) on the disk
+        # (n_tokens, d) on the disk
+        self.activations = data["activations"]
         self.fingerprint = json.loads(str(data["metadata"]))["fingerprint"]
         norms = np.concatenate([token_norms(block) for block in self._blocks()])
         if not np.isfinite(norms).all():
-            raise InputError(f"{path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity, or is too long. "
-                             "delete the file and run extract_activations.py with --dtype float32.")
-        texts = text_numbers(data["token_ids"], np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+            raise InputError(
+                f"{path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity, or is too long. "
+                "delete the file and run extract_activations.py with --dtype float32."
+            )
+        texts = text_numbers(
+            data["token_ids"], np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        )
         self.part = split_texts(texts, validation_fraction, test_fraction, seed)  # (n_examples,)
-        self.example = np.repeat(np.arange(len(lengths)), lengths)            # (n_tokens,)
-        part = self.part[self.example]                                        # (n_tokens,)
-        usable, self.max_norm = usable_tokens(norms, kind, exclude_shared_prefix=exclude_shared_prefix,
-                                              max_norm_ratio=max_norm_ratio, deciding=part == TRAIN)
-        in_prefix, _ = usable_tokens(norms, kind, exclude_shared_prefix=exclude_shared_prefix, max_norm_ratio=None)
+        self.example = np.repeat(np.arange(len(lengths)), lengths)  # (n_tokens,)
+        part = self.part[self.example]  # (n_tokens,)
+        usable, self.max_norm = usable_tokens(
+            norms,
+            kind,
+            exclude_shared_prefix=exclude_shared_prefix,
+            max_norm_ratio=max_norm_ratio,
+            deciding=part == TRAIN,
+        )
+        in_prefix, _ = usable_tokens(
+            norms, kind, exclude_shared_prefix=exclude_shared_prefix, max_norm_ratio=None
+        )
         self.n_prefix, self.n_sinks = int((~in_prefix).sum()), int((in_prefix & ~usable).sum())
         chosen = usable & chosen_tokens(use, kind, data["token_role"])
         self.n_filtered = int(usable.sum() - chosen.sum())
-        self.special = kind != 0                                              # (n_tokens,) written by the chat template
+        # (n_tokens,) written by the chat template
+        self.special = kind != 0
         self.train = np.flatnonzero(chosen & (part == TRAIN))[:max_train_tokens]
         self.validation = np.flatnonzero(chosen & (part == VALIDATION))
         self.test = np.flatnonzero(chosen & (part == TEST))
-        self.all_validation, self.all_test = np.flatnonzero(part == VALIDATION), np.flatnonzero(part == TEST)
+        self.all_validation, self.all_test = (
+            np.flatnonzero(part == VALIDATION),
+            np.flatnonzero(part == TEST),
+        )
         if use != "all" and not chosen.any():
-            raise InputError(f"USE_TOKENS: {path} has no token that is {use}. set --use-tokens all.")
+            raise InputError(
+                f"USE_TOKENS: {path} has no token that is {use}. set --use-tokens all."
+            )
         if not usable.any():
-            raise InputError(f"{path}: every token is of the prefix that all examples share, or an attention sink. raise --max-length, or "
-                             "give stage 2 --no-exclude-shared-prefix.")
+            raise InputError(
+                f"{path}: every token is of the prefix that all examples share, or an attention sink. raise --max-length, or "
+                "give stage 2 --no-exclude-shared-prefix."
+            )
         if len(self.train) < 2 or len(self.validation) < 2:
-            raise InputError(f"VALIDATION_FRACTION: {len(self.train)} tokens are left for training and {len(self.validation)} for "
-                             f"validation (USE_TOKENS {use}). give more examples, or longer ones.")
+            raise InputError(
+                f"VALIDATION_FRACTION: {len(self.train)} tokens are left for training and {len(self.validation)} for "
+                f"validation (USE_TOKENS {use}). give more examples, or longer ones."
+            )
 
     def examples_of(self, part):
         """Numbers of the examples of a part, a list."""
@@ -76,13 +112,14 @@ class Tokens:
 
     def _blocks(self, size=65536):
         for start in range(0, len(self.activations), size):
-            yield np.asarray(self.activations[start:start + size])
+            yield np.asarray(self.activations[start : start + size])
             release(self.activations)
 
     def rows(self, rows):
         """(n, d) float32 tensor of the rows numbered."""
         out = torch.empty(len(rows), self.activations.shape[1])
-        for start in range(0, len(rows), CHUNK_ROWS):  # the system maps 64 KiB around each row that is read
+        # the system maps 64 KiB around each row that is read
+        for start in range(0, len(rows), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             out[part] = torch.from_numpy(np.ascontiguousarray(self.activations[rows[part]]))
             release(self.activations)
@@ -90,15 +127,22 @@ class Tokens:
 
 
 class TrainingRows:
-    """Batches of the rows `rows` of mapped `activations` (n_tokens, d), each epoch in an order that only (seed, epoch) decides.
+    """Batches of the rows `rows` of mapped `activations` (n_tokens, d), each epoch in an order that
+    only (seed, epoch) decides.
 
-    If all rows fit into `buffer_tokens` they are kept in memory and shuffled as a whole. If not, the scheme of FAST: chunks in
-    random order fill a pool, half of the shuffled pool is served, and new chunks take its place; they are read ahead by a thread,
-    into a third part of the same buffer. Under torchrun each process has such a buffer and takes its slice of every batch.
+    If all rows fit into `buffer_tokens` they are kept in memory and shuffled as a whole. If not,
+    the scheme of FAST: chunks in random order fill a pool, half of the shuffled pool is served, and
+    new chunks take its place; they are read ahead by a thread, into a third part of the same
+    buffer. Under torchrun each process has such a buffer and takes its slice of every batch.
     """
 
     def __init__(self, activations, rows, *, batch_size, buffer_tokens, seed):
-        self.activations, self.rows, self.batch_size, self.seed = activations, rows, batch_size, seed
+        self.activations, self.rows, self.batch_size, self.seed = (
+            activations,
+            rows,
+            batch_size,
+            seed,
+        )
         self.part = None if len(rows) <= buffer_tokens else max(1, buffer_tokens // 3)
         size = len(rows) if self.part is None else 3 * self.part
         self.buffer = np.empty((size, activations.shape[1]), activations.dtype)
@@ -113,16 +157,20 @@ class TrainingRows:
         ends = [0, *batch_ends(len(self.rows), self.batch_size)]
         if self.part is None:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-            pieces = (self.buffer[order[a:b]] for a, b in zip(ends[first:], ends[first + 1:]))
+            pieces = (self.buffer[order[a:b]] for a, b in zip(ends[first:], ends[first + 1 :]))
         else:
             pieces = _regrouped(self._served(epoch, ends[first]), np.diff(ends[first:]))
-        yield from (torch.from_numpy(piece[distributed.share(len(piece))]).float() for piece in pieces)
+        yield from (
+            torch.from_numpy(piece[distributed.share(len(piece))]).float() for piece in pieces
+        )
 
     def order(self, epoch):
         """The rows of one epoch as they are served."""
         if self.part is None:
             return self.rows[np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))]
-        return np.concatenate([pool[:n_served] for pool, n_served, _ in mixed(self.rows, self.part, self.seed, epoch)])
+        return np.concatenate(
+            [pool[:n_served] for pool, n_served, _ in mixed(self.rows, self.part, self.seed, epoch)]
+        )
 
     def _served(self, epoch, skip):
         """Arrays of activations in the order of the epoch, less the first `skip` rows."""
@@ -136,18 +184,20 @@ class TrainingRows:
                 slot_of[pool] = np.arange(len(pool))
                 self._read(np.sort(pool), slot_of[np.sort(pool)])
                 free = np.arange(len(pool), len(self.buffer))
-            staged, served = free[:len(new)], slot_of[pool[:n_served]]
+            staged, served = free[: len(new)], slot_of[pool[:n_served]]
             failed: list[BaseException] = []
-            thread = threading.Thread(target=self._read_ahead, args=(new, staged, failed), daemon=True)
+            thread = threading.Thread(
+                target=self._read_ahead, args=(new, staged, failed), daemon=True
+            )
             thread.start()
             for start in range(skip, n_served, self.batch_size):
-                yield self.buffer[served[start:min(start + self.batch_size, n_served)]]
+                yield self.buffer[served[start : min(start + self.batch_size, n_served)]]
             skip = 0
             thread.join()
             if failed:
                 raise failed[0]
             slot_of[new] = staged
-            free = np.concatenate([free[len(new):], served])
+            free = np.concatenate([free[len(new) :], served])
 
     def _read_ahead(self, rows, slots, failed):
         """`_read` in a thread, whose exception would otherwise end nothing but the thread."""
@@ -164,7 +214,8 @@ class TrainingRows:
 
 
 def batch_ends(n, size):
-    """Where batches of `size` of n rows end; a last row left alone joins the batch before: it has no variance to divide its loss by."""
+    """Where batches of `size` of n rows end; a last row left alone joins the batch before: it has
+    no variance to divide its loss by."""
     ends = [*range(size, n, size), n]
     if len(ends) > 1 and ends[-1] - ends[-2] < max(2, distributed.world()[1]):
         del ends[-2]
@@ -172,18 +223,20 @@ def batch_ends(n, size):
 
 
 def mixed(rows, part, seed, epoch):
-    """The mixing buffer in row numbers alone: (shuffled pool, how many of it are served, the rows that then come in), step by step.
+    """The mixing buffer in row numbers alone: (shuffled pool, how many of it are served, the rows
+    that then come in), step by step.
 
-    The pool holds twice `part` rows, of which `part` are served; at the end of the rows all that is left is.
+    The pool holds twice `part` rows, of which `part` are served; at the end of the rows all that is
+    left is.
     """
     random = np.random.default_rng((seed, epoch))
     size = min(CHUNK_ROWS, max(1, part // CHUNKS_PER_PART))
     chunks = np.split(rows, range(size, len(rows), size))
     stream = np.concatenate([chunks[i] for i in random.permutation(len(chunks))])
-    pool, at = stream[:2 * part], 2 * part
+    pool, at = stream[: 2 * part], 2 * part
     while at < len(stream):
         pool = random.permutation(pool)
-        new = stream[at:at + part]
+        new = stream[at : at + part]
         yield pool, part, new
         pool, at = np.concatenate([pool[part:], new]), at + part
     yield random.permutation(pool), len(pool), stream[:0]
@@ -197,7 +250,7 @@ def _regrouped(arrays, sizes):
     for array in arrays:
         while len(array):
             assert wanted is not None  # the sizes add up to the arrays' lengths
-            taken, array = array[:wanted - n], array[wanted - n:]
+            taken, array = array[: wanted - n], array[wanted - n :]
             waiting.append(taken)
             n += len(taken)
             if n == wanted:

@@ -1,11 +1,12 @@
 """When a feature counts as dead, and how many dead ones a step looks at."""
+
 import torch
 
-MOST_AT_ONCE = 8192          # dead features that one step tries to revive
-SHORTEST = 131_072           # tokens, however small the autoencoder
-STEPS = 256                  # at least so many steps, however large the batch
-CHANCES = 4096               # times that the average feature fires meanwhile, K / M of all tokens
-CHANCES_LIMIT = 10_000_000   # tokens, beyond which CHANCES alone does not go
+MOST_AT_ONCE = 8192  # dead features that one step tries to revive
+SHORTEST = 131_072  # tokens, however small the autoencoder
+STEPS = 256  # at least so many steps, however large the batch
+CHANCES = 4096  # times that the average feature fires meanwhile, K / M of all tokens
+CHANCES_LIMIT = 10_000_000  # tokens, beyond which CHANCES alone does not go
 
 
 def tokens_until_dead(m: int, k: int, batch_size: int) -> int:
@@ -26,6 +27,6 @@ def considered(dead: torch.Tensor, turn: int, at_least: int = 0) -> torch.Tensor
     limit = max(MOST_AT_ONCE, at_least)
     if len(dead) <= limit:
         return dead
-    place = dead.cumsum(0) - 1                        # (M,) of each dead feature among them
+    place = dead.cumsum(0) - 1  # (M,) of each dead feature among them
     n_dead = (place[-1] + 1).clamp_min(1)
     return dead & ((place - turn * limit) % n_dead < limit)

@@ -1,4 +1,6 @@
-"""Training that starts from an autoencoder that is there already, of this project or another library."""
+"""Training that starts from an autoencoder that is there already, of this project or another
+library."""
+
 import torch
 
 from fastsae.formats.load import architecture_of, check_fit, content_sha256, load_sae, locate
@@ -6,37 +8,57 @@ from fastsae.formats.parts import Parts
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
-STARTS = {"topk": ("topk",), "batchtopk": ("batchtopk", "topk", "jumprelu"), "standard": ("standard",),
-          "jumprelu": ("jumprelu", "batchtopk", "standard"), "gated": ("jumprelu", "standard")}
+STARTS = {
+    "topk": ("topk",),
+    "batchtopk": ("batchtopk", "topk", "jumprelu"),
+    "standard": ("standard",),
+    "jumprelu": ("jumprelu", "batchtopk", "standard"),
+    "gated": ("jumprelu", "standard"),
+}
 
 
 def check_start(path, source, architecture, *, d, m, k):
-    """InputError if training `architecture` with M = m on activations of d dimensions cannot start from `source`; all at once.
+    """InputError if training `architecture` with M = m on activations of d dimensions cannot start
+    from `source`; all at once.
 
-    What one architecture computes another can: JumpReLU what BatchTopK and standard do, gated what JumpReLU does (gated ones are
-    saved as JumpReLU), BatchTopK a JumpReLU whose thresholds are all equal (as it is exported).
+    What one architecture computes another can: JumpReLU what BatchTopK and standard do, gated what
+    JumpReLU does (gated ones are saved as JumpReLU), BatchTopK a JumpReLU whose thresholds are all
+    equal (as it is exported).
     """
     its, problems = architecture_of(source), []
     if its not in STARTS[architecture]:
         matching = [name for name, starts in STARTS.items() if its in starts]
-        problems.append(f"INIT_FROM: {path} is {its}, from which {architecture} cannot start. give --architecture {' or '.join(matching)}.")
-    elif (architecture, its) == ("batchtopk", "jumprelu") and not bool((source.threshold == source.threshold[0]).all()):
-        problems.append(f"INIT_FROM: {path} has a threshold of its own for each feature. give --architecture jumprelu.")
+        problems.append(
+            f"INIT_FROM: {path} is {its}, from which {architecture} cannot start. give --architecture {' or '.join(matching)}."
+        )
+    elif (architecture, its) == ("batchtopk", "jumprelu") and not bool(
+        (source.threshold == source.threshold[0]).all()
+    ):
+        problems.append(
+            f"INIT_FROM: {path} has a threshold of its own for each feature. give --architecture jumprelu."
+        )
     if source.m_total_neurons != m:
-        problems.append(f"INIT_FROM: {path} has {source.m_total_neurons} features, M is {m}. give --m {source.m_total_neurons}.")
+        problems.append(
+            f"INIT_FROM: {path} has {source.m_total_neurons} features, M is {m}. give --m {source.m_total_neurons}."
+        )
     if its == "topk" and source.k_active_neurons != k:
-        problems.append(f"INIT_FROM: {path} has {source.k_active_neurons} active features, K is {k}. give --k {source.k_active_neurons}.")
+        problems.append(
+            f"INIT_FROM: {path} has {source.k_active_neurons} active features, K is {k}. give --k {source.k_active_neurons}."
+        )
     if source.input_dim != d:
-        problems.append(f"INIT_FROM: {path} takes activations of {source.input_dim} dimensions, these have {d}. give one of this model.")
+        problems.append(
+            f"INIT_FROM: {path} takes activations of {source.input_dim} dimensions, these have {d}. give one of this model."
+        )
     if problems:
         raise InputError(*problems)
 
 
 def begin(run, path, sha256, activations_path, activations_meta, test_examples=()):
-    """Let the TrainingRun `run`, before its first step, begin with the autoencoder at `path`; InputError if it does not belong here.
+    """Let the TrainingRun `run`, before its first step, begin with the autoencoder at `path`;
+    InputError if it does not belong here.
 
-    sha256: its `content_sha256` as the run's fingerprint has it.
-    A line says so where the examples numbered `test_examples` decided something of that autoencoder.
+    sha256: its `content_sha256` as the run's fingerprint has it. A line says so where the examples
+    numbered `test_examples` decided something of that autoencoder.
     """
     held = Held(locate(path)[1])
     source, meta = load_sae(path, run.sae.input_bias.device)
@@ -44,13 +66,22 @@ def begin(run, path, sha256, activations_path, activations_meta, test_examples=(
         raise EnvironmentFailure(f"{path}: was replaced while this run began. run again.")
     held.require_unchanged()
     sae = run.sae
-    check_start(path, source, sae.architecture, d=sae.input_dim, m=sae.m_total_neurons, k=sae.k_active_neurons)
+    check_start(
+        path,
+        source,
+        sae.architecture,
+        d=sae.input_dim,
+        m=sae.m_total_neurons,
+        k=sae.k_active_neurons,
+    )
     check_fit(path, source, meta, activations_path, activations_meta, sae.input_dim, "INIT_FROM")
     start_from(sae, source, run.normalisation)
     print(f"starting from {path} ({architecture_of(source)})")
     if n_seen := seen_before(meta, activations_meta, test_examples):
-        print(f"warning: {n_seen} of the {len(test_examples)} test examples helped to make {path}: the reported figures are too good. "
-              "give the --seed, --validation-fraction and --test-fraction that it was trained with.")
+        print(
+            f"warning: {n_seen} of the {len(test_examples)} test examples helped to make {path}: the reported figures are too good. "
+            "give the --seed, --validation-fraction and --test-fraction that it was trained with."
+        )
 
 
 def seen_before(meta, activations_meta, test_examples):
@@ -67,27 +98,44 @@ def seen_before(meta, activations_meta, test_examples):
 
 @torch.no_grad()
 def start_from(sae, source, normalisation):
-    """Set `sae`, which is trained on normalised activations, to compute what `source` computes on activations as they are.
+    """Set `sae`, which is trained on normalised activations, to compute what `source` computes on
+    activations as they are.
 
-    The inverse of `architectures.inference_weights`; decoder rows get the length 1 that training keeps them at.
+    The inverse of `architectures.inference_weights`; decoder rows get the length 1 that training
+    keeps them at.
     """
-    parts = Parts(source.encoder.weight, source.decoder.weight.t(), source.neuron_bias, source.input_bias, architecture_of(source),
-                  source.threshold if sae.architecture in ("topk", "batchtopk") else source.threshold.expand_as(source.neuron_bias))
+    parts = Parts(
+        source.encoder.weight,
+        source.decoder.weight.t(),
+        source.neuron_bias,
+        source.input_bias,
+        architecture_of(source),
+        source.threshold
+        if sae.architecture in ("topk", "batchtopk")
+        else source.threshold.expand_as(source.neuron_bias),
+    )
     length = torch.linalg.vector_norm(parts.w_dec, dim=1)
     if bool(((length - 1).abs() > 1e-4).any()):
         parts.unit_rows()
         if sae.architecture in ("topk", "batchtopk"):
-            print("note: its decoder rows are not of length 1; with these lengths in the features, others may be the largest K of a token.")
+            print(
+                "note: its decoder rows are not of length 1; with these lengths in the features, others may be the largest K of a token."
+            )
     mean = 0 if normalisation.mean is None else normalisation.mean
     assert parts.threshold is not None  # it was given above
-    bias, threshold = parts.b_enc * normalisation.scale, parts.threshold.clamp_min(0) * normalisation.scale
+    bias, threshold = (
+        parts.b_enc * normalisation.scale,
+        parts.threshold.clamp_min(0) * normalisation.scale,
+    )
     sae.encoder.weight.copy_(parts.w_enc)
     sae.decoder.weight.copy_(parts.w_dec.t())
-    nothing = torch.linalg.vector_norm(sae.decoder.weight, dim=0) < 1e-6  # a feature that was taken out, and that has no direction
+    # a feature that was taken out, and that has no direction
+    nothing = torch.linalg.vector_norm(sae.decoder.weight, dim=0) < 1e-6
     sae.decoder.weight[:, nothing] = parts.w_dec.shape[1] ** -0.5
     sae.input_bias.copy_((parts.b_dec - mean) * normalisation.scale)
     sae.neuron_bias.copy_(bias)
-    if sae.architecture == "gated":  # its magnitudes are the projections themselves, its gates open above the threshold
+    # its magnitudes are the projections themselves, its gates open above the threshold
+    if sae.architecture == "gated":
         sae.log_magnitude.zero_()
         sae.gate_bias.copy_(bias - threshold)
     elif sae.architecture == "jumprelu":

@@ -1,4 +1,5 @@
 """What a training run cannot do: have more memory than there is, or go on without a finite loss."""
+
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +51,8 @@ def require_memory(m: int, d: int, n_autoencoders: int, device: str) -> None:
         raise InputError(
             f"M: {m:,} features of {d:,} dimensions{several} take {needed / 1e9:,.1f} GB to train, "
             f"{device} has {there / 1e9:,.1f} GB. lower --m"
-            + (", or train fewer at a time." if several else "."))
+            + (", or train fewer at a time." if several else ".")
+        )
 
 
 def cause_of_divergence(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
@@ -66,10 +68,13 @@ def cause_of_divergence(values: Mapping[str, Any], defaults: Mapping[str, Any]) 
     return max(above, key=lambda name: above[name], default="LEARNING_RATE")
 
 
-def no_finite_loss(values: Mapping[str, Any], defaults: Mapping[str, Any], epoch: int,
-                   of: str = "") -> InputError:
+def no_finite_loss(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], epoch: int, of: str = ""
+) -> InputError:
     """What to raise after an epoch without a finite loss; `of` names the one of several."""
     name = cause_of_divergence(values, defaults)
     flag = name.lower().replace("_", "-")
-    return InputError(f"{name}: the loss{f' of {of}' * bool(of)} is not a number after epoch {epoch}. "
-                      f"lower --{flag}{', or leave this one out' * bool(of)}.")
+    return InputError(
+        f"{name}: the loss{f' of {of}' * bool(of)} is not a number after epoch {epoch}. "
+        f"lower --{flag}{', or leave this one out' * bool(of)}."
+    )

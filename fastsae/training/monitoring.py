@@ -1,4 +1,6 @@
-"""What stands beside a checkpoint: figures and curves; and TensorBoard or Weights & Biases if asked for."""
+"""What stands beside a checkpoint: figures and curves; and TensorBoard or Weights & Biases if asked
+for."""
+
 import importlib.util
 import io
 import json
@@ -10,7 +12,8 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def write_beside(path, meta, beside):
-    """What stands beside the checkpoint at `path`, where it is of another one or of an earlier time; an unfinished state goes.
+    """What stands beside the checkpoint at `path`, where it is of another one or of an earlier
+    time; an unfinished state goes.
 
     `beside(name)` is the path of metrics.json and the like.
     """
@@ -21,15 +24,21 @@ def write_beside(path, meta, beside):
         artifacts.write_text(curves, lines_of(history))
     storage.remove(path.with_suffix(".resume.jsonl"))
     if of_other_settings(path.with_suffix(".resume.pt"), meta["fingerprint"]):
-        print(f"unfinished: {path.with_suffix('.resume.pt')} is of a run with other settings. its command goes on from it; or delete it.")
+        print(
+            f"unfinished: {path.with_suffix('.resume.pt')} is of a run with other settings. its command goes on from it; or delete it."
+        )
         return
     storage.remove(path.with_suffix(".resume.pt"))
 
 
 def of_other_settings(state_path, fingerprint):
-    """Whether the state of an unfinished run is whole, and of another run than the one with this fingerprint."""
+    """Whether the state of an unfinished run is whole, and of another run than the one with this
+    fingerprint."""
     try:
-        return state_path.exists() and artifacts.read_checkpoint(state_path)["fingerprint"] != fingerprint
+        return (
+            state_path.exists()
+            and artifacts.read_checkpoint(state_path)["fingerprint"] != fingerprint
+        )
     except (EnvironmentFailure, KeyError, TypeError):
         return False
 
@@ -39,7 +48,8 @@ def lines_of(history):
 
 
 def write_if_different(metrics_path, figures):
-    """Write `figures` to metrics.json unless they are there: it may speak of another checkpoint, or of an older one."""
+    """Write `figures` to metrics.json unless they are there: it may speak of another checkpoint, or
+    of an older one."""
     right = json.loads(artifacts.to_json(figures))
     try:
         found = artifacts.from_json(metrics_path.read_bytes())
@@ -51,7 +61,8 @@ def write_if_different(metrics_path, figures):
 
 
 def write_figure(path, history):
-    """The curves of `history` (one dict per epoch) as a PNG: loss, normalised MSE of each prefix, L0, dead features."""
+    """The curves of `history` (one dict per epoch) as a PNG: loss, normalised MSE of each prefix,
+    L0, dead features."""
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no {path.name}: matplotlib is not installed. pip install matplotlib.")
         return
@@ -64,10 +75,16 @@ def write_figure(path, history):
     if "validation_loss" in history[0]:
         panels[0].plot(epochs, [line["validation_loss"] for line in history], label="validation")
     for end in history[0]["prefix_normalized_mse"]:
-        panels[1].plot(epochs, [line["prefix_normalized_mse"][end] for line in history], label=f"{end} features")
+        panels[1].plot(
+            epochs,
+            [line["prefix_normalized_mse"][end] for line in history],
+            label=f"{end} features",
+        )
     panels[2].plot(epochs, [line["l0"] for line in history])
     panels[3].plot(epochs, [100 * line["dead_fraction_training"] for line in history])
-    for panel, title in zip(panels, ("loss", "normalised MSE, validation", "L0, validation", "dead features, %")):
+    for panel, title in zip(
+        panels, ("loss", "normalised MSE, validation", "L0, validation", "dead features, %")
+    ):
         panel.set_title(title)
         panel.grid(alpha=0.3)
         panel.set_ylim(bottom=0) if title != "loss" else None
@@ -87,20 +104,31 @@ def save_figure(path, figure):
 
 
 def open_logger(name, folder, run_name, settings):
-    """A function that takes the line of an epoch; `name` is none, tensorboard or wandb. InputError if that is not installed."""
+    """A function that takes the line of an epoch; `name` is none, tensorboard or wandb. InputError
+    if that is not installed."""
     if name == "none":
         return lambda line: None
     if importlib.util.find_spec(PACKAGES[name]) is None:
-        raise InputError(f"LOGGER: {name} is not installed. pip install {PACKAGES[name]}, or give --logger none.")
+        raise InputError(
+            f"LOGGER: {name} is not installed. pip install {PACKAGES[name]}, or give --logger none."
+        )
     if name == "wandb":
         import wandb
 
         storage.make_folder(folder)
         try:
-            run = wandb.init(project="fastsae", name=run_name, dir=folder, config=dict(settings), reinit="create_new")
+            run = wandb.init(
+                project="fastsae",
+                name=run_name,
+                dir=folder,
+                config=dict(settings),
+                reinit="create_new",
+            )
         except wandb.Error as error:
             what = str(error).splitlines()[0].rstrip(".")
-            raise InputError(f"LOGGER: wandb: {what}. run `wandb login`, or set WANDB_MODE=offline.") from None
+            raise InputError(
+                f"LOGGER: wandb: {what}. run `wandb login`, or set WANDB_MODE=offline."
+            ) from None
         return lambda line: run.log(_flat(line), step=line["epoch"])
     from torch.utils.tensorboard import SummaryWriter
 
@@ -110,9 +138,17 @@ def open_logger(name, folder, run_name, settings):
         for key, value in _flat(line).items():
             writer.add_scalar(key, value, line["epoch"])
         writer.flush()
+
     return log
 
 
 def _flat(line):
     flat = {f"normalized_mse/{end}": value for end, value in line["prefix_normalized_mse"].items()}
-    return {**flat, **{name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "epoch"}}
+    return {
+        **flat,
+        **{
+            name: value
+            for name, value in line.items()
+            if isinstance(value, (int, float)) and name != "epoch"
+        },
+    }

@@ -1,4 +1,5 @@
 """Dead features begin again in the direction of what the autoencoder fails to reconstruct."""
+
 import torch
 
 from fastsae.sae.autoencoder import decode, encode
@@ -8,11 +9,13 @@ PER_FEATURE = ("neuron_bias", "gate_bias", "log_magnitude", "threshold")
 
 @torch.no_grad()
 def resample(run, x, *, dead_after, seed):
-    """Re-initialise the dead features of a TrainingRun from the batch x (B, d) of raw activations; returns how many there were.
+    """Re-initialise the dead features of a TrainingRun from the batch x (B, d) of raw activations;
+    returns how many there were.
 
-    A token is drawn for each with probability proportional to its squared error squared (transformer-circuits.pub/2023/
-    monosemantic-features, "neuron resampling"); the feature points along what is left of it. Its encoder row is as long as the
-    mean of the live ones, or a fifth of that where neither K nor a threshold limits what fires, and Adam forgets it.
+    A token is drawn for each with probability proportional to its squared error squared
+    (transformer-circuits.pub/2023/ monosemantic-features, "neuron resampling"); the feature points
+    along what is left of it. Its encoder row is as long as the mean of the live ones, or a fifth of
+    that where neither K nor a threshold limits what fires, and Adam forgets it.
     """
     sae, dead = run.sae, (run.tokens_since_fired >= dead_after).nonzero().squeeze(1)
     if not len(dead):
@@ -22,13 +25,17 @@ def resample(run, x, *, dead_after, seed):
     weight = left.double().square().sum(1).square()
     if not weight.sum() > 0:
         return 0
-    chosen = torch.multinomial(weight.cpu(), len(dead), replacement=True, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.multinomial(
+        weight.cpu(), len(dead), replacement=True, generator=torch.Generator().manual_seed(seed)
+    )
     direction = torch.nn.functional.normalize(left[chosen.to(left.device)], dim=1)  # (dead, d)
     live = torch.ones_like(run.tokens_since_fired, dtype=torch.bool)
     live[dead] = False
     length = sae.encoder.weight[live].norm(dim=1).mean() if live.any() else torch.tensor(1.0)
     sae.decoder.weight[:, dead] = direction.t()
-    sae.encoder.weight[dead] = direction * length * (0.2 if sae.architecture in ("standard", "gated") else 1)
+    sae.encoder.weight[dead] = (
+        direction * length * (0.2 if sae.architecture in ("standard", "gated") else 1)
+    )
     for name, parameter in sae.named_parameters():
         if name in PER_FEATURE:
             parameter[dead] = parameter[live].mean() if name == "threshold" and live.any() else 0

@@ -1,4 +1,6 @@
-"""Everything that changes while an autoencoder trains, so that a run can be written down at any step and go on from there."""
+"""Everything that changes while an autoencoder trains, so that a run can be written down at any
+step and go on from there."""
+
 import copy
 import math
 import time
@@ -20,32 +22,42 @@ from fastsae.training.dead_features import considered
 class TrainingRun:
     """An autoencoder with its optimizer, counters, history and best weights so far.
 
-    `epoch` counts from 1 and `batch` is the number of batches done in it, `tokens_since_fired` (M,) counts tokens. The data order is a
-    function of seed and epoch alone, so these place a run exactly. `start` goes to `initialise`.
+    `epoch` counts from 1 and `batch` is the number of batches done in it, `tokens_since_fired` (M,)
+    counts tokens. The data order is a function of seed and epoch alone, so these place a run
+    exactly. `start` goes to `initialise`.
     """
 
-    plan: Any                # these three are train_sae.py's: what is trained, where its state is kept, who hears of an epoch
+    # these three are train_sae.py's: what is trained, where its state is kept, who hears of an
+    # epoch
+    plan: Any
     state_path: Path
     log: Callable[[dict], None]
 
     def __init__(self, config, sample, *, seed, device, learning_rate, normalise="none", **start):
         self.sae, sample = new_sae(config, device).eval(), sample.to(device)
-        self.normalisation = choose_normalisation(normalise, sample)  # a function of the sample, so it needs no saving
+        # a function of the sample, so it needs no saving
+        self.normalisation = choose_normalisation(normalise, sample)
         initialise(self.sae, self.normalisation(sample), seed, **start)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=learning_rate, fused=True)
-        self.tokens_since_fired = torch.zeros(config["m_total_neurons"], dtype=torch.long, device=device)
+        self.tokens_since_fired = torch.zeros(
+            config["m_total_neurons"], dtype=torch.long, device=device
+        )
         self.loss_sum = torch.zeros((), device=device)  # over the tokens of this epoch
         self.epoch, self.batch, self.trained_tokens, self.seconds = 1, 0, 0, 0.0
         self.history, self.best_epoch, self.best_state = [], None, None
         self._since = time.perf_counter()
 
     def step(self, fill_gradients, x, *, learning_rate, dead_after, clip_grad):
-        """One step on the batch x (B, d): `fill_gradients(sae, x, dead) -> (loss, fired)`, Adam, decoder rows kept at length 1.
+        """One step on the batch x (B, d): `fill_gradients(sae, x, dead) -> (loss, fired)`, Adam,
+        decoder rows kept at length 1.
 
-        A feature is dead to it that has not fired for `dead_after` tokens; see `considered` for how many.
+        A feature is dead to it that has not fired for `dead_after` tokens; see `considered` for how
+        many.
         """
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        dead = considered(self.tokens_since_fired >= dead_after, self.epoch + self.batch, self.sae.aux_k or 0)
+        dead = considered(
+            self.tokens_since_fired >= dead_after, self.epoch + self.batch, self.sae.aux_k or 0
+        )
         loss, fired = fill_gradients(self.sae, self.normalisation(x), dead)
         n_tokens = len(x)
         if distributed.together():
@@ -64,7 +76,8 @@ class TrainingRun:
         self.batch += 1
 
     def result(self):
-        """The autoencoder in the form in which it is measured and saved: it takes activations as they are."""
+        """The autoencoder in the form in which it is measured and saved: it takes activations as
+        they are."""
         return inference_form(self.sae, self.normalisation)
 
     def best(self):
@@ -80,7 +93,8 @@ class TrainingRun:
         return self.seconds
 
     def end_epoch(self, line):
-        """Append the epoch's line to the history and keep the weights if they are the best on validation."""
+        """Append the epoch's line to the history and keep the weights if they are the best on
+        validation."""
         self.history.append(line)
         if best_epoch(self.history) == self.epoch:
             self.best_epoch = self.epoch
@@ -89,17 +103,31 @@ class TrainingRun:
         self.loss_sum.zero_()
 
     def save(self, path, fingerprint):
-        """Write the whole state; it takes the place of the one before when it is complete. Rank 0 writes for all: theirs are equal."""
+        """Write the whole state; it takes the place of the one before when it is complete. Rank 0
+        writes for all: theirs are equal."""
         if distributed.world()[0]:
             return
-        plain = {name: getattr(self, name) for name in ("epoch", "batch", "trained_tokens", "history", "best_epoch")}
-        artifacts.write_checkpoint(path, {
-            "fingerprint": fingerprint, "plain": {**plain, "seconds": self.elapsed()}, "sae": _contiguous(self.sae.state_dict()),
-            "best_state": self.best_state and _contiguous(self.best_state), "optimizer": self.optimizer.state_dict(),
-            "tokens_since_fired": self.tokens_since_fired, "loss_sum": self.loss_sum}, keep_old=False)
+        plain = {
+            name: getattr(self, name)
+            for name in ("epoch", "batch", "trained_tokens", "history", "best_epoch")
+        }
+        artifacts.write_checkpoint(
+            path,
+            {
+                "fingerprint": fingerprint,
+                "plain": {**plain, "seconds": self.elapsed()},
+                "sae": _contiguous(self.sae.state_dict()),
+                "best_state": self.best_state and _contiguous(self.best_state),
+                "optimizer": self.optimizer.state_dict(),
+                "tokens_since_fired": self.tokens_since_fired,
+                "loss_sum": self.loss_sum,
+            },
+            keep_old=False,
+        )
 
     def restore(self, path, fingerprint):
-        """Take over a saved state if it belongs to the same run; True if it did. A damaged one is left out with a line said."""
+        """Take over a saved state if it belongs to the same run; True if it did. A damaged one is
+        left out with a line said."""
         if not path.exists():
             return False
         try:
@@ -115,17 +143,24 @@ class TrainingRun:
         self.loss_sum.copy_(state["loss_sum"])
         for name, value in state["plain"].items():
             setattr(self, name, value)
-        self.best_state = state["best_state"] and {name: value.to(self.loss_sum.device) for name, value in state["best_state"].items()}
+        self.best_state = state["best_state"] and {
+            name: value.to(self.loss_sum.device) for name, value in state["best_state"].items()
+        }
         self._since = time.perf_counter()
         return True
 
 
 def best_epoch(history):
-    """The first epoch with the least validation loss (normalised MSE for the TopK family, whose number of features is given).
+    """The first epoch with the least validation loss (normalised MSE for the TopK family, whose
+    number of features is given).
 
-    Without the penalty in it, the best epoch of the others would be an early one that is hardly sparse.
+    Without the penalty in it, the best epoch of the others would be an early one that is hardly
+    sparse.
     """
-    return 1 + min(range(len(history)), key=lambda i: history[i].get("validation_loss", history[i]["normalized_mse"]))
+    return 1 + min(
+        range(len(history)),
+        key=lambda i: history[i].get("validation_loss", history[i]["normalized_mse"]),
+    )
 
 
 def final_metrics(sae, tokens, history):
@@ -135,6 +170,7 @@ def final_metrics(sae, tokens, history):
     `validation` gives the same of the part that chose the epoch. Without a test part they are
     of validation. `measured_on` says which. `with_prefix_and_sinks` is on all tokens of that part.
     """
+
     def measured(rows):
         return evaluate(sae, tokens.activations, rows, tokens.example, tokens.special)
 
@@ -144,13 +180,21 @@ def final_metrics(sae, tokens, history):
     best = best_epoch(history)
     for figures in (metrics, validation):
         figures.pop("n_tokens")
-    return {"measured_on": "test" if tokens.has_test else "validation", **metrics,
-            "dead_fraction_training": history[best - 1]["dead_fraction_training"],
-            "n_train_tokens": len(tokens.train), "n_validation_tokens": len(tokens.validation),
-            "n_test_tokens": len(tokens.test) if tokens.has_test else 0,
-            "epochs": len(history), "best_epoch": best, "n_excluded_shared_prefix": tokens.n_prefix,
-            "n_excluded_sinks": tokens.n_sinks, "max_norm": tokens.max_norm, "validation": validation,
-            "with_prefix_and_sinks": {name: everything[name] for name in IN_ALL}}
+    return {
+        "measured_on": "test" if tokens.has_test else "validation",
+        **metrics,
+        "dead_fraction_training": history[best - 1]["dead_fraction_training"],
+        "n_train_tokens": len(tokens.train),
+        "n_validation_tokens": len(tokens.validation),
+        "n_test_tokens": len(tokens.test) if tokens.has_test else 0,
+        "epochs": len(history),
+        "best_epoch": best,
+        "n_excluded_shared_prefix": tokens.n_prefix,
+        "n_excluded_sinks": tokens.n_sinks,
+        "max_norm": tokens.max_norm,
+        "validation": validation,
+        "with_prefix_and_sinks": {name: everything[name] for name in IN_ALL},
+    }
 
 
 def _contiguous(state):
@@ -158,7 +202,8 @@ def _contiguous(state):
 
 
 def learning_rate_factor(step, *, n_steps, warmup_steps, schedule, decay_fraction):
-    """What multiplies the learning rate at `step` (from 0) of `n_steps`: a linear warm-up, then constant, linear or cosine decay.
+    """What multiplies the learning rate at `step` (from 0) of `n_steps`: a linear warm-up, then
+    constant, linear or cosine decay.
 
     The decay takes the last `decay_fraction` of all steps and ends near 0.
     """

@@ -90,7 +90,7 @@ class _Wire(io.RawIOBase):
         rest = memoryview(content)
         while rest:
             self.sock.settimeout(self.deadline.left())
-            rest = rest[self.sock.send(rest):]
+            rest = rest[self.sock.send(rest) :]
 
 
 def post(

@@ -1,8 +1,11 @@
-"""Asking a language model: an OpenAI-compatible chat endpoint or a local model, a journal of its replies, bounded concurrency.
+"""Asking a language model: an OpenAI-compatible chat endpoint or a local model, a journal of its
+replies, bounded concurrency.
 
-A failure is a reason, never a text. Every reply is journalled before it is used, so that a second run asks only what is still
-open; a reply that was paid for and cannot be used counts as answered, unless the user wants it asked again.
+A failure is a reason, never a text. Every reply is journalled before it is used, so that a second
+run asks only what is still open; a reply that was paid for and cannot be used counts as answered,
+unless the user wants it asked again.
 """
+
 import email.utils
 import hashlib
 import json
@@ -17,31 +20,50 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from fastsae.interpretation.llm.bounded_http import CUT_OFF, ExchangeFailed, Reply, post, tls_context
-from fastsae.interpretation.llm.replies import MAX_TEXT, NoCompletion, cleaned, error_message, is_completion_type, one_line, read_completion
+from fastsae.interpretation.llm.bounded_http import (
+    CUT_OFF,
+    ExchangeFailed,
+    Reply,
+    post,
+    tls_context,
+)
+from fastsae.interpretation.llm.replies import (
+    MAX_TEXT,
+    NoCompletion,
+    cleaned,
+    error_message,
+    is_completion_type,
+    one_line,
+    read_completion,
+)
 from fastsae.runtime import artifacts, masking, progress
 from fastsae.runtime.errors import InputError, StageError
 
 LOCAL = "local:"
 DEFAULT_URL = "https://api.openai.com/v1"
 PASSING = (408, 409, 429)  # and 5xx: worth another try
-RETRIES = 3               # of a call that was not answered; none after a time-out, for that call may have been paid for
-FIRST_WAIT = 0.5          # seconds before the second try, where the server names none; doubled for each further one
-LONGEST_WAIT = 120        # seconds that a call waits between its tries, in all; not asked again if it takes more
-FATAL = (401, 403, 404)   # every further call would meet the same; redirects (3xx) too
-MAX_MESSAGE = 80          # characters of a server's message in a status
-ACCOUNT = {"OPENAI_ORG_ID": "OpenAI-Organization", "OPENAI_PROJECT_ID": "OpenAI-Project"}  # variable: header
-STOP_SECONDS = 2          # for replies that are on their way when the run is stopped
-BREAKER = 8               # so many failures in a row, and the rest is not asked
-LOCAL_NEW_TOKENS = 160    # length of a local model's reply
+# of a call that was not answered; none after a time-out, for that call may have been paid for
+RETRIES = 3
+# seconds before the second try, where the server names none; doubled for each further one
+FIRST_WAIT = 0.5
+# seconds that a call waits between its tries, in all; not asked again if it takes more
+LONGEST_WAIT = 120
+FATAL = (401, 403, 404)  # every further call would meet the same; redirects (3xx) too
+MAX_MESSAGE = 80  # characters of a server's message in a status
+# variable: header
+ACCOUNT = {"OPENAI_ORG_ID": "OpenAI-Organization", "OPENAI_PROJECT_ID": "OpenAI-Project"}
+STOP_SECONDS = 2  # for replies that are on their way when the run is stopped
+BREAKER = 8  # so many failures in a row, and the rest is not asked
+LOCAL_NEW_TOKENS = 160  # length of a local model's reply
 
 
 def endpoint() -> tuple[str, str | None] | None:
     """(api_key, base_url) from the environment, or None when no endpoint is configured."""
     for name in (*masking.KEYS, *ACCOUNT):
         if not re.fullmatch("[ -~]*", os.environ.get(name, "").strip()):
-            raise InputError(f"{name}: holds a line break, or a character that no key has. "
-                             "copy it again.")
+            raise InputError(
+                f"{name}: holds a line break, or a character that no key has. copy it again."
+            )
     keys = [os.environ.get(name, "").strip() for name in masking.KEYS]
     key, base_url = keys[0] or keys[1], os.environ.get("OPENAI_BASE_URL", "").strip()
     if base_url:
@@ -50,7 +72,8 @@ def endpoint() -> tuple[str, str | None] | None:
 
 
 def check_url(base_url):
-    """Raise InputError for what is no http address; the address is not shown, for it may hold a password."""
+    """Raise InputError for what is no http address; the address is not shown, for it may hold a
+    password."""
     remedy = "set it to an address such as http://localhost:8000/v1, or unset it."
     try:
         parts = urlsplit(base_url)
@@ -59,7 +82,9 @@ def check_url(base_url):
     except ValueError:  # also of brackets without a partner
         raise InputError(f"OPENAI_BASE_URL: its host or port cannot be read. {remedy}") from None
     if parts.scheme not in ("http", "https") or not host:
-        raise InputError(f"OPENAI_BASE_URL: does not begin with http:// or https:// and a host. {remedy}")
+        raise InputError(
+            f"OPENAI_BASE_URL: does not begin with http:// or https:// and a host. {remedy}"
+        )
     if re.search(r"[^\w.:%-]", host):
         raise InputError(f"OPENAI_BASE_URL: its host holds a character that no host has. {remedy}")
     if port == 0:
@@ -160,17 +185,22 @@ class ChatEndpoint:
 
     def _headers(self):
         account = {header: os.environ.get(name, "").strip() for name, header in ACCOUNT.items()}
-        return {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json",
-                "User-Agent": "fastsae", **{name: value for name, value in account.items() if value}}
+        return {
+            "Authorization": f"Bearer {self.key}",
+            "Content-Type": "application/json",
+            "User-Agent": "fastsae",
+            **{name: value for name, value in account.items() if value},
+        }
 
     def _refusal(self, answer):
         """What a status other than success says, and what can be done about it."""
         if is_redirect(answer):
-            return (f"HTTP {answer.status}: the server sends its clients to {self._place(answer)}, "
-                    "where nothing was sent. set OPENAI_BASE_URL to the right address")
+            return (
+                f"HTTP {answer.status}: the server sends its clients to {self._place(answer)}, "
+                "where nothing was sent. set OPENAI_BASE_URL to the right address"
+            )
         message = self.masked.message(error_message(answer.body))
         return f"HTTP {answer.status} {message[:MAX_MESSAGE]}".strip()
-
 
     def _place(self, answer):
         """Where a redirect leads, without secrets."""
@@ -193,7 +223,7 @@ def seconds_to_wait(status: int, headers: dict[str, str], n_before: int) -> floa
     wanted = retry_after(headers)
     if not again or n_before >= RETRIES or wanted > LONGEST_WAIT:
         return None
-    return wanted if wanted > 0 else FIRST_WAIT * 2 ** n_before * random.uniform(0.75, 1)
+    return wanted if wanted > 0 else FIRST_WAIT * 2**n_before * random.uniform(0.75, 1)
 
 
 def retry_after(headers: dict[str, str]) -> float:
@@ -217,7 +247,9 @@ class LocalModel:
 
     def __init__(self, name, device, cache_dir=None):
         if not name:
-            raise InputError("INTERPRETER_MODEL: local: names no model. write for example local:SmolLM2-135M-Instruct.")
+            raise InputError(
+                "INTERPRETER_MODEL: local: names no model. write for example local:SmolLM2-135M-Instruct."
+            )
         self.model, self.device, self.cache_dir, self.loaded = LOCAL + name, device, cache_dir, None
         self.scope = [self.model, None, {"max_new_tokens": LOCAL_NEW_TOKENS, "do_sample": False}]
 
@@ -225,14 +257,27 @@ class LocalModel:
         import torch
 
         tokenizer, model = self._load()
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt",
-                                            return_dict=True)["input_ids"].to(self.device)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )["input_ids"].to(self.device)
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if room and ids.shape[1] + LOCAL_NEW_TOKENS > room:
-            return None, f"the prompt of {ids.shape[1]} tokens does not fit", {"prompt_tokens": 0, "completion_tokens": 0}
+            return (
+                None,
+                f"the prompt of {ids.shape[1]} tokens does not fit",
+                {"prompt_tokens": 0, "completion_tokens": 0},
+            )
         with torch.inference_mode():
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=LOCAL_NEW_TOKENS, do_sample=False,
-                                 pad_token_id=tokenizer.pad_token_id or 0)[0, ids.shape[1]:]
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=LOCAL_NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id or 0,
+            )[0, ids.shape[1] :]
         usage = {"prompt_tokens": ids.shape[1], "completion_tokens": len(out)}
         text = tokenizer.decode(out, skip_special_tokens=True)
         return (text, None, usage) if text.strip() else (None, "empty", usage)
@@ -246,13 +291,20 @@ class LocalModel:
             name, self.device = self.model.removeprefix(LOCAL), source.choose_device(self.device)
             dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
             try:
-                model = source.load_model(name, cache_dir=self.cache_dir, dtype=dtype, device=self.device)
+                model = source.load_model(
+                    name, cache_dir=self.cache_dir, dtype=dtype, device=self.device
+                )
                 tokenizer = source.load_tokenizer(name, cache_dir=self.cache_dir)
             except StageError as error:
-                raise type(error)(str(error).replace("MODEL_NAME:", "INTERPRETER_MODEL:").replace(
-                    "--model-name", "--interpreter-model local:...")) from None
+                raise type(error)(
+                    str(error)
+                    .replace("MODEL_NAME:", "INTERPRETER_MODEL:")
+                    .replace("--model-name", "--interpreter-model local:...")
+                ) from None
             if not tokenizer.chat_template:
-                raise InputError(f"INTERPRETER_MODEL: {name} has no chat template. choose an instruct model.")
+                raise InputError(
+                    f"INTERPRETER_MODEL: {name} has no chat template. choose an instruct model."
+                )
             self.loaded = tokenizer, model
         return self.loaded
 
@@ -273,7 +325,13 @@ class Journal:
         return self.replies.get(self.key(prompt))
 
     def add(self, prompt, reply, unusable=None, usage=None):
-        line = {"key": self.key(prompt), "model": self.scope[0], "reply": reply, "unusable": unusable, **(usage or {})}
+        line = {
+            "key": self.key(prompt),
+            "model": self.scope[0],
+            "reply": reply,
+            "unusable": unusable,
+            **(usage or {}),
+        }
         with self.lock:
             artifacts.append_line(self.path, line)
             self.replies[line["key"]] = line
@@ -282,43 +340,62 @@ class Journal:
 def _checked(line):
     """A journal's line fit for use, or None: it may be another program's, or edited by hand."""
     key, reply, unusable = (line.get(name) for name in ("key", "reply", "unusable"))
-    if not isinstance(key, str) or not all(isinstance(text, str | None) for text in (reply, unusable)):
+    if not isinstance(key, str) or not all(
+        isinstance(text, str | None) for text in (reply, unusable)
+    ):
         return None
-    return {**line, "reply": reply and cleaned(reply)[:MAX_TEXT],
-            "unusable": unusable and one_line(unusable)}
+    return {
+        **line,
+        "reply": reply and cleaned(reply)[:MAX_TEXT],
+        "unusable": unusable and one_line(unusable),
+    }
 
 
 class Asker:
-    """Asks prompts through a backend and a journal. `stop_reason` is set once nothing more should be asked."""
+    """Asks prompts through a backend and a journal. `stop_reason` is set once nothing more should
+    be asked."""
 
     def __init__(self, backend, journal_path, *, n_workers, retry_unusable=False):
-        self.backend, self.n_workers, self.retry_unusable = backend, n_workers if backend.parallel else 1, retry_unusable
+        self.backend, self.n_workers, self.retry_unusable = (
+            backend,
+            n_workers if backend.parallel else 1,
+            retry_unusable,
+        )
         self.journal = Journal(journal_path, backend.scope)
         self.stop_reason, self.failures_in_a_row, self.lock = None, 0, threading.Lock()
         self.spent = {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
 
     def open(self, prompts, usable=lambda reply: True):
         """Those of the prompts that are still to be asked, each once."""
-        return [prompt for prompt in dict.fromkeys(prompts) if self.answered(prompt, usable) is None]
+        return [
+            prompt for prompt in dict.fromkeys(prompts) if self.answered(prompt, usable) is None
+        ]
 
     def answered(self, prompt, usable=lambda reply: True):
         """The journalled line of a prompt that needs no (second) try, or None."""
         line = self.journal.get(prompt)
-        if line is None or (self.retry_unusable and (line["reply"] is None or not usable(line["reply"]))):
+        if line is None or (
+            self.retry_unusable and (line["reply"] is None or not usable(line["reply"]))
+        ):
             return None
         return line
 
     def ask(self, prompts, what, usable=lambda reply: True):
-        """{prompt: (reply or None, reason if None)}; `usable(reply)` tells which replies need no second try."""
+        """{prompt: (reply or None, reason if None)}; `usable(reply)` tells which replies need no
+        second try."""
         failed, waiting = {}, self.open(prompts, usable)
         with progress.bar(len(waiting), what, "call") as bar:
+
             def work(prompt):
                 reason = self._call(prompt)
                 with self.lock:
                     if reason:
                         failed[prompt] = reason
                     spent = self.spent
-                    bar.set_postfix_str(f"{spent['prompt_tokens']:,} tokens in, {spent['completion_tokens']:,} out", refresh=False)
+                    bar.set_postfix_str(
+                        f"{spent['prompt_tokens']:,} tokens in, {spent['completion_tokens']:,} out",
+                        refresh=False,
+                    )
                     bar.update()
 
             pool = ThreadPoolExecutor(self.n_workers)
@@ -368,8 +445,9 @@ class Asker:
             if fatal:
                 self.stop_reason = reason
             elif self.failures_in_a_row >= BREAKER:
-                self.stop_reason = (f"{self.failures_in_a_row} calls in a row failed, "
-                                    f"the last with {reason}")
+                self.stop_reason = (
+                    f"{self.failures_in_a_row} calls in a row failed, the last with {reason}"
+                )
         return f"failed: {reason}"
 
 

@@ -1,11 +1,15 @@
-"""Labels and scores by a language model, by two protocols, and their validation on examples the labeller never saw.
+"""Labels and scores by a language model, by two protocols, and their validation on examples the
+labeller never saw.
 
-contrastive: HypotheSAEs' prompt, the strongest examples against those where the feature is silent (arXiv 2502.04382).
-fast: the tokens of the five strongest examples with their activations, a score from 1 to 5 and a name (FAST, arXiv 2506.07691).
-fidelity: HypotheSAEs' annotator says of held-out examples whether the label fits; precision, recall and F1 against the feature.
+contrastive: HypotheSAEs' prompt, the strongest examples against those where the feature is silent
+(arXiv 2502.04382). fast: the tokens of the five strongest examples with their activations, a score
+from 1 to 5 and a name (FAST, arXiv 2506.07691). fidelity: HypotheSAEs' annotator says of held-out
+examples whether the label fits; precision, recall and F1 against the feature.
 
-Half of the texts, drawn once by the seed, may be shown to the labeller; validation uses the other half only.
+Half of the texts, drawn once by the seed, may be shown to the labeller; validation uses the other
+half only.
 """
+
 import contextlib
 import io
 import json
@@ -16,12 +20,16 @@ from fastsae.data.token_text import seen_values, with_text
 from fastsae.data.tokenization import CONTENT, ROLES
 from fastsae.interpretation.llm.replies import fits, parse_fast, parse_label, parse_yes_no
 
-MAX_TOKENS = 384          # of an example in a prompt, HypotheSAEs' 256 words; longer ones are cut around the feature's strongest token
-N_CONTRASTED = 20         # examples in a contrastive prompt, half of them positive (HypotheSAEs' default)
-FAST_EXAMPLES = 5         # strongest examples in a FAST prompt; a feature must fire in all of them
-FAST_WIDTH = 24           # tokens shown on each side of the strongest one
-MIN_HELD_OUT = 3          # positive examples of a label, positive and negative held-out ones of its test, at least
-ANSWERED = 0.9            # share of an annotator's replies that must be a clear yes or no
+# of an example in a prompt, HypotheSAEs' 256 words; longer ones are cut around the feature's
+# strongest token
+MAX_TOKENS = 384
+# examples in a contrastive prompt, half of them positive (HypotheSAEs' default)
+N_CONTRASTED = 20
+FAST_EXAMPLES = 5  # strongest examples in a FAST prompt; a feature must fire in all of them
+FAST_WIDTH = 24  # tokens shown on each side of the strongest one
+# positive examples of a label, positive and negative held-out ones of its test, at least
+MIN_HELD_OUT = 3
+ANSWERED = 0.9  # share of an annotator's replies that must be a clear yes or no
 
 FAST_PROMPT = """You judge how well one feature of a language model can be understood. On every token of a text the feature has an \
 activation: 0 where it is silent, larger where it is stronger. Below are the {n} text passages in which it is strongest, written as \
@@ -45,64 +53,92 @@ My final verdict score is: [[SCORE]], feature name is [[NAME]]"""
 class Shown:
     """Which examples the labeller may see, and the texts and activations that prompts are made of.
 
-    Equal texts count once, and the halves are drawn by text: what the labeller saw is never what its label is tested on.
+    Equal texts count once, and the halves are drawn by text: what the labeller saw is never what
+    its label is tested on.
     """
 
     def __init__(self, evidence, texts, seed):
         self.evidence, self.texts, self.seed = evidence, texts, seed
         metadata = evidence.data.get("metadata")
-        self.max_length = json.loads(str(metadata))["settings"].get("MAX_LENGTH") if metadata is not None else None
-        self.examples = evidence.statistics.pooled_examples                     # (n_pooled,) example numbers
-        self.pooled = evidence.statistics.pooled_max.tocsc()                    # (n_pooled, M)
+        self.max_length = (
+            json.loads(str(metadata))["settings"].get("MAX_LENGTH")
+            if metadata is not None
+            else None
+        )
+        # (n_pooled,) example numbers
+        self.examples = evidence.statistics.pooled_examples
+        self.pooled = evidence.statistics.pooled_max.tocsc()  # (n_pooled, M)
         # (n_texts,) the first example of each text, (n_pooled,) the number of each example's
-        _, first, text_of = np.unique(evidence.text_numbers[self.examples], return_index=True, return_inverse=True)
+        _, first, text_of = np.unique(
+            evidence.text_numbers[self.examples], return_index=True, return_inverse=True
+        )
         order = np.random.default_rng((seed, 3)).permutation(len(first))
         shown = np.zeros(len(first), bool)
-        shown[order[:(len(order) + 1) // 2]] = True
-        self.may_show = shown[text_of]                                          # (n_pooled,) bool
-        self.first = np.zeros(len(self.examples), bool)                         # (n_pooled,) the first of its text?
+        shown[order[: (len(order) + 1) // 2]] = True
+        self.may_show = shown[text_of]  # (n_pooled,) bool
+        # (n_pooled,) the first of its text?
+        self.first = np.zeros(len(self.examples), bool)
         self.first[first] = True
 
     def ranked(self, feature, shown):
-        """(rows, values): pooled rows of the shown or of the held-out texts, strongest first, ties by number."""
+        """(rows, values): pooled rows of the shown or of the held-out texts, strongest first, ties
+        by number."""
         column = self.pooled[:, feature].toarray().ravel()
         rows = np.flatnonzero(self.first & (self.may_show == shown))
         rows = rows[np.argsort(-column[rows], kind="stable")]
         return rows, column[rows]
 
     def contrast(self, feature, n, shown):
-        """(positive, negative) example numbers, at most n // 2 each: the strongest, and by lot those where the feature is silent."""
+        """(positive, negative) example numbers, at most n // 2 each: the strongest, and by lot
+        those where the feature is silent."""
         rows, values = self.ranked(feature, shown)
         silent = rows[values == 0]
-        negative = np.random.default_rng((self.seed, feature)).permutation(silent)[:n // 2]
-        return self.examples[rows[values > 0][:n // 2]], self.examples[np.sort(negative)]
+        negative = np.random.default_rng((self.seed, feature)).permutation(silent)[: n // 2]
+        return self.examples[rows[values > 0][: n // 2]], self.examples[np.sort(negative)]
 
     def text(self, feature, example):
-        """An example as the labeller reads it: its text, or what the model read of it if that is long or was cut by MAX_LENGTH.
+        """An example as the labeller reads it: its text, or what the model read of it if that is
+        long or was cut by MAX_LENGTH.
 
-        Of the latter at most MAX_TOKENS, around the feature's strongest token, or any where it is silent; markup is left out.
+        Of the latter at most MAX_TOKENS, around the feature's strongest token, or any where it is
+        silent; markup is left out.
         """
         start, end = self.evidence.own_start(example), self._n_tokens(example)
         if self._whole(example) and end - start <= MAX_TOKENS:
             return self.texts[example]
         row = self.evidence.offsets[example]
-        kind = self.evidence.data["token_kind"][row + start:row + end]
-        places = start + (np.flatnonzero(kind == CONTENT) if (kind == CONTENT).any() else np.arange(end - start))
-        positions, values = self.evidence.token_values([(feature, int(example))])[feature, int(example)]
-        peak = (np.searchsorted(places, positions[np.argmax(values)]) if len(values) else
-                np.random.default_rng((self.seed, feature, int(example))).integers(len(places)))
+        kind = self.evidence.data["token_kind"][row + start : row + end]
+        places = start + (
+            np.flatnonzero(kind == CONTENT) if (kind == CONTENT).any() else np.arange(end - start)
+        )
+        positions, values = self.evidence.token_values([(feature, int(example))])[
+            feature, int(example)
+        ]
+        peak = (
+            np.searchsorted(places, positions[np.argmax(values)])
+            if len(values)
+            else np.random.default_rng((self.seed, feature, int(example))).integers(len(places))
+        )
         left = int(max(0, min(peak - MAX_TOKENS // 2, len(places) - MAX_TOKENS)))
         ends_early = left + MAX_TOKENS < len(places) or not self._whole(example)
-        return "… " * (left > 0) + self._joined(example, places[left:left + MAX_TOKENS]) + " …" * ends_early
+        return (
+            "… " * (left > 0)
+            + self._joined(example, places[left : left + MAX_TOKENS])
+            + " …" * ends_early
+        )
 
     def _joined(self, example, places):
-        """The texts of tokens of an example; where the template cut turns apart, each begins with its role, as in `plain_text`."""
+        """The texts of tokens of an example; where the template cut turns apart, each begins with
+        its role, as in `plain_text`."""
         tokens, row = self.evidence.token_texts(int(example)), self.evidence.offsets[example]
         if self.evidence.examples[example].is_text:
             return "".join(tokens[i] for i in places)
         starts = np.flatnonzero(np.diff(places, prepend=-1) > 1) if len(places) else []
-        turns = [f"{ROLES[self.evidence.data['token_role'][row + turn[0]]]}: {''.join(tokens[i] for i in turn).strip()}"
-                 for turn in np.split(places, starts) if len(turn)]
+        turns = [
+            f"{ROLES[self.evidence.data['token_role'][row + turn[0]]]}: {''.join(tokens[i] for i in turn).strip()}"
+            for turn in np.split(places, starts)
+            if len(turn)
+        ]
         return "\n\n".join(turns)
 
     def _n_tokens(self, example):
@@ -114,20 +150,27 @@ class Shown:
 
 
 def contrastive_prompts(shown, features):
-    """{feature: HypotheSAEs' contrastive prompt} for the features that fire in MIN_HELD_OUT examples that may be shown."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a warning for every feature with few examples
+    """{feature: HypotheSAEs' contrastive prompt} for the features that fire in MIN_HELD_OUT
+    examples that may be shown."""
+    # it prints a warning for every feature with few examples
+    with contextlib.redirect_stdout(io.StringIO()):
         from hypothesaes.interpret_neurons import InterpretConfig, NeuronInterpreter
 
         def sample(neuron_idx, **_):
             positive, negative = shown.contrast(neuron_idx, N_CONTRASTED, shown=True)
-            return {"positive_texts": [shown.text(neuron_idx, e) for e in positive],
-                    "negative_texts": [shown.text(neuron_idx, e) for e in negative]}
+            return {
+                "positive_texts": [shown.text(neuron_idx, e) for e in positive],
+                "negative_texts": [shown.text(neuron_idx, e) for e in negative],
+            }
 
         config = InterpretConfig()
         config.sampling.function = sample
         builder, everywhere = NeuronInterpreter(), _Firing()
-        return {j: builder._build_interpretation_prompt(None, everywhere, j, 0, config) for j in features
-                if len(shown.contrast(j, N_CONTRASTED, shown=True)[0]) >= MIN_HELD_OUT}
+        return {
+            j: builder._build_interpretation_prompt(None, everywhere, j, 0, config)
+            for j in features
+            if len(shown.contrast(j, N_CONTRASTED, shown=True)[0]) >= MIN_HELD_OUT
+        }
 
 
 class _Firing:
@@ -143,10 +186,19 @@ def fast_prompts(shown, features):
     for j in features:
         if can_score(shown, j):
             chosen[j] = [int(e) for e in shown.examples[shown.ranked(j, True)[0][:FAST_EXAMPLES]]]
-    found = shown.evidence.token_values([(j, e) for j, examples in chosen.items() for e in examples])
-    return {j: FAST_PROMPT.format(n=FAST_EXAMPLES, passages="\n\n".join(
-        f"Passage {i}:\n{_token_lines(shown.evidence, e, *found[j, e])}" for i, e in enumerate(examples, 1)))
-        for j, examples in chosen.items()}
+    found = shown.evidence.token_values(
+        [(j, e) for j, examples in chosen.items() for e in examples]
+    )
+    return {
+        j: FAST_PROMPT.format(
+            n=FAST_EXAMPLES,
+            passages="\n\n".join(
+                f"Passage {i}:\n{_token_lines(shown.evidence, e, *found[j, e])}"
+                for i, e in enumerate(examples, 1)
+            ),
+        )
+        for j, examples in chosen.items()
+    }
 
 
 def can_score(shown, feature):
@@ -155,16 +207,23 @@ def can_score(shown, feature):
 
 
 def _token_lines(evidence, example, positions, values):
-    """Token and activation in turn; what a feature has on a later part of a character cut into tokens counts for its first part."""
+    """Token and activation in turn; what a feature has on a later part of a character cut into
+    tokens counts for its first part."""
     tokens = evidence.token_texts(example)
     seen, strengths = seen_values(tokens, positions, values)
     activations = np.zeros(len(tokens))
     activations[seen] = strengths
-    places = np.unique(with_text(tokens))                                    # (n_shown,) of the tokens that show something
+    # (n_shown,) of the tokens that show something
+    places = np.unique(with_text(tokens))
     activations = activations[places]
     peak = int(np.argmax(activations))
-    first = max(min(int(np.searchsorted(places, evidence.own_start(example))), peak), peak - FAST_WIDTH)
-    return "\n".join(f"{tokens[places[i]]!r} {_figure(activations[i])}" for i in range(first, min(len(places), peak + FAST_WIDTH + 1)))
+    first = max(
+        min(int(np.searchsorted(places, evidence.own_start(example))), peak), peak - FAST_WIDTH
+    )
+    return "\n".join(
+        f"{tokens[places[i]]!r} {_figure(activations[i])}"
+        for i in range(first, min(len(places), peak + FAST_WIDTH + 1))
+    )
 
 
 def _figure(value):
@@ -173,9 +232,11 @@ def _figure(value):
 
 
 def fidelity_prompts(shown, labels, n_examples):
-    """{feature: [(prompt, should it be yes), ...]} over held-out examples; features that `untestable` names are left out.
+    """{feature: [(prompt, should it be yes), ...]} over held-out examples; features that
+    `untestable` names are left out.
 
-    There are no more positive than negative ones, so that an annotator who always says yes gets an F1 of at most 2/3.
+    There are no more positive than negative ones, so that an annotator who always says yes gets an
+    F1 of at most 2/3.
     """
     from hypothesaes.utils import load_prompt
 
@@ -183,8 +244,11 @@ def fidelity_prompts(shown, labels, n_examples):
     for j, label in labels.items():
         if not untestable(shown, j, n_examples):
             positive, negative = shown.contrast(j, n_examples, shown=False)
-            result[j] = [(template.format(hypothesis=label, text=shown.text(j, e)), yes)
-                         for examples, yes in ((positive[:len(negative)], True), (negative, False)) for e in examples]
+            result[j] = [
+                (template.format(hypothesis=label, text=shown.text(j, e)), yes)
+                for examples, yes in ((positive[: len(negative)], True), (negative, False))
+                for e in examples
+            ]
     return result
 
 
@@ -195,44 +259,82 @@ def untestable(shown, feature, n_examples):
         return f"N_FIDELITY_EXAMPLES is below {2 * MIN_HELD_OUT}: too few to validate the label"
     if len(positive) < MIN_HELD_OUT:
         return "fires in too few held-out examples to validate the label"
-    return "fires in nearly all held-out examples: too few are silent to validate the label" if len(negative) < MIN_HELD_OUT else None
+    return (
+        "fires in nearly all held-out examples: too few are silent to validate the label"
+        if len(negative) < MIN_HELD_OUT
+        else None
+    )
 
 
 def fidelity(answers):
-    """{fidelity_precision, fidelity_recall, fidelity_f1, n_held_out} of [(said yes or None, fires)], or None if too few are clear."""
+    """{fidelity_precision, fidelity_recall, fidelity_f1, n_held_out} of [(said yes or None,
+    fires)], or None if too few are clear."""
     clear = [(said, fires) for said, fires in answers if said is not None]
-    if len(clear) < ANSWERED * len(answers) or not any(f for _, f in clear) or all(f for _, f in clear):
+    if (
+        len(clear) < ANSWERED * len(answers)
+        or not any(f for _, f in clear)
+        or all(f for _, f in clear)
+    ):
         return None
     hits = sum(said and fires for said, fires in clear)
-    precision, recall = hits / max(sum(said for said, _ in clear), 1), hits / sum(fires for _, fires in clear)
-    return {"fidelity_precision": precision, "fidelity_recall": recall,
-            "fidelity_f1": 2 * precision * recall / (precision + recall) if hits else 0.0, "n_held_out": len(clear)}
+    precision, recall = (
+        hits / max(sum(said for said, _ in clear), 1),
+        hits / sum(fires for _, fires in clear),
+    )
+    return {
+        "fidelity_precision": precision,
+        "fidelity_recall": recall,
+        "fidelity_f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
+        "n_held_out": len(clear),
+    }
 
 
 def plain_text(example):
-    return example.messages[0]["content"] if example.is_text else "\n\n".join(f"{m['role']}: {m['content']}" for m in example.messages)
+    return (
+        example.messages[0]["content"]
+        if example.is_text
+        else "\n\n".join(f"{m['role']}: {m['content']}" for m in example.messages)
+    )
 
 
 class Labelling:
-    """The calls that label `labelled` features and score `scored` ones: their plan, and their outcome."""
+    """The calls that label `labelled` features and score `scored` ones: their plan, and their
+    outcome."""
 
     def __init__(self, shown, asker, *, protocol, labelled, candidates, n_scored, n_fidelity):
-        """candidates: features in random order, of which the first `n_scored` that fire in five examples are scored."""
+        """candidates: features in random order, of which the first `n_scored` that fire in five
+        examples are scored."""
         self.shown, self.asker, self.n_fidelity = shown, asker, n_fidelity
         scored = [j for j in candidates if can_score(shown, j)][:n_scored]
         self.contrastive = contrastive_prompts(shown, labelled) if protocol != "fast" else {}
-        self.fast = fast_prompts(shown, list(dict.fromkeys([*labelled, *scored]))) if protocol != "contrastive" else {}
-        self.labelled, self.scored, self.protocol = labelled, [j for j in scored if j in self.fast], protocol
+        self.fast = (
+            fast_prompts(shown, list(dict.fromkeys([*labelled, *scored])))
+            if protocol != "contrastive"
+            else {}
+        )
+        self.labelled, self.scored, self.protocol = (
+            labelled,
+            [j for j in scored if j in self.fast],
+            protocol,
+        )
 
     def plan(self, count_tokens):
-        """[(what, calls, prompt tokens)] still to be paid for; validation is counted with the label, where it is there already."""
-        parts = [("contrastive labels", self.asker.open(self.contrastive.values(), fits(parse_label))),
-                 ("FAST scores", self.asker.open(self.fast.values(), fits(parse_fast))),
-                 ("validation, at most", self._open_validation() if self.n_fidelity else [])]
-        return [(what, len(prompts), sum(map(count_tokens, prompts))) for what, prompts in parts if prompts]
+        """[(what, calls, prompt tokens)] still to be paid for; validation is counted with the
+        label, where it is there already."""
+        parts = [
+            ("contrastive labels", self.asker.open(self.contrastive.values(), fits(parse_label))),
+            ("FAST scores", self.asker.open(self.fast.values(), fits(parse_fast))),
+            ("validation, at most", self._open_validation() if self.n_fidelity else []),
+        ]
+        return [
+            (what, len(prompts), sum(map(count_tokens, prompts)))
+            for what, prompts in parts
+            if prompts
+        ]
 
     def _open_validation(self):
-        """Prompts of the validation still to be asked; a label that is yet to come has the ordinary length."""
+        """Prompts of the validation still to be asked; a label that is yet to come has the ordinary
+        length."""
         labels, to_come = {}, []
         for j in self.labelled:
             for prompts, parse in ((self.contrastive, parse_label), (self.fast, parse_fast)):
@@ -244,28 +346,49 @@ class Labelling:
                     if line["reply"] is not None and (value := parse(line["reply"])) is not None:
                         labels[j] = value if parse is parse_label else value[1]
                         break
-        known, unknown = (fidelity_prompts(self.shown, some, self.n_fidelity).values() for some in (
-            labels, dict.fromkeys(to_come, "describes a person who hesitates before an everyday decision")))
-        return [*self.asker.open([p for pairs in known for p, _ in pairs], fits(parse_yes_no)), *(p for pairs in unknown for p, _ in pairs)]
+        known, unknown = (
+            fidelity_prompts(self.shown, some, self.n_fidelity).values()
+            for some in (
+                labels,
+                dict.fromkeys(
+                    to_come, "describes a person who hesitates before an everyday decision"
+                ),
+            )
+        )
+        return [
+            *self.asker.open([p for pairs in known for p, _ in pairs], fits(parse_yes_no)),
+            *(p for pairs in unknown for p, _ in pairs),
+        ]
 
     def print_plan(self, tokenizer):
-        """Say what would be asked, in calls and prompt tokens as the examined model's own tokenizer counts them."""
+        """Say what would be asked, in calls and prompt tokens as the examined model's own tokenizer
+        counts them."""
         parts = self.plan(lambda prompt: len(tokenizer.encode(prompt, add_special_tokens=False)))
         for what, calls, n_tokens in parts:
             print(f"{what}: {calls:,} calls, {n_tokens:,} prompt tokens")
-        print(f"dry run: {sum(calls for _, calls, _ in parts):,} calls with about {sum(n for *_, n in parts):,} prompt tokens are still "
-              "to be paid for; nothing was asked or written.")
+        print(
+            f"dry run: {sum(calls for _, calls, _ in parts):,} calls with about {sum(n for *_, n in parts):,} prompt tokens are still "
+            "to be paid for; nothing was asked or written."
+        )
 
     def run(self):
-        """{feature: {label, label_protocol, score, score_name, fidelity_..., problems}} of every feature asked about."""
-        outcome: dict[int, dict] = {j: {"problems": []} for j in dict.fromkeys([*self.contrastive, *self.fast, *self.labelled])}
+        """{feature: {label, label_protocol, score, score_name, fidelity_..., problems}} of every
+        feature asked about."""
+        outcome: dict[int, dict] = {
+            j: {"problems": []}
+            for j in dict.fromkeys([*self.contrastive, *self.fast, *self.labelled])
+        }
         replies = self.asker.ask(list(self.contrastive.values()), "labels", fits(parse_label))
         for j, prompt in self.contrastive.items():
-            if (label := self._parsed(outcome[j], replies[prompt], parse_label, "label")) is not None:
+            if (
+                label := self._parsed(outcome[j], replies[prompt], parse_label, "label")
+            ) is not None:
                 outcome[j].update(label=label, label_protocol="contrastive")
         replies = self.asker.ask(list(self.fast.values()), "FAST scores", fits(parse_fast))
         for j, prompt in self.fast.items():
-            if (verdict := self._parsed(outcome[j], replies[prompt], parse_fast, "score")) is not None:
+            if (
+                verdict := self._parsed(outcome[j], replies[prompt], parse_fast, "score")
+            ) is not None:
                 outcome[j].update(score=verdict[0], score_name=verdict[1])
                 if "label" not in outcome[j]:
                     outcome[j].update(label=verdict[1], label_protocol="fast")
@@ -280,21 +403,33 @@ class Labelling:
         reply, reason = answer
         value = parse(reply) if reply is not None else None
         if value is None:
-            outcome["problems"].append(f"{what} {reason or 'unusable: the reply is none'}" if reply is None or reason else
-                                       f"{what} unusable: the reply does not follow the form")
+            outcome["problems"].append(
+                f"{what} {reason or 'unusable: the reply is none'}"
+                if reply is None or reason
+                else f"{what} unusable: the reply does not follow the form"
+            )
         return value
 
     def _validate(self, outcome):
         labels = {j: outcome[j]["label"] for j in self.labelled if "label" in outcome[j]}
         tasks = fidelity_prompts(self.shown, labels, self.n_fidelity) if labels else {}
-        replies = self.asker.ask([prompt for pairs in tasks.values() for prompt, _ in pairs], "validation", fits(parse_yes_no))
+        replies = self.asker.ask(
+            [prompt for pairs in tasks.values() for prompt, _ in pairs],
+            "validation",
+            fits(parse_yes_no),
+        )
         for j, pairs in tasks.items():
-            said = [parse_yes_no(reply) if (reply := replies[prompt][0]) is not None else None for prompt, _ in pairs]
+            said = [
+                parse_yes_no(reply) if (reply := replies[prompt][0]) is not None else None
+                for prompt, _ in pairs
+            ]
             result = fidelity([(s, fires) for s, (_, fires) in zip(said, pairs)])
             if result:
                 outcome[j].update(result)
             else:
                 reasons = [why for prompt, _ in pairs if (why := replies[prompt][1])]
-                outcome[j]["problems"].append(f"validation {reasons[0] if reasons else 'unusable: no clear yes or no'}")
+                outcome[j]["problems"].append(
+                    f"validation {reasons[0] if reasons else 'unusable: no clear yes or no'}"
+                )
         for j in labels.keys() - tasks.keys():
             outcome[j]["note"] = untestable(self.shown, j, self.n_fidelity)

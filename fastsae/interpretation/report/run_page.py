@@ -1,4 +1,6 @@
-"""What the report says of the run as a whole: its story in a few sentences, charts, settings and provenance."""
+"""What the report says of the run as a whole: its story in a few sentences, charts, settings and
+provenance."""
+
 import json
 from pathlib import Path
 
@@ -12,98 +14,194 @@ from fastsae.lm.names import described, short_name
 from fastsae.sae.metrics import measured_on
 
 AUC_BOUND = 0.8  # a feature above this separates its category well; the report counts them
-METRICS = (("normalized_mse", "normalised MSE"), ("explained_variance", "explained variance"), ("mse", "MSE (FAST, eq. 7)"),
-           ("mse_template_tokens", "MSE on the template's tokens"), ("cosine_similarity", "cosine similarity"), ("l0", "L0"),
-           ("dead_fraction", "features that never fire there"), ("n_train_tokens", "training tokens"),
-           ("n_validation_tokens", "validation tokens"), ("n_test_tokens", "test tokens"),
-           ("epochs", "epochs"), ("best_epoch", "best epoch"))
+METRICS = (
+    ("normalized_mse", "normalised MSE"),
+    ("explained_variance", "explained variance"),
+    ("mse", "MSE (FAST, eq. 7)"),
+    ("mse_template_tokens", "MSE on the template's tokens"),
+    ("cosine_similarity", "cosine similarity"),
+    ("l0", "L0"),
+    ("dead_fraction", "features that never fire there"),
+    ("n_train_tokens", "training tokens"),
+    ("n_validation_tokens", "validation tokens"),
+    ("n_test_tokens", "test tokens"),
+    ("epochs", "epochs"),
+    ("best_epoch", "best epoch"),
+)
 
-MEASURED = {"test": "On test examples, which decided nothing: neither the weights nor the best epoch.",
-            "validation": "On validation examples: it was not trained on them, but they chose the best epoch."}
+MEASURED = {
+    "test": "On test examples, which decided nothing: neither the weights nor the best epoch.",
+    "validation": "On validation examples: it was not trained on them, but they chose the best epoch.",
+}
 
 
 def describe_run(features, metadata, scored, settings, n_shown):
     """What `report.render` needs besides the features: title, story, charts and tables."""
-    evidence, sae_meta, source, rows = features.evidence, features.sae_meta, features.source, features.rows
+    evidence, sae_meta, source, rows = (
+        features.evidence,
+        features.sae_meta,
+        features.source,
+        features.rows,
+    )
     s, m = evidence.statistics, len(rows)
     n_alive = sum(row["status"] != "dead" for row in rows)
     model, layer = described(source["model_name"]), source["settings"]["LAYER_IDX"]
     dataset = source["dataset_path"].rsplit("/", 1)[-1]
     n_examples = len(evidence.examples)
     imported = "source" in sae_meta  # from another library: its training is not known here
-    l0 = sae_meta.get("metrics", {}).get("l0", s.count.sum() / max(s.n_kept, 1))  # measured: K is not how many fire in every kind
-    who_learned = f"from {sae_meta['source']['format']} writes" if imported else "then learned to write"
-    story = (f"Each of the {n_examples:,} examples of {dataset} went through {model}, alone. A sparse autoencoder {who_learned} "
-             f"the model's state after layer {layer} on every token as a sum of about {l0:{',.0f' if l0 >= 1000 else '.3g'}} of "
-             f"{m:,} features; {n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} tokens"
-             f"{left_out(sae_meta, len(s.kept) - s.n_kept)}. {who_labelled(rows, metadata['settings']['llm'])}")
+    # measured: K is not how many fire in every kind
+    l0 = sae_meta.get("metrics", {}).get("l0", s.count.sum() / max(s.n_kept, 1))
+    who_learned = (
+        f"from {sae_meta['source']['format']} writes" if imported else "then learned to write"
+    )
+    story = (
+        f"Each of the {n_examples:,} examples of {dataset} went through {model}, alone. A sparse autoencoder {who_learned} "
+        f"the model's state after layer {layer} on every token as a sum of about {l0:{',.0f' if l0 >= 1000 else '.3g'}} of "
+        f"{m:,} features; {n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} tokens"
+        f"{left_out(sae_meta, len(s.kept) - s.n_kept)}. {who_labelled(rows, metadata['settings']['llm'])}"
+    )
     notice = None
     if n_shown < n_alive:
-        notice = (f"This report shows {n_shown:,} of {n_alive:,} features that fire: those with a language model's label and the highest "
-                  "category AUC or activation. interpretations.csv has all; N_REPORT_FEATURES sets how many are shown.")
-    return {"title": f"{m:,} features of {model}", "subtitle": f"after layer {layer} · {n_examples:,} examples of {dataset} · "
-            f"{s.n_kept:,} tokens · {m - n_alive:,} dead", "story": story, "notice": notice,
-            "chance": None if features.categories is None else round(float(np.nanquantile(features.categories.shuffled, 0.95)), 3),
-            "charts": run_charts(evidence, sae_meta.get("history"), sae_meta["max_norm"], features.categories, scored),
-            "tables": run_tables(sae_meta, source, metadata, settings, features.comparison)}
+        notice = (
+            f"This report shows {n_shown:,} of {n_alive:,} features that fire: those with a language model's label and the highest "
+            "category AUC or activation. interpretations.csv has all; N_REPORT_FEATURES sets how many are shown."
+        )
+    return {
+        "title": f"{m:,} features of {model}",
+        "subtitle": f"after layer {layer} · {n_examples:,} examples of {dataset} · "
+        f"{s.n_kept:,} tokens · {m - n_alive:,} dead",
+        "story": story,
+        "notice": notice,
+        "chance": None
+        if features.categories is None
+        else round(float(np.nanquantile(features.categories.shuffled, 0.95)), 3),
+        "charts": run_charts(
+            evidence, sae_meta.get("history"), sae_meta["max_norm"], features.categories, scored
+        ),
+        "tables": run_tables(sae_meta, source, metadata, settings, features.comparison),
+    }
 
 
 def left_out(sae_meta, n_tokens):
     """Which tokens the figures leave out, as the end of a sentence that counts the others."""
     settings = sae_meta["settings"]
-    parts = [name for name, there in (
-        ("the prefix that all examples share", settings["EXCLUDE_SHARED_PREFIX"]), ("attention sinks", sae_meta["max_norm"] is not None),
-        ("the chat template", settings.get("USE_TOKENS") == "content"),
-        ("all but the assistant's text", settings.get("USE_TOKENS") == "assistant")) if there]
-    return f"; {n_tokens:,} are left out, {' and '.join(', '.join(parts).rsplit(', ', 1))}" if n_tokens and parts else ""
+    parts = [
+        name
+        for name, there in (
+            ("the prefix that all examples share", settings["EXCLUDE_SHARED_PREFIX"]),
+            ("attention sinks", sae_meta["max_norm"] is not None),
+            ("the chat template", settings.get("USE_TOKENS") == "content"),
+            ("all but the assistant's text", settings.get("USE_TOKENS") == "assistant"),
+        )
+        if there
+    ]
+    return (
+        f"; {n_tokens:,} are left out, {' and '.join(', '.join(parts).rsplit(', ', 1))}"
+        if n_tokens and parts
+        else ""
+    )
 
 
 def who_labelled(rows, llm):
-    """A sentence on who wrote the labels; llm: the settings of the language model, None where none was asked."""
+    """A sentence on who wrote the labels; llm: the settings of the language model, None where none
+    was asked."""
     n_llm = sum(row["label_source"] not in ("", "tokens") for row in rows)
     if n_llm:
         return f"{n_llm} labels were written by {llm['INTERPRETER_MODEL']}, the others are the features' own tokens."
-    asked = f"{llm['INTERPRETER_MODEL']} was asked and gave no usable label" if llm else "No language model was asked"
+    asked = (
+        f"{llm['INTERPRETER_MODEL']} was asked and gave no usable label"
+        if llm
+        else "No language model was asked"
+    )
     return f"{asked}: every label is made of the feature's own tokens."
 
 
 def target_table(comparison):
     """How well the target is predicted, with and without features, as a table of the run page."""
-    note = (f"{comparison['measure']} of ridge regressions, fitted on {comparison['n_finding']:,} examples and measured on "
-            f"{comparison['n_held_out']:,} others. The features have to be compared with what needs none.")
-    return ("What predicts the target", note,
-            [(f"{name} ({entry['n_columns']:,} columns)", "-" if entry["held_out"] is None else f"{entry['held_out']:.3f}")
-             for name, entry in comparison["sources"].items()], True)
+    note = (
+        f"{comparison['measure']} of ridge regressions, fitted on {comparison['n_finding']:,} examples and measured on "
+        f"{comparison['n_held_out']:,} others. The features have to be compared with what needs none."
+    )
+    return (
+        "What predicts the target",
+        note,
+        [
+            (
+                f"{name} ({entry['n_columns']:,} columns)",
+                "-" if entry["held_out"] is None else f"{entry['held_out']:.3f}",
+            )
+            for name, entry in comparison["sources"].items()
+        ],
+        True,
+    )
 
 
 def run_tables(sae_meta, source, metadata, settings, comparison=None):
     """[(name, note, [(key, value)], open)] of figures, provenance and settings."""
     metrics = sae_meta.get("metrics", {})
-    figures = [(name, _shown(metrics[key])) for key, name in METRICS if metrics.get(key) is not None]
+    figures = [
+        (name, _shown(metrics[key])) for key, name in METRICS if metrics.get(key) is not None
+    ]
     if "validation" in metrics and measured_on(metrics) == "test":
-        figures.append(("normalised MSE on validation, which chose the epoch", _shown(metrics["validation"]["normalized_mse"])))
-    figures += [(f"normalised MSE from the first {end}", _shown(v)) for end, v in metrics.get("prefix_normalized_mse", {}).items()]
-    provenance = [("model", described(source["model_name"])),
-                  ("autoencoder", architecture_text(sae_meta["settings"])),
-                  ("revision", source.get("resolved_revision") or source.get("model_revision") or "as named"),
-                  ("layer", f"residual stream after {source['settings']['LAYER_IDX']} blocks"),
-                  ("dataset", dataset_name(source["dataset_path"])),
-                  ("dataset sha256", source["inputs"]["dataset"]), ("checkpoint", short_name(metadata["checkpoint"])),
-                  ("fingerprints", f"activations {source['fingerprint'][:16]}, autoencoder {sae_meta['fingerprint'][:16]}, "
-                                   f"interpretation {metadata['fingerprint'][:16]}"),
-                  ("device, type", f"{source.get('device', '')}, computed in {source.get('compute_dtype', '?')}"),
-                  ("versions", ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()))]
-    every = [("Settings of stage 1, extraction", source["settings"]), ("Settings of stage 2, training", sae_meta["settings"]),
-             ("Settings of stage 3, interpretation", {name: named(value) for name, value in settings.items()})]
-    measured = "On tokens of this dataset, drawn at random." if "source" in sae_meta else MEASURED[measured_on(metrics)]
-    return [("How well the autoencoder reconstructs", measured, figures, True),
-            *([target_table(comparison)] if comparison else []),
-            ("Where this comes from", "", provenance, True),
-            *((name, "", [(key, _shown(value)) for key, value in values.items()], False) for name, values in every)]
+        figures.append(
+            (
+                "normalised MSE on validation, which chose the epoch",
+                _shown(metrics["validation"]["normalized_mse"]),
+            )
+        )
+    figures += [
+        (f"normalised MSE from the first {end}", _shown(v))
+        for end, v in metrics.get("prefix_normalized_mse", {}).items()
+    ]
+    provenance = [
+        ("model", described(source["model_name"])),
+        ("autoencoder", architecture_text(sae_meta["settings"])),
+        ("revision", source.get("resolved_revision") or source.get("model_revision") or "as named"),
+        ("layer", f"residual stream after {source['settings']['LAYER_IDX']} blocks"),
+        ("dataset", dataset_name(source["dataset_path"])),
+        ("dataset sha256", source["inputs"]["dataset"]),
+        ("checkpoint", short_name(metadata["checkpoint"])),
+        (
+            "fingerprints",
+            f"activations {source['fingerprint'][:16]}, autoencoder {sae_meta['fingerprint'][:16]}, "
+            f"interpretation {metadata['fingerprint'][:16]}",
+        ),
+        (
+            "device, type",
+            f"{source.get('device', '')}, computed in {source.get('compute_dtype', '?')}",
+        ),
+        (
+            "versions",
+            ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()),
+        ),
+    ]
+    every = [
+        ("Settings of stage 1, extraction", source["settings"]),
+        ("Settings of stage 2, training", sae_meta["settings"]),
+        (
+            "Settings of stage 3, interpretation",
+            {name: named(value) for name, value in settings.items()},
+        ),
+    ]
+    measured = (
+        "On tokens of this dataset, drawn at random."
+        if "source" in sae_meta
+        else MEASURED[measured_on(metrics)]
+    )
+    return [
+        ("How well the autoencoder reconstructs", measured, figures, True),
+        *([target_table(comparison)] if comparison else []),
+        ("Where this comes from", "", provenance, True),
+        *(
+            (name, "", [(key, _shown(value)) for key, value in values.items()], False)
+            for name, values in every
+        ),
+    ]
 
 
 def named(value):
-    """`value`; of a path on this machine only its last part: the report is made to be sent on, the tables' first line has it all."""
+    """`value`; of a path on this machine only its last part: the report is made to be sent on, the
+    tables' first line has it all."""
     return short_name(value) if isinstance(value, str) and Path(value).is_absolute() else value
 
 
@@ -120,26 +218,63 @@ def run_charts(evidence, history, max_norm, categories, scored):
     s = evidence.statistics
     result = []
     if history:
-        result.append(charts.curves("Training", "loss on training tokens and normalised MSE on held-out examples, by epoch", [
-            (name, [line[key] for line in history]) for name, key in (("normalised MSE", "normalized_mse"), ("loss", "loss"))]))
+        result.append(
+            charts.curves(
+                "Training",
+                "loss on training tokens and normalised MSE on held-out examples, by epoch",
+                [
+                    (name, [line[key] for line in history])
+                    for name, key in (("normalised MSE", "normalized_mse"), ("loss", "loss"))
+                ],
+            )
+        )
     beyond = max_norm is not None and bool((s.norms > max_norm).any())
     sinks = "; those beyond the line are attention sinks, left out" if beyond else ""
-    result.append(charts.log_bars("Token norms", f"tokens by the norm of their activation, heights as square roots{sinks}", s.norms,
-                                  guide=max_norm if beyond else None, guide_name="bound"))
-    result.append(charts.log_bars("Density", "features by the share of tokens on which they fire, heights as square roots", s.density))
+    result.append(
+        charts.log_bars(
+            "Token norms",
+            f"tokens by the norm of their activation, heights as square roots{sinks}",
+            s.norms,
+            guide=max_norm if beyond else None,
+            guide_name="bound",
+        )
+    )
+    result.append(
+        charts.log_bars(
+            "Density",
+            "features by the share of tokens on which they fire, heights as square roots",
+            s.density,
+        )
+    )
     if categories is not None:
         aucs, shuffled, counts = categories.auc, categories.shuffled, categories.summary(AUC_BOUND)
         edges = np.linspace(0.3, 1, 15)
         found = np.histogram(aucs[~np.isnan(aucs)].clip(0.3, 1), edges)[0]
-        chance = np.histogram(shuffled[~np.isnan(shuffled)].clip(0.3, 1), edges)[0] * (len(aucs) / max(shuffled.size, 1))
-        result.append(charts.bars(
-            "Category AUC", "features by the AUC of their best category, on examples not used to choose it; dashed: with shuffled labels. "
-            f"A category is named for the {counts['n_with_category']} that are above chance, with a share of false ones of "
-            f"{100 * LEVEL:.0f} % at most expected; {counts['n_above_auc_bound']} of them are beyond {AUC_BOUND}", found.tolist(),
-            [f"{edges[i]:.1f}" if i % 2 == 0 else None for i in range(14)], cool=set(range(10, 14)), outline=chance.tolist()))
+        chance = np.histogram(shuffled[~np.isnan(shuffled)].clip(0.3, 1), edges)[0] * (
+            len(aucs) / max(shuffled.size, 1)
+        )
+        result.append(
+            charts.bars(
+                "Category AUC",
+                "features by the AUC of their best category, on examples not used to choose it; dashed: with shuffled labels. "
+                f"A category is named for the {counts['n_with_category']} that are above chance, with a share of false ones of "
+                f"{100 * LEVEL:.0f} % at most expected; {counts['n_above_auc_bound']} of them are beyond {AUC_BOUND}",
+                found.tolist(),
+                [f"{edges[i]:.1f}" if i % 2 == 0 else None for i in range(14)],
+                cool=set(range(10, 14)),
+                outline=chance.tolist(),
+            )
+        )
     if scored:
         shares = [sum(score == value for score in scored) / len(scored) for value in range(1, 6)]
-        result.append(charts.bars(
-            "Interpretability score", f"share of {len(scored)} features drawn by lot, by the language model's score from 1 to 5", shares,
-            list("12345"), shown=[f"{100 * share:.0f} %" for share in shares], cool={3, 4}))
+        result.append(
+            charts.bars(
+                "Interpretability score",
+                f"share of {len(scored)} features drawn by lot, by the language model's score from 1 to 5",
+                shares,
+                list("12345"),
+                shown=[f"{100 * share:.0f} %" for share in shares],
+                cool={3, 4},
+            )
+        )
     return result
