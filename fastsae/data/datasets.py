@@ -257,8 +257,8 @@ def stream_text(path, sha256=None):
                     yield Example(n, [{"role": "user", "content": "".join(piece)}], is_text=True)
                     piece, size = [], 0
     except UnicodeDecodeError:
-        with open(path, "rb") as file:
-            for _ in _file_rows(Path(path), file):  # finds the line
+        with open(path, "rb") as once_more:
+            for _ in _file_rows(Path(path), once_more):  # finds the line
                 pass
         raise
     if size:

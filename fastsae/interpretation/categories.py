@@ -87,8 +87,8 @@ def category_above_chance(pooled, labels, n_categories, seed, texts=None):
         sums, inside = rank_sums(ranks, labels[once], n_categories)
         p = rank_sum_p_values(ranks, inside[best], sums[best, np.arange(len(best))])
         p_values.append(np.where(np.isnan(value), np.nan, p))
-    auc = np.concatenate(auc)
-    return np.concatenate(chosen), auc, above_chance(np.concatenate(p_values)) & (auc > 0.5)
+    aucs = np.concatenate(auc)
+    return np.concatenate(chosen), aucs, above_chance(np.concatenate(p_values)) & (aucs > 0.5)
 
 
 def dense_blocks(pooled):

@@ -50,7 +50,8 @@ class Console:
     """
 
     def __init__(self, stream, *, quiet: bool = False, bars: bool = False):
-        self.quiet, self.failure, self._bars, self._line = quiet, None, bars, ""
+        self.quiet, self._bars, self._line = quiet, bars, ""
+        self.failure: OSError | ValueError | None = None
         if stream is None:
             stream, self.failure = open(os.devnull, "w", encoding="utf-8"), OSError("closed")
         self.was_closed, self._stream = self.failure is not None, stream

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from fastsae.runtime import storage
 from fastsae.runtime.artifacts import file_sha256
@@ -91,7 +92,7 @@ class _Hashed(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def reading(path, sha256: str | None = None) -> Iterator[io.BufferedReader]:
+def reading(path, sha256: str | None = None) -> Iterator[BinaryIO]:
     """The file, opened for reading its bytes. EnvironmentFailure at the end of the `with` block if
     they have another digest.
 

@@ -4,7 +4,7 @@ import os
 import signal
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+EXIT_CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130}
 MESSAGE = "stopped: what was finished is kept; the same command continues."
 
 

@@ -54,28 +54,30 @@ def run_stage(main, *, ends_in_time: bool = True) -> int:
 
 def _code_of(main):
     """What `main()` returns, or the exit code of what it raises, with its line."""
-    signum = signal.SIGTERM
+    signum: int | None
     try:
         code = _call(main)
         sys.stdout.flush()
-        if isinstance(failure := _failure_of(sys.stdout), OSError) and not sys.stdout.was_closed:
+        was_closed = getattr(sys.stdout, "was_closed", False)
+        if isinstance(failure := _failure_of(sys.stdout), OSError) and not was_closed:
             print(
-                f"warning: stdout: {failure.strerror}. what was to be printed is lost; the work itself is done.",
+                f"warning: stdout: {failure.strerror}. what was to be printed is lost; "
+                "the work itself is done.",
                 file=sys.stderr,
             )
         return code
     except StageError as error:
-        if stops.raised() is None:
+        signum = stops.raised()
+        if signum is None:
             for line in error.args:
                 print(f"error: {line}", file=sys.stderr)
             return error.exit_code
-        signum = stops.raised()
     except (KeyboardInterrupt, Terminated) as stop:
         signum = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM
     except Exception as error:
-        if stops.raised() is None:  # else a library made this of the stop
-            return _environment(error) or _bug(error)
         signum = stops.raised()
+        if signum is None:  # else a library made this error of the stop
+            return _environment(error) or _bug(error)
     print(early_stop.MESSAGE, file=sys.stderr)
     return early_stop.EXIT_CODES[signum]
 
@@ -162,7 +164,8 @@ def _bug(error):
             path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
             storage.write_text(path, f"{' '.join(sys.argv)}\n{text}")
             print(
-                f"error: this is a bug. report it with {path}; the same command goes on from what is finished.",
+                f"error: this is a bug. report it with {path}; "
+                "the same command goes on from what is finished.",
                 file=sys.stderr,
             )
             break
@@ -172,8 +175,8 @@ def _bug(error):
 def _out_of_memory(error):
     brief = (str(error) or "out of memory").splitlines()[0][:150]
     print(
-        f"error: memory: {brief}. lower --batch-tokens (stage 1) or --buffer-tokens and --batch-size (stage 2), then run again: "
-        "what was finished is kept.",
+        f"error: memory: {brief}. lower --batch-tokens (stage 1) or --buffer-tokens and "
+        "--batch-size (stage 2), then run again: what was finished is kept.",
         file=sys.stderr,
     )
     return EXIT_ENVIRONMENT
