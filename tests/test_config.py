@@ -590,7 +590,7 @@ def upward(paths, root=PROJECT):
     """The files that import what stands above them: the package a script or config, a script
     another script, anything a test."""
     scripts = {script.removesuffix(".py") for script in SCRIPTS}
-    tests = {path.stem for path in (PROJECT / "tests").glob("*.py")} | {"tests"}
+    tests = {path.stem for path in (PROJECT / "tests").rglob("*.py")} | {"tests"}
     above = {
         path: (
             scripts | {"config"}

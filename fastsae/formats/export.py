@@ -1,5 +1,5 @@
-"""Checkpoints in the layouts of other libraries: SAELens and sparsify. tests/test_formats.py loads
-them with these libraries.
+"""Checkpoints in the layouts of other libraries: SAELens and sparsify.
+tests/formats/test_formats.py loads them with these libraries.
 
 The formulas are the same in all three, features = activation(W (x - b_dec) + b_enc), so that
 exporting only renames and transposes:

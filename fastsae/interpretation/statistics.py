@@ -4,7 +4,7 @@ one block of examples at a time.
 Memory grows with features x examples kept, never with tokens x features: sums, maxima and
 histograms per feature, its strongest examples and a random sample of the others, and two tables of
 pairs (feature x token name, feature x feature) that are cut back to each feature's largest when
-they grow too long. `tests/test_interpretation_statistics.py` holds the dense twin.
+they grow too long. `tests/interpretation/test_interpretation_statistics.py` holds the dense twin.
 """
 
 import numpy as np

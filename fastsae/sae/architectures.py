@@ -6,9 +6,9 @@ with rows of length 1, input_bias (d,). JumpReLU learns `threshold` (M,); Gated 
 (M,) and `log_magnitude` (M,) besides. At inference each is "every pre-activation above its
 threshold" (0 for standard), which `autoencoder.encode` computes for BatchTopK already.
 
-The losses are SAELens' (tests/test_architectures.py compares them): squared error summed over the d
-dimensions, mean over tokens, plus the penalty per token. Their coefficients therefore mean the same
-only for activations of the same length: see Normalisation.
+The losses are SAELens' (tests/sae/test_architectures.py compares them): squared error summed over
+the d dimensions, mean over tokens, plus the penalty per token. Their coefficients therefore mean
+the same only for activations of the same length: see Normalisation.
 """
 
 import math

@@ -4,7 +4,7 @@ HypotheSAEs computes the loss with dense (batch, M) matrices of which K entries 
 zero. Here the forward pass, the loss and every gradient use those entries alone, as sparse (CSR)
 products; the encoder's own product is the one dense product left, a block of rows at a time so that
 its result is still in the cache when the largest K are picked from it. The outcome equals autograd
-through HypotheSAEs' `forward` and `compute_loss` (tests/test_training_step.py), except for three
+through HypotheSAEs' `forward` and `compute_loss` (tests/sae/test_training_step.py), except for three
 corrections: aux-k ranks dead features by their pre-activation and applies no ReLU, so that it
 reaches features whose pre-activation is negative; it is left out while nothing is dead; and a batch
 without variance gives 0 instead of NaN.

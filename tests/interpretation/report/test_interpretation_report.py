@@ -4,11 +4,11 @@ sorts, filters and stays quiet."""
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from conftest import put_activations
+from inert_page import assert_inert
 
 from fastsae.interpretation.report import charts, report
 from fastsae.interpretation.report.run_page import describe_run, left_out, who_labelled
@@ -21,26 +21,6 @@ HOSTILE = (
     "\u2028\u2029 <!-- --> ]]> &lt;b&gt; javascript:alert(1)",
     '=HYPERLINK("http://evil")',
 )
-
-
-class Tags(HTMLParser):
-    """All start tags with their attributes, and the text of each script."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.scripts, self.inside = [], [], None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self.inside = tag
-
-    def handle_data(self, data):
-        if self.inside == "script":
-            self.scripts.append(data)
-
-    def handle_endtag(self, tag):
-        self.inside = None
 
 
 @pytest.fixture
@@ -81,76 +61,6 @@ def hostile(tmp_path, planted, run_main, smol_tokenizer):
     )
     assert run_main("interpret_sae", *planted) == 0
     return tmp_path / "interpretations.html"
-
-
-def assert_inert(text):
-    """A report in which nothing acts but its own script; returns its `Tags`."""
-    assert "data:image" not in text
-    parsed = Tags(text)
-    scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
-    assert (
-        len(scripts) == 2
-        and scripts[0] == {"type": "application/json", "id": "data"}
-        and scripts[1] == {}
-    )
-    allowed = {
-        "html",
-        "head",
-        "meta",
-        "title",
-        "style",
-        "body",
-        "header",
-        "div",
-        "h1",
-        "h2",
-        "p",
-        "nav",
-        "a",
-        "button",
-        "main",
-        "section",
-        "mark",
-        "label",
-        "input",
-        "select",
-        "option",
-        "ol",
-        "article",
-        "figure",
-        "figcaption",
-        "b",
-        "svg",
-        "line",
-        "text",
-        "rect",
-        "polyline",
-        "details",
-        "summary",
-        "table",
-        "tr",
-        "th",
-        "td",
-        "noscript",
-        "script",
-    }
-    assert {tag for tag, _ in parsed.tags} <= allowed
-    for tag, attributes in parsed.tags:
-        active = ("src", "srcset", "style", "action", "formaction")
-        assert not [name for name in attributes if name.startswith("on") or name in active], (
-            tag,
-            attributes,
-        )
-        assert attributes.get("href", "#") in ("#", "#features", "#run"), attributes
-    policy = next(
-        a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy"
-    )
-    assert (
-        policy.startswith("default-src 'none'")
-        and "unsafe" not in policy
-        and report.csp_hash(parsed.scripts[1]) in policy
-    )
-    return parsed
 
 
 def test_the_story_says_what_was_done():

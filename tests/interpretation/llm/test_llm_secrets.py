@@ -3,9 +3,9 @@
 import base64
 import json
 import ssl
-from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 from loopback import RawEndpoint, completion, http_reply
 
 from fastsae.interpretation.llm import client
@@ -198,7 +198,7 @@ def test_connections_that_fail_say_why(server, tmp_path, url, reason, n_tries, m
 
 
 CERTIFICATE = (
-    Path(__file__).parent / "self_signed.pem"
+    PROJECT / "tests" / "self_signed.pem"
 )  # of 127.0.0.1, with its key; made for these tests
 
 

@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 import yaml
+from inert_page import assert_inert
 from loopback import Endpoint, completion
-from test_interpretation_report import assert_inert
 from tiny_world import in_parallel
 
 from fastsae.interpretation.llm.replies import parse_label
