@@ -1,0 +1,130 @@
+"""The README and docs/: links, anchors, names of files, tests and settings, the README's length."""
+
+import json
+import re
+
+import pytest
+from conftest import PROJECT
+
+import config
+
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+DIALECT = re.compile(
+    r"\bby lot\b|\bmend|\btold\b|\btakes? its leave\b|\bis no (int|float|bool|number|file)\b", re.I
+)
+
+
+def prose(text: str) -> str:
+    """A page without its code blocks and without what a script writes into it."""
+    text = re.sub(r"<!-- \w+: written by .*?<!-- end -->", "", text, flags=re.S)
+    return re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
+def broken_links(path, text: str) -> list[str]:
+    """Relative links of a page whose file or heading does not exist."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        if name and not target.exists():
+            broken.append(link)
+        elif anchor and anchor not in anchors(text if not name else target.read_text("utf-8")):
+            broken.append(link)
+    return broken
+
+
+def declared_settings() -> set[str]:
+    """Names of all settings of config.py and of the stages."""
+    return {
+        name
+        for file in ("config.py", *config.STAGES)
+        for name in config.read_settings(PROJECT / file)
+    }
+
+
+def unknown_settings(text: str, declared: set[str]) -> set[str]:
+    """Words in code type that look like settings or flags, and are none."""
+    constants = set(re.findall(r"`([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|[MK])(?: = [^`]*)?`", text))
+    flags = {
+        flag.replace("-", "_").upper()
+        for code in re.findall(r"`([^`\n]*)`", text)
+        if not re.match(r"(git|pip|ruff|python3? -m|torchrun|hf) ", code)
+        for flag in re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]*)", code)
+    }
+    return (constants | flags) - declared - OTHERS
+
+
+OTHERS = {  # variables of the environment, constants of modules, flags of other programs
+    *("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL", "HTTPS_PROXY", "SSL_CERT_FILE"),
+    *("WORLD_SIZE", "FASTSAE_CACHE", "FASTSAE_RESULTS", "SPARSIFY_DISABLE_TRITON"),
+    *("HELP", "HELP_ALL", "CHECK", "QUICK", "EXHAUSTIVE"),
+}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    assert broken_links(path, path.read_text("utf-8")) == []
+
+
+def test_a_broken_link_is_found():
+    page = "# One\n[a](glossary.md) [b](no.md) [c](glossary.md#no) [d](#one) [e](#two)"
+    assert broken_links(PROJECT / "docs" / "x.md", page) == ["no.md", "glossary.md#no", "#two"]
+
+
+def test_every_page_is_reached_from_the_readme():
+    readme = PAGES[0].read_text("utf-8")
+    assert not [path.name for path in PAGES[1:] if f"](docs/{path.name})" not in readme]
+
+
+def test_the_readme_is_one_page():
+    text = PAGES[0].read_text("utf-8")
+    assert len(text.splitlines()) <= 200 and len(text.encode()) <= 14_000
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_settings_named_in_the_pages_exist(path):
+    assert not unknown_settings(path.read_text("utf-8"), declared_settings())
+
+
+def test_an_unknown_setting_is_found():
+    text = (
+        "`LAYER_INDEX` `LAYER_IDX = 3` `--layer-index 3` `--no-quiet` `K` `pip install --no-deps`"
+    )
+    assert unknown_settings(text, {"LAYER_IDX", "QUIET", "K"}) == {"LAYER_INDEX"}
+
+
+def test_files_and_tests_named_in_the_pages_exist():
+    names = {path.name for path in (PROJECT / "tests").rglob("*.py")}
+    missing = []
+    for path in PAGES:
+        for code in re.findall(r"`([^`\n]+)`", prose(path.read_text("utf-8"))):
+            if re.fullmatch(r"(fastsae|tests|experiments|docs|data|\.ci)/[\w./-]+", code):
+                if not (PROJECT / code).exists() and not (PROJECT / "fastsae" / code).exists():
+                    missing.append((path.name, code))
+            elif re.fullmatch(r"test_\w+", code) and f"{code}.py" not in names:
+                missing.append((path.name, code))
+    assert not missing
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pages_are_in_plain_english_and_narrow(path):
+    text = prose(path.read_text("utf-8"))
+    assert not DIALECT.findall(text)
+    wide = [line for line in text.splitlines() if len(line) > 100 and "|" not in line]
+    assert not wide or path.name == "measured.md"
+
+
+def test_the_demo_is_as_quick_as_the_readme_says():
+    demo = json.loads((PROJECT / "experiments" / "results" / "demo.json").read_text("utf-8"))
+    stages = [demo["seconds"][name] for name in config.STAGES]
+    assert "two minutes" in PAGES[0].read_text("utf-8") and sum(stages) < 120
