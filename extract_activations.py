@@ -49,19 +49,17 @@ def main():
     with extraction.World() as world:
         started = progress.start(quiet=settings.QUIET)
         settings.show()
-        from fastsae.lm import (
-            language_model,
-            names,  # after the settings: loading libraries takes seconds
-        )
+        # after the settings: loading libraries takes seconds
+        from fastsae.lm import devices, loading, names, residual, sources
 
         if world.rank == 0:
             print(f"model: {names.described(settings.MODEL_NAME)}")
         world.use_own_cores()
         progress.step("checking the dataset and the model")
         dataset, dataset_path = identity(settings.DATASET_PATH)
-        model_files = language_model.held(settings.MODEL_NAME, settings.CACHE_DIR)
+        model_files = sources.held(settings.MODEL_NAME, settings.CACHE_DIR)
         inputs = {"dataset": dataset,
-                  "model": language_model.identity(settings.MODEL_NAME, settings.MODEL_REVISION, settings.CACHE_DIR)}
+                  "model": sources.identity(settings.MODEL_NAME, settings.MODEL_REVISION, settings.CACHE_DIR)}
         wanted = {layer: describe(settings, layer, inputs) for layer in settings.LAYERS or (settings.LAYER_IDX,)}
         for layer in sorted(wanted):
             storage.claim(path_of(settings, layer), "--output-dir")
@@ -75,17 +73,17 @@ def main():
         computed = wanted if parts_folder(settings, wanted).exists() else missing  # parts of an interrupted run hold all of its layers
 
         source = {"revision": settings.MODEL_REVISION, "cache_dir": settings.CACHE_DIR}
-        model_config = language_model.load_config(settings.MODEL_NAME, **source)
-        language_model.check_layer(model_config, max(missing), settings.MODEL_NAME)
-        table, counts = read_tokens(settings, dataset_path, dataset, language_model.load_tokenizer(settings.MODEL_NAME, **source))
+        model_config = loading.load_config(settings.MODEL_NAME, **source)
+        loading.check_layer(model_config, max(missing), settings.MODEL_NAME)
+        table, counts = read_tokens(settings, dataset_path, dataset, loading.load_tokenizer(settings.MODEL_NAME, **source))
         n_shared = 0 if settings.PROCESSING == "block" else mark_shared_prefix(table)
         n_values = len(table.ids) * model_config.hidden_size * len(computed)
         extraction.require_disk_space(settings.activations_path, n_values, settings.STORAGE_DTYPE)
 
         progress.step("loading the model")
-        device = language_model.choose_device(settings.DEVICE)
-        model = language_model.ResidualModel(settings.MODEL_NAME, computed, device=device,
-                                             dtype=language_model.choose_dtype(settings.DTYPE, device), **source)
+        device = devices.choose_device(settings.DEVICE)
+        model = residual.ResidualModel(settings.MODEL_NAME, computed, device=device,
+                                       dtype=devices.choose_dtype(settings.DTYPE, device), **source)
         model_files.require_unchanged()
         require_same_model(settings, inputs)
         for about in missing.values():
@@ -104,7 +102,7 @@ def main():
 
 def require_same_model(settings, inputs, parts=None):
     """InputError if the model is no longer the one whose fingerprint the results will have; `parts` made with it go."""
-    from fastsae.lm.language_model import require_same
+    from fastsae.lm.sources import require_same
 
     try:
         require_same(settings.MODEL_NAME, settings.MODEL_REVISION, settings.CACHE_DIR, inputs["model"],

@@ -213,7 +213,9 @@ class Features:
         from fastsae.interpretation.categories import add_categories
         from fastsae.interpretation.evidence import Evidence
         from fastsae.interpretation.logit_lens import add_lens
-        from fastsae.lm.language_model import choose_device, load_tokenizer, locate, require_same
+        from fastsae.lm.devices import choose_device
+        from fastsae.lm.loading import load_tokenizer
+        from fastsae.lm.sources import model_source, require_same
 
         self.settings, self.sae_meta, self.checkpoint_path = settings, sae_meta, checkpoint_path
         self.comparison = None  # of the hypotheses with what needs no features
@@ -249,7 +251,7 @@ class Features:
             row.update(dict.fromkeys(OPTIONAL), best_category="", category_auc=None, promoted_tokens="", suppressed_tokens="")
         self.categories = add_categories(self.rows, self.evidence.statistics, self.labels(), settings.POOLING, settings.SEED,
                                          self.evidence.text_numbers)
-        self.lens = add_lens(self.rows, self.evidence, locate(self.source["model_name"], settings.CACHE_DIR),
+        self.lens = add_lens(self.rows, self.evidence, model_source(self.source["model_name"], settings.CACHE_DIR),
                              {"revision": self.source["model_revision"], "cache_dir": settings.CACHE_DIR}, N_LENS_TOKENS, N_LENS_COLUMN)
 
     def read_examples(self, label_field):

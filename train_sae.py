@@ -138,7 +138,7 @@ def hand_over(metas, settings):
 
 def train_all(plans, source, settings):
     """Open the activations of stage 1, say what is in them, and train; returns as `train`."""
-    from fastsae.lm.language_model import choose_device
+    from fastsae.lm.devices import choose_device
     from fastsae.lm.names import described
     from fastsae.runtime import distributed
     from fastsae.training.data import Tokens

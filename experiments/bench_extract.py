@@ -26,7 +26,7 @@ from common import PROJECT, write_result
 from fastsae.activations import extraction
 from fastsae.data.datasets import stream_examples
 from fastsae.data.tokenization import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
-from fastsae.lm import language_model
+from fastsae.lm import loading, residual, sources
 
 MODEL = "SmolLM2-135M-Instruct"
 SHAPE_8B = {
@@ -65,7 +65,7 @@ def main():
     )
     parser.add_argument("--name", default="bench_extract")
     args = parser.parse_args()
-    tokenizer = ChatTokenizer(language_model.load_tokenizer(MODEL), max_length=512)
+    tokenizer = ChatTokenizer(loading.load_tokenizer(MODEL), max_length=512)
     table = tokenise(stream_examples(args.dataset_path), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         model_name = MODEL if args.shape == "smollm2" else random_model(Path(folder))
@@ -111,7 +111,7 @@ def random_model(folder):
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02)
     model.save_pretrained(folder)
-    language_model.load_tokenizer(MODEL).save_pretrained(folder)
+    loading.load_tokenizer(MODEL).save_pretrained(folder)
     return str(folder)
 
 
@@ -146,13 +146,13 @@ def compare(args, table, model_name, dtype):
     batch_tokens = extraction.BATCH_TOKENS[args.device.partition(":")[0]]
     whole = (
         transformers.AutoModelForCausalLM.from_pretrained(
-            language_model.locate(model_name), dtype=dtype
+            sources.model_source(model_name), dtype=dtype
         )
         .to(args.device)
         .eval()
     )
     cut, fast = (
-        language_model.ResidualModel(
+        residual.ResidualModel(
             model_name, args.layer, device=args.device, dtype=dtype, exact_twin=exact
         )
         for exact in (True, False)
@@ -224,7 +224,7 @@ def errors(args, table):
     n_shared, found, alone = mark_shared_prefix(table), {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         cut, fast = (
-            language_model.ResidualModel(
+            residual.ResidualModel(
                 MODEL, args.layer, device=args.device, dtype=dtype, exact_twin=exact
             )
             for exact in (True, False)

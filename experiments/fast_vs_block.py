@@ -157,7 +157,7 @@ def checkpoint(work, source, architecture, layer, sinks, seed):
 def measure(settings, work, layer):
     """(numbers of held-out tokens, a dict for each autoencoder of a layer, `per_dialogue` in it for the intervals)."""
     from fastsae.formats.load import load_sae
-    from fastsae.lm.language_model import load_tokenizer
+    from fastsae.lm.loading import load_tokenizer
 
     tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)
     data = heldout.HeldOut(activations(work, "held_out", layer), tokenizer)
@@ -172,7 +172,7 @@ def measure(settings, work, layer):
 
 def interpretability(settings, work, dataset_path):
     """The evidence on the labelled dataset of the autoencoders trained without prefix and sinks: see evidence.study."""
-    from fastsae.lm.language_model import load_tokenizer
+    from fastsae.lm.loading import load_tokenizer
 
     tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)
     folder = "labelled" if settings.LABELLED_PATH else "held_out"

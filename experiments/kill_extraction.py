@@ -24,7 +24,7 @@ import transformers.models.llama.tokenization_llama  # noqa: F401
 from common import write_result
 
 import extract_activations
-from fastsae.lm import cpu_kernels, language_model  # noqa: F401
+from fastsae.lm import cpu_kernels, residual  # noqa: F401
 from fastsae.runtime.stage import run_stage
 
 

@@ -63,7 +63,7 @@ def quick_flag(settings, name):
 
 
 def n_blocks(settings):
-    from fastsae.lm.language_model import load_config
+    from fastsae.lm.loading import load_config
 
     return load_config(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR).num_hidden_layers
 
@@ -100,7 +100,7 @@ def purity_of(checkpoint, folder, layer, settings):
     from fastsae.data.token_text import token_names
     from fastsae.formats.load import load_sae
     from fastsae.interpretation.statistics import collect
-    from fastsae.lm.language_model import load_tokenizer
+    from fastsae.lm.loading import load_tokenizer
 
     data = files.open_activations(folder / "activations" / f"activations_layer{layer}.npz")
     tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)

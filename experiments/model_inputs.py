@@ -17,7 +17,7 @@ from fastsae.data.datasets import Deduplicator, identity, stream_examples
 from fastsae.data.token_masks import chosen_tokens, usable_tokens
 from fastsae.data.tokenization import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
 from fastsae.formats.load import architecture_of
-from fastsae.lm import language_model
+from fastsae.lm import devices, loading, residual, sources
 from fastsae.lm.names import short_name
 from fastsae.runtime.errors import InputError
 
@@ -114,7 +114,7 @@ def open_subject(path, settings):
     MODEL_NAME and LAYER_IDX."""
     from fastsae.formats.load import load_sae
 
-    device = language_model.choose_device(settings.DEVICE)
+    device = devices.choose_device(settings.DEVICE)
     sae, meta = load_sae(path, "cpu" if device == "mps" else device)
     source = meta.get("activations") or {}
     model_name = source.get("model_name") if settings.source["MODEL_NAME"] != "flag" else None
@@ -143,8 +143,8 @@ def open_subject(path, settings):
         source,
     )
     hub = {"revision": subject.revision, "cache_dir": settings.CACHE_DIR}
-    shape = language_model.load_config(subject.model_name, **hub)
-    language_model.check_layer(shape, subject.layer, subject.model_name)
+    shape = loading.load_config(subject.model_name, **hub)
+    loading.check_layer(shape, subject.layer, subject.model_name)
     if shape.hidden_size != sae.input_dim:
         raise InputError(
             f"SAE: {path} takes {sae.input_dim} dimensions, the residual stream of {subject.model_name} has "
@@ -159,18 +159,18 @@ def short(model_name):
 
 def load_model(subject, settings):
     """The whole model; on a CPU its blocks with faster products, equal up to rounding."""
-    device = language_model.choose_device(settings.DEVICE)
-    model = language_model.load_model(
+    device = devices.choose_device(settings.DEVICE)
+    model = loading.load_model(
         subject.model_name,
         revision=subject.revision,
         cache_dir=settings.CACHE_DIR,
         device=device,
-        dtype=language_model.choose_dtype(settings.DTYPE, device),
+        dtype=devices.choose_dtype(settings.DTYPE, device),
     )
     if device == "cpu":
         from fastsae.lm.cpu_kernels import quicken
 
-        quicken(language_model.decoder_stack(model))
+        quicken(residual.decoder_stack(model))
     return model
 
 
@@ -188,13 +188,13 @@ def dataset_of(subject, settings):
 def scope(subject, settings):
     """What every remembered figure of an autoencoder depends on: itself, the model, how it is
     computed, and the data."""
-    device = language_model.choose_device(settings.DEVICE)
+    device = devices.choose_device(settings.DEVICE)
     return {
         "sae": subject.meta.get("fingerprint") or subject.path,
         "layer": subject.layer,
         "device": str(device),
-        "model": language_model.identity(subject.model_name, subject.revision),
-        "dtype": str(language_model.choose_dtype(settings.DTYPE, device)),
+        "model": sources.identity(subject.model_name, subject.revision),
+        "dtype": str(devices.choose_dtype(settings.DTYPE, device)),
         "dataset": dataset_of(subject, settings)[0],
         **settings.select(
             (
@@ -244,7 +244,7 @@ def unseen_examples(meta):
 
 def tokens_of(path, subject, settings, how):
     """The TokenTable of a dataset as stage 1 would make it with the settings `how`."""
-    tokenizer = language_model.load_tokenizer(
+    tokenizer = loading.load_tokenizer(
         subject.model_name, revision=subject.revision, cache_dir=settings.CACHE_DIR
     )
     tokenizer = ChatTokenizer(

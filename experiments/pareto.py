@@ -112,16 +112,16 @@ def spliced_losses(settings, work, saes, chosen, max_norm):
     from fastsae import intervention
     from fastsae.activations.files import open_activations
     from fastsae.data.token_masks import token_norms, usable_tokens
-    from fastsae.lm import language_model
+    from fastsae.lm import devices, loading
 
     data = open_activations(work / "activations" / f"activations_layer{settings.LAYER_IDX}.npz")
     starts = np.concatenate([[0], np.cumsum(data["seq_lengths"])])
     usable, _ = usable_tokens(token_norms(data["activations"]), data["token_kind"], exclude_shared_prefix=True, max_norm_ratio=None,
                               max_norm=max_norm)
     rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
-    device = language_model.choose_device(settings.DEVICE)
-    model = language_model.load_model(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR,
-                                      dtype=language_model.choose_dtype("auto", device), device=device).eval()
+    device = devices.choose_device(settings.DEVICE)
+    model = loading.load_model(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR,
+                                      dtype=devices.choose_dtype("auto", device), device=device).eval()
     mean = data["activations"][rows[usable[rows]]].astype(np.float32).mean(0)
     functions = {"zero": intervention.constant(np.zeros_like(mean)), "mean": intervention.constant(mean),
                  **{cell: intervention.reconstruction(sae.to(device)) for cell, sae in saes.items()}}

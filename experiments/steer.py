@@ -24,10 +24,19 @@ import side_by_side
 from ablate import ablation
 from common import RESULTS, remembered, write_result
 from many_runs import quick_settings
-from model_inputs import STAGES, example_ids, load_model, meant_for, require, scope, some_dialogues, subjects
+from model_inputs import (
+    STAGES,
+    example_ids,
+    load_model,
+    meant_for,
+    require,
+    scope,
+    some_dialogues,
+    subjects,
+)
 
 import config
-from fastsae.lm import language_model
+from fastsae.lm import loading
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import InputError
 from fastsae.runtime.stage import run_stage
@@ -94,7 +103,7 @@ class Work:
 
         self.settings, self.subject = settings, subjects(settings)[0]
         self.sae, self.model = self.subject.sae, load_model(self.subject, settings)
-        self.tokenizer = language_model.load_tokenizer(self.subject.model_name, revision=self.subject.revision,
+        self.tokenizer = loading.load_tokenizer(self.subject.model_name, revision=self.subject.revision,
                                                        cache_dir=settings.CACHE_DIR)
         self.journal = settings.output_dir / "experiments" / "steer.jsonl"
         self.scope = scope(self.subject, settings)

@@ -118,7 +118,7 @@ def evidence_of(folder, dataset):
     from fastsae.data.datasets import read_dataset
     from fastsae.formats.load import load_sae
     from fastsae.interpretation.evidence import Evidence
-    from fastsae.lm.language_model import load_tokenizer
+    from fastsae.lm.loading import load_tokenizer
 
     metrics_path = next(folder.glob("checkpoints/*/metrics.json"))
     sae, meta = load_sae(metrics_path.with_name(json.loads(metrics_path.read_text())["checkpoint"]))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastsae.activations.extraction import split_batches
-from fastsae.lm.language_model import decoder_stack
+from fastsae.lm.residual import decoder_stack
 from fastsae.sae.autoencoder import decode, encode
 
 # rows of logits that are turned into losses at a time: 512 x 49,152 floats are 100 MB

@@ -3,6 +3,7 @@ text with its model run as in stage 1."""
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,11 @@ from fastsae.formats.load import (
     target_k,
 )
 from fastsae.interpretation.tables import read_labels
-from fastsae.lm.language_model import ResidualModel, choose_device, load_tokenizer, require_same
+from fastsae.lm.devices import choose_device
+from fastsae.lm.loading import load_tokenizer
 from fastsae.lm.names import described
+from fastsae.lm.residual import ResidualModel
+from fastsae.lm.sources import require_same
 from fastsae.runtime.errors import InputError
 from fastsae.sae import autoencoder
 from fastsae.sae.sparse_step import Entries
@@ -178,7 +182,7 @@ class TrainedSae:
                 "this autoencoder does not name its model and layer. give them (--model-name, or model_name= and layer=), "
                 "or call encode(activations)."
             )
-        origin = {"revision": source.get("model_revision"), "cache_dir": self.cache_dir}
+        origin: dict[str, Any] = {"revision": source.get("model_revision"), "cache_dir": self.cache_dir}
         if recorded := (source.get("inputs") or {}).get("model"):
             require_same(
                 name,

@@ -39,7 +39,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def smol_tokenizer():
-    from fastsae.lm.language_model import load_tokenizer
+    from fastsae.lm.loading import load_tokenizer
 
     return load_tokenizer("SmolLM2-135M-Instruct")
 
@@ -120,13 +120,13 @@ def snapshot(folder):
 
 
 def put_activations(folder, activations, lengths, *, dataset=None, kind=None, token_ids=None):
-    from fastsae.lm import language_model
+    from fastsae.lm import embedded
     from fastsae.runtime import artifacts
 
     n = len(activations)
     inputs = {
         "dataset": artifacts.file_sha256(dataset) if dataset else "made up",
-        "model": language_model.EMBEDDED["gguf_sha256"],
+        "model": embedded.EMBEDDED["gguf_sha256"],
     }
     metadata = artifacts.new_metadata(
         "activations",

@@ -96,16 +96,16 @@ def preload():
     for name in (*LATE, *modules, "extract_activations", "train_sae", "interpret_sae"):
         importlib.import_module(name)
     from fastsae.interpretation.llm import client
-    from fastsae.lm import language_model
+    from fastsae.lm import loading
 
     torch.set_num_threads(1)
     client.FIRST_WAIT = 0.01  # hardly any waiting between tries
-    plain, loaded = language_model.load_tokenizer, {}
+    plain, loaded = loading.load_tokenizer, {}
 
     def load_tokenizer(name, **source):
         return loaded.get(os.path.realpath(name)) or plain(name, **source)
 
-    language_model.load_tokenizer = load_tokenizer
+    loading.load_tokenizer = load_tokenizer
     for name in filter(None, os.environ.get("TEST_TOKENIZERS", "").split(os.pathsep)):
         loaded[os.path.realpath(name)] = plain(name)
     gc.freeze()  # or the collector touches, and so copies, every page in every fork

@@ -19,7 +19,7 @@ import train_sae
 from fastsae import load_sae
 from fastsae.activations import extraction
 from fastsae.interpretation.llm import client
-from fastsae.lm import language_model
+from fastsae.lm import devices
 from fastsae.runtime import distributed
 from fastsae.runtime.errors import InputError
 from fastsae.sae import initialisation
@@ -296,7 +296,7 @@ def test_a_device_without_a_number_is_seen(
 ):
     """As stage 2 did: `cuda` itself was made the current device."""
     monkeypatch.setattr(
-        language_model, "choose_device", lambda setting: torch.cuda.set_device("cuda")
+        devices, "choose_device", lambda setting: torch.cuda.set_device("cuda")
     )
     with pretended():
         assert (
@@ -322,7 +322,7 @@ def test_an_event_of_another_device_is_seen(tmp_path, cpu, run_stages, monkeypat
         event.record()
         return event
 
-    monkeypatch.setattr(language_model, "choose_device", lambda setting: setting)
+    monkeypatch.setattr(devices, "choose_device", lambda setting: setting)
     with pretended():
         # whatever the current device is
         good = run_stages(tmp_path / "good", "cuda:1", stages=["extract_activations"])
@@ -512,7 +512,7 @@ def test_each_process_of_a_machine_has_its_device(monkeypatch, setting, local_ra
         ):
             monkeypatch.setenv(name, str(value))
     with pretended() as machine:
-        assert language_model.choose_device(setting) == expected
+        assert devices.choose_device(setting) == expected
         assert machine.current == int(expected == "cuda:1")
         distributed.torch.cuda.set_device(0)
 
@@ -526,7 +526,7 @@ def test_a_device_beyond_those_seen(setting):
             match=f"^DEVICE: {setting} is not available here; PyTorch sees 2 CUDA devices, counted",
         ),
     ):
-        language_model.choose_device(setting)
+        devices.choose_device(setting)
 
 
 def test_a_device_that_cannot_be_used(outcome, monkeypatch):
@@ -537,7 +537,7 @@ def test_a_device_that_cannot_be_used(outcome, monkeypatch):
 
     with pretended():
         monkeypatch.setattr(torch.cuda, "set_device", refuse)
-        code, lines = outcome(lambda: language_model.choose_device("auto"))
+        code, lines = outcome(lambda: devices.choose_device("auto"))
     assert code == 3 and lines == [
         "error: DEVICE: cuda:0 cannot be used (CUDA error: all CUDA-capable devices are busy or unavailable). "
         "look at nvidia-smi, choose another --device, or --device cpu."

@@ -117,7 +117,8 @@ def _final_norm(folder):
     does not know or that has none."""
     import transformers
 
-    from fastsae.lm.language_model import decoder_stack, load_config
+    from fastsae.lm.loading import load_config
+    from fastsae.lm.residual import decoder_stack
 
     try:
         config = load_config(str(folder))

@@ -2,15 +2,32 @@
 that a device computes right."""
 
 import sys
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastsae.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 SAMPLE = (2, 16)  # rows and tokens of the sample
 # median and largest difference of a token
 BOUNDS = {"float32": (1e-3, 1e-2), "bfloat16": (0.05, 0.5), "float16": (0.05, 0.5)}
 
 
-def sample_ids(model):
+class StreamReader(Protocol):
+    """What is checked: `residual.ResidualModel`, or what stands in for it."""
+
+    stack: Any
+    layers: tuple[int, ...]
+    d_model: int
+    dtype: Any
+    device: str
+
+    def __call__(self, ids: "torch.Tensor", /) -> "dict[int, torch.Tensor]":
+        """(batch, length) int tensor -> {layer: (batch, length, d_model)}."""
+
+
+def sample_ids(model: "StreamReader") -> "torch.Tensor":
     """Token ids for a check, (2, 16)."""
     import torch
 
@@ -21,7 +38,7 @@ def sample_ids(model):
     )
 
 
-def require_causal(model, name):
+def require_causal(model: "StreamReader", name: str) -> None:
     """InputError unless `model` gives a residual stream in which no token depends on a later one:
     padding and prefix rely on it."""
     ids = sample_ids(model)[:1]
@@ -31,17 +48,18 @@ def require_causal(model, name):
     for layer in model.layers:
         if layer not in before or before[layer].shape != (*ids.shape, model.d_model):
             raise InputError(
-                f"MODEL_NAME: {name} has no residual stream of width {model.d_model} after block {layer}. "
-                "choose a Llama-type model."
+                f"MODEL_NAME: {name} has no residual stream of width {model.d_model} "
+                f"after block {layer}. choose a Llama-type model."
             )
         stream, other = before[layer][0, :-1].float(), after[layer][0, :-1].float()
         if bool(((stream - other).norm(dim=1) > 0.01 * stream.norm(dim=1)).any()):
             raise InputError(
-                f"MODEL_NAME: in {name} a token sees later ones, so examples cannot be padded. choose a causal model."
+                f"MODEL_NAME: in {name} a token sees later ones, so examples cannot be padded. "
+                "choose a causal model."
             )
 
 
-def device_agrees(model, ids, device):
+def device_agrees(model: "StreamReader", ids: "torch.Tensor", device: str) -> tuple[bool, float]:
     """Move `model` from the CPU to `device`; (whether it computes the same there, largest relative
     difference of a token).
 
@@ -66,14 +84,15 @@ def device_agrees(model, ids, device):
     return agrees, largest
 
 
-def move(model, device):
+def move(model: "StreamReader", device: str) -> None:
     """Put `model` on `device`, with a warning where it computes something else there than on the
     CPU."""
     agrees, largest = device_agrees(model, sample_ids(model), device)
     if not agrees:
         print(
-            f"warning: DEVICE: {device} and the CPU differ by up to {100 * largest:.0f} % on a sample of {SAMPLE[0] * SAMPLE[1]} tokens; "
-            "its numbers may be wrong. compare with --device cpu.",
+            f"warning: DEVICE: {device} and the CPU differ by up to {100 * largest:.0f} % "
+            f"on a sample of {SAMPLE[0] * SAMPLE[1]} tokens; its numbers may be wrong. "
+            "compare with --device cpu.",
             file=sys.stderr,
             flush=True,
         )

@@ -1,10 +1,10 @@
-"""What a language model is called on pages, in exports and in what is printed. No weights are read."""
+"""What a language model is called on pages, in exports and in print. No weights are read."""
 
 import os
 import re
 from pathlib import Path
 
-# the name in MODEL_NAME; language_model.py knows where it comes from
+# the name in MODEL_NAME; embedded.py says where it comes from
 EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_WEIGHTS = "4-bit (Q4_1), dequantised"
 EMBEDDED_NOTE = (
@@ -13,7 +13,7 @@ EMBEDDED_NOTE = (
 )
 
 
-def short_name(model) -> str:
+def short_name(model: str | os.PathLike) -> str:
     """A model's or file's name without its owner or folder; never an empty one, for `.` and `dir/`
     too."""
     return Path(os.path.abspath(os.path.expanduser(str(model)))).name or "model"
@@ -35,7 +35,7 @@ def described(model: str) -> str:
 
 
 def weights_note(model: str) -> str | None:
-    """What a reader of an export must know of the model's weights; None where the name says it all."""
+    """What a reader of an export must know of the model's weights; None where its name says it."""
     if model == EMBEDDED:
         return EMBEDDED_NOTE
     return f"{short_name(model)}, dequantised" if model.endswith(".gguf") else None

@@ -55,9 +55,9 @@ def dataset(tmp_path):
 def smol_model():
     import transformers
 
-    from fastsae.lm.language_model import locate
+    from fastsae.lm.sources import model_source
 
-    return transformers.AutoModelForCausalLM.from_pretrained(locate("SmolLM2-135M-Instruct"))
+    return transformers.AutoModelForCausalLM.from_pretrained(model_source("SmolLM2-135M-Instruct"))
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_what_the_tokenizer_adds_stands_around_the_whole_text(tmp_path, smol_tok
     them."""
     from tokenizers.processors import TemplateProcessing
 
-    from fastsae.lm.language_model import load_tokenizer
+    from fastsae.lm.loading import load_tokenizer
 
     smol_tokenizer.save_pretrained(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))

@@ -17,7 +17,7 @@ from fastsae.activations import extraction, files as activations_file
 from fastsae.data import datasets
 from fastsae.data.datasets import Deduplicator, Example, stream_examples, stream_text
 from fastsae.data.tokenization import CONTENT, ChatTokenizer, TokenTable, cut_blocks, tokenise
-from fastsae.lm import cpu_kernels, language_model
+from fastsae.lm import cpu_kernels, residual
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
@@ -160,7 +160,7 @@ def test_shared_prefix_and_cpu_kernels_equal_the_whole_model_one_at_a_time(
     assert extract(model=folder) == 0
     data = activations_of(tmp_path / "out")
     assert json.loads(str(data["metadata"]))["n_shared_prefix"] == 24
-    twin = language_model.ResidualModel(str(folder), 2, dtype=torch.float32, exact_twin=True)
+    twin = residual.ResidualModel(str(folder), 2, dtype=torch.float32, exact_twin=True)
     examples = np.split(data["token_ids"], np.cumsum(data["seq_lengths"])[:-1])
     rows = [twin(torch.tensor(ids[None].astype(np.int64)))[2][0] for ids in examples]
     assert relative_errors(data["activations"], torch.cat(rows)).max() <= 1e-5
@@ -175,7 +175,7 @@ def test_fast_path_of_the_embedded_model(smol_tokenizer, dtype, bound, median):
     examples = list(stream_examples(PROJECT / "data" / "cognitive_actions.jsonl", max_examples=8))
     table = tokenise(examples, ChatTokenizer(smol_tokenizer, max_length=512))
     fast, twin = (
-        language_model.ResidualModel(
+        residual.ResidualModel(
             "SmolLM2-135M-Instruct", (6, 12), dtype=dtype, exact_twin=exact
         )
         for exact in (False, True)
@@ -217,7 +217,7 @@ def test_plain_attention_by_hand_and_against_sdpa():
 
 def test_batches_are_halved_when_memory_runs_out(llama, smol_tokenizer, dataset, capsys):
     table = tokenise(stream_examples(dataset), ChatTokenizer(smol_tokenizer, max_length=512))
-    model = language_model.ResidualModel(str(llama), 2, dtype=torch.float32)
+    model = residual.ResidualModel(str(llama), 2, dtype=torch.float32)
 
     def forward(call, budget=400):
         limited = types.SimpleNamespace(layers=(2,), d_model=32, device="cpu", dtype=torch.float32)
@@ -388,7 +388,7 @@ def test_block_mode_joins_the_examples(tmp_path, extract, llama):
     )
     assert metadata["n_left_over"] == len(single["token_ids"]) - n
     assert metadata["fingerprint"] != json.loads(str(single["metadata"]))["fingerprint"]
-    model = language_model.ResidualModel(str(llama), 2, dtype=torch.float32, exact_twin=True)
+    model = residual.ResidualModel(str(llama), 2, dtype=torch.float32, exact_twin=True)
     expected = model(torch.tensor(blocks["token_ids"][64:128][None].astype(np.int64)))[2][0]
     assert relative_errors(blocks["activations"][64:128], expected).max() <= 1e-5
     assert extract("--processing", "block", "--block-length", 10_000) == 2

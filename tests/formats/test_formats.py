@@ -21,7 +21,7 @@ from fastsae.formats.load import (
     load_sae,
     trained_architecture,
 )
-from fastsae.lm import language_model
+from fastsae.lm import embedded
 from fastsae.lm.names import EMBEDDED, described, hub_id
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
@@ -284,11 +284,11 @@ def test_exports_say_which_tokens_they_are_for(tmp_path, settings, max_norm, sai
         assert not any(part in about["fastsae_tokens"] for part in unsaid)
         assert "4-bit (Q4_1), dequantised" in about["fastsae_model_weights"]
         # this project's name for these weights
-        assert about.get("model_name", EMBEDDED) == EMBEDDED == language_model.EMBEDDED["name"]
+        assert about.get("model_name", EMBEDDED) == EMBEDDED == embedded.EMBEDDED["name"]
         assert (
             "4-bit" not in described("owner/model")
             and hub_id(EMBEDDED) is None
-            and "Q4_1" in language_model.EMBEDDED["member"]
+            and "Q4_1" in embedded.EMBEDDED["member"]
         )
 
 

@@ -18,7 +18,7 @@ from fastsae.data.datasets import stream_examples, stream_text
 from fastsae.data.tokenization import ChatTokenizer, Example, read_dataset, tokenise
 from fastsae.formats.load import load_sae
 from fastsae.interpretation.llm.client import Journal
-from fastsae.lm import language_model
+from fastsae.lm import devices, hub, loading, residual
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError, StageError
 
@@ -46,8 +46,8 @@ def extract(run_main, monkeypatch, smol_tokenizer, tmp_path):
     def load(*_, **__):
         pytest.fail("the model was loaded")
 
-    monkeypatch.setattr(language_model, "load_tokenizer", lambda *_, **__: smol_tokenizer)
-    monkeypatch.setattr(language_model, "ResidualModel", load)
+    monkeypatch.setattr(loading, "load_tokenizer", lambda *_, **__: smol_tokenizer)
+    monkeypatch.setattr(residual, "ResidualModel", load)
     return lambda path, *flags: run_main(
         "extract_activations",
         "--dataset-path",
@@ -685,7 +685,7 @@ def test_a_model_that_does_not_load(error, kind, what):
         raise error
 
     with pytest.raises(kind) as raised:
-        language_model._load(loader, "org/model", "org/model")
+        hub.read_pretrained(loader, "org/model", "org/model")
     message = str(raised.value)
     assert "org/model" in message and what in message and "\n" not in message
 
@@ -706,7 +706,7 @@ def test_a_damaged_local_model(tmp_path, outcome):
     )
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     code, lines = outcome(
-        lambda: language_model.ResidualModel(str(tmp_path), 1, dtype=torch.float32)
+        lambda: residual.ResidualModel(str(tmp_path), 1, dtype=torch.float32)
     )
     assert (code, len(lines)) == (2, 1) and lines[0].startswith(
         f"error: MODEL_NAME: {tmp_path} could not be loaded ("
@@ -720,13 +720,13 @@ def test_a_device_that_is_not_there(monkeypatch, setting):
     with pytest.raises(
         InputError, match=f"^DEVICE: {setting} is not available here. use --device auto, or cpu.$"
     ):
-        language_model.choose_device(setting)
-    assert language_model.choose_device("auto") == "cpu"
+        devices.choose_device(setting)
+    assert devices.choose_device("auto") == "cpu"
 
 
 def test_a_model_that_is_not_built_like_llama():
     with pytest.raises(InputError, match="^MODEL_NAME: Linear is not built like Llama"):
-        language_model.decoder_stack(torch.nn.Linear(1, 1))
+        residual.decoder_stack(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from conftest import PROJECT
 from loopback import Endpoint
 from source_tree import python_files
 
-from fastsae.lm import language_model
+from fastsae.lm import hub
 from fastsae.runtime import storage
 from fastsae.runtime.errors import EnvironmentFailure
 from fastsae.runtime.stage import run_stage
@@ -78,12 +78,9 @@ ALLOWED = {  # (path, call): why
     ): "a member of a zip archive in a file of storage",
     ("fastsae/training/monitoring.py", "SummaryWriter"): "TensorBoard's own log, if asked for",
     ("fastsae/activations/files.py", "np.memmap"): "mode r",
-    ("fastsae/lm/language_model.py", "model.save_pretrained"): "into a scratch folder of storage",
-    ("fastsae/lm/language_model.py", "archive.extract"): "the same",
-    (
-        "fastsae/lm/language_model.py",
-        "_load(transformers.AutoTokenizer.from_pretrained, str(gguf), EMBEDDED['name']).save_pretrained",
-    ): "the same",
+    ("fastsae/lm/embedded.py", "model.save_pretrained"): "into a scratch folder of storage",
+    ("fastsae/lm/embedded.py", "archive.extract"): "the same",
+    ("fastsae/lm/embedded.py", "tokenizer.save_pretrained"): "the same",
 }
 
 
@@ -154,7 +151,7 @@ def test_the_search_for_writers_sees_them(code, expected):
 
 
 def test_code_of_models_is_never_asked_for():
-    """All models, configurations and tokenizers are loaded by `language_model._load`, which says so
+    """All models, configurations and tokenizers are loaded by `hub.read_pretrained`, which says so
     each time."""
     texts = {path: (PROJECT / path).read_text() for path in SOURCES}
     said = {path: text.count("trust_remote_code") for path, text in texts.items()}
@@ -162,11 +159,11 @@ def test_code_of_models_is_never_asked_for():
         path: re.findall(r"(.{7})\w*(?<!def )\.from_pretrained\b(?=\()", text)
         for path, text in texts.items()
     }
-    assert {path: n for path, n in said.items() if n} == {
-        "fastsae/lm/language_model.py": 1
-    } and not any(loaders.values())
+    assert {path: n for path, n in said.items() if n} == {"fastsae/lm/hub.py": 1} and not any(
+        loaders.values()
+    )
     seen = {}
-    language_model._load(lambda located, **options: seen.update(options), "org/model", "org/model")
+    hub.read_pretrained(lambda located, **options: seen.update(options), "org/model", "org/model")
     assert seen["trust_remote_code"] is False
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fastsae.activations import extraction
 from fastsae.data.tokenization import TokenTable, mark_shared_prefix
-from fastsae.lm import checks, cpu_kernels, language_model
+from fastsae.lm import checks, cpu_kernels, loading, residual
 from fastsae.runtime.errors import InputError
 
 SIZES = {
@@ -115,7 +115,7 @@ def table():
 def fast_and_whole(folder, model, table, layers):
     """({layer: rows of the fast path}, {layer: rows of the whole model on each example alone},
     reused prefix)."""
-    fast = language_model.ResidualModel(folder, layers, dtype=torch.float32)
+    fast = residual.ResidualModel(folder, layers, dtype=torch.float32)
     forward = extraction.Forward(
         fast,
         table,
@@ -179,7 +179,7 @@ def nested_gemma():
 def test_text_part_of_a_multimodal_model(tiny, table):
     folder, model = tiny("Gemma3Config", nested_gemma(), text_config=True)
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
-    assert language_model.load_config(folder).num_hidden_layers == 4
+    assert loading.load_config(folder).num_hidden_layers == 4
     found, expected, n_prefix = fast_and_whole(folder, model, table, (1, 3))
     assert n_prefix == 8
     for layer in (1, 3):
@@ -237,7 +237,7 @@ def test_foreign_names_end_in_one_line(tiny, config_name, options):
     with pytest.raises(
         InputError, match=r"^MODEL_NAME: \w+ is not built like Llama .*choose a Llama-type model\.$"
     ):
-        language_model.ResidualModel(folder, 1, dtype=torch.float32)
+        residual.ResidualModel(folder, 1, dtype=torch.float32)
 
 
 def test_attention_that_sees_later_tokens_is_refused(tiny):
@@ -245,7 +245,7 @@ def test_attention_that_sees_later_tokens_is_refused(tiny):
         "Gemma3TextConfig", {**MIXED, "sliding_window": 12, "use_bidirectional_attention": True}
     )
     with pytest.raises(InputError, match=r"^MODEL_NAME: in .* a token sees later ones"):
-        language_model.ResidualModel(folder, 1, dtype=torch.float32)
+        residual.ResidualModel(folder, 1, dtype=torch.float32)
 
 
 def test_overflow_of_half_precision_is_one_line(tiny, table):
@@ -260,7 +260,7 @@ def test_overflow_of_half_precision_is_one_line(tiny, table):
         (torch.bfloat16, "float16", "--storage-dtype float32"),
         (torch.float32, "float16", "--storage-dtype float32"),
     ):
-        fast = language_model.ResidualModel(folder, 1, dtype=dtype)
+        fast = residual.ResidualModel(folder, 1, dtype=dtype)
         forward = extraction.Forward(
             fast, table, n_shared=0, batch_tokens=120, storage_dtype=storage, dataset_name="d"
         )
@@ -370,7 +370,7 @@ def test_the_logit_lens_reads_the_models_own_norm_and_head(tiny, family):
     )
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = model.get_output_embeddings()(language_model.decoder_stack(model).norm(x))
+        expected = model.get_output_embeddings()(residual.decoder_stack(model).norm(x))
     found = x / x.square().mean(1, keepdim=True).sqrt() @ load_unembedding(folder).t()
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 

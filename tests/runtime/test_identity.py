@@ -11,7 +11,7 @@ import pytest
 from fastsae.activations import files
 from fastsae.data import datasets
 from fastsae.interpretation import tables
-from fastsae.lm import language_model
+from fastsae.lm import embedded as embedded_model, sources
 from fastsae.runtime import artifacts, digests
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
@@ -43,14 +43,14 @@ def test_every_byte_of_a_model_decides(model):
     back."""
     weights = model / "model.safetensors"
     os.truncate(weights, 24 << 20)
-    seen = {language_model.identity(str(model))}
+    seen = {sources.identity(str(model))}
     for at in (0, 20_001, (1 << 20) + 5, (3 << 19) - 1, (24 << 20) - 1):
         before = weights.stat()
         with open(weights, "r+b") as file:
             file.seek(at)
             file.write(b"!")
         os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
-        seen.add(language_model.identity(str(model)))
+        seen.add(sources.identity(str(model)))
     assert len(seen) == 6
 
 
@@ -61,23 +61,23 @@ def test_files_of_inner_folders_decide(model, name):
     (model / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"w": "weights/model-00001.safetensors"}})
     )
-    before = language_model.identity(str(model))
+    before = sources.identity(str(model))
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_text("a")
-    first = language_model.identity(str(model))
+    first = sources.identity(str(model))
     (model / name).write_text("b")
-    assert len({before, first, language_model.identity(str(model))}) == 3
+    assert len({before, first, sources.identity(str(model))}) == 3
 
 
 def test_what_decides_nothing(model):
-    before = language_model.identity(str(model))
+    before = sources.identity(str(model))
     (model / "README.md").write_text("a")
     (model / ".cache").mkdir()
     (model / "checkpoint-1").mkdir()
     (model / "checkpoint-1" / "model.safetensors").write_text("a")
-    assert language_model.identity(str(model)) == before
+    assert sources.identity(str(model)) == before
     shutil.copytree(model, model.with_name("copy"))
-    assert language_model.identity(str(model.with_name("copy"))) == before
+    assert sources.identity(str(model.with_name("copy"))) == before
 
 
 def test_the_base_of_an_adapter_decides(model, tmp_path):
@@ -86,9 +86,9 @@ def test_the_base_of_an_adapter_decides(model, tmp_path):
     (adapter / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(model)})
     )
-    before = language_model.identity(str(adapter))
+    before = sources.identity(str(adapter))
     flip(model / "model.safetensors", 7)
-    assert language_model.identity(str(adapter)) != before
+    assert sources.identity(str(adapter)) != before
 
 
 # Remembered digests
@@ -196,8 +196,8 @@ def embedded(tmp_path, monkeypatch):
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             (folder / name).write_text(f"the {name}")
 
-    monkeypatch.setattr(language_model, "_fetch_gguf", lambda work: work / "m.gguf")
-    monkeypatch.setattr(language_model, "_convert", convert)
+    monkeypatch.setattr(embedded_model, "_fetch_gguf", lambda work: work / "m.gguf")
+    monkeypatch.setattr(embedded_model, "_convert", convert)
     return made
 
 
@@ -207,17 +207,17 @@ def embedded(tmp_path, monkeypatch):
         "config.json",
         "model.safetensors",
         "tokenizer.json",
-        language_model.MANIFEST,
+        embedded_model.MANIFEST,
         "adapter_config.json",
     ],
 )
 @pytest.mark.parametrize("how", ["flip", "cut", "remove", "empty"])
 def test_a_damaged_embedded_model_is_made_anew(embedded, name, how, capsys):
-    folder = language_model._embedded_folder(None)
+    folder = embedded_model.ready_folder(None)
     assert len(embedded) == 1 and "is damaged;" not in capsys.readouterr().out
     path = folder / name
     content = path.read_bytes() if path.exists() else b"a file that was not there"
-    if how == "flip" and name == language_model.MANIFEST:
+    if how == "flip" and name == embedded_model.MANIFEST:
         content = content.replace(b'"model.safetensors": "', b'"model.safetensors": "0')
     elif how == "flip":
         content = bytes([content[0] ^ 1, *content[1:]])
@@ -225,40 +225,40 @@ def test_a_damaged_embedded_model_is_made_anew(embedded, name, how, capsys):
     if how == "remove":
         path.unlink()
     absent = name == "adapter_config.json" and how == "remove"
-    assert language_model._embedded_folder(None) == folder and len(embedded) == 2 - absent
+    assert embedded_model.ready_folder(None) == folder and len(embedded) == 2 - absent
     assert absent or f"{folder} is damaged; fetching" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_text() == "the model.safetensors"
-    assert language_model._embedded_folder(None) == folder and len(embedded) == 2 - absent
+    assert embedded_model.ready_folder(None) == folder and len(embedded) == 2 - absent
 
 
 def test_the_embedded_models_identity_is_that_of_its_content(embedded):
-    before = language_model.identity(EMBEDDED)
-    assert before == language_model.EMBEDDED["gguf_sha256"]
+    before = sources.identity(EMBEDDED)
+    assert before == embedded_model.EMBEDDED["gguf_sha256"]
     # a conversion that made something else than the one that is known
-    language_model._embedded_folder(None)
-    other = language_model.identity(EMBEDDED)
+    embedded_model.ready_folder(None)
+    other = sources.identity(EMBEDDED)
     assert other.startswith(before) and len(other) > len(before)
     with pytest.raises(InputError, match="is not the model that it was. run again"):
-        language_model.require_same(EMBEDDED, None, None, before, "run again")
-    language_model.require_same(EMBEDDED, None, None, other, "run again")
-    flip(language_model._embedded_path(None) / "config.json", 2)
+        sources.require_same(EMBEDDED, None, None, before, "run again")
+    sources.require_same(EMBEDDED, None, None, other, "run again")
+    flip(embedded_model.path_in(None) / "config.json", 2)
     with pytest.raises(InputError, match="is not the model that it was. run again"):
-        language_model.require_same(EMBEDDED, None, None, other, "run again")
+        sources.require_same(EMBEDDED, None, None, other, "run again")
 
 
 def test_a_cache_of_an_earlier_version_is_checked_against_the_known_parts(embedded, monkeypatch):
-    folder = language_model._embedded_folder(None)
-    manifest = json.loads((folder / language_model.MANIFEST).read_text())
-    monkeypatch.setitem(language_model.EMBEDDED, "parts", manifest.pop("sha256"))
-    (folder / language_model.MANIFEST).write_text(json.dumps(manifest))
-    assert language_model._embedded_folder(None) == folder and len(embedded) == 1
+    folder = embedded_model.ready_folder(None)
+    manifest = json.loads((folder / embedded_model.MANIFEST).read_text())
+    monkeypatch.setitem(embedded_model.EMBEDDED, "parts", manifest.pop("sha256"))
+    (folder / embedded_model.MANIFEST).write_text(json.dumps(manifest))
+    assert embedded_model.ready_folder(None) == folder and len(embedded) == 1
     flip(folder / "model.safetensors", 2)
-    language_model._embedded_folder(None)
+    embedded_model.ready_folder(None)
     assert len(embedded) == 2
 
 
 def test_the_real_one_is_the_one_that_is_known(smol_tokenizer):
-    assert language_model.identity(EMBEDDED) == language_model.EMBEDDED["gguf_sha256"]
+    assert sources.identity(EMBEDDED) == embedded_model.EMBEDDED["gguf_sha256"]
 
 
 # What is read is what was looked at
@@ -341,7 +341,7 @@ def test_what_stage_3_describes_is_what_it_read(
         elif name == "dataset":
             path.write_text(path.read_text().replace("=about", value))
         else:
-            monkeypatch.setitem(language_model.EMBEDDED, "gguf_sha256", value)
+            monkeypatch.setitem(embedded_model.EMBEDDED, "gguf_sha256", value)
 
     def described(*arguments):
         metadata = describe(*arguments)
@@ -374,7 +374,7 @@ def test_a_model_that_changes_while_stage_1_runs_leaves_no_part(tmp_path, monkey
     model.mkdir()
     parts.mkdir()
     (model / "config.json").write_text("{}")
-    inputs = {"model": language_model.identity(str(model))}
+    inputs = {"model": sources.identity(str(model))}
     settings = SimpleNamespace(MODEL_NAME=str(model), MODEL_REVISION=None, CACHE_DIR=None)
     extract_activations.require_same_model(settings, inputs, parts)
     assert parts.exists()

@@ -12,7 +12,7 @@ import torch
 from conftest import PROJECT
 
 from fastsae import intervention
-from fastsae.lm import language_model
+from fastsae.lm import loading
 from fastsae.sae.autoencoder import new_sae
 from fastsae.sae.initialisation import initialise
 
@@ -25,7 +25,7 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def whole_model():
-    return language_model.load_model("SmolLM2-135M-Instruct", dtype=torch.float32)
+    return loading.load_model("SmolLM2-135M-Instruct", dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -286,15 +286,15 @@ class LocalModel:
         if self.loaded is None:
             import torch
 
-            from fastsae.lm import language_model as source
+            from fastsae.lm import devices, loading
 
-            name, self.device = self.model.removeprefix(LOCAL), source.choose_device(self.device)
+            name, self.device = self.model.removeprefix(LOCAL), devices.choose_device(self.device)
             dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
             try:
-                model = source.load_model(
+                model = loading.load_model(
                     name, cache_dir=self.cache_dir, dtype=dtype, device=self.device
                 )
-                tokenizer = source.load_tokenizer(name, cache_dir=self.cache_dir)
+                tokenizer = loading.load_tokenizer(name, cache_dir=self.cache_dir)
             except StageError as error:
                 raise type(error)(
                     str(error)

@@ -198,7 +198,7 @@ def test_a_wrong_address_ends_the_stage_before_its_work(planted, run_script):
 
 
 def test_a_local_interpreter_uses_the_cache_folder_and_its_own_name(tmp_path, monkeypatch):
-    from fastsae.lm import language_model
+    from fastsae.lm import loading
 
     seen = []
 
@@ -207,7 +207,7 @@ def test_a_local_interpreter_uses_the_cache_folder_and_its_own_name(tmp_path, mo
         raise InputError("MODEL_NAME: x does not exist. give a folder with --model-name.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(language_model, "locate", remember)
+        patch.setattr(loading, "model_source", remember)
         with pytest.raises(InputError, match="^INTERPRETER_MODEL: x .* --interpreter-model local:"):
             client.choose_backend(
                 "local:some-model", timeout=1, device="cpu", cache_dir=str(tmp_path)
