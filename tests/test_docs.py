@@ -111,8 +111,12 @@ def test_files_and_tests_named_in_the_pages_exist():
             if re.fullmatch(r"(fastsae|tests|experiments|docs|data|\.ci)/[\w./-]+", code):
                 if not (PROJECT / code).exists() and not (PROJECT / "fastsae" / code).exists():
                     missing.append((path.name, code))
-            elif re.fullmatch(r"test_\w+", code) and f"{code}.py" not in names:
-                missing.append((path.name, code))
+            elif re.fullmatch(r"(test)?_\w+", code):
+                if (
+                    f"{code if code.startswith('test') else 'test_guarantees' + code}.py"
+                    not in names
+                ):
+                    missing.append((path.name, code))
     assert not missing
 
 
