@@ -1,7 +1,6 @@
 """The rules of the settings: precedence, the forms of flags, refusals, help; and the shape of the
 source tree."""
 
-import ast
 import importlib.util
 import re
 import sys
@@ -603,7 +602,7 @@ def upward(paths, root=PROJECT):
         for path in paths
     }
     return {path for path in paths if imported(path, root) & above[path]} - {
-        "experiments/llm_end_to_end.py"
+        "experiments/benchmarks/llm_end_to_end.py"
     }
 
 

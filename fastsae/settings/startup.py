@@ -9,7 +9,7 @@ import os
 import sys
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-FOLDERS = (PROJECT, os.path.join(PROJECT, "experiments"))
+FOLDERS = (PROJECT, os.path.join(PROJECT, "experiments", "studies"))
 
 
 def explain_slips() -> None:

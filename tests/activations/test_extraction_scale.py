@@ -524,7 +524,8 @@ def test_kills_at_random_times_change_no_byte(dataset, llama):
     done = subprocess.run(
         [
             sys.executable,
-            PROJECT / "experiments" / "kill_extraction.py",
+            "-m",
+            "experiments.benchmarks.kill_extraction",
             "--kills",
             "3",
             "--dataset-path",
@@ -539,6 +540,7 @@ def test_kills_at_random_times_change_no_byte(dataset, llama):
         capture_output=True,
         text=True,
         timeout=200,
+        cwd=PROJECT,
         # threads of several processes wait for each other on few cores
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

@@ -18,7 +18,7 @@ from fastsae.settings.suggestions import nearest
 STAGES = [PROJECT / name for name in config.STAGES]
 FILES = [PROJECT / name for name in declarations.shipped() if (PROJECT / name).exists()]
 STUDIES = [
-    PROJECT / "experiments" / name
+    PROJECT / "experiments" / "studies" / name
     for name in declarations.shipped()
     if name not in declarations.CORE
 ]
@@ -79,10 +79,10 @@ def test_the_list_of_what_is_shipped_is_right():
     paths = [*(PROJECT / name for name in declarations.CORE), *STUDIES]
     assert declarations.SHIPPED.read_text() == declarations.snapshot(
         paths, config.PRESETS["demo"]
-    ), "run experiments/readme_numbers.py"
+    ), "run python -m experiments.pages.numbers"
     resolving_scripts = {
         path.name
-        for path in (PROJECT / "experiments").glob("*.py")
+        for path in (PROJECT / "experiments" / "studies").glob("*.py")
         if re.search(r"config\.resolve\(.*__file__", path.read_text())
     }
     assert {path.name for path in STUDIES} == resolving_scripts
@@ -145,7 +145,9 @@ def test_its_flag_still_has_the_type_that_was_declared(project):
 def test_every_constant_of_every_file_may_lose_its_annotation(tmp_path):
     """All at once: the same values and types as with annotations."""
     paths = [*(PROJECT / name for name in ("config.py", *config.STAGES)), *STUDIES]
-    for path in (PROJECT / "experiments").glob("*.py"):  # which read each other's constants
+    for path in (PROJECT / "experiments" / "studies").glob(
+        "*.py"
+    ):  # which read each other's constants
         shutil.copy(path, tmp_path)
     for path in paths:
         known = declarations.shipped()[path.name]

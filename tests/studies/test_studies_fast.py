@@ -10,16 +10,9 @@ import torch
 from conftest import PROJECT, put_activations
 from scipy import sparse
 
-sys.path.insert(0, str(PROJECT / "experiments"))
-import common
-import evidence
-import fast_vs_block
-import heldout
-import many_runs
-import pareto
-import readme_studies
-import studies_page_fast
-
+from experiments.pages import studies_page_fast, studies_table
+from experiments.shared import evidence, heldout, provenance, sweeps
+from experiments.studies import fast_vs_block, pareto
 from fastsae.data.datasets import Example, read_dataset
 from fastsae.data.tokenization import SHARED_PREFIX, ChatTokenizer, mark_shared_prefix, tokenise
 from fastsae.sae.autoencoder import new_sae
@@ -265,14 +258,14 @@ def test_training_takes_the_first_tokens_in_the_order_of_the_file(tmp_path, run_
 
 
 def test_results_are_rounded_and_name_no_folder():
-    assert many_runs.rounded({"a": [1.23456789, 2, "x", None], "b": (1234567.8,)}) == {
+    assert sweeps.rounded({"a": [1.23456789, 2, "x", None], "b": (1234567.8,)}) == {
         "a": [1.23457, 2, "x", None],
         "b": [1234570.0],
     }
 
 
 def test_results_hold_names_of_files_and_no_folder_of_a_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     settings = {
         "data": str(tmp_path / "data.jsonl"),
         "several": (tmp_path / "a.pt", "b.pt"),
@@ -280,7 +273,7 @@ def test_results_hold_names_of_files_and_no_folder_of_a_machine(tmp_path, monkey
         "home": "~/x/y.txt",
         "n": 3,
     }
-    common.write_result("one", settings, {})
+    provenance.write_result("one", settings, {})
     written = json.loads((tmp_path / "one.json").read_text())["settings"]
     assert written == {
         "data": "data.jsonl",
@@ -292,7 +285,7 @@ def test_results_hold_names_of_files_and_no_folder_of_a_machine(tmp_path, monkey
 
 
 def test_the_code_version_follows_sub_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "PROJECT", tmp_path)
+    monkeypatch.setattr(provenance, "PROJECT", tmp_path)
     versions = set()
     for name in (
         "config.py",
@@ -303,7 +296,7 @@ def test_the_code_version_follows_sub_folders(tmp_path, monkeypatch):
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("same")
-        versions.add(common.code_version.__wrapped__())
+        versions.add(provenance.code_version.__wrapped__())
     assert len(versions) == 5
 
 
@@ -326,9 +319,9 @@ def test_no_result_names_a_folder_of_a_machine():
 
 def test_the_pages_say_what_the_comparison_with_blocks_cannot_tell():
     page = (PROJECT / "experiments" / "results" / "STUDIES.md").read_text()
-    for text in (page, readme_studies.table()):
+    for text in (page, studies_table.table()):
         assert "Python's language reference" in text and "has a confounder" in text
-    table = readme_studies.table()
+    table = studies_table.table()
     assert "refuted in 6" in table and "the paper trains no topk" in table
 
 
@@ -350,7 +343,7 @@ def test_many_runs_are_the_scripts_own_and_a_failure_is_raised(tmp_path, capfd):
         "--init-encoder-scale",
         30,
     ]
-    many_runs.run_many(
+    sweeps.run_many(
         "train_sae.py", [[*common_flags, "--run-name", name] for name in ("one", "two")]
     )
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning:")]
@@ -362,7 +355,7 @@ def test_many_runs_are_the_scripts_own_and_a_failure_is_raised(tmp_path, capfd):
         tmp_path / "checkpoints" / "two" / "metrics.json"
     ).exists()
     with pytest.raises(SystemExit) as end:
-        many_runs.run_many("train_sae.py", [[*common_flags, "--layer-idx", 3]])
+        sweeps.run_many("train_sae.py", [[*common_flags, "--layer-idx", 3]])
     assert end.value.code == 2  # as train_sae.py says it
 
 
@@ -461,7 +454,7 @@ def study(tmp_path, tiny, run_main, monkeypatch):
         assert run_main(script.removesuffix(".py"), *flags) == 0
 
     def run(module, *flags):
-        monkeypatch.setattr(common, "RESULTS", tmp_path)
+        monkeypatch.setattr(provenance, "RESULTS", tmp_path)
         monkeypatch.setattr(module, "RESULTS", tmp_path)
         monkeypatch.setattr(module, "rounded", lambda value: value)
         monkeypatch.setattr(module, "run_stage", in_process)

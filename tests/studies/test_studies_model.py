@@ -304,14 +304,13 @@ def tiny(tmp_path_factory, smol_tokenizer):
 @pytest.fixture
 def study(tmp_path, monkeypatch, run_main):
     """Run a study's `main()` with flags, its results under tmp_path: (exit code, result)."""
-    monkeypatch.syspath_prepend(str(PROJECT / "experiments"))
-    common = importlib.import_module("common")
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    provenance = importlib.import_module("experiments.shared.provenance")
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
 
     def run(name, *flags):
-        module = importlib.import_module(name)
+        module = importlib.import_module(f"experiments.studies.{name}")
         monkeypatch.setattr(module, "RESULTS", tmp_path)
-        code = run_main(name, *flags)
+        code = run_main(f"experiments.studies.{name}", *flags)
         path = tmp_path / f"{name}.json"
         return code, json.loads(path.read_text()) if path.exists() else None
 
@@ -346,7 +345,9 @@ def test_loss_recovered_of_a_tiny_model(tiny, study, tmp_path, monkeypatch):
     )
     assert row["kinds"]["user"]["n_tokens"] == row["kinds"]["content"]["n_tokens"]
     # the second run reads its journal
-    monkeypatch.setattr(importlib.import_module("loss_recovered"), "measure", None)
+    monkeypatch.setattr(
+        importlib.import_module("experiments.studies.loss_recovered"), "measure", None
+    )
     assert (
         study("loss_recovered", *flags, "--n-examples", 3)[1]["autoencoders"]
         == result["autoencoders"]
@@ -388,7 +389,7 @@ def test_quick_leaves_flags_alone(tiny, study, tmp_path):
         "--n-ablation-examples",
         2,
     )
-    words = importlib.import_module("studies_page").steer(result)
+    words = importlib.import_module("experiments.pages.studies_page").steer(result)
     assert "was not tried" in words and "Feature 1 (named)" in words and "by lot" not in words
 
 
@@ -400,11 +401,11 @@ def test_a_flag_that_the_run_contradicts_is_one_line(tiny, study, capsys, flags,
 
 
 def test_what_other_code_or_data_computed_is_not_remembered(tiny, study, tmp_path, monkeypatch):
-    common = importlib.import_module("common")
+    provenance = importlib.import_module("experiments.shared.provenance")
     journal, calls = tmp_path / "journal.jsonl", []
     for version in ("a", "a", "b"):
-        monkeypatch.setattr(common, "code_version", lambda version=version: version)
-        common.remembered(journal, {"x": 1}, lambda: calls.append(1))
+        monkeypatch.setattr(provenance, "code_version", lambda version=version: version)
+        provenance.remembered(journal, {"x": 1}, lambda: calls.append(1))
     assert len(calls) == 2
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": f"Number {i} is new."}) + "\n" for i in range(9)))
@@ -427,9 +428,11 @@ def test_held_out_examples_are_the_test_examples(tiny, study):
     from fastsae.activations.files import open_activations
 
     folder, flags = tiny
-    inputs = importlib.import_module("model_inputs")
+    inputs = importlib.import_module("experiments.shared.subjects")
     settings = config.resolve(
-        *inputs.STAGES, PROJECT / "experiments" / "loss_recovered.py", argv=list(map(str, flags))
+        *inputs.STAGES,
+        PROJECT / "experiments" / "studies" / "loss_recovered.py",
+        argv=list(map(str, flags)),
     )
     (subject,) = inputs.subjects(settings)
     table = inputs.some_dialogues(subject, settings, 100, held_out=True)
@@ -555,7 +558,7 @@ def test_a_feature_that_is_not_there_is_one_line(tiny, study, capsys, flags, whe
 
 
 def test_the_strongest_feature_by_hand(study):
-    steer = importlib.import_module("steer")
+    steer = importlib.import_module("experiments.studies.steer")
     sae = new_sae({"input_dim": 2, "m_total_neurons": 2, "k_active_neurons": 1}).eval()
     with torch.no_grad():
         sae.encoder.weight.copy_(torch.eye(2)), sae.decoder.weight.copy_(torch.eye(2))
@@ -566,7 +569,7 @@ def test_the_strongest_feature_by_hand(study):
 
 
 def test_curves_by_hand(study):
-    steer = importlib.import_module("steer")
+    steer = importlib.import_module("experiments.studies.steer")
     assert (
         steer.repetition([1, 2, 3, 1, 2, 3]) == 0.25
         and steer.repetition([1, 2]) == 0
@@ -588,7 +591,7 @@ def test_curves_by_hand(study):
 
 
 def test_the_effect_of_an_ablation_by_hand(study):
-    ablate = importlib.import_module("ablate")
+    ablate = importlib.import_module("experiments.studies.ablate")
     example = np.array([0, 0, 0, 1, 1])
     fires = np.array([True, False, False, False, False])
     change, counted = (
@@ -619,7 +622,7 @@ def test_layers_of_a_tiny_model(tiny, study, run_main, tmp_path, monkeypatch):
         "--n-seeds",
         2,
     ]
-    module = importlib.import_module("layers")
+    module = importlib.import_module("experiments.studies.layers")
 
     def in_process(script, *stage_flags):
         monkeypatch.setattr(sys, "argv", [script, "--no-print-settings", *map(str, stage_flags)])
@@ -642,7 +645,7 @@ def test_layers_of_a_tiny_model(tiny, study, run_main, tmp_path, monkeypatch):
 
 
 def test_the_readmes_table_and_the_page_come_from_the_results(study, tmp_path, monkeypatch):
-    module = importlib.import_module("studies_page")
+    module = importlib.import_module("experiments.pages.studies_page")
     results = PROJECT / "experiments" / "results"
     written = [
         name
@@ -656,7 +659,7 @@ def test_the_readmes_table_and_the_page_come_from_the_results(study, tmp_path, m
     )
     for text in found:
         assert "nan" not in text and "None" not in text
-    table = importlib.import_module("readme_studies")
+    table = importlib.import_module("experiments.pages.studies_table")
     monkeypatch.setattr(table, "RESULTS", results)
     rows = [line for line in table.table().splitlines() if line.startswith("|")]
     assert len(rows) >= 2 + len(written) and {

@@ -7,13 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT
-
-sys.path.insert(0, str(PROJECT / "experiments"))
 
 
 def test_matching_gives_each_column_away_once():
-    from directions import matched_mean, mean_max
+    from experiments.shared.directions import matched_mean, mean_max
 
     similarity = np.array([[0.9, 0.8], [0.8, 0.1]])  # greedy would pair 0.9 with 0.1
     assert matched_mean(similarity) == pytest.approx(0.8)
@@ -23,7 +20,7 @@ def test_matching_gives_each_column_away_once():
 
 
 def test_cosines_by_hand():
-    from directions import absolute_correlations, absolute_cosines, cosines
+    from experiments.shared.directions import absolute_correlations, absolute_cosines, cosines
 
     a, b = np.array([[3.0, 0], [0, 0]]), np.array([[-1.0, 1], [0, 5]])
     assert np.allclose(cosines(a, b), [[-np.sqrt(0.5), 0], [0, 0]])
@@ -34,7 +31,7 @@ def test_cosines_by_hand():
 
 
 def test_share_found_by_all_by_hand():
-    from directions import found_by_all
+    from experiments.shared.directions import found_by_all
 
     first, second, third = (
         np.eye(4)[:3],
@@ -46,7 +43,7 @@ def test_share_found_by_all_by_hand():
 
 
 def test_principal_directions_of_a_stretched_cloud():
-    from directions import absolute_cosines, principal_directions
+    from experiments.shared.directions import absolute_cosines, principal_directions
 
     x = np.random.default_rng(0).standard_normal((5000, 3)) * [1, 5, 3] + [9, 9, 9]
     assert np.allclose(
@@ -68,7 +65,7 @@ def planted_embedding(p, amplitudes, d=16, phase=0.0):
 
 
 def test_fourier_directions_of_an_embedding_with_known_frequencies():
-    from directions import (
+    from experiments.shared.directions import (
         absolute_cosines,
         fourier_directions,
         fourier_power,
@@ -93,7 +90,12 @@ def test_fourier_directions_of_an_embedding_with_known_frequencies():
 
 @torch.no_grad()
 def test_transformer_equals_attention_written_out():
-    from modular_transformer import D_MODEL, N_HEADS, ModularTransformer, all_pairs
+    from experiments.studies.modular_transformer import (
+        D_MODEL,
+        N_HEADS,
+        ModularTransformer,
+        all_pairs,
+    )
 
     torch.manual_seed(0)
     model, (a, b) = ModularTransformer(7), all_pairs(7)
@@ -113,7 +115,7 @@ def test_transformer_equals_attention_written_out():
 
 
 def test_transformer_is_trained_once_and_its_test_pairs_are_new(tmp_path, capsys):
-    from modular_transformer import split_pairs, trained_model
+    from experiments.studies.modular_transformer import split_pairs, trained_model
 
     training, test = split_pairs(5, 0.6, 0)
     assert len(training) == 15 and sorted([*training.tolist(), *test.tolist()]) == list(range(25))
@@ -136,7 +138,7 @@ def test_transformer_is_trained_once_and_its_test_pairs_are_new(tmp_path, capsys
 
 
 def test_planted_tokens_are_sums_of_the_stated_number_of_directions():
-    from planted import planted_tokens
+    from experiments.studies.planted import planted_tokens
 
     tokens, directions = planted_tokens(6, 8, 2, 0.0, 500, 0)
     # (500, 6): exact, as there are more dimensions than directions
@@ -154,7 +156,7 @@ def test_planted_tokens_are_sums_of_the_stated_number_of_directions():
 
 def words(name, result):
     """What the README would say of a result."""
-    import studies_page
+    from experiments.pages import studies_page
 
     return getattr(studies_page, name)(result)
 
@@ -169,7 +171,7 @@ def words(name, result):
     ],
 )
 def test_middle_layers_win_only_beyond_their_seeds(counts, verdict):
-    import studies_page
+    from experiments.pages import studies_page
 
     rows = [
         {
@@ -187,10 +189,10 @@ def run_study(monkeypatch, tmp_path, name, *flags):
     """The result of a study run in this process, its outputs under tmp_path."""
     import importlib
 
-    import common
+    from experiments.shared import provenance
 
-    study = importlib.import_module(name)
-    for module in (common, study):
+    study = importlib.import_module(f"experiments.studies.{name}")
+    for module in (provenance, study):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(
         sys,
@@ -247,7 +249,7 @@ def test_planted_study_finds_directions_and_remembers(monkeypatch, tmp_path):
         "planted", result
     )
 
-    import planted
+    from experiments.studies import planted
 
     monkeypatch.setattr(planted, "run", lambda *args: pytest.fail("measured again"))
     assert run_study(monkeypatch, tmp_path, "planted", *PLANTED)["large"] == result["large"]
@@ -340,18 +342,17 @@ def test_stability_study_runs_on_tiny_settings(monkeypatch, tmp_path):
 
 
 def test_quick_studies_time_each_study_in_a_folder_of_its_own(monkeypatch, tmp_path, capsys):
-    import common
-    import quick_studies
+    from experiments.benchmarks import quick_studies
+    from experiments.shared import provenance
 
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments" / "good.py").write_text(
+    studies = tmp_path / "experiments" / "studies"
+    studies.mkdir(parents=True)
+    (studies / "good.py").write_text(
         "import os, sys\nfolder = sys.argv[2]\nassert sys.argv[1] == '--output-dir' and sys.argv[3:] == ['--quick', '--x']\n"
         "assert os.environ['FASTSAE_RESULTS'] == folder != '' and os.listdir(folder) == ['printed.log']\n"
     )
-    (tmp_path / "experiments" / "bad.py").write_text(
-        "print('why it failed')\nraise SystemExit(3)\n"
-    )
-    for module in (common, quick_studies):
+    (studies / "bad.py").write_text("print('why it failed')\nraise SystemExit(3)\n")
+    for module in (provenance, quick_studies):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(quick_studies, "PROJECT", tmp_path)
     monkeypatch.setattr(quick_studies, "STUDIES", ("good", "bad"))

@@ -1,0 +1,1 @@
+"""Speed, quality and robustness of the pipeline, beside other libraries where there are any."""

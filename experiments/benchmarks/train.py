@@ -1,0 +1,363 @@
+"""Training speed and quality against HypotheSAEs, SAELens and sparsify: same activations, batch
+size, learning rate and tokens.
+
+    pip install -r experiments/requirements-bench.txt      # the peers; one that is missing is
+    skipped, and said so
+    python -m experiments.benchmarks.train --activations activations/activations_layer12.npz
+
+For each shape every trainer runs a few steps in turn, --rounds times over: tokens/s is the median
+(initialisation left out). Then each trains once on the same batches, and its normalised MSE on
+held-out examples is taken by one piece of code from its own reconstructions. `reach` is the time
+ours takes to come to the normalised MSE at which HypotheSAEs' `fit` ends after three epochs. Writes
+experiments/results/bench_train.json, one part at a time with --part, so that no run needs the
+machine for long.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments.shared.provenance import RESULTS, write_result
+
+SHAPES = {  # M, K, batch, prefixes, steps per timing, steps for quality
+    "256,8,prefixes": (256, 8, 512, [64, 256], 100, 354),
+    "256,8": (256, 8, 512, None, 100, 354),
+    "4608,32": (4608, 32, 4096, None, 6, 28),
+}
+LEARNING_RATE = 5e-4
+START = {"encoder_scale": None, "directions": "mixed"}  # as train_sae.py's defaults
+PARTS = ("speed", "quality", "reach")
+os.environ["TQDM_DISABLE"] = "1"  # no peer's progress bar
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--activations", default="activations/activations_layer12.npz")
+    parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    for package, name in (("sae_lens", "sae-lens"), ("sparsify", "eai-sparsify")):
+        if importlib.util.find_spec(package) is None:
+            print(
+                f"skipped: {name} is not installed. pip install -r experiments/requirements-bench.txt"
+            )
+    train, validation = load(args.activations)
+    path = RESULTS / "bench_train.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    result = {part: result.get(part, {}) for part in PARTS}
+    for name in args.shapes:
+        for part in PARTS if args.part == "all" else [args.part]:
+            if part != "reach" or name == "4608,32":
+                result[part][name] = globals()[part](name, train, validation, args.rounds)
+                print(name, part, json.dumps(result[part][name], indent=1))
+    write_result(
+        "bench_train",
+        {
+            "activations": Path(args.activations).name,
+            "n_train_tokens": len(train),
+            "d_model": train.shape[1],
+            "n_validation_tokens": len(validation),
+            "learning_rate": LEARNING_RATE,
+            "rounds": args.rounds,
+            "shapes": {
+                name: dict(
+                    zip(("M", "K", "batch", "prefixes", "speed_steps", "quality_steps"), shape)
+                )
+                for name, shape in SHAPES.items()
+            },
+        },
+        result,
+    )
+
+
+def load(path):
+    """(training tokens in a fixed random order (n, d) float32, validation tokens), split by example
+    as train_sae.py does."""
+    from fastsae.data.token_masks import split_examples, token_norms, usable_tokens
+    from fastsae.runtime import artifacts
+
+    data = artifacts.read_npz(path, made_by="extract_activations.py")
+    usable, _ = usable_tokens(
+        token_norms(data["activations"]),
+        data["token_kind"],
+        exclude_shared_prefix=True,
+        max_norm_ratio=10.0,
+    )
+    of_validation = split_examples(len(data["seq_lengths"]), 0.1, 0)[
+        np.repeat(np.arange(len(data["seq_lengths"])), data["seq_lengths"])
+    ]
+    train = np.random.default_rng(0).permutation(np.flatnonzero(usable & ~of_validation))
+    return tuple(
+        torch.from_numpy(data["activations"][rows]).float()
+        for rows in (train, np.flatnonzero(usable & of_validation))
+    )
+
+
+# Trainers: (x (n, d), steps, shape) -> (seconds of the steps without the initialisation, x ->
+# reconstruction). Same rows for all.
+
+
+def hypothesaes(x, steps, m, k, batch, prefixes):
+    from hypothesaes.sae import SparseAutoencoder
+
+    n_epochs = max(1, round(steps * batch / len(x)))
+    sae = SparseAutoencoder(x.shape[1], m, k, prefix_lengths=prefixes, device="cpu")
+    rows = x[: min(len(x), steps * batch // n_epochs)]
+    initialise, started = sae.initialize_weights_, []
+    sae.initialize_weights_ = lambda sample: (
+        initialise(sample),
+        started.append(time.perf_counter()),
+    )
+    sae.fit(
+        rows,
+        None,
+        batch_size=batch,
+        learning_rate=LEARNING_RATE,
+        n_epochs=n_epochs,
+        show_progress=False,
+    )
+    return time.perf_counter() - started[0], lambda x: sae.eval()(x)[0]
+
+
+def sae_lens(kind):
+    def train(x, steps, m, k, batch, prefixes):
+        from sae_lens.config import LoggingConfig, SAETrainerConfig
+        from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+        from sae_lens.training.sae_trainer import SAETrainer
+
+        cls, config = (
+            (TopKTrainingSAE, TopKTrainingSAEConfig)
+            if kind == "topk"
+            else (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig)
+        )
+        sae = cls(
+            config(
+                d_in=x.shape[1],
+                d_sae=m,
+                k=k,
+                normalize_activations="expected_average_only_in",
+                device="cpu",
+            )
+        )
+        options = {
+            "lr": LEARNING_RATE,
+            "lr_end": LEARNING_RATE,
+            "logger": LoggingConfig(log_to_wandb=False),
+            "n_batches_for_norm_estimate": 1,
+        }
+        trainer = SAETrainer(
+            SAETrainerConfig(steps * batch, batch, **options), sae, batches(x, batch)
+        )
+        started = time.perf_counter()
+        trainer.fit()
+        return time.perf_counter() - started, sae.eval()
+
+    return train
+
+
+def sparsify(x, steps, m, k, batch, prefixes):
+    """sparsify's step as its `Trainer.fit` takes it, with Adam (its default is a sign descent that
+    needs no learning rate of ours)."""
+    from sparsify import SparseCoder
+    from sparsify.config import SparseCoderConfig
+
+    sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=m, k=k))
+    optimizer, source = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE), batches(x, batch)
+    started = time.perf_counter()
+    for i in range(steps):
+        rows = next(source)
+        if i == 0:
+            sae.b_dec.data = rows.mean(0)
+        sae.set_decoder_norm_to_unit_norm()
+        sae(rows).fvu.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - started, lambda x: sae(x).sae_out
+
+
+def ours(select, **start):
+    def train(x, steps, m, k, batch, prefixes):
+        run, step = our_run(x, m, k, prefixes, select, start)
+        source, started = batches(x, batch), time.perf_counter()
+        for _ in range(steps):
+            run.step(
+                step,
+                next(source),
+                learning_rate=LEARNING_RATE,
+                dead_after=256 * batch,
+                clip_grad=1.0,
+            )
+        return time.perf_counter() - started, reconstruction_of(run.sae)
+
+    return train
+
+
+def our_run(x, m, k, prefixes, select, start):
+    import functools
+
+    from fastsae.sae.sparse_step import sparse_step
+    from fastsae.training.run import TrainingRun
+
+    run = TrainingRun(
+        {
+            "input_dim": x.shape[1],
+            "m_total_neurons": m,
+            "k_active_neurons": k,
+            "aux_k": 2 * k,
+            "prefix_lengths": prefixes,
+        },
+        x[:8192],
+        seed=0,
+        device="cpu",
+        learning_rate=LEARNING_RATE,
+        **start,
+    )
+    return run, functools.partial(sparse_step, aux_coef=1 / 32, select=select)
+
+
+def reconstruction_of(sae):
+    from fastsae.sae.autoencoder import decode, encode
+
+    return lambda x: decode(sae, encode(sae, x))
+
+
+def encoder_product(dtype):
+    """The one dense product a step cannot do without."""
+
+    def train(x, steps, m, k, batch, prefixes):
+        weight, rows = torch.randn(m, x.shape[1]).to(dtype), x[:batch].to(dtype)
+        started = time.perf_counter()
+        for _ in range(steps):
+            rows @ weight.t()
+        return time.perf_counter() - started, None
+
+    return train
+
+
+def batches(x, size, seed=0):
+    """Batches of rows for ever, in a new order each epoch; the first epoch goes through x as it is."""
+    epoch, order = 0, torch.arange(len(x))
+    while True:
+        yield from (x[order[i : i + size]] for i in range(0, len(x) - size + 1, size))
+        epoch += 1
+        order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(len(x)))
+
+
+def trainers(prefixes):
+    """{name: trainer} of those that are installed and know the shape."""
+    found = {"hypothesaes fit": hypothesaes}
+    if prefixes is None and importlib.util.find_spec("sae_lens"):
+        found |= {"sae-lens topk": sae_lens("topk"), "sae-lens batchtopk": sae_lens("batchtopk")}
+    if prefixes is None and importlib.util.find_spec("sparsify"):
+        found["sparsify, Adam"] = sparsify
+    return {
+        **found,
+        "ours float32": ours(torch.float32, **START),
+        "ours bfloat16 selection": ours(torch.bfloat16, **START),
+    }
+
+
+def speed(name, train, validation, rounds):
+    """{trainer: median tokens/s, all of them, ratio to each of ours}."""
+    *shape, steps, _ = SHAPES[name]
+    products = {
+        "encoder product float32": encoder_product(torch.float32),
+        "encoder product bfloat16": encoder_product(torch.bfloat16),
+    }
+    entrants = {**trainers(shape[3]), **products}
+    for trainer in entrants.values():
+        trainer(train, 2, *shape)  # imports and caches
+    found = {entrant: [] for entrant in entrants}
+    for _ in range(rounds):
+        for entrant, trainer in entrants.items():
+            found[entrant].append(steps * shape[2] / trainer(train, steps, *shape)[0])
+    median = {entrant: statistics.median(values) for entrant, values in found.items()}
+    return {
+        entrant: {
+            "tokens_per_second": round(median[entrant]),
+            "all": [round(v) for v in found[entrant]],
+            **{
+                f"{own} over it": round(median[own] / median[entrant], 2)
+                for own in median
+                if own.startswith("ours")
+            },
+        }
+        for entrant in entrants
+    }
+
+
+def quality(name, train, validation, rounds):
+    """{trainer: normalised MSE on held-out examples after the same number of tokens}, and of ours
+    from other starts."""
+    *shape, _, steps = SHAPES[name]
+    entrants = {
+        **trainers(shape[3]),
+        "ours float32, HypotheSAEs' start": ours(torch.float32, encoder_scale=1.0),
+        "ours float32, start from data": ours(torch.float32, **{**START, "directions": "data"}),
+    }
+    found = {}
+    for entrant, trainer in entrants.items():
+        torch.manual_seed(0)
+        found[entrant] = round(normalized_mse(trainer(train, steps, *shape)[1], validation), 4)
+    best = min(value for entrant, value in found.items() if not entrant.startswith("ours"))
+    return {
+        entrant: {"normalized_mse": value, "over_best_peer": round(value / best, 4)}
+        for entrant, value in found.items()
+    }
+
+
+@torch.no_grad()
+def normalized_mse(reconstruct, x):
+    error = sum(float((reconstruct(part) - part).double().square().sum()) for part in x.split(4096))
+    return error / float((x - x.mean(0)).double().square().sum())
+
+
+def reach(name, train, validation, rounds):
+    """Seconds to the normalised MSE that HypotheSAEs reaches after three epochs; the measuring
+    itself is not counted."""
+    m, k, batch, prefixes, _, _ = SHAPES[name]
+    seconds, theirs = hypothesaes(train, 3 * len(train) // batch, m, k, batch, prefixes)
+    goal, found = normalized_mse(theirs, validation), {}
+    for label, select in (
+        ("ours float32", torch.float32),
+        ("ours bfloat16 selection", torch.bfloat16),
+    ):
+        run, step = our_run(train, m, k, prefixes, select, START)
+        source, spent, reached = batches(train, batch), 0.0, 2.0
+        while reached > goal and spent < seconds:
+            started = time.perf_counter()
+            run.step(
+                step,
+                next(source),
+                learning_rate=LEARNING_RATE,
+                dead_after=256 * batch,
+                clip_grad=1.0,
+            )
+            spent += time.perf_counter() - started
+            reached = normalized_mse(reconstruction_of(run.sae), validation)
+        found[label] = {
+            "seconds": round(spent, 2),
+            "steps": run.batch,
+            "normalized_mse": round(reached, 4),
+            "hypothesaes_seconds_over_it": round(seconds / spent, 1),
+        }
+    return {
+        "hypothesaes": {"seconds": round(seconds, 2), "normalized_mse": round(goal, 4)},
+        **found,
+    }
+
+
+if __name__ == "__main__":
+    main()

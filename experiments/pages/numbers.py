@@ -1,0 +1,394 @@
+"""Write the parts of the README that come from files: the settings table, and the figures under
+experiments/results/.
+
+Also writes experiments/results/STUDIES.md, what the studies found in full, and
+fastsae/settings/shipped.json, the types and defaults of all settings, from which a constant that
+lost its annotation is still read.
+
+    python -m experiments.pages.numbers           # rewrite them
+    python -m experiments.pages.numbers --check   # exit 1 if any would change
+"""
+
+import argparse
+import json
+import re
+import sys
+
+import config
+from experiments.pages import studies_page, studies_table
+from experiments.shared.provenance import PROJECT, RESULTS
+from fastsae.lm.names import described
+from fastsae.settings import declarations
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    texts = {
+        **pages(),
+        RESULTS / "STUDIES.md": studies_page.whole(),
+        declarations.SHIPPED: shipped_settings(),
+    }
+    if args.check:
+        return int(
+            any(
+                not path.exists() or path.read_text(encoding="utf-8") != text
+                for path, text in texts.items()
+            )
+        )
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
+def shipped_settings():
+    """The text of shipped.json for config.py, the scripts and the studies that have settings."""
+    studies = [
+        path
+        for path in sorted((PROJECT / "experiments" / "studies").glob("*.py"))
+        if re.search(r"config\.resolve\(.*__file__", path.read_text(encoding="utf-8"))
+    ]
+    return declarations.snapshot(
+        [*(PROJECT / name for name in declarations.CORE), *studies], config.PRESETS["demo"]
+    )
+
+
+def pages():
+    """{path: text} of the README and the pages under docs/ as they should be."""
+    paths = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+    return {path: written(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def written(text):
+    """A page with its blocks filled."""
+    for name, make in (
+        ("TREE", tree),
+        ("SETTINGS", settings_table),
+        ("MEASURED", measured),
+        ("STUDIES", studies_table.table),
+        ("RESULT", demo_result),
+    ):
+        block = f"<!-- {name.lower()}: written by experiments/pages/numbers.py -->\n{make()}\n<!-- end -->"
+        text = re.sub(
+            rf"<!-- {name.lower()}: .*?<!-- end -->", lambda _, block=block: block, text, flags=re.S
+        )
+    return text
+
+
+def result(name):
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def threads(r):
+    return f"{r['machine']['threads']} thread" + "s" * (r["machine"]["threads"] != 1)
+
+
+def settings_table():
+    lines = ["| setting | default | file | meaning |", "|---|---|---|---|"]
+    for file in ("config.py", *config.STAGES):
+        for name, setting in config.read_settings(PROJECT / file).items():
+            default = setting["value"] if setting["has_value"] else config.PRESETS["demo"][name]
+            text = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            origin = f"`{file}`" + ("" if setting["has_value"] else ", by preset")
+            comment = setting["comment"].replace("|", "or")
+            lines.append(f"| `{name}` | {text} | {origin} | {comment} |")
+    return "\n".join(lines)
+
+
+def tree():
+    sizes = result("demo")["bytes"]
+
+    def size(name):
+        n = next((value for path, value in sizes.items() if path.endswith(name)), None)
+        return n and (
+            f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB" if n >= 1e3 else f"{n} B"
+        )
+
+    checkpoint = next(path for path in sizes if path.endswith(".pt"))
+    files = [
+        ("activations/", ""),
+        ("├── activations_layer12.npz", "residual stream of every token"),
+        ("└── activations_layer12.json", "speed, norms"),
+        ("checkpoints/cognitive_actions/", ""),
+        (f"├── {checkpoint.split('/')[-1]}", "the autoencoder"),
+        ("├── metrics.json", "how good it is"),
+        ("├── metrics.jsonl", "each epoch"),
+        ("├── training.png", "its curves"),
+        ("└── README.md", "model card: figures, how to load it elsewhere"),
+        ("interpretations.csv", "one row per feature"),
+        ("interpretations.jsonl", "the same and more, unrounded"),
+        ("interpretations.html", "the report: open it in a browser"),
+    ]
+    entries = [
+        (name, f"{size(name.split()[-1]):9}{what}" if what else "")
+        for name, what in files
+        if not what or size(name.split()[-1])
+    ]
+    ends = [
+        name[0] == "├" and not after.startswith(("├", "└"))
+        for (name, _), (after, _) in zip(entries, [*entries[1:], ("", "")])
+    ]
+    entries = [
+        (name.replace("├", "└") if end else name, text) for (name, text), end in zip(entries, ends)
+    ]
+    return "```\n" + "\n".join(f"{name:<54}{text}".rstrip() for name, text in entries) + "\n```"
+
+
+def demo_result():
+    """What the demo's figures are, as an example of a result."""
+    r = result("demo")
+    t, i = r["training"], r["interpretation"]
+    return (
+        f"The demo ends with a normalised MSE of {t['normalized_mse']:.2f} (1 would be no better than the mean activation), "
+        f"{t['l0']:.0f} active features per token and {100 * t['dead_fraction']:.0f} % dead ones; "
+        f"{i['n_above_auc_bound']} of its features separate one of the 48 actions with an AUC above {i['auc_bound']} on held-out texts, against {i['n_above_auc_bound_shuffled']:.1f} under shuffled labels "
+        "(`experiments/results/demo.json`)."
+    )
+
+
+def measured():
+    parts = []
+    for name, what in (
+        ("demo", "Demo"),
+        ("demo_cognitive_500", "500 texts of another set, not part of the project"),
+    ):
+        if (r := result(name)) is None:
+            continue
+        t, e, i = r["training"], r["extraction"], r["interpretation"]
+        s = r["seconds"]
+        parts.append(
+            f"**{what}** (`results/{name}.json`, {r['machine']['device']}, {threads(r)}): stages 1, 2, 3 in "
+            f"{s['extract_activations.py']:.0f}, {s['train_sae.py']:.0f} and {s['interpret_sae.py']:.0f} s, a second run in "
+            f"{s['run_pipeline.py, nothing changed']:.0f} s; extraction {e['tokens_per_second']:,.0f} tokens/s "
+            f"(computed in {e['compute_dtype']}), "
+            f"training {t['tokens_per_second']:,.0f} tokens/s; normalised MSE {t['normalized_mse']:.3f} "
+            f"({t.get('measured_on', 'validation')} examples), L0 {t['l0']:.1f}, "
+            f"{100 * t['dead_fraction']:.1f} % dead; {i['n_above_auc_bound']} features with category AUC above {i['auc_bound']}, against "
+            f"{i['n_above_auc_bound_shuffled']:.1f} under shuffled labels."
+        )
+    if (r := result("compare_cognitive_500")) is not None:
+        ours, theirs = r["mean"]["ours"], r["mean"]["hypothesaes"]
+        parts.append(
+            f"**Against HypotheSAEs' `fit`** on the same tokens, split and hyperparameters (`results/compare_cognitive_500.json`, "
+            f"{len(r['runs'])} seeds): normalised MSE {ours['normalized_mse']:.4f} against {theirs['normalized_mse']:.4f}, in "
+            f"{ours['seconds']:.0f} s against {theirs['seconds']:.0f} s (median ratio {r['hypothesaes_seconds_over_ours_median']:.1f})."
+        )
+    if (r := result("bench_extract")) is not None:
+        parts.append(extraction_speed(r))
+    if (r := result("target_methods")) is not None:
+        parts.append(target_methods(r))
+    parts += training() + interpretation()
+    return "\n\n".join(parts)
+
+
+def target_methods(r):
+    """A table of ways to choose features for a target, and what predicts it without them."""
+    datasets = r["datasets"]
+    lines = [
+        f"**What predicts a target** (`results/target_methods.json`, means over targets and {r['settings']['seeds']} half splits): "
+        "of the features chosen on one half, the correlation on the other of the first, the mean of the first 5, and what a ridge "
+        f"regression on the first {r['settings']['n_selected']} predicts there. The first line is the default.",
+        "",
+        "| features by | "
+        + " | ".join(
+            f"`{name.split(',')[0]}`: {d['n_targets']} targets" for name, d in datasets.items()
+        )
+        + " |",
+        "|---" * (len(datasets) + 1) + "|",
+    ]
+    chosen = [[row for row in d["methods"] if row["least_support"]] for d in datasets.values()]
+    default = ("correlation", "mean")
+    for rows in sorted(
+        zip(*chosen),
+        key=lambda rows: (
+            (rows[0]["method"], rows[0]["pooling"]) != default,
+            rows[0]["pooling"] == "max",
+        ),
+    ):
+        cells = [
+            f"{row['first_1']:.2f}, {row['first_5']:.2f}; {d['measure']} {row['held_out']:.3f}"
+            for row, d in zip(rows, datasets.values())
+        ]
+        lines.append(f"| {rows[0]['method']}, {rows[0]['pooling']} | {' | '.join(cells)} |")
+    for source in ("all features", "activations themselves", "bag of words"):
+        cells = [f"{d['measure']} {d['beside'][source]['held_out']:.3f}" for d in datasets.values()]
+        lines.append(f"| {source} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def extraction_speed(r):
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        ratio = r[dtype]["ratios"]
+        faster = " | ".join(
+            f"{ratio[f'ours_over_{other}']:.1f}"
+            for other in ("seeds_loop", "padded_batches_of_16", "one_at_a_time_cut")
+        )
+        lines.append(
+            f"| {dtype} | {r[dtype]['tokens_per_second']['ours']:,.0f} | {faster} | "
+            f"{100 * ratio['ours_share_of_gemm_limit']:.0f} % |"
+        )
+    memory, computed = r.get("peak_memory_mb"), 100 * r["float32"]["share_of_tokens_computed"]
+    return "\n".join(
+        [
+            f"**Extraction** (`results/bench_extract.json`, layer {r['settings']['layer']}, {r['machine']['device']}, {threads(r)}): how "
+            "many times faster it is than the usual ways, and its share of the speed at which the "
+            f"blocks' matrix products alone would run over all tokens ({computed:.0f} % of them are computed, the rest is the shared prefix)."
+            + (
+                f" Peak memory of stage 1: {memory['dataset_x1']:,.0f} MB, and {memory['dataset_x10']:,.0f} MB for ten times the data."
+                if memory
+                else ""
+            ),
+            "",
+            "| | tokens/s | loop over texts, whole model | padded batches of 16, whole model | one at a time, up to the layer | of the limit |",
+            "|---|---:|---:|---:|---:|---:|",
+            *lines,
+        ]
+    )
+
+
+def training():
+    """Speed and quality beside the peers, the architectures, and the claims of benchmarks/claims.py."""
+    parts = []
+    if (r := result("bench_train")) is not None:
+        parts.append(training_speed(r))
+    if (r := result("architectures")) is not None:
+        rows = [
+            f"| {name} | {row['normalized_mse']:.3f} | {row['l0']:.2f} | {100 * row['dead_fraction']:.1f} % |"
+            for name, row in r["runs"].items()
+        ]
+        parts.append(
+            "\n".join(
+                [
+                    "**Architectures** on the demo, M = 256, 10 epochs (`results/architectures.json`):",
+                    "",
+                    "| | normalised MSE | L0 | dead |",
+                    "|---|---:|---:|---:|",
+                    *rows,
+                ]
+            )
+        )
+    claims = []
+    if (r := result("training_memory")) is not None:
+        claims.append(
+            f"on a file of {r['file_gb']:.1f} GB with a buffer of {r['settings']['buffer_tokens']:,} tokens the peak memory of "
+            f"stage 2 is {r['peak_resident_gb']:.2f} GB"
+        )
+    if (r := result("training_buffer")) is not None:
+        full, eighth = (
+            r["runs"][name]["normalized_mse"] for name in ("full shuffle", "buffer of 1/8")
+        )
+        claims.append(
+            f"a mixing buffer of 1/8 of the data ends at a normalised MSE of {eighth:.4f} against {full:.4f} with a full shuffle"
+        )
+    if (r := result("training_dead")) is not None:
+        row = r["runs"]["4,608 features"]
+        claims.append(
+            f"{100 * row['dead_fraction_training']:.1f} % of 4,608 features are dead after three epochs of the demo "
+            f"({100 * row['dead_fraction']:.1f} % never fire on its {row.get('measured_on', 'validation')} examples; "
+            f"{100 * r['runs']['4,608 features that start as tokens']['dead_fraction']:.1f} % if they start as tokens)"
+        )
+    if (r := result("training_several")) is not None:
+        together = r["runs"]["seeds 0,1,2"]["seconds_with_start"]
+        alone = sum(
+            row["seconds_with_start"] for name, row in r["runs"].items() if name != "seeds 0,1,2"
+        )
+        claims.append(
+            f"three seeds in one pass take {together:.0f} s, one after the other {alone:.0f} s"
+        )
+    return parts + (
+        [f"**Claims of training** (`results/training_*.json`): {'; '.join(claims)}."]
+        if claims
+        else []
+    )
+
+
+def training_speed(r):
+    """A table: tokens/s of each trainer, how many times faster ours is, normalised MSE after the
+    same tokens."""
+    shapes = {
+        "256,8,prefixes": "M = 256, K = 8, prefixes",
+        "256,8": "M = 256, K = 8",
+        "4608,32": "M = 4,608, K = 32",
+    }
+    lines = [
+        f"**Training** (`results/bench_train.json`, {r['machine']['device']}, {threads(r)}; the same rows, batch "
+        f"size and learning rate; medians of {r['settings']['rounds']}): tokens/s, in brackets how many times faster ours is "
+        "(float32 / bfloat16 selection), and normalised MSE on held-out examples after the same few tokens, each library with its own "
+        "start and losses: SAELens' need more steps than these, and quality after long training is another question.",
+        "",
+        "| | " + " | ".join(shapes.values()) + " |",
+        "|---|" + "---|" * len(shapes),
+    ]
+    names = [name for name in r["speed"]["256,8"] if not name.startswith("encoder")]
+    for name in names:
+        cells = []
+        for shape in shapes:
+            speed, quality = r["speed"][shape].get(name), r["quality"].get(shape, {}).get(name)
+            ratio = (
+                ""
+                if speed is None or name.startswith("ours")
+                else (
+                    f" ({speed['ours float32 over it']:.1f} / {speed['ours bfloat16 selection over it']:.1f})"
+                )
+            )
+            cells.append(
+                ""
+                if speed is None
+                else f"{speed['tokens_per_second']:,}{ratio}"
+                + ("" if quality is None else f"; {quality['normalized_mse']:.3f}")
+            )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    own, limit = (
+        r["speed"]["4608,32"][name]["tokens_per_second"]
+        for name in ("ours float32", "encoder product float32")
+    )
+    reach = r["reach"]["4608,32"]
+    lines += [
+        "",
+        f"At M = 4,608 in float32 a step of ours takes {100 * limit / own:.0f} % of the time that PyTorch needs for the "
+        "encoder's matrix product alone (ours computes it by oneDNN, which is faster on this processor). The normalised MSE of three "
+        f"epochs of HypotheSAEs' `fit` is reached {reach['ours float32']['hypothesaes_seconds_over_it']:.0f} and "
+        f"{reach['ours bfloat16 selection']['hypothesaes_seconds_over_it']:.0f} times sooner (float32, bfloat16 selection). "
+        f"Three epochs are {reach_steps(r)} steps of HypotheSAEs, of ours {reach['ours float32']['steps']}: this is an advantage "
+        "of the start, and says nothing of long training.",
+    ]
+    return "\n".join(lines)
+
+
+def reach_steps(r):
+    """Steps that HypotheSAEs' fit takes in three epochs of the large shape."""
+    return 3 * -(-r["settings"]["n_train_tokens"] // r["settings"]["shapes"]["4608,32"]["batch"])
+
+
+def interpretation():
+    """What stage 3's benchmark and its run with a real model gave."""
+    parts = []
+    if (r := result("bench_interpret")) is not None:
+        small, large, memory = (
+            r["parts"][name] for name in ("speed_256", "speed_4608", "memory_32768")
+        )
+        parts.append(
+            f"**Feature statistics** in one pass (`results/bench_interpret.json`, {threads(r)}): "
+            f"{small['tokens_per_second']:,} tokens/s at M = 256 and {large['tokens_per_second']:,} at M = 4,608, "
+            f"{small['times_faster']:.1f} and {large['times_faster']:.1f} times HypotheSAEs' `get_activations` with numpy; "
+            "at M = 32,768 the peak is "
+            f"{memory['peak_memory_above_inputs_mib']} MiB above the activations."
+        )
+    if (r := result("llm_end_to_end")) is not None:
+        parts.append(
+            f"**A real model as interpreter** (`results/llm_end_to_end.json`, {described(r['settings']['model'])}, "
+            f"behind HTTP): {r['labelled']} "
+            f"features labelled, {r['scored']} scored and {r['validated']} validated in {r['calls']} calls, killed after "
+            f"{r['calls_before_kill']} and continued; {r['repeated_calls']} calls were made twice, the {r['in_flight_at_kill']} in flight. "
+            "So small a model is no judge."
+        )
+    return parts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

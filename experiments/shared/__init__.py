@@ -1,0 +1,1 @@
+"""What benchmarks and studies share: provenance, sweeps, subjects, held-out figures, statistics."""

@@ -1,0 +1,152 @@
+"""What every experiment needs: stages as subprocesses, and results with their provenance."""
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+RESULTS = Path(os.environ.get("FASTSAE_RESULTS") or PROJECT / "experiments" / "results").absolute()
+
+
+def run_stage(script, *flags):
+    """Run one of the project's scripts as a user would."""
+    run_to_its_end([sys.executable, str(PROJECT / script), "--no-print-settings", *map(str, flags)])
+
+
+def module_command(name, *flags):
+    """The command that runs one of the project's modules, for `subprocess` with `environment()`."""
+    return [sys.executable, "-m", name, *map(str, flags)]
+
+
+def environment():
+    """This process's environment, with the project where `python -m` finds it from any folder."""
+    paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def run_to_its_end(command, text=None, env=None):
+    """Run a command, `text` on its stdin; if it fails, which it has explained, this process ends
+    with its exit code.
+
+    When this process is stopped the other one may save first (`subprocess.run` would kill it after
+    a quarter of a second).
+    """
+    with subprocess.Popen(
+        command, stdin=None if text is None else subprocess.PIPE, text=True, env=env
+    ) as process:
+        try:
+            process.communicate(text)
+        except KeyboardInterrupt:  # Ctrl-C reached both; twice would mean: without saving
+            process.wait()
+            raise
+        except BaseException:
+            process.terminate()
+            raise
+    if code := process.returncode:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def machine():
+    """The CPU's name, the number of cores and the versions that decide speed."""
+    import torch
+    import transformers
+
+    name = platform.processor()
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    ):
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else name
+    return {
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def commit():
+    """The commit the result was made from, with '+' when the work tree differed from it."""
+    try:
+        sha = subprocess.check_output(
+            ["git", "-C", PROJECT, "rev-parse", "--short", "HEAD"], text=True
+        ).strip()
+        changed = subprocess.check_output(
+            ["git", "-C", PROJECT, "status", "--porcelain", "--untracked-files=no"], text=True
+        ).strip()
+        return sha + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_result(name, settings, result):
+    """Write experiments/results/<name>.json and say so. Of folders of this machine only the last
+    name stays."""
+    from fastsae.runtime import artifacts
+
+    path = RESULTS / f"{name}.json"
+    content = {
+        "settings": without_folders(settings),
+        "commit": commit(),
+        "machine": machine(),
+        **result,
+    }
+    artifacts.write_text(path, json.dumps(content, indent=2) + "\n")
+    print(f"wrote {path}")
+
+
+def without_folders(value):
+    """`value`, JSON-able, with the file's name in the place of every absolute path in it."""
+    if isinstance(value, dict):
+        return {name: without_folders(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(each) for each in value]
+    if isinstance(value, (str, Path)) and os.path.isabs(os.path.expanduser(value)):
+        return Path(value).name
+    return value
+
+
+def write_figure(path, figure):
+    """A matplotlib figure as a PNG, and say so."""
+    from fastsae.training.monitoring import save_figure
+
+    save_figure(path, figure)
+    print(f"wrote {path}")
+
+
+@functools.cache
+def code_version():
+    """sha256 (hex) of the project's Python files: what other code computed is not remembered."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        [
+            *PROJECT.glob("*.py"),
+            *PROJECT.glob("fastsae/**/*.py"),
+            *PROJECT.glob("experiments/**/*.py"),
+        ]
+    ):
+        digest.update(path.relative_to(PROJECT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def remembered(path, key, compute):
+    """What `compute()` returned, JSON-able, when this code was asked for `key` before, from the
+    journal at `path`; else that, appended."""
+    from fastsae.runtime import artifacts
+
+    name = artifacts.fingerprint("study", key, {"code": code_version()})
+    for line in artifacts.read_lines(path):
+        if line.get("key") == name:
+            return line["value"]
+    value = compute()
+    artifacts.append_line(Path(path), {"key": name, "value": value})
+    return value

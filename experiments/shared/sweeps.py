@@ -1,0 +1,105 @@
+"""One script run many times in one process: loading the libraries takes longer than a small
+training does.
+
+    python -m experiments.shared.sweeps train_sae.py < jobs.jsonl    # a JSON list of flags on each line
+
+Each run is the script's own `main()` with those flags, as from the command line; what it prints is
+shown when it fails, else only its warnings, alike ones once, in the end. Ends with the exit code of
+the first run that failed. `run_many` does this from an experiment.
+"""
+
+import collections
+import contextlib
+import importlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+from experiments.shared import provenance
+
+
+def run_many(script, jobs):
+    """Run one of the project's scripts once for each list of flags in `jobs`, all in one other
+    process; if one fails, this one ends too."""
+    lines = "".join(json.dumps([str(flag) for flag in job]) + "\n" for job in jobs)
+    command = provenance.module_command("experiments.shared.sweeps", script)
+    provenance.run_to_its_end(command, lines, provenance.environment())
+
+
+def quick_settings(settings, quick):
+    """`settings`, with the values of the dict `quick` wherever no flag was given, if QUICK is on."""
+    import config
+
+    small = {
+        name: value
+        for name, value in quick.items()
+        if settings.QUICK and settings.source[name] != "flag"
+    }
+    return config.Settings(
+        {**settings.values, **small},
+        {**settings.source, **dict.fromkeys(small, "QUICK")},
+        settings.owner,
+    )
+
+
+def passed_on(settings, names):
+    """The flags given to an experiment that the stages it drives know too, of the settings named."""
+    return [
+        f"--{name.lower().replace('_', '-')}={'none' if settings.values[name] is None else settings.values[name]}"
+        for name in names
+        if settings.source[name] == "flag"
+    ]
+
+
+def told(settings):
+    """The settings of an experiment for its result: of a path only the file's name, which says
+    nothing of the machine."""
+    paths = ("DATASET_PATH", "LABELLED_PATH", "PLAIN_TEXT", "MODEL_NAME")
+    return {
+        name: Path(value).name if name in paths and value else value
+        for name, value in settings.select(settings.values).items()
+        if name not in ("OUTPUT_DIR", "CACHE_DIR", "PRINT_SETTINGS")
+    }
+
+
+def rounded(value, digits=6):
+    """`value` with every float in its lists and dicts rounded to so many significant digits."""
+    if isinstance(value, dict):
+        return {name: rounded(each, digits) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each, digits) for each in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def main():
+    from fastsae.runtime.stage import run_stage
+
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
+    script = importlib.import_module(sys.argv[1].removesuffix(".py"))
+    jobs = [json.loads(line) for line in sys.stdin]
+    warnings = collections.Counter()
+    for number, flags in enumerate(jobs, 1):
+        sys.argv = [script.__file__, "--no-print-settings", *flags]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            code = run_stage(script.main)
+        if code:
+            print(f"{printed.getvalue()}{' '.join(flags)}: exit code {code}", file=sys.stderr)
+            return code
+        warnings.update(
+            re.sub(r"\d+\.\d+", "...", line)
+            for line in printed.getvalue().splitlines()
+            if line.startswith("warning:")
+        )
+        if number == len(jobs) or number % 10 == 0:
+            print(f"{script.__name__}: {number} of {len(jobs)} runs", flush=True)
+    for line, times in warnings.items():
+        print(f"{line} ({times} of {len(jobs)} runs)", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Questions about autoencoders, each answered by one module with settings of its own."""

@@ -1,0 +1,191 @@
+"""Which selection method and pooling put features first that hold on the other half, and what the
+features cost.
+
+    python -m experiments.studies.target_methods --data "cognitive actions" OUT_1 texts.jsonl
+    cognitive_action \
+        --data "grade-school maths" OUT_2 dialogues.jsonl steps,log_answer
+
+Each OUT holds the outputs of stages 1 and 2 on the dataset named behind it. A field of numbers is
+one target, a field of texts one target for each of its --n-values commonest values. Per target,
+half split, method and pooling: the correlation on the half that chose nothing, with the sign it had
+where it was chosen, of the first 5 and 20 features; and a ridge regression on these 20. Beside them
+the same regression on all features, on the activations themselves and on a bag of words.
+least_support: with or without the rule that too few texts of the finding half, firing or silent,
+are no evidence. Writes experiments/results/target_methods.json.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+import fastsae.interpretation.target_features as tf
+from experiments.shared.provenance import write_result
+
+METHODS = ("separation_score", "correlation", "lasso")
+N_FIRST, N_SELECTED = 5, 20
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        nargs=4,
+        action="append",
+        required=True,
+        metavar=("NAME", "OUTPUT_DIR", "DATASET", "FIELDS"),
+    )
+    parser.add_argument("--n-values", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=3, help="half splits of each target")
+    args = parser.parse_args()
+    results = {
+        name: study(Path(folder), dataset, fields.split(","), args)
+        for name, folder, dataset, fields in args.data
+    }
+    write_result(
+        "target_methods",
+        {
+            "n_values": args.n_values,
+            "seeds": args.seeds,
+            "n_selected": N_SELECTED,
+            "n_first": N_FIRST,
+            "method_version": tf.METHOD_VERSION,
+        },
+        {"datasets": results},
+    )
+
+
+def study(folder, dataset, fields, args):
+    """Means over targets and half splits of one dataset."""
+    evidence, autoencoder = evidence_of(folder, dataset)
+    s = evidence.statistics
+    pooled = {"max": s.pooled_max, "mean": s.pooled_mean}
+    targets = dict(targets_of(dataset, fields, evidence, args.n_values))
+    rows, sources = {}, {}
+    for name, target in targets.items():
+        for seed in range(args.seeds):
+            for pooling, matrix in pooled.items():
+                for method in METHODS:
+                    for support in (True, False):
+                        figures = one(matrix, target, method, seed, support)
+                        rows.setdefault((method, pooling, support), []).append(figures)
+            found = tf.select_features(pooled["mean"], target, N_SELECTED, "correlation", seed)
+            beside = tf.compare(
+                pooled["mean"],
+                found,
+                target,
+                s.pooled_examples,
+                evidence,
+                seed,
+                np.arange(len(target)),
+            )
+            for source, entry in beside["sources"].items():
+                sources.setdefault(source, []).append(entry["held_out"])
+            print(
+                name,
+                seed,
+                {
+                    source: round(entry["held_out"], 3)
+                    for source, entry in beside["sources"].items()
+                },
+                file=sys.stderr,
+            )
+    return {
+        "n_examples": len(s.pooled_examples),
+        "n_targets": len(targets),
+        "targets": list(targets),
+        "autoencoder": autoencoder,
+        "measure": "AUC" if all(tf.is_binary(t) for t in targets.values()) else "R2",
+        "methods": [
+            {"method": method, "pooling": pooling, "least_support": support, **means(found)}
+            for (method, pooling, support), found in rows.items()
+        ],
+        "beside": {
+            source: means([{"held_out": value} for value in values])
+            for source, values in sources.items()
+        },
+    }
+
+
+def evidence_of(folder, dataset):
+    """(`Evidence` of the autoencoder under `folder`, what the result says of it)."""
+    from fastsae.activations.files import open_activations
+    from fastsae.data.datasets import read_dataset
+    from fastsae.formats.load import load_sae
+    from fastsae.interpretation.evidence import Evidence
+    from fastsae.lm.loading import load_tokenizer
+
+    metrics_path = next(folder.glob("checkpoints/*/metrics.json"))
+    sae, meta = load_sae(metrics_path.with_name(json.loads(metrics_path.read_text())["checkpoint"]))
+    source = meta["activations"]
+    data = open_activations(
+        folder / "activations" / f"activations_layer{source['settings']['LAYER_IDX']}.npz"
+    )
+    examples = read_dataset(
+        dataset, text_field="text", label_field=None, only_lines=data["example_ids"]
+    )
+    bounds = {
+        "max_norm": meta["max_norm"],
+        "exclude_shared_prefix": meta["settings"]["EXCLUDE_SHARED_PREFIX"],
+    }
+    evidence = Evidence(sae, data, examples, load_tokenizer(source["model_name"]), bounds, n_top=1)
+    return evidence, {
+        name: meta["settings"][name] for name in ("M", "K", "MATRYOSHKA_PREFIXES", "N_EPOCHS")
+    }
+
+
+def targets_of(dataset, fields, evidence, n_values):
+    """(name, target of the pooled examples) of every target."""
+    with open(dataset, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    rows = [lines[evidence.data["example_ids"][i] - 1] for i in evidence.statistics.pooled_examples]
+    for field in fields:
+        values = [row[field] for row in rows]
+        if all(isinstance(value, (int, float)) for value in values):
+            yield field, np.array(values, float)
+        else:
+            for value, _ in sorted(
+                Counter(values).most_common(), key=lambda pair: (-pair[1], pair[0])
+            )[:n_values]:
+                yield f"{field} = {value}", np.array([v == value for v in values], float)
+
+
+def one(pooled, target, method, seed, support):
+    """Figures of one selection."""
+    rule = tf.least_support
+    tf.least_support = rule if support else lambda target: 0
+    try:
+        found = tf.select_features(pooled, target, N_SELECTED, method, seed)
+    finally:
+        tf.least_support = rule
+    signed = [np.sign(entry["score"]) * (entry["held_out_correlation"] or 0) for entry in found]
+    columns = pooled.toarray()[:, [entry["feature"] for entry in found]]
+    ridge = tf.held_out_scores({"selected": columns}, target, tf.finding_half(target, seed))[
+        "selected"
+    ]["held_out"]
+    return {
+        "n": len(found),
+        "first_1": signed[0] if signed else 0.0,
+        "first_5": float(np.mean(signed[:N_FIRST] or [0])),
+        "first_20": float(np.mean(signed or [0])),
+        "held_out": ridge,
+    }
+
+
+def means(entries):
+    """Mean over entries of each figure."""
+    return {
+        name: round(
+            float(np.mean([entry[name] for entry in entries if entry[name] is not None])), 4
+        )
+        for name in entries[0]
+    }
+
+
+if __name__ == "__main__":
+    main()
