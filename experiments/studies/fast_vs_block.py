@@ -11,6 +11,7 @@ trained twice: on all tokens, as in the paper, and without the shared prefix and
 Intervals are 95 % bootstrap intervals over held-out dialogues and seeds, wider where seeds are few. Writes
 experiments/results/<NAME>.json and .png. An interrupted run goes on by the same command.
 """
+
 import json
 import sys
 from pathlib import Path
@@ -23,30 +24,66 @@ from experiments.shared.provenance import RESULTS, run_stage, write_figure, writ
 from experiments.shared.sweeps import passed_on, quick_settings, rounded, run_many, told
 
 ARCHITECTURES: str = "standard,jumprelu,topk"  # of those that train_sae.py knows
-LAYERS: tuple[int, ...] = (4, 12, 20)          # early, middle and late; of SmolLM2's 30
-SEEDS: tuple[int, ...] = (0, 1, 2, 3, 4)       # each gives a split into training and validation, first weights and data order
-PLAIN_TEXT: str | None = None                  # .txt for BT(P); none = pydoc_data.topics, the language reference that ships with Python
-LABELLED_PATH: str | None = None               # dataset with LABEL_FIELD for the interpretability half; none = the held-out dialogues
-HELD_OUT_FRACTION: float = 0.2                 # part of the dialogues that measure and never train
-TRAIN_TOKENS: int | None = None                # tokens that each autoencoder trains on; none, or too many = what the smallest source has
-BLOCK_LENGTH: int = 2048                       # tokens per block of BT(F) and BT(P)
-M: int = 4608                                  # features
-K: int = 32                                    # active features per token: exact for topk, aimed at by jumprelu
-L1_COEFFICIENT: float = 1.0                    # of standard
-N_EPOCHS: int = 10                             # over the TRAIN_TOKENS
-BATCH_SIZE: int = 512                          # tokens per step: the plain text that ships with Python gives 196 of them an epoch
-LEARNING_RATE: float = 1e-3                    # of Adam, falling to 0 over the last fifth of the steps
-INTERPRETER_MODEL: str = "gpt-5-mini"          # for the 1 to 5 rubric, if OPENAI_API_KEY or OPENAI_BASE_URL names an endpoint
-N_SCORED_FEATURES: int = 128                   # features of each autoencoder that it scores
-NAME: str = "fast_vs_block"                    # of the result
-QUICK: bool = False                            # two architectures, small, 30,000 tokens, short blocks, 30 % held out
+LAYERS: tuple[int, ...] = (4, 12, 20)  # early, middle and late; of SmolLM2's 30
+SEEDS: tuple[int, ...] = (
+    0,
+    1,
+    2,
+    3,
+    4,
+)  # each gives a split into training and validation, first weights and data order
+PLAIN_TEXT: str | None = (
+    None  # .txt for BT(P); none = pydoc_data.topics, the language reference that ships with Python
+)
+LABELLED_PATH: str | None = (
+    None  # dataset with LABEL_FIELD for the interpretability half; none = the held-out dialogues
+)
+HELD_OUT_FRACTION: float = 0.2  # part of the dialogues that measure and never train
+TRAIN_TOKENS: int | None = (
+    None  # tokens that each autoencoder trains on; none, or too many = what the smallest source has
+)
+BLOCK_LENGTH: int = 2048  # tokens per block of BT(F) and BT(P)
+M: int = 4608  # features
+K: int = 32  # active features per token: exact for topk, aimed at by jumprelu
+L1_COEFFICIENT: float = 1.0  # of standard
+N_EPOCHS: int = 10  # over the TRAIN_TOKENS
+BATCH_SIZE: int = (
+    512  # tokens per step: the plain text that ships with Python gives 196 of them an epoch
+)
+LEARNING_RATE: float = 1e-3  # of Adam, falling to 0 over the last fifth of the steps
+INTERPRETER_MODEL: str = (
+    "gpt-5-mini"  # for the 1 to 5 rubric, if OPENAI_API_KEY or OPENAI_BASE_URL names an endpoint
+)
+N_SCORED_FEATURES: int = 128  # features of each autoencoder that it scores
+NAME: str = "fast_vs_block"  # of the result
+QUICK: bool = False  # two architectures, small, 30,000 tokens, short blocks, 30 % held out
 
-QUICK_VALUES = {"ARCHITECTURES": "standard,topk", "M": 256, "K": 8, "L1_COEFFICIENT": 2.0, "N_EPOCHS": 2, "SEEDS": (0, 1, 2),
-                "HELD_OUT_FRACTION": 0.3, "BLOCK_LENGTH": 512, "TRAIN_TOKENS": 30_000}
+QUICK_VALUES = {
+    "ARCHITECTURES": "standard,topk",
+    "M": 256,
+    "K": 8,
+    "L1_COEFFICIENT": 2.0,
+    "N_EPOCHS": 2,
+    "SEEDS": (0, 1, 2),
+    "HELD_OUT_FRACTION": 0.3,
+    "BLOCK_LENGTH": 512,
+    "TRAIN_TOKENS": 30_000,
+}
 SOURCES = {"FAST": "example", "BT(F)": "block", "BT(P)": "block"}
 FOLDERS = {"FAST": "fast", "BT(F)": "block_dialogues", "BT(P)": "block_text"}
-PASSED_ON = ("PRESET", "MODEL_NAME", "MODEL_REVISION", "CACHE_DIR", "DEVICE", "MAX_LENGTH", "TEXT_FIELD")  # flags that stages know too
-PER_SINKS = {True: ["--no-exclude-shared-prefix", "--max-norm-ratio", "none"], False: []}  # are prefix and sinks in the training?
+PASSED_ON = (
+    "PRESET",
+    "MODEL_NAME",
+    "MODEL_REVISION",
+    "CACHE_DIR",
+    "DEVICE",
+    "MAX_LENGTH",
+    "TEXT_FIELD",
+)  # flags that stages know too
+PER_SINKS = {
+    True: ["--no-exclude-shared-prefix", "--max-norm-ratio", "none"],
+    False: [],
+}  # are prefix and sinks in the training?
 VALIDATION_FRACTION = 0.1
 
 
@@ -58,16 +95,28 @@ def main():
     extract(settings, work, datasets)
     n_tokens = min(settings.TRAIN_TOKENS or sys.maxsize, smallest_source(settings, work))
     print(f"training {len(grid(settings))} autoencoders on {n_tokens:,} tokens each", flush=True)
-    run_many("train_sae.py", [train_flags(settings, work, n_tokens, *cell) for cell in grid(settings)])
+    run_many(
+        "train_sae.py", [train_flags(settings, work, n_tokens, *cell) for cell in grid(settings)]
+    )
     measured = {layer: measure(settings, work, layer) for layer in settings.LAYERS}
     runs = [run for _, of_layer in measured.values() for run in of_layer]
     per_feature = interpretability(settings, work, datasets["labelled"])
     errors = {key(run): run.pop("per_dialogue") for run in runs}
     l0 = {key(run): run["l0"] for run in runs}
-    comparisons = [compare(errors, l0, architecture, layer, sinks) for architecture in architectures(settings) for layer in settings.LAYERS
-                   for sinks in PER_SINKS]
-    result = {"train_tokens": n_tokens, "data": counts(work, settings), "held_out_tokens": {layer: n for layer, (n, _) in measured.items()},
-              "comparisons": comparisons, "interpretability": per_feature, "runs": runs}
+    comparisons = [
+        compare(errors, l0, architecture, layer, sinks)
+        for architecture in architectures(settings)
+        for layer in settings.LAYERS
+        for sinks in PER_SINKS
+    ]
+    result = {
+        "train_tokens": n_tokens,
+        "data": counts(work, settings),
+        "held_out_tokens": {layer: n for layer, (n, _) in measured.items()},
+        "comparisons": comparisons,
+        "interpretability": per_feature,
+        "runs": runs,
+    }
     write_result(settings.NAME, told(settings), rounded(result))
     figure(result, settings, RESULTS / f"{settings.NAME}.png")
 
@@ -78,12 +127,20 @@ def architectures(settings):
 
 def grid(settings):
     """(source, architecture, layer, prefix and sinks in training, seed) of every autoencoder, seed by seed."""
-    return [(source, architecture, layer, sinks, seed) for seed in settings.SEEDS for source in SOURCES
-            for architecture in architectures(settings) for layer in settings.LAYERS for sinks in PER_SINKS]
+    return [
+        (source, architecture, layer, sinks, seed)
+        for seed in settings.SEEDS
+        for source in SOURCES
+        for architecture in architectures(settings)
+        for layer in settings.LAYERS
+        for sinks in PER_SINKS
+    ]
 
 
 def key(run):
-    return tuple(run[name] for name in ("source", "architecture", "layer", "sinks_in_training", "seed"))
+    return tuple(
+        run[name] for name in ("source", "architecture", "layer", "sinks_in_training", "seed")
+    )
 
 
 def write_datasets(settings, work):
@@ -91,19 +148,28 @@ def write_datasets(settings, work):
     from fastsae.data.datasets import read_dataset
     from fastsae.runtime import artifacts
 
-    dialogues = read_dataset(settings.DATASET_PATH, text_field=settings.TEXT_FIELD, label_field=settings.LABEL_FIELD,
-                             max_examples=settings.MAX_EXAMPLES)
+    dialogues = read_dataset(
+        settings.DATASET_PATH,
+        text_field=settings.TEXT_FIELD,
+        label_field=settings.LABEL_FIELD,
+        max_examples=settings.MAX_EXAMPLES,
+    )
     training, held_out = heldout.split(dialogues, settings.HELD_OUT_FRACTION, settings.SEED)
     paths = {name: work / f"{name}.jsonl" for name in ("training", "held_out")}
     for name, examples in (("training", training), ("held_out", held_out)):
-        rows = (heldout.as_row(example, settings.LABEL_FIELD, settings.TEXT_FIELD) for example in examples)
+        rows = (
+            heldout.as_row(example, settings.LABEL_FIELD, settings.TEXT_FIELD)
+            for example in examples
+        )
         artifacts.write_text(paths[name], "".join(rows))
     paths["plain"] = Path(settings.PLAIN_TEXT) if settings.PLAIN_TEXT else work / "plain.txt"
     if not settings.PLAIN_TEXT:
         from pydoc_data import topics
 
         artifacts.write_text(paths["plain"], "\n\n".join(topics.topics.values()))
-    paths["labelled"] = Path(settings.LABELLED_PATH) if settings.LABELLED_PATH else paths["held_out"]
+    paths["labelled"] = (
+        Path(settings.LABELLED_PATH) if settings.LABELLED_PATH else paths["held_out"]
+    )
     return paths
 
 
@@ -111,12 +177,26 @@ def extract(settings, work, datasets):
     """One pass of the model over each dataset, all layers at once."""
     layers = ",".join(map(str, settings.LAYERS))
     block = ["--processing", "block", "--block-length", settings.BLOCK_LENGTH]
-    parts = {"fast": ("training", []), "held_out": ("held_out", []), "block_dialogues": ("training", block),
-             "block_text": ("plain", block), "labelled": ("labelled", [])}
+    parts = {
+        "fast": ("training", []),
+        "held_out": ("held_out", []),
+        "block_dialogues": ("training", block),
+        "block_text": ("plain", block),
+        "labelled": ("labelled", []),
+    }
     for folder, (name, flags) in parts.items():
         if folder != "labelled" or settings.LABELLED_PATH:
-            run_stage("extract_activations.py", *passed_on(settings, PASSED_ON), "--layers", layers, "--output-dir", work / folder,
-                      "--dataset-path", datasets[name], *flags)
+            run_stage(
+                "extract_activations.py",
+                *passed_on(settings, PASSED_ON),
+                "--layers",
+                layers,
+                "--output-dir",
+                work / folder,
+                "--dataset-path",
+                datasets[name],
+                *flags,
+            )
 
 
 def activations(work, folder, layer):
@@ -127,9 +207,25 @@ def smallest_source(settings, work):
     """The training tokens that every source has, at every layer and seed, with and without prefix and sinks."""
     from fastsae.training.data import Tokens
 
-    bounds = {True: {"exclude_shared_prefix": False, "max_norm_ratio": None}, False: {"exclude_shared_prefix": True, "max_norm_ratio": 10}}
-    return min(len(Tokens(activations(work, folder, layer), validation_fraction=VALIDATION_FRACTION, seed=seed, use="all", **bound).train)
-               for folder in FOLDERS.values() for layer in settings.LAYERS for seed in settings.SEEDS for bound in bounds.values())
+    bounds = {
+        True: {"exclude_shared_prefix": False, "max_norm_ratio": None},
+        False: {"exclude_shared_prefix": True, "max_norm_ratio": 10},
+    }
+    return min(
+        len(
+            Tokens(
+                activations(work, folder, layer),
+                validation_fraction=VALIDATION_FRACTION,
+                seed=seed,
+                use="all",
+                **bound,
+            ).train
+        )
+        for folder in FOLDERS.values()
+        for layer in settings.LAYERS
+        for seed in settings.SEEDS
+        for bound in bounds.values()
+    )
 
 
 def run_name(architecture, layer, sinks, seed):
@@ -138,12 +234,43 @@ def run_name(architecture, layer, sinks, seed):
 
 def train_flags(settings, work, n_tokens, source, architecture, layer, sinks, seed):
     """What train_sae.py is told for one autoencoder: for all sources the same but for the activations."""
-    return [*passed_on(settings, PASSED_ON), "--output-dir", work / FOLDERS[source],
-            "--run-name", run_name(architecture, layer, sinks, seed), "--architecture", architecture, "--layer-idx", layer, "--seed", seed,
-            *PER_SINKS[sinks], "--max-train-tokens", n_tokens, "--m", settings.M, "--k", settings.K,
-            "--l1-coefficient", settings.L1_COEFFICIENT, "--no-use-matryoshka", "--n-epochs", settings.N_EPOCHS,
-            "--patience", settings.N_EPOCHS, "--batch-size", settings.BATCH_SIZE, "--learning-rate", settings.LEARNING_RATE,
-            "--lr-schedule", "linear", "--validation-fraction", VALIDATION_FRACTION, "--test-fraction", 0]  # the held-out dialogues test
+    return [
+        *passed_on(settings, PASSED_ON),
+        "--output-dir",
+        work / FOLDERS[source],
+        "--run-name",
+        run_name(architecture, layer, sinks, seed),
+        "--architecture",
+        architecture,
+        "--layer-idx",
+        layer,
+        "--seed",
+        seed,
+        *PER_SINKS[sinks],
+        "--max-train-tokens",
+        n_tokens,
+        "--m",
+        settings.M,
+        "--k",
+        settings.K,
+        "--l1-coefficient",
+        settings.L1_COEFFICIENT,
+        "--no-use-matryoshka",
+        "--n-epochs",
+        settings.N_EPOCHS,
+        "--patience",
+        settings.N_EPOCHS,
+        "--batch-size",
+        settings.BATCH_SIZE,
+        "--learning-rate",
+        settings.LEARNING_RATE,
+        "--lr-schedule",
+        "linear",
+        "--validation-fraction",
+        VALIDATION_FRACTION,
+        "--test-fraction",
+        0,
+    ]  # the held-out dialogues test
 
 
 def checkpoint(work, source, architecture, layer, sinks, seed):
@@ -158,14 +285,23 @@ def measure(settings, work, layer):
     from fastsae.formats.load import load_sae
     from fastsae.lm.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)
+    tokenizer = load_tokenizer(
+        settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR
+    )
     data = heldout.HeldOut(activations(work, "held_out", layer), tokenizer)
     runs = []
     for cell in (cell for cell in grid(settings) if cell[2] == layer):
         path, metrics = checkpoint(work, *cell)
         figures, per_dialogue = data.measure(load_sae(path)[0])
         names = ("source", "architecture", "layer", "sinks_in_training", "seed")
-        runs.append({**dict(zip(names, cell)), "n_train_tokens": metrics["n_train_tokens"], **figures, "per_dialogue": per_dialogue})
+        runs.append(
+            {
+                **dict(zip(names, cell)),
+                "n_train_tokens": metrics["n_train_tokens"],
+                **figures,
+                "per_dialogue": per_dialogue,
+            }
+        )
     return data.counts(), runs
 
 
@@ -173,20 +309,53 @@ def interpretability(settings, work, dataset_path):
     """The evidence on the labelled dataset of the autoencoders trained without prefix and sinks: see evidence.study."""
     from fastsae.lm.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)
+    tokenizer = load_tokenizer(
+        settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR
+    )
     folder = "labelled" if settings.LABELLED_PATH else "held_out"
-    labelled = {layer: evidence.Labelled(activations(work, folder, layer), dataset_path, tokenizer, settings) for layer in settings.LAYERS}
-    return evidence.study([(cell, checkpoint(work, *cell)[0]) for cell in grid(settings) if not cell[3]], labelled)
+    labelled = {
+        layer: evidence.Labelled(
+            activations(work, folder, layer), dataset_path, tokenizer, settings
+        )
+        for layer in settings.LAYERS
+    }
+    return evidence.study(
+        [(cell, checkpoint(work, *cell)[0]) for cell in grid(settings) if not cell[3]], labelled
+    )
 
 
 def compare(errors, l0, architecture, layer, sinks):
     """L0 and MSE_st of the three sources with intervals, whether they are ordered as in the paper, and the part that the sinks play."""
-    stacked = {source: {name: np.stack([value[name] for cell, value in errors.items()
-                                        if cell[:4] == (source, architecture, layer, sinks)]) for name in heldout.PER_DIALOGUE}
-               for source in SOURCES}
-    result = {"architecture": architecture, "layer": layer, "sinks_in_training": sinks,
-              "l0": {source: float(np.mean([value for cell, value in l0.items() if cell[:4] == (source, architecture, layer, sinks)]))
-                     for source in SOURCES}}
+    stacked = {
+        source: {
+            name: np.stack(
+                [
+                    value[name]
+                    for cell, value in errors.items()
+                    if cell[:4] == (source, architecture, layer, sinks)
+                ]
+            )
+            for name in heldout.PER_DIALOGUE
+        }
+        for source in SOURCES
+    }
+    result = {
+        "architecture": architecture,
+        "layer": layer,
+        "sinks_in_training": sinks,
+        "l0": {
+            source: float(
+                np.mean(
+                    [
+                        value
+                        for cell, value in l0.items()
+                        if cell[:4] == (source, architecture, layer, sinks)
+                    ]
+                )
+            )
+            for source in SOURCES
+        },
+    }
     for tokens in heldout.SETS:
         for what in ("mse", "mse_special"):
             arrays = {source: values[f"{what}, {tokens}"] for source, values in stacked.items()}
@@ -200,10 +369,24 @@ def counts(work, settings):
     """What there was to train on and to measure with."""
     from fastsae.activations.files import read_metadata
 
-    folders = {**FOLDERS, "held out": "held_out", **({"labelled": "labelled"} if settings.LABELLED_PATH else {})}
-    found = {name: read_metadata(activations(work, folder, settings.LAYERS[0])) for name, folder in folders.items()}
-    return {name: {"examples": m["n_examples"], "tokens": m["n_tokens"], "file": Path(m["dataset_path"]).name,
-                   "sha256": m["inputs"]["dataset"]} for name, m in found.items()}
+    folders = {
+        **FOLDERS,
+        "held out": "held_out",
+        **({"labelled": "labelled"} if settings.LABELLED_PATH else {}),
+    }
+    found = {
+        name: read_metadata(activations(work, folder, settings.LAYERS[0]))
+        for name, folder in folders.items()
+    }
+    return {
+        name: {
+            "examples": m["n_examples"],
+            "tokens": m["n_tokens"],
+            "file": Path(m["dataset_path"]).name,
+            "sha256": m["inputs"]["dataset"],
+        }
+        for name, m in found.items()
+    }
 
 
 def figure(result, settings, path):
@@ -214,19 +397,44 @@ def figure(result, settings, path):
     import matplotlib.pyplot as plt
 
     rows, columns = architectures(settings), settings.LAYERS
-    fig, axes = plt.subplots(len(rows), len(columns), figsize=(3.3 * len(columns), 2.6 * len(rows)), squeeze=False, layout="constrained")
-    panels = [(True, "all tokens", "trained with sinks,\nall tokens"), (False, heldout.SETS[2], "trained without,\nmeasured without")]
+    fig, axes = plt.subplots(
+        len(rows),
+        len(columns),
+        figsize=(3.3 * len(columns), 2.6 * len(rows)),
+        squeeze=False,
+        layout="constrained",
+    )
+    panels = [
+        (True, "all tokens", "trained with sinks,\nall tokens"),
+        (False, heldout.SETS[2], "trained without,\nmeasured without"),
+    ]
     colours = dict(zip(SOURCES, ("#2a6fbb", "#d98a29", "#8a8a8a")))
     for i, architecture in enumerate(rows):
         for j, layer in enumerate(columns):
             for x, (sinks, tokens, _) in enumerate(panels):
                 for offset, source in enumerate(SOURCES):
-                    found = [run["sets"][tokens]["mse_special"] for run in result["runs"]
-                             if key(run)[:4] == (source, architecture, layer, sinks)]
+                    found = [
+                        run["sets"][tokens]["mse_special"]
+                        for run in result["runs"]
+                        if key(run)[:4] == (source, architecture, layer, sinks)
+                    ]
                     at = x + 0.25 * (offset - 1)
-                    axes[i, j].plot([at - 0.09, at + 0.09], [np.mean(found)] * 2, color=colours[source], lw=2)
-                    axes[i, j].scatter([at] * len(found), found, color=colours[source], s=14, label=source if x == 0 else None)
-            axes[i, j].set(yscale="log", xticks=range(len(panels)), xlim=(-0.5, len(panels) - 0.5), title=f"{architecture}, layer {layer}")
+                    axes[i, j].plot(
+                        [at - 0.09, at + 0.09], [np.mean(found)] * 2, color=colours[source], lw=2
+                    )
+                    axes[i, j].scatter(
+                        [at] * len(found),
+                        found,
+                        color=colours[source],
+                        s=14,
+                        label=source if x == 0 else None,
+                    )
+            axes[i, j].set(
+                yscale="log",
+                xticks=range(len(panels)),
+                xlim=(-0.5, len(panels) - 0.5),
+                title=f"{architecture}, layer {layer}",
+            )
             axes[i, j].set_xticklabels([name for *_, name in panels], fontsize=7)
         axes[i, 0].set_ylabel("MSE on special tokens")
     axes[0, 0].legend(fontsize=7, frameon=False)

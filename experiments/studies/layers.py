@@ -10,6 +10,7 @@ category AUC above the bound with as many under shuffled labels, and token purit
 its commonest token (1: a token detector). Work is kept under OUTPUT_DIR/layers, so that a run that was stopped continues.
 Writes experiments/results/layers.json and .png.
 """
+
 import importlib.util
 import json
 import sys
@@ -27,9 +28,11 @@ from fastsae.runtime import artifacts
 from fastsae.runtime.stage import run_stage as run_main
 
 COMPARED_LAYERS: tuple[int, ...] = (2, 6, 12, 18, 24, 28)  # residual stream after so many blocks
-N_SEEDS: int = 3              # SAEs per layer, with SEED, SEED + 1 ... (of the split, the weights and the data order)
-NAME: str = "layers"          # of the files under experiments/results/
-QUICK: bool = False           # 1 seed, 160 examples, 8 epochs
+N_SEEDS: int = (
+    3  # SAEs per layer, with SEED, SEED + 1 ... (of the split, the weights and the data order)
+)
+NAME: str = "layers"  # of the files under experiments/results/
+QUICK: bool = False  # 1 seed, 160 examples, 8 epochs
 
 STAGES = [PROJECT / name for name in config.STAGES]
 QUICK_VALUES = {"N_SEEDS": 1, "MAX_EXAMPLES": 160, "N_EPOCHS": 8}
@@ -40,17 +43,55 @@ def main():
     settings.show()
     require(settings, {"COMPARED_LAYERS": 1, "N_SEEDS": 1})
     root = settings.output_dir / "layers"
-    run_stage("extract_activations.py", *settings.flags_for("extract_activations.py"), *quick_flag(settings, "MAX_EXAMPLES"),
-              "--output-dir", root, "--layers", ",".join(map(str, settings.COMPARED_LAYERS)))
+    run_stage(
+        "extract_activations.py",
+        *settings.flags_for("extract_activations.py"),
+        *quick_flag(settings, "MAX_EXAMPLES"),
+        "--output-dir",
+        root,
+        "--layers",
+        ",".join(map(str, settings.COMPARED_LAYERS)),
+    )
     rows = []
     for layer in settings.COMPARED_LAYERS:
-        seeds = [one_seed(settings, root, layer, settings.SEED + i) for i in range(settings.N_SEEDS)]
+        seeds = [
+            one_seed(settings, root, layer, settings.SEED + i) for i in range(settings.N_SEEDS)
+        ]
         norms = json.loads((root / "activations" / f"activations_layer{layer}.json").read_text())
-        rows.append({"layer": layer, **{name: norms[name] for name in ("median_norm", "max_norm", "n_sinks", "n_sinks_outside_prefix")},
-                     **{name: float(np.mean([s[name] for s in seeds])) for name in seeds[0] if seeds[0][name] is not None}, "seeds": seeds})
+        rows.append(
+            {
+                "layer": layer,
+                **{
+                    name: norms[name]
+                    for name in ("median_norm", "max_norm", "n_sinks", "n_sinks_outside_prefix")
+                },
+                **{
+                    name: float(np.mean([s[name] for s in seeds]))
+                    for name in seeds[0]
+                    if seeds[0][name] is not None
+                },
+                "seeds": seeds,
+            }
+        )
     show(rows)
-    used = ["COMPARED_LAYERS", "QUICK", "MODEL_NAME", "DATASET_PATH", "MAX_EXAMPLES", "ARCHITECTURE", "M", "K", "USE_MATRYOSHKA",
-            "N_EPOCHS", "PATIENCE", "BATCH_SIZE", "LEARNING_RATE", "POOLING", "SEED", "N_SEEDS"]
+    used = [
+        "COMPARED_LAYERS",
+        "QUICK",
+        "MODEL_NAME",
+        "DATASET_PATH",
+        "MAX_EXAMPLES",
+        "ARCHITECTURE",
+        "M",
+        "K",
+        "USE_MATRYOSHKA",
+        "N_EPOCHS",
+        "PATIENCE",
+        "BATCH_SIZE",
+        "LEARNING_RATE",
+        "POOLING",
+        "SEED",
+        "N_SEEDS",
+    ]
     chosen = settings.select(used) | {"DATASET_PATH": Path(settings.DATASET_PATH).name}
     write_result(settings.NAME, chosen, {"n_blocks": n_blocks(settings), "layers": rows})
     if importlib.util.find_spec("matplotlib"):
@@ -59,13 +100,19 @@ def main():
 
 def quick_flag(settings, name):
     """The flag that gives a stage the value of --quick, where that is the one in force."""
-    return [f"--{config.flag_name(name)}", settings.values[name]] if settings.source[name] == "QUICK" else []
+    return (
+        [f"--{config.flag_name(name)}", settings.values[name]]
+        if settings.source[name] == "QUICK"
+        else []
+    )
 
 
 def n_blocks(settings):
     from fastsae.lm.loading import load_config
 
-    return load_config(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR).num_hidden_layers
+    return load_config(
+        settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR
+    ).num_hidden_layers
 
 
 def one_seed(settings, root, layer, seed):
@@ -73,17 +120,33 @@ def one_seed(settings, root, layer, seed):
     folder = root / f"layer{layer}-seed{seed}"
     share_activations(root, folder, layer)
     flags = ["--output-dir", folder, "--layer-idx", layer, "--seed", seed, "--run-name", "sae"]
-    run_stage("train_sae.py", *settings.flags_for("train_sae.py"), *quick_flag(settings, "N_EPOCHS"), *flags)
-    run_stage("interpret_sae.py", *settings.flags_for("interpret_sae.py"), *flags, "--n-top-neurons", 0)
+    run_stage(
+        "train_sae.py",
+        *settings.flags_for("train_sae.py"),
+        *quick_flag(settings, "N_EPOCHS"),
+        *flags,
+    )
+    run_stage(
+        "interpret_sae.py", *settings.flags_for("interpret_sae.py"), *flags, "--n-top-neurons", 0
+    )
     metrics = json.loads((folder / "checkpoints" / "sae" / "metrics.json").read_text())
     head, *rows = artifacts.read_lines(folder / "interpretations.jsonl")
-    purity = purity_of(folder / "checkpoints" / "sae" / metrics["checkpoint"], folder, layer, settings)
-    return {**{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")},
-            "n_above_auc_bound": head["summary"].get("n_above_auc_bound"),
-            "n_above_auc_bound_shuffled": head["summary"].get("n_above_auc_bound_shuffled"),
-            "median_category_auc": head["summary"].get("median_category_auc"),
-            "mean_token_purity": float(np.nanmean(purity)), "share_purity_above_half": float(np.mean(purity[~np.isnan(purity)] > 0.5)),
-            "mean_special_token_share": float(np.mean([r["special_token_share"] for r in rows if r["special_token_share"] is not None]))}
+    purity = purity_of(
+        folder / "checkpoints" / "sae" / metrics["checkpoint"], folder, layer, settings
+    )
+    return {
+        **{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")},
+        "n_above_auc_bound": head["summary"].get("n_above_auc_bound"),
+        "n_above_auc_bound_shuffled": head["summary"].get("n_above_auc_bound_shuffled"),
+        "median_category_auc": head["summary"].get("median_category_auc"),
+        "mean_token_purity": float(np.nanmean(purity)),
+        "share_purity_above_half": float(np.mean(purity[~np.isnan(purity)] > 0.5)),
+        "mean_special_token_share": float(
+            np.mean(
+                [r["special_token_share"] for r in rows if r["special_token_share"] is not None]
+            )
+        ),
+    }
 
 
 def share_activations(root, folder, layer):
@@ -103,22 +166,41 @@ def purity_of(checkpoint, folder, layer, settings):
     from fastsae.lm.loading import load_tokenizer
 
     data = files.open_activations(folder / "activations" / f"activations_layer{layer}.npz")
-    tokenizer = load_tokenizer(settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR)
+    tokenizer = load_tokenizer(
+        settings.MODEL_NAME, revision=settings.MODEL_REVISION, cache_dir=settings.CACHE_DIR
+    )
     name_of_token, names = token_names(tokenizer, data["token_ids"])
     sae, meta = load_sae(checkpoint)
-    found = collect(sae, data["activations"], data["seq_lengths"], data["token_kind"], data["token_role"], name_of_token, len(names),
-                   max_norm=meta["max_norm"], exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX, use=settings.USE_TOKENS)
+    found = collect(
+        sae,
+        data["activations"],
+        data["seq_lengths"],
+        data["token_kind"],
+        data["token_role"],
+        name_of_token,
+        len(names),
+        max_norm=meta["max_norm"],
+        exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX,
+        use=settings.USE_TOKENS,
+    )
     return evidence.token_purity(found.name_mass.sums, found.count)
 
 
 def show(rows):
-    print(f"{'layer':>5}{'norm':>9}{'sinks':>7}{'norm. MSE':>11}{'dead %':>8}{'AUC > bound':>13}{'shuffled':>10}{'median AUC':>12}"
-          f"{'purity':>8}")
+    print(
+        f"{'layer':>5}{'norm':>9}{'sinks':>7}{'norm. MSE':>11}{'dead %':>8}{'AUC > bound':>13}{'shuffled':>10}{'median AUC':>12}"
+        f"{'purity':>8}"
+    )
     for r in rows:
-        auc = (f"{r['n_above_auc_bound']:>13.1f}{r['n_above_auc_bound_shuffled']:>10.1f}{r['median_category_auc']:>12.3f}"
-               if "n_above_auc_bound" in r else f"{'no labels':>35}")
-        print(f"{r['layer']:>5}{r['median_norm']:>9.1f}{r['n_sinks']:>7}{r['normalized_mse']:>11.3f}{100 * r['dead_fraction']:>8.1f}{auc}"
-              f"{r['mean_token_purity']:>8.3f}")
+        auc = (
+            f"{r['n_above_auc_bound']:>13.1f}{r['n_above_auc_bound_shuffled']:>10.1f}{r['median_category_auc']:>12.3f}"
+            if "n_above_auc_bound" in r
+            else f"{'no labels':>35}"
+        )
+        print(
+            f"{r['layer']:>5}{r['median_norm']:>9.1f}{r['n_sinks']:>7}{r['normalized_mse']:>11.3f}{100 * r['dead_fraction']:>8.1f}{auc}"
+            f"{r['mean_token_purity']:>8.3f}"
+        )
 
 
 def draw(path, rows):
@@ -129,19 +211,37 @@ def draw(path, rows):
     panels = figure.subplots(2, 2, sharex=True).flatten()
     layers = [r["layer"] for r in rows]
     panels[0].plot(layers, [r["median_norm"] for r in rows], "o-", label="median")
-    panels[0].plot(layers, [r["max_norm"] for r in rows], "s:", color="#c8553d", label="largest (attention sinks)")
+    panels[0].plot(
+        layers,
+        [r["max_norm"] for r in rows],
+        "s:",
+        color="#c8553d",
+        label="largest (attention sinks)",
+    )
     panels[0].set_yscale("log")
-    for panel, name, label, colour in ((panels[1], "normalized_mse", None, "#3b6ea5"), (panels[3], "mean_token_purity", None, "#3b6ea5"),
-                                       (panels[2], "n_above_auc_bound", "labels", "#3b6ea5"),
-                                       (panels[2], "n_above_auc_bound_shuffled", "shuffled labels", "#999")):
+    for panel, name, label, colour in (
+        (panels[1], "normalized_mse", None, "#3b6ea5"),
+        (panels[3], "mean_token_purity", None, "#3b6ea5"),
+        (panels[2], "n_above_auc_bound", "labels", "#3b6ea5"),
+        (panels[2], "n_above_auc_bound_shuffled", "shuffled labels", "#999"),
+    ):
         if name not in rows[0]:
             continue
         panel.plot(layers, [r[name] for r in rows], "-", color=colour, label=label)
         for r in rows:
-            panel.plot([r["layer"]] * len(r["seeds"]), [s[name] for s in r["seeds"]], ".", color=colour)
+            panel.plot(
+                [r["layer"]] * len(r["seeds"]), [s[name] for s in r["seeds"]], ".", color=colour
+            )
         panel.set_ylim(bottom=0)
-    for panel, title in zip(panels, ("norm of the residual stream", "normalised MSE, held-out examples",
-                                     "features with category AUC above 0.8", "token purity, mean over features")):
+    for panel, title in zip(
+        panels,
+        (
+            "norm of the residual stream",
+            "normalised MSE, held-out examples",
+            "features with category AUC above 0.8",
+            "token purity, mean over features",
+        ),
+    ):
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
     for panel in (panels[0], panels[2]):

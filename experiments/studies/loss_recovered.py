@@ -10,6 +10,7 @@ gives the same with these replaced too. Losses count the tokens after the shared
 intervals are of a bootstrap over examples. Writes experiments/results/loss_recovered.json and .png. An autoencoder that was measured
 before with the same settings is read from OUTPUT_DIR/experiments/loss_recovered.jsonl.
 """
+
 import importlib.util
 import sys
 
@@ -31,11 +32,13 @@ from experiments.shared.sweeps import quick_settings
 from fastsae.data.tokenization import CONTENT, ROLES, SHARED_PREFIX, TEMPLATE
 from fastsae.runtime.stage import run_stage
 
-SAE: str | None = None        # checkpoints or SAELens folders, with commas between; none = the one that the run's metrics.json names
-N_EXAMPLES: int = 200         # held-out examples, by lot
-N_BOOTSTRAP: int = 1000       # resamples of the examples for the intervals
+SAE: str | None = (
+    None  # checkpoints or SAELens folders, with commas between; none = the one that the run's metrics.json names
+)
+N_EXAMPLES: int = 200  # held-out examples, by lot
+N_BOOTSTRAP: int = 1000  # resamples of the examples for the intervals
 NAME: str = "loss_recovered"  # of the files under experiments/results/
-QUICK: bool = False           # 12 examples
+QUICK: bool = False  # 12 examples
 
 QUICK_VALUES = {"N_EXAMPLES": 12}
 KIND_NAMES = {"content": CONTENT, "template": TEMPLATE}
@@ -49,12 +52,22 @@ def main():
     require(settings, {"N_EXAMPLES": 1, "N_BOOTSTRAP": 1})
     rows = {}
     for subject in subjects(settings):
-        key = {**scope(subject, settings), **settings.select(("N_EXAMPLES", "N_BOOTSTRAP")), "path": subject.path}
+        key = {
+            **scope(subject, settings),
+            **settings.select(("N_EXAMPLES", "N_BOOTSTRAP")),
+            "path": subject.path,
+        }
         journal = settings.output_dir / "experiments" / "loss_recovered.jsonl"
-        name = subject.path if subject.name in rows else subject.name  # runs in different folders may be named alike
+        name = (
+            subject.path if subject.name in rows else subject.name
+        )  # runs in different folders may be named alike
         rows[name] = remembered(journal, key, lambda: measure(subject, settings))
         show(name, rows[name])
-    write_result(settings.NAME, settings.select(["N_EXAMPLES", "N_BOOTSTRAP", "QUICK", "SEED", "DTYPE"]), {"autoencoders": rows})
+    write_result(
+        settings.NAME,
+        settings.select(["N_EXAMPLES", "N_BOOTSTRAP", "QUICK", "SEED", "DTYPE"]),
+        {"autoencoders": rows},
+    )
     if importlib.util.find_spec("matplotlib"):
         draw(RESULTS / f"{settings.NAME}.png", rows)
 
@@ -70,22 +83,44 @@ def measure(subject, settings):
     table = some_dialogues(subject, settings, settings.N_EXAMPLES, held_out=True)
     model, examples = load_model(subject, settings), example_ids(table)
     batch_tokens = settings.BATCH_TOKENS or {"cuda": 4096}.get(model.device.type, 1024)
-    stream = intervention.residual_stream(model, subject.layer, examples, batch_tokens=batch_tokens)  # (n_tokens, d)
+    stream = intervention.residual_stream(
+        model, subject.layer, examples, batch_tokens=batch_tokens
+    )  # (n_tokens, d)
     usable = meant_for(subject, stream, table)
-    functions = {"spliced": reconstruction(subject.sae), "zero": constant(torch.zeros(stream.shape[1])),
-                 "mean": constant(stream[usable].mean(0))}
-    replacements = {**{name: only(usable, function) for name, function in functions.items()},
-                    **{f"{name}, every token": function for name, function in functions.items()}}
-    with tqdm(total=len(table.ids), unit="token", desc="losses", mininterval=1, disable=None) as bar:
-        losses = intervention.next_token_losses(model, subject.layer, examples, replacements, batch_tokens=batch_tokens,
-                                                progress=bar.update)
+    functions = {
+        "spliced": reconstruction(subject.sae),
+        "zero": constant(torch.zeros(stream.shape[1])),
+        "mean": constant(stream[usable].mean(0)),
+    }
+    replacements = {
+        **{name: only(usable, function) for name, function in functions.items()},
+        **{f"{name}, every token": function for name, function in functions.items()},
+    }
+    with tqdm(
+        total=len(table.ids), unit="token", desc="losses", mininterval=1, disable=None
+    ) as bar:
+        losses = intervention.next_token_losses(
+            model,
+            subject.layer,
+            examples,
+            replacements,
+            batch_tokens=batch_tokens,
+            progress=bar.update,
+        )
     example = np.repeat(np.arange(len(examples)), table.lengths)
-    result = {**subject.describe(), "n_examples": len(examples), "held_out": subject.knows_its_examples, "n_tokens": len(table.ids),
-              "n_left_as_they_are": int((~usable).sum()),
-              **reconstruction_error(functions["spliced"](stream[usable], None), stream[usable])}
+    result = {
+        **subject.describe(),
+        "n_examples": len(examples),
+        "held_out": subject.knows_its_examples,
+        "n_tokens": len(table.ids),
+        "n_left_as_they_are": int((~usable).sum()),
+        **reconstruction_error(functions["spliced"](stream[usable], None), stream[usable]),
+    }
     for title, ending in (("kinds", ""), ("kinds_every_token_replaced", ", every token")):
         chosen = {name: losses[name + ending] for name in functions} | {"clean": losses["clean"]}
-        result[title] = {name: of_tokens(chosen, rows, example, settings) for name, rows in groups(table).items()}
+        result[title] = {
+            name: of_tokens(chosen, rows, example, settings) for name, rows in groups(table).items()
+        }
     return result
 
 
@@ -100,7 +135,9 @@ def groups(table):
     first = np.zeros(len(table.ids), bool)
     first[table.starts[:-1]] = True
     counted = ~first & (table.kind != SHARED_PREFIX)
-    found = {"all": counted} | {name: counted & (table.kind == kind) for name, kind in KIND_NAMES.items()}
+    found = {"all": counted} | {
+        name: counted & (table.kind == kind) for name, kind in KIND_NAMES.items()
+    }
     found |= {role: counted & (table.role == number) for number, role in enumerate(ROLES) if number}
     return {name: rows for name, rows in found.items() if rows.any()}
 
@@ -108,17 +145,34 @@ def groups(table):
 def of_tokens(losses, rows, example, settings):
     """Mean losses over the tokens `rows` and what they say, with intervals over examples."""
     n_examples = int(example[-1]) + 1
-    sums = {name: np.bincount(example[rows], value.ce[rows].astype(np.float64), minlength=n_examples) for name, value in losses.items()}
-    count = np.bincount(example[rows], minlength=n_examples)                                             # (n_examples,)
-    draws = np.random.default_rng(settings.SEED).multinomial(n_examples, np.full(n_examples, 1 / n_examples), settings.N_BOOTSTRAP)
+    sums = {
+        name: np.bincount(example[rows], value.ce[rows].astype(np.float64), minlength=n_examples)
+        for name, value in losses.items()
+    }
+    count = np.bincount(example[rows], minlength=n_examples)  # (n_examples,)
+    draws = np.random.default_rng(settings.SEED).multinomial(
+        n_examples, np.full(n_examples, 1 / n_examples), settings.N_BOOTSTRAP
+    )
     n = int(count.sum())
-    result = {"n_tokens": n, "ce": {name: float(s.sum() / n) for name, s in sums.items()},
-              "kl": {name: float(value.kl[rows].astype(np.float64).mean()) for name, value in losses.items() if name != "clean"}}
+    result = {
+        "n_tokens": n,
+        "ce": {name: float(s.sum() / n) for name, s in sums.items()},
+        "kl": {
+            name: float(value.kl[rows].astype(np.float64).mean())
+            for name, value in losses.items()
+            if name != "clean"
+        },
+    }
     for ablation in ABLATIONS:
         resampled = recovered({name: draws @ s for name, s in sums.items()}, ablation)
         resampled = resampled[np.isfinite(resampled)]
-        interval = [float(q) for q in np.quantile(resampled, (0.025, 0.975))] if len(resampled) else None
-        result[f"loss_recovered_{ablation}"] = {"value": float(recovered(result["ce"], ablation)), "interval": interval}
+        interval = (
+            [float(q) for q in np.quantile(resampled, (0.025, 0.975))] if len(resampled) else None
+        )
+        result[f"loss_recovered_{ablation}"] = {
+            "value": float(recovered(result["ce"], ablation)),
+            "interval": interval,
+        }
     return result
 
 
@@ -132,16 +186,26 @@ def recovered(ce, ablation):
 
 def show(name, row):
     """The table on the terminal."""
-    examples = "held-out examples" if row["held_out"] else "examples (which ones it was trained on is not known)"
-    print(f"{name}: {row['model']}, layer {row['layer']}; {row['n_examples']} {examples}, {row['n_tokens']:,} tokens, "
-          f"{row['n_left_as_they_are']:,} of them left as they are; normalised MSE {row['normalized_mse']:.3f} on the others")
-    print(f"  {'tokens predicted':<28}{'number':>8}{'clean':>8}{'spliced':>9}{'zero':>8}{'mean':>8}{'KL':>8}   recovered (zero)   (mean)")
+    examples = (
+        "held-out examples"
+        if row["held_out"]
+        else "examples (which ones it was trained on is not known)"
+    )
+    print(
+        f"{name}: {row['model']}, layer {row['layer']}; {row['n_examples']} {examples}, {row['n_tokens']:,} tokens, "
+        f"{row['n_left_as_they_are']:,} of them left as they are; normalised MSE {row['normalized_mse']:.3f} on the others"
+    )
+    print(
+        f"  {'tokens predicted':<28}{'number':>8}{'clean':>8}{'spliced':>9}{'zero':>8}{'mean':>8}{'KL':>8}   recovered (zero)   (mean)"
+    )
     for title, ending in (("kinds", ""), ("kinds_every_token_replaced", ", every token")):
         for kind, r in row[title].items():
             low, high = r["loss_recovered_zero"]["interval"] or (float("nan"),) * 2
-            print(f"  {kind + ending:<28}{r['n_tokens']:>8,}{r['ce']['clean']:>8.3f}{r['ce']['spliced']:>9.3f}{r['ce']['zero']:>8.3f}"
-                  f"{r['ce']['mean']:>8.3f}{r['kl']['spliced']:>8.3f}   {r['loss_recovered_zero']['value']:.3f} [{low:.3f}, {high:.3f}]"
-                  f"{r['loss_recovered_mean']['value']:>8.3f}")
+            print(
+                f"  {kind + ending:<28}{r['n_tokens']:>8,}{r['ce']['clean']:>8.3f}{r['ce']['spliced']:>9.3f}{r['ce']['zero']:>8.3f}"
+                f"{r['ce']['mean']:>8.3f}{r['kl']['spliced']:>8.3f}   {r['loss_recovered_zero']['value']:.3f} [{low:.3f}, {high:.3f}]"
+                f"{r['loss_recovered_mean']['value']:>8.3f}"
+            )
 
 
 def draw(path, rows):
@@ -153,23 +217,48 @@ def draw(path, rows):
     kinds, width = list(next(iter(rows.values()))["kinds"]), 0.8 / len(rows)
     if "content" in kinds and len(kinds) == 4:  # one role only: it says what "content" says
         kinds = kinds[:3]
-    bars = (("clean", "kinds", "clean"), ("spliced", "kinds", "spliced"), ("mean", "kinds", "mean"), ("zero", "kinds", "zero"),
-            ("spliced,\nevery token", "kinds_every_token_replaced", "spliced"))
+    bars = (
+        ("clean", "kinds", "clean"),
+        ("spliced", "kinds", "spliced"),
+        ("mean", "kinds", "mean"),
+        ("zero", "kinds", "zero"),
+        ("spliced,\nevery token", "kinds_every_token_replaced", "spliced"),
+    )
     for i, row in enumerate(rows.values()):
         label = f"{row['architecture']}, M = {row['m']:,}, K = {row['k']}, layer {row['layer']}"
         place, colour = np.arange(len(bars)) + i * width, COLOURS[i % len(COLOURS)]
-        drawn = left.bar(place, [row[part]["all"]["ce"][name] for _, part, name in bars], width, color=colour, label=label)
+        drawn = left.bar(
+            place,
+            [row[part]["all"]["ce"][name] for _, part, name in bars],
+            width,
+            color=colour,
+            label=label,
+        )
         left.bar_label(drawn, fmt="%.2f", fontsize=7)
         for ablation, fill in (("zero", "full"), ("mean", "none")):
-            found = [row["kinds"].get(kind, row["kinds"]["all"])[f"loss_recovered_{ablation}"] for kind in kinds]
+            found = [
+                row["kinds"].get(kind, row["kinds"]["all"])[f"loss_recovered_{ablation}"]
+                for kind in kinds
+            ]
             values = np.array([f["value"] for f in found])
             spread = np.abs(np.array([f["interval"] or [f["value"]] * 2 for f in found]).T - values)
-            right.errorbar(np.arange(len(kinds)) + i * width + 0.1 * (fill == "none"), values, spread, fmt="o", color=colour, capsize=3,
-                           fillstyle=fill)
+            right.errorbar(
+                np.arange(len(kinds)) + i * width + 0.1 * (fill == "none"),
+                values,
+                spread,
+                fmt="o",
+                color=colour,
+                capsize=3,
+                fillstyle=fill,
+            )
     left.set_xticks(np.arange(len(bars)) + 0.4 - width / 2, [name for name, *_ in bars])
     left.set_title("next-token loss, nats", fontsize=10)
     right.set_xticks(np.arange(len(kinds)) + 0.4 - width / 2, kinds)
-    right.set_title("loss recovered, by the token predicted: against zeros (full), against the mean (open)", fontsize=10, wrap=True)
+    right.set_title(
+        "loss recovered, by the token predicted: against zeros (full), against the mean (open)",
+        fontsize=10,
+        wrap=True,
+    )
     right.axhline(1, color="black", lw=0.6)
     right.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)

@@ -12,6 +12,7 @@ by train_sae.py on the activations in OUTPUT_DIR, which are extracted if they ar
 Writes experiments/results/<NAME>.json and .png; what is trained stays under checkpoints/, so the same command goes on after an
 interruption.
 """
+
 import importlib.util
 import itertools
 import sys
@@ -30,21 +31,37 @@ from experiments.shared.directions import (
 from experiments.shared.provenance import RESULTS, run_stage, write_figure, write_result
 from experiments.shared.sweeps import passed_on, quick_settings, run_many
 
-ARCHITECTURE: str = "topk"                # topk or batchtopk
-MS: tuple[int, ...] = (64, 256, 1024)     # features
-KS: tuple[int, ...] = (4, 8, 16)          # active features per token
+ARCHITECTURE: str = "topk"  # topk or batchtopk
+MS: tuple[int, ...] = (64, 256, 1024)  # features
+KS: tuple[int, ...] = (4, 8, 16)  # active features per token
 SEEDS: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the first weights, five or more
-N_EPOCHS: int = 10                        # of training
-BATCH_SIZE: int = 512                     # tokens per step
-LEARNING_RATE: float = 1e-3               # of Adam, falling to 0 over the last fifth of the steps
-THRESHOLD: float = 0.7                    # cosine above which two directions count as the same feature
-NAME: str = "stability"                   # of the result
-QUICK: bool = False                       # two sizes and two K, fewer epochs
+N_EPOCHS: int = 10  # of training
+BATCH_SIZE: int = 512  # tokens per step
+LEARNING_RATE: float = 1e-3  # of Adam, falling to 0 over the last fifth of the steps
+THRESHOLD: float = 0.7  # cosine above which two directions count as the same feature
+NAME: str = "stability"  # of the result
+QUICK: bool = False  # two sizes and two K, fewer epochs
 
 QUICK_VALUES = {"MS": (64, 256), "KS": (4, 8), "N_EPOCHS": 5}
-DATA_FLAGS = ("PRESET", "MODEL_NAME", "MODEL_REVISION", "CACHE_DIR", "DEVICE", "MAX_LENGTH", "LAYER_IDX", "DATASET_PATH", "MAX_EXAMPLES",
-              "TEXT_FIELD", "SEED", "OUTPUT_DIR")
-MEASURES = {"mcc": "matched mean cosine", "mean_max_cosine": "mean max cosine", "found_by_all": "found by all seeds"}
+DATA_FLAGS = (
+    "PRESET",
+    "MODEL_NAME",
+    "MODEL_REVISION",
+    "CACHE_DIR",
+    "DEVICE",
+    "MAX_LENGTH",
+    "LAYER_IDX",
+    "DATASET_PATH",
+    "MAX_EXAMPLES",
+    "TEXT_FIELD",
+    "SEED",
+    "OUTPUT_DIR",
+)
+MEASURES = {
+    "mcc": "matched mean cosine",
+    "mean_max_cosine": "mean max cosine",
+    "found_by_all": "found by all seeds",
+}
 
 
 def main():
@@ -58,19 +75,46 @@ def main():
         print({key: value for key, value in rows[-1].items() if key != "runs"}, flush=True)
     baselines = {str(m): baseline(settings, m) for m in settings.MS}
     print(baselines)
-    names = [name for name, file in settings.owner.items() if file == "stability.py"] + ["MODEL_NAME", "LAYER_IDX", "MAX_LENGTH"]
-    write_result(settings.NAME, {**settings.select(names), "dataset": settings.DATASET_PATH.rpartition("/")[2]},
-                 {"runs": rows, "baselines": baselines})
+    names = [name for name, file in settings.owner.items() if file == "stability.py"] + [
+        "MODEL_NAME",
+        "LAYER_IDX",
+        "MAX_LENGTH",
+    ]
+    write_result(
+        settings.NAME,
+        {**settings.select(names), "dataset": settings.DATASET_PATH.rpartition("/")[2]},
+        {"runs": rows, "baselines": baselines},
+    )
     if importlib.util.find_spec("matplotlib"):
         draw(RESULTS / f"{settings.NAME}.png", rows, baselines)
 
 
 def train_flags(settings, m):
     """What train_sae.py is told for all autoencoders of one size."""
-    return [*passed_on(settings, DATA_FLAGS), "--run-name", settings.NAME, "--architecture", settings.ARCHITECTURE, "--m", m,
-            "--k-list", ",".join(map(str, settings.KS)), "--seeds", ",".join(map(str, settings.SEEDS)), "--no-use-matryoshka",
-            "--n-epochs", settings.N_EPOCHS, "--patience", settings.N_EPOCHS, "--batch-size", settings.BATCH_SIZE,
-            "--learning-rate", settings.LEARNING_RATE, "--lr-schedule", "linear"]
+    return [
+        *passed_on(settings, DATA_FLAGS),
+        "--run-name",
+        settings.NAME,
+        "--architecture",
+        settings.ARCHITECTURE,
+        "--m",
+        m,
+        "--k-list",
+        ",".join(map(str, settings.KS)),
+        "--seeds",
+        ",".join(map(str, settings.SEEDS)),
+        "--no-use-matryoshka",
+        "--n-epochs",
+        settings.N_EPOCHS,
+        "--patience",
+        settings.N_EPOCHS,
+        "--batch-size",
+        settings.BATCH_SIZE,
+        "--learning-rate",
+        settings.LEARNING_RATE,
+        "--lr-schedule",
+        "linear",
+    ]
 
 
 def compared(settings, m, k):
@@ -78,21 +122,42 @@ def compared(settings, m, k):
     from fastsae.formats.load import load_sae
     from fastsae.sae.autoencoder import checkpoint_name
 
-    decoders, figures, name = [], [], checkpoint_name(m, k, None, settings.ARCHITECTURE).removesuffix(".pt")
+    decoders, figures, name = (
+        [],
+        [],
+        checkpoint_name(m, k, None, settings.ARCHITECTURE).removesuffix(".pt"),
+    )
     for seed in settings.SEEDS:
-        sae, meta = load_sae(settings.output_dir / "checkpoints" / settings.NAME / f"{name}_seed={seed}.pt")
+        sae, meta = load_sae(
+            settings.output_dir / "checkpoints" / settings.NAME / f"{name}_seed={seed}.pt"
+        )
         decoders.append(sae.decoder.weight.detach().numpy().T)  # (M, d)
-        figures.append({"seed": seed, **{key: meta["metrics"][key] for key in ("normalized_mse", "l0", "dead_fraction")}})
-    means = {name: float(np.mean([figure[name] for figure in figures])) for name in ("normalized_mse", "dead_fraction")}
+        figures.append(
+            {
+                "seed": seed,
+                **{key: meta["metrics"][key] for key in ("normalized_mse", "l0", "dead_fraction")},
+            }
+        )
+    means = {
+        name: float(np.mean([figure[name] for figure in figures]))
+        for name in ("normalized_mse", "dead_fraction")
+    }
     return {**agreement(decoders, settings.THRESHOLD), **means, "runs": figures}
 
 
 def agreement(sets, threshold):
     """Of several sets of directions (M, d): the two means over all pairs with their range, and the share that all sets have."""
     pairs = [cosines(a, b) for a, b in itertools.combinations(sets, 2)]
-    matched, largest = [matched_mean(pair) for pair in pairs], [(mean_max(pair) + mean_max(pair.T)) / 2 for pair in pairs]
-    return {"mcc": float(np.mean(matched)), "mcc_range": [min(matched), max(matched)], "mean_max_cosine": float(np.mean(largest)),
-            "found_by_all": found_by_all(sets, threshold)}
+    matched, largest = (
+        [matched_mean(pair) for pair in pairs],
+        [(mean_max(pair) + mean_max(pair.T)) / 2 for pair in pairs],
+    )
+    return {
+        "mcc": float(np.mean(matched)),
+        "mcc_range": [min(matched), max(matched)],
+        "mean_max_cosine": float(np.mean(largest)),
+        "found_by_all": found_by_all(sets, threshold),
+    }
 
 
 def baseline(settings, m):
@@ -102,12 +167,21 @@ def baseline(settings, m):
 
     data = open_activations(settings.activations_path)
     x, norms = data["activations"], token_norms(data["activations"])
-    usable = np.flatnonzero(usable_tokens(norms, data["token_kind"], exclude_shared_prefix=True, max_norm_ratio=10.0)[0])
-    mean = np.asarray(x[np.sort(np.random.default_rng(0).permutation(usable)[:8192])], np.float64).mean(0)
-    by_lot = np.random.default_rng(0).permutation(usable)[:m * len(settings.SEEDS)]  # no token is in two draws
+    usable = np.flatnonzero(
+        usable_tokens(norms, data["token_kind"], exclude_shared_prefix=True, max_norm_ratio=10.0)[0]
+    )
+    mean = np.asarray(
+        x[np.sort(np.random.default_rng(0).permutation(usable)[:8192])], np.float64
+    ).mean(0)
+    by_lot = np.random.default_rng(0).permutation(usable)[
+        : m * len(settings.SEEDS)
+    ]  # no token is in two draws
     tokens = [unit(x[np.sort(rows)] - mean) for rows in np.array_split(by_lot, len(settings.SEEDS))]
     random = [random_directions(m, x.shape[1], seed) for seed in settings.SEEDS]
-    return {"random": agreement(random, settings.THRESHOLD), "tokens": agreement(tokens, settings.THRESHOLD)}
+    return {
+        "random": agreement(random, settings.THRESHOLD),
+        "tokens": agreement(tokens, settings.THRESHOLD),
+    }
 
 
 def draw(path, rows, baselines):
@@ -118,9 +192,20 @@ def draw(path, rows, baselines):
     sizes = [int(m) for m in baselines]
     for panel, (name, title) in zip(figure.subplots(1, 3), MEASURES.items()):
         for k in dict.fromkeys(row["k"] for row in rows):
-            panel.plot(sizes, [row[name] for row in rows if row["k"] == k], "o-", ms=4, label=f"K = {k}")
-        for kind, style, label in (("tokens", "--", "tokens by lot"), ("random", ":", "random directions")):
-            panel.plot(sizes, [baselines[str(m)][kind][name] for m in sizes], f"k{style}", lw=1, label=label)
+            panel.plot(
+                sizes, [row[name] for row in rows if row["k"] == k], "o-", ms=4, label=f"K = {k}"
+            )
+        for kind, style, label in (
+            ("tokens", "--", "tokens by lot"),
+            ("random", ":", "random directions"),
+        ):
+            panel.plot(
+                sizes,
+                [baselines[str(m)][kind][name] for m in sizes],
+                f"k{style}",
+                lw=1,
+                label=label,
+            )
         panel.set(title=title, xlabel="M", xscale="log", ylim=(0, 1))
         panel.set_xticks(sizes, [str(m) for m in sizes])
         panel.minorticks_off()
