@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sampling
 from tiny_world import worker, world  # noqa: F401  (fixtures)
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -17,24 +18,72 @@ for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"):
     os.environ.pop(name, None)
 
 
-COUNTS = {}  # what the tests of the guarantees tried, for the last line of a run
+COUNTS = {}  # {what: [tried, of how many]} by the tests of the guarantees, for the end of a run
+LEFT_OUT = {}  # {test: (cases tried, of how many)} in the quick run
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="try every kill point, flipped bit, hostile reply ...; without it a few of each, "
+        "others every day",
+    )
+
+
+def pytest_configure(config):
+    sampling.exhaustive = config.getoption("--exhaustive")
+
+
+def pytest_report_header():
+    if sampling.exhaustive:
+        return "exhaustive run: every point is tried"
+    return f"quick run: TEST_DAY={sampling.day} repeats its points; --exhaustive tries all"
+
+
+def pytest_collection_modifyitems(config, items):
+    """In the quick run: `@pytest.mark.sampled(n)` keeps about n of a test's cases, and
+    `@pytest.mark.exhaustive` none."""
+    if sampling.exhaustive:
+        return
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("sampled") or item.get_closest_marker("exhaustive"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped = set()
+    for name, group in cases.items():
+        sampled = group[0].get_closest_marker("sampled")
+        kept = sampling.points(group, sampled.args[0]) if sampled else []
+        LEFT_OUT[name.rpartition("::")[2]] = (len(kept), len(group))
+        dropped |= set(group) - set(kept)
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=list(dropped))
 
 
 @pytest.fixture
 def tally():
-    """Call `tally(what, n)` for n trials that were survived; the sums are printed at the end."""
+    """Call `tally(what, n, of)` for n trials, of so many that there are, that were survived; the
+    sums are printed at the end."""
 
-    def add(what, n):
-        COUNTS[what] = COUNTS.get(what, 0) + n
+    def add(what, n, of=None):
+        counts = COUNTS.setdefault(what, [0, 0])
+        counts[0] += n
+        counts[1] += n if of is None else of
 
     return add
 
 
 def pytest_terminal_summary(terminalreporter):
+    def shown(n, of):
+        return f"{n:,}" if n == of else f"{n:,} of {of:,}"
+
     if COUNTS:
-        terminalreporter.write_line(
-            "guarantees: " + ", ".join(f"{n:,} {what}" for what, n in COUNTS.items())
-        )
+        found = ", ".join(f"{shown(*counts)} {what}" for what, counts in COUNTS.items())
+        terminalreporter.write_line(f"guarantees: {found}")
+    for name, (n, of) in LEFT_OUT.items():
+        terminalreporter.write_line(f"quick run: {n} of {of} cases of {name}")
+    if not sampling.exhaustive:
+        terminalreporter.write_line("--exhaustive tries all")
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +95,8 @@ def smol_tokenizer():
 
 @pytest.fixture
 def run_script(tmp_path):
-    """Run one of the scripts as a user does, outputs under tmp_path; returns the finished process."""
+    """Run one of the scripts as a user does, outputs under tmp_path; returns the finished
+    process."""
 
     def run(script, *flags, env=None, cwd=None):
         command = [

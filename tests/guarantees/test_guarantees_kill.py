@@ -6,6 +6,7 @@ import random
 import re
 
 import pytest
+from sampling import points
 from tiny_world import STAGES, contents, in_parallel, replay
 
 from fastsae.runtime import artifacts
@@ -61,9 +62,10 @@ def test_killed_at_every_operation(world, script, tally):
         # the one in flight, whose reply had not reached the disk
         assert len(prompts) - len(set(prompts)) <= 1, k
 
-    points = range(1, len(world.operations[script]) + 1)
-    in_parallel(world, kill, points)
-    tally("kill points survived", len(points))
+    operations = world.operations[script]
+    chosen = points(range(1, len(operations) + 1), kinds=operations)
+    in_parallel(world, kill, chosen)
+    tally("kill points survived", len(chosen), len(operations))
 
 
 def test_there_are_enough_operations(world):
@@ -73,24 +75,26 @@ def test_there_are_enough_operations(world):
 
 @pytest.mark.parametrize("script", STAGES)
 def test_a_disk_that_is_full_from_any_operation_on(world, script, tally):
-    def starve(worker, k):
+    def starve(worker, k, then_space):
         done = replay(world, worker, script, full_from=k)
         assert done["code"] == 3 and re.fullmatch(
             r"error: .*: No space left on device\. free some space, .*\n", done["err"]
         ), (k, done)
         assert_whole(world, worker, script)
         assert not list(worker.out.rglob("*.tmp")), k
-        if k % 5 == 0:  # then space is made
+        if then_space:
             assert world.run(worker, script)["code"] == 0
             assert_outcome(world, worker, script)
 
-    points = [
-        k
+    needing = [
+        (k, operation)
         for k, operation in enumerate(world.operations[script], 1)
         if operation not in ("unlink", "rmtree")
     ]
-    in_parallel(world, starve, points)
-    tally("full-disk points", len(points))
+    chosen = points([k for k, _ in needing], kinds=[operation for _, operation in needing])
+    with_space = {k for i, k in enumerate(chosen) if i % 5 == 0}
+    in_parallel(world, lambda worker, k: starve(worker, k, k in with_space), chosen)
+    tally("full-disk points", len(chosen), len(needing))
 
 
 @pytest.mark.parametrize("script", STAGES)
@@ -108,9 +112,10 @@ def test_sigterm_at_any_operation(world, script, tally):
         assert world.run(worker, script)["code"] == 0
         assert_outcome(world, worker, script)
 
-    points = range(1, len(world.operations[script]) + 1, 8)
-    in_parallel(world, stop, points)
-    tally("SIGTERM points", len(points))
+    every = range(1, len(world.operations[script]) + 1, 8)
+    chosen = points(every, 4)
+    in_parallel(world, stop, chosen)
+    tally("SIGTERM points", len(chosen), len(every))
 
 
 def test_runs_killed_three_times_at_random(world, tally):
@@ -136,8 +141,9 @@ def test_runs_killed_three_times_at_random(world, tally):
         assert world.run(worker, script)["code"] == 0
         assert_outcome(world, worker, script)
 
-    in_parallel(world, torment, range(100))
-    tally("runs killed three times at random", 100)
+    chosen = points(range(100), kinds=[number % 3 for number in range(100)])
+    in_parallel(world, torment, chosen)
+    tally("runs killed three times at random", len(chosen), 100)
 
 
 @pytest.mark.parametrize("script", STAGES)

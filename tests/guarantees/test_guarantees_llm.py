@@ -48,7 +48,7 @@ FAULTS = {  # reply, whether it is paid for, requests for three features
 
 @pytest.fixture(scope="module")
 def n_top(world):
-    """So many features must be asked for that three of them fire in enough examples to be labelled."""
+    """So many features must be asked for that three fire in enough examples to be labelled."""
     worker = world.idle.get()
     try:
         flags = [
@@ -78,6 +78,7 @@ def n_top(world):
         world.idle.put(worker)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failure_is_a_status_and_never_a_label(world, worker, fault, tally, n_top):
     """The fault for all of three features; then the endpoint recovers, and the same command asks
@@ -146,6 +147,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack_ends_in_whole_tables(world, worker, n_top, attack, tally):
     """Tables and report are there, no line of the output is forged, and what was paid for is not

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from inert_page import assert_inert
 from loopback import Endpoint, completion
+from sampling import points
 from tiny_world import in_parallel
 
 from fastsae.interpretation.llm.replies import parse_label
@@ -166,9 +167,11 @@ def test_hostile_strings_are_text_everywhere(world, place, tally):
         assert wanted <= found, (text, wanted - found)
         return len(found)
 
-    counts = in_parallel(world, check, HOSTILE)
-    assert sum(counts) >= 150
-    tally("hostile strings x fields, inert", sum(counts))
+    chosen = points(HOSTILE, 4)
+    counts = in_parallel(world, check, chosen)
+    assert sum(counts) / len(chosen) >= 150 / len(HOSTILE)
+    tally("hostile strings in fields, inert", sum(counts))
+    tally("hostile strings", len(chosen), len(HOSTILE))
 
 
 def plain(text):
