@@ -16,7 +16,6 @@ if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
     startup.explain_slips()  # of config.py, which is imported below
 
-import functools
 import itertools
 import json
 import math
@@ -233,7 +232,7 @@ def train(plans, tokens, settings, device):
                     x = x.to(device)
                     for run in runs:
                         if (run.epoch, run.batch) == (epoch, batch):
-                            one_step(run, x, (epoch - 1) * n_batches + batch, n_batches, device)
+                            one_step(run, x, (epoch - 1) * n_batches + batch, n_batches)
                     bar.part((batch + 1) / n_batches)
                     if stopping := distributed.anywhere(stop_asked()):
                         stop()
@@ -272,13 +271,13 @@ def save(runs):
 
 def start_run(plan, tokens, sample, device):
     """The TrainingRun of a plan at its start, which looks at a sample of the tokens, or where an earlier process left it."""
-    from fastsae.training import fine_tuning
+    from fastsae.training import fine_tuning, objective
     from fastsae.training.monitoring import of_other_settings, open_logger
     from fastsae.training.run import TrainingRun
 
     settings = plan.settings
-    run = TrainingRun(sae_config(tokens.activations.shape[1], settings), sample, seed=plan.metadata["settings"]["INIT_SEED"],
-                      device=device, learning_rate=settings.LEARNING_RATE, normalise=normalisation(settings),
+    run = TrainingRun(objective.sae_config(tokens.activations.shape[1], settings.values), sample, seed=plan.metadata["settings"]["INIT_SEED"],
+                      device=device, learning_rate=settings.LEARNING_RATE, normalise=objective.normalisation(settings.values),
                       directions=settings.INIT_DIRECTIONS, centre=settings.INIT_CENTRE, encoder_scale=settings.INIT_ENCODER_SCALE)
     if plan.start:
         fine_tuning.begin(run, plan.start, plan.metadata["inputs"]["init_from"], settings.activations_path,
@@ -293,15 +292,16 @@ def start_run(plan, tokens, sample, device):
     return run
 
 
-def one_step(run, x, n_done, n_batches, device):
+def one_step(run, x, n_done, n_batches):
     """One step of `run` on the batch x, after `n_done` others; an epoch has `n_batches`."""
+    from fastsae.training.objective import step_function
     from fastsae.training.resampling import resample
     from fastsae.training.run import learning_rate_factor
 
     settings = run.plan.settings
     factor = learning_rate_factor(n_done, n_steps=settings.N_EPOCHS * n_batches, schedule=settings.LR_SCHEDULE,
                                   warmup_steps=settings.LR_WARMUP_STEPS, decay_fraction=settings.LR_DECAY_FRACTION)
-    run.step(step_function(settings, device, n_done), x, learning_rate=settings.LEARNING_RATE * factor,
+    run.step(step_function(settings.values, n_done), x, learning_rate=settings.LEARNING_RATE * factor,
              dead_after=settings.DEAD_AFTER_TOKENS, clip_grad=settings.CLIP_GRAD)
     if settings.RESAMPLE_EVERY and (n_done + 1) % settings.RESAMPLE_EVERY == 0:
         resample(run, x, dead_after=settings.DEAD_AFTER_TOKENS, seed=settings.SEED + n_done)
@@ -336,46 +336,6 @@ def finish(run, tokens, device):
     print(f"wrote {plan.path}")
 
 
-def sae_config(d, settings):
-    """What `autoencoder.new_sae` builds from; HypotheSAEs counts dead features in steps."""
-    from fastsae.formats.load import trained_architecture
-
-    prefixes = list(settings.MATRYOSHKA_PREFIXES) if settings.USE_MATRYOSHKA else None
-    architecture = trained_architecture(settings.values)
-    return {"input_dim": d, "m_total_neurons": settings.M, "k_active_neurons": settings.K, "prefix_lengths": prefixes,
-            "aux_k": min(2 * settings.K, settings.M) if settings.AUX_K is None else settings.AUX_K, "architecture": architecture,
-            "dead_neuron_threshold_steps": -(-settings.DEAD_AFTER_TOKENS // settings.BATCH_SIZE)}
-
-
-def normalisation(settings):
-    """Coefficients need activations of a known length; the TopK family's loss is relative, and HypotheSAEs takes them as they are."""
-    automatic = "none" if settings.ARCHITECTURE in ("topk", "batchtopk") else "norm"
-    return automatic if settings.NORMALIZE_ACTIVATIONS == "auto" else settings.NORMALIZE_ACTIVATIONS
-
-
-def step_function(settings, device, n_done):
-    """The function that fills the gradients of the batch after `n_done` others: `step(sae, x, dead) -> (loss, fired)`."""
-    import torch
-
-    from fastsae.sae.architectures import DENSE, dense_step
-    from fastsae.sae.autoencoder import reference_step
-    from fastsae.sae.sparse_step import sparse_step
-
-    if settings.ARCHITECTURE in DENSE:
-        warmup = min(1.0, (n_done + 1) / settings.SPARSITY_WARMUP_STEPS) if settings.SPARSITY_WARMUP_STEPS else 1.0
-        return functools.partial(dense_step, **penalty(settings, warmup))
-    if settings.ENGINE == "reference":
-        return functools.partial(reference_step, aux_coef=settings.AUX_COEF)
-    return functools.partial(sparse_step, aux_coef=settings.AUX_COEF, select=getattr(torch, settings.SELECT_DTYPE))
-
-
-def penalty(settings, warmup=1.0):
-    """What the losses of the dense architectures take."""
-    coefficient = settings.L0_COEFFICIENT if settings.ARCHITECTURE == "jumprelu" else settings.L1_COEFFICIENT
-    return {"sparsity": coefficient * warmup, "bandwidth": settings.JUMPRELU_BANDWIDTH,
-            "target_l0": settings.K if settings.JUMPRELU_LOSS == "target" else None}
-
-
 def end_epoch(run, tokens):
     """Measure on validation, note it down, keep the best weights; an epoch without a finite loss ends the run. Returns its line."""
     from fastsae.runtime import distributed
@@ -394,17 +354,18 @@ def end_epoch(run, tokens):
 
 def epoch_line(run, tokens, settings):
     """What metrics.jsonl says of an epoch."""
-    from fastsae.sae.architectures import DENSE, validation_loss
+    from fastsae.sae.dense_step import validation_loss
     from fastsae.sae.metrics import evaluate
+    from fastsae.training import objective
 
     result = evaluate(run.result(), tokens.activations, tokens.validation, tokens.example, tokens.special)
     line = {"epoch": run.epoch, "loss": float(run.loss_sum) / len(tokens.train), "normalized_mse": result["normalized_mse"],
             "prefix_normalized_mse": result["prefix_normalized_mse"], "l0": result["l0"],
             "dead_fraction_training": float((run.tokens_since_fired >= settings.DEAD_AFTER_TOKENS).double().mean())}
-    if settings.ARCHITECTURE in DENSE:
+    if not objective.about(settings.values).picks_k:
         blocks = (run.normalisation(tokens.rows(rows).to(run.loss_sum.device)) for rows in
                   np.array_split(tokens.validation, -(-len(tokens.validation) // 4096)))
-        line["validation_loss"] = validation_loss(run.sae, blocks, **penalty(settings))
+        line["validation_loss"] = validation_loss(run.sae, blocks, **objective.penalty(settings.values))
     return line
 
 

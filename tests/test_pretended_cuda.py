@@ -23,8 +23,8 @@ from fastsae.lm import devices
 from fastsae.runtime import distributed
 from fastsae.runtime.errors import InputError
 from fastsae.sae import initialisation
-from fastsae.sae.architectures import dense_step
 from fastsae.sae.autoencoder import new_sae, reference_step
+from fastsae.sae.dense_step import dense_step
 from fastsae.sae.initialisation import initialise
 from fastsae.sae.sparse_step import sparse_step
 from fastsae.training.run import TrainingRun

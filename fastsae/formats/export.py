@@ -2,12 +2,8 @@
 tests/formats/test_formats.py loads them with these libraries.
 
 The formulas are the same in all three, features = activation(W (x - b_dec) + b_enc), so that
-exporting only renames and transposes:
-
-    topk (with or without prefixes)  SAELens topk       sparsify topk
-    batchtopk                        SAELens jumprelu, its threshold for every feature
-    standard                         SAELens standard
-    jumprelu, gated                  SAELens jumprelu
+exporting only renames and transposes. An architecture's file says what each library calls it, and
+what it has besides these four tensors.
 
 Hooks count blocks from 0: the residual stream after i blocks is `blocks.{i-1}.hook_resid_post`,
 sparsify's `layers.{i-1}`.
@@ -21,6 +17,7 @@ from fastsae.formats.load import architecture_of, architecture_text, meant_token
 from fastsae.lm.names import hub_id, short_name, weights_note
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import InputError
+from fastsae.settings.architectures import ARCHITECTURES
 
 FORMATS = ("saelens", "sparsify")
 # whose layout this is; SAELens drops the metadata of what calls itself older than 6
@@ -60,7 +57,7 @@ def bring_up_to_date(path, kinds):
         tuple(kinds),
         [kind for kind in FORMATS if kind not in kinds and folder_of(path, kind).is_dir()],
     )
-    if "sparsify" in earlier and architecture_of(load_sae(path)[0]) != "topk":
+    if "sparsify" in earlier and not can_hold("sparsify", architecture_of(load_sae(path)[0])):
         storage.set_folder_aside(folder_of(path, earlier.pop(earlier.index("sparsify"))))
     if kinds or earlier:
         export(path, (*kinds, *earlier))
@@ -87,18 +84,26 @@ def folder_of(path, kind):
 def check_export(kind, architecture):
     if kind not in FORMATS:
         raise InputError(f"EXPORT: {kind!r} is unknown. choose {' or '.join(FORMATS)}.")
-    if kind == "sparsify" and architecture != "topk":
+    if not can_hold(kind, architecture):
+        held = [name for name in ARCHITECTURES if can_hold(kind, name)]
         raise InputError(
-            f"EXPORT: sparsify holds topk only, not {architecture}. leave sparsify out, or train with --architecture topk."
+            f"EXPORT: {kind} holds {' and '.join(held)} only, not {architecture}. "
+            f"leave {kind} out, or train with --architecture {' or '.join(held)}."
         )
+
+
+def can_hold(kind: str, architecture: str) -> bool:
+    """Whether the format `kind`, one of FORMATS, has a name for what the architecture computes."""
+    return getattr(ARCHITECTURES[architecture], kind) is not None
 
 
 def saelens_files(sae, meta):
     """{name: bytes} of a folder that `sae_lens.SAE.load_from_disk` reads."""
-    import torch
     from safetensors.torch import save
 
-    architecture = {"batchtopk": "jumprelu"}.get(architecture_of(sae), architecture_of(sae))
+    from fastsae.sae import architectures
+
+    architecture = architectures.of(sae)
     state = {name: value.detach().cpu().float() for name, value in sae.state_dict().items()}
     tensors = {
         "W_enc": state["encoder.weight"].t(),
@@ -106,11 +111,10 @@ def saelens_files(sae, meta):
         "b_enc": state["neuron_bias"],
         "b_dec": state["input_bias"],
     }
-    # a pre-activation counts above max(threshold, 0) here, and above both in SAELens
-    if architecture == "jumprelu":
-        tensors["threshold"] = torch.relu(state["threshold"]).expand(sae.m_total_neurons)
+    own_tensors, own_config = architecture.saelens(sae, state)
+    tensors |= own_tensors
     config = {
-        "architecture": architecture,
+        "architecture": architecture.about.saelens,
         "d_in": sae.input_dim,
         "d_sae": sae.m_total_neurons,
         "dtype": "float32",
@@ -119,9 +123,8 @@ def saelens_files(sae, meta):
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": saelens_metadata(meta),
+        **own_config,
     }
-    if architecture == "topk":
-        config |= {"k": sae.k_active_neurons, "rescale_acts_by_decoder_norm": False}
     weights = save({name: value.contiguous().clone() for name, value in tensors.items()})
     return {"cfg.json": _json(config), "sae_weights.safetensors": weights}
 

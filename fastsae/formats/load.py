@@ -16,6 +16,7 @@ from fastsae.lm.names import described, short_name
 from fastsae.runtime import artifacts
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import InputError
+from fastsae.settings.architectures import ARCHITECTURES
 
 FILES = {
     "saelens": ("sae_weights.safetensors", "cfg.json"),
@@ -230,12 +231,10 @@ def load_sae(path, device="cpu"):
 
 
 def architecture_of(sae) -> str:
-    """What the module computes: topk, batchtopk, standard or jumprelu; gated only while it is
-    trained.
+    """What the module computes, by its name in the registry.
 
-    The answer lies in the module: `new_sae` and `load_sae` put it there. A saved gated one computes
-    JumpReLU. `trained_architecture` says what a checkpoint was trained as, `architecture_text`
-    both.
+    The answer lies in the module: `new_sae` and `load_sae` put it there. A saved one computes the
+    `form` of what it was trained as: `trained_architecture` says that, `architecture_text` both.
     """
     return sae.architecture
 
@@ -249,7 +248,7 @@ def architecture_text(settings) -> str:
     """What an autoencoder trained with `settings` computes, and as what it was trained if that
     differs."""
     trained = trained_architecture(settings)
-    return "jumprelu (trained as gated)" if trained == "gated" else trained
+    return ARCHITECTURES[trained].text if trained in ARCHITECTURES else trained
 
 
 def nested_prefixes(settings) -> list[int]:
@@ -260,11 +259,11 @@ def nested_prefixes(settings) -> list[int]:
 
 def target_k(settings) -> int | None:
     """How many features per token the training aimed at; None where nothing fixes their number."""
-    trained = trained_architecture(settings)
-    aimless = trained in ("standard", "gated") or (
-        trained == "jumprelu" and settings.get("JUMPRELU_LOSS", "target") != "target"
-    )
-    return None if aimless else settings.get("K")
+    about = ARCHITECTURES.get(trained_architecture(settings))
+    if about is None:
+        return settings.get("K")
+    by_target = about.picks_k or settings.get("JUMPRELU_LOSS", "target") == "target"
+    return settings.get("K") if about.aims_at_k and by_target else None
 
 
 def check_fit(path, sae, meta, activations_path, activations_meta, d, setting):

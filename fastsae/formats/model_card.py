@@ -23,6 +23,7 @@ from fastsae.lm.names import described, hub_id, weights_note
 from fastsae.runtime import artifacts
 from fastsae.runtime.storage import as_utf8
 from fastsae.sae.metrics import measured_on
+from fastsae.settings.architectures import ARCHITECTURES
 
 METRICS = (
     ("normalized_mse", "normalised MSE"),
@@ -32,14 +33,6 @@ METRICS = (
     ("cosine_similarity", "cosine similarity"),
     ("mse", "MSE (FAST, eq. 7)"),
 )
-HYPOTHESAES = ("topk", "batchtopk", "standard")  # what hypothesaes.sae.load_model reads
-DOES = {
-    "topk": "the K largest pre-activations of each token, those below 0 left out",
-    "standard": "ReLU",
-    "batchtopk": "every pre-activation above one threshold, learned so that K are active on average",
-    "jumprelu": "every pre-activation above its feature's threshold",
-    "gated": "trained as a gated autoencoder, kept as the JumpReLU one it equals",
-}
 
 MEASURED = {
     "test": "On {0[n_test_tokens]:,} tokens of test examples, which decided neither the weights nor the best epoch.",
@@ -214,7 +207,7 @@ def figures(entries):
         f"{MEASURED[measured_on(metrics)].format(metrics)} Normalised MSE is the squared "
         "error over the variance about the mean.",
         "",
-        *(f"{kind}: {DOES[kind]}." for kind in kinds),
+        *(f"{kind}: {ARCHITECTURES[kind].does}." for kind in kinds),
     ]
 
 
@@ -246,7 +239,7 @@ def loading(entries):
         f'sae = SAE.load_from_disk("{saelens}")',
         "features = sae.encode(activations)",
     )
-    if kind == "topk":
+    if ARCHITECTURES[kind].sparsify:
         lines += with_export(
             path,
             "sparsify",
@@ -261,7 +254,7 @@ def loading(entries):
             "imported, or its decoder fails.",
             "",
         ]
-    if kind in HYPOTHESAES:
+    if ARCHITECTURES[ARCHITECTURES[kind].form].in_hypothesaes:
         lines += [
             "With HypotheSAEs (it unpickles: only for files you trust):",
             *block_of(

@@ -5,8 +5,10 @@ import torch
 
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure
-from fastsae.sae.architectures import DENSE, Normalisation, inference_weights, prepare
+from fastsae.sae import architectures
+from fastsae.sae.normalisation import Normalisation, inference_weights
 from fastsae.sae.sparse_step import TINY, Entries, active_entries, update_threshold
+from fastsae.settings.architectures import ARCHITECTURES, DENSE
 
 CONFIG_NAMES = (
     "input_dim",
@@ -47,37 +49,40 @@ def new_sae(config: dict, device: str | torch.device = "cpu"):
     # above a threshold at inference
     sae = SparseAutoencoder(**{**config, "use_batch_topk": architecture != "topk"}, device=device)
     sae.decoder.weight.data = sae.decoder.weight.data.t().contiguous().t()
-    prepare(sae, architecture)
+    sae.architecture = architecture
+    architectures.of(sae).prepare(sae)
     return sae
 
 
 def inference_form(sae, normalisation):
     """`sae`, trained on normalised activations, as one that takes them as they are; `sae` itself if
     there is nothing to change."""
-    if normalisation == Normalisation() and sae.architecture != "gated":
+    architecture = ARCHITECTURES[sae.architecture].form
+    if normalisation == Normalisation() and sae.architecture == architecture:
         return sae
-    architecture = "jumprelu" if sae.architecture == "gated" else sae.architecture
     form = new_sae({**config_of(sae), "architecture": architecture}, sae.input_bias.device).eval()
     form.load_state_dict(inference_weights(sae, normalisation))
     return form
 
 
 def config_of(sae):
-    """The dict that rebuilds `sae`. HypotheSAEs reads all but JumpReLU's: a standard one is
-    BatchTopK with a threshold of 0 to it."""
+    """The dict that rebuilds `sae`. It names the architecture only where HypotheSAEs has none that
+    computes the same: a standard one is BatchTopK with a threshold of 0 to it."""
     config = {name: getattr(sae, name) for name in CONFIG_NAMES}
-    return (
-        {**config, "architecture": sae.architecture}
-        if sae.architecture in ("jumprelu", "gated")
-        else config
-    )
+    if ARCHITECTURES[sae.architecture].in_hypothesaes:
+        return config
+    return {**config, "architecture": sae.architecture}
 
 
 def with_architecture(config, meta):
-    """A checkpoint's config with the architecture, which `config_of` leaves out of a standard
-    one's."""
-    is_standard = meta.get("settings", {}).get("ARCHITECTURE") == "standard"
-    return {**config, "architecture": "standard"} if is_standard else config
+    """A checkpoint's config with the architecture, where `config_of` left it out though HypotheSAEs
+    has no name for it."""
+    trained = ARCHITECTURES.get(meta.get("settings", {}).get("ARCHITECTURE"))
+    if trained is None:
+        return config
+    kept = ARCHITECTURES[trained.form]
+    left_out = kept.in_hypothesaes and not kept.picks_k
+    return {**config, "architecture": kept.name} if left_out else config
 
 
 def reference_step(sae, x, dead, *, aux_coef):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastsae.sae.architectures import DENSE, start_threshold
+from fastsae.sae import architectures
 
 LEAN = 0.25  # of mixed directions towards a token each, against 1 at random
 MEDIAN_COLUMNS = 512  # sorted at a time
@@ -39,8 +39,7 @@ def initialise(sae, sample, seed, *, directions="xavier", centre="median", encod
     sae.neuron_bias.zero_()
     # from all of the file, whose examples may be sorted
     some = sample[:: math.ceil(len(sample) / 4096)]
-    if sae.architecture == "jumprelu":
-        start_threshold(sae, some)
+    architectures.of(sae).start(sae, some)
     if encoder_scale is None:
         encoder_scale = best_scale(sae, some)
     sae.encoder.weight.mul_(encoder_scale)
@@ -79,9 +78,9 @@ def best_scale(sae, sample):
     from fastsae.sae.sparse_step import active_entries
 
     x = sample - sae.input_bias
-    reconstruction = active_entries(sae, x, training=sae.architecture not in DENSE).times(
-        sae.decoder.weight.t().contiguous()
-    )
+    picks_k = architectures.of(sae).about.picks_k
+    entries = active_entries(sae, x, training=picks_k)
+    reconstruction = entries.times(sae.decoder.weight.t().contiguous())
     squared = float(reconstruction.square().sum())
     return max(float((reconstruction * x).sum()) / squared, 1e-3) if squared > 0 else 1.0
 

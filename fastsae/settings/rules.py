@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from fastsae.settings.architectures import ARCHITECTURES, DENSE
 from fastsae.settings.flags import flag_name
 from fastsae.settings.folders import folder_advice
 from fastsae.settings.kinds import shown
@@ -92,7 +93,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ENGINE": ("sparse", "reference"),
     "SELECT_DTYPE": ("float32", "bfloat16"),
     "LR_SCHEDULE": ("constant", "linear", "cosine"),
-    "ARCHITECTURE": ("topk", "batchtopk", "standard", "jumprelu", "gated"),
+    "ARCHITECTURE": tuple(ARCHITECTURES),
     "JUMPRELU_LOSS": ("target", "step"),
     "LOGGER": ("none", "tensorboard", "wandb"),
     "USE_TOKENS": ("all", "content", "assistant"),
@@ -103,7 +104,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "LLM_PROTOCOL": ("both", "contrastive", "fast"),
     "SELECTION_METHOD": ("separation_score", "correlation", "lasso"),
 }
-DENSE = ("standard", "jumprelu", "gated")  # architectures without a fixed number of active features
 FEATURES = {"M", "K", "AUX_K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES"}
 
 Require = Callable[[Any, str, str, str], None]  # (what must hold, NAME, what is wrong, remedy)
@@ -362,7 +362,8 @@ def check_architecture(values: dict[str, Any], require: Require) -> None:
         "only topk can choose from bfloat16",
         "set it to float32, or give --architecture topk",
     )
-    by_l1 = architecture in ("standard", "gated")
+    about = ARCHITECTURES.get(str(architecture))
+    by_l1 = about is not None and about.coefficient == "L1_COEFFICIENT"
     for name, plays_a_part in (("L1_COEFFICIENT_LIST", by_l1), ("K_LIST", not by_l1)):
         require(
             plays_a_part or not values.get(name),

@@ -7,35 +7,29 @@ from fastsae.formats.load import architecture_of, check_fit, content_sha256, loa
 from fastsae.formats.parts import Parts
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import EnvironmentFailure, InputError
-
-STARTS = {
-    "topk": ("topk",),
-    "batchtopk": ("batchtopk", "topk", "jumprelu"),
-    "standard": ("standard",),
-    "jumprelu": ("jumprelu", "batchtopk", "standard"),
-    "gated": ("jumprelu", "standard"),
-}
+from fastsae.sae import architectures
+from fastsae.settings.architectures import ARCHITECTURES
 
 
 def check_start(path, source, architecture, *, d, m, k):
     """InputError if training `architecture` with M = m on activations of d dimensions cannot start
     from `source`; all at once.
 
-    What one architecture computes another can: JumpReLU what BatchTopK and standard do, gated what
-    JumpReLU does (gated ones are saved as JumpReLU), BatchTopK a JumpReLU whose thresholds are all
-    equal (as it is exported).
+    What one architecture computes another can, as its `starts_from` says; one that learns a single
+    threshold for all features only where the thresholds of `source` are equal (as it is exported).
     """
     its, problems = architecture_of(source), []
-    if its not in STARTS[architecture]:
-        matching = [name for name, starts in STARTS.items() if its in starts]
+    if its not in ARCHITECTURES[architecture].starts_from:
+        matching = [name for name, about in ARCHITECTURES.items() if its in about.starts_from]
         problems.append(
             f"INIT_FROM: {path} is {its}, from which {architecture} cannot start. give --architecture {' or '.join(matching)}."
         )
-    elif (architecture, its) == ("batchtopk", "jumprelu") and not bool(
-        (source.threshold == source.threshold[0]).all()
+    elif ARCHITECTURES[architecture].picks_k and bool(
+        (source.threshold != source.threshold.max()).any()
     ):
         problems.append(
-            f"INIT_FROM: {path} has a threshold of its own for each feature. give --architecture jumprelu."
+            f"INIT_FROM: {path} has a threshold of its own for each feature. "
+            f"give --architecture {its}."
         )
     if source.m_total_neurons != m:
         problems.append(
@@ -101,23 +95,23 @@ def start_from(sae, source, normalisation):
     """Set `sae`, which is trained on normalised activations, to compute what `source` computes on
     activations as they are.
 
-    The inverse of `architectures.inference_weights`; decoder rows get the length 1 that training
+    The inverse of `normalisation.inference_weights`; decoder rows get the length 1 that training
     keeps them at.
     """
+    architecture = architectures.of(sae)
+    picks_k = architecture.about.picks_k
     parts = Parts(
         source.encoder.weight,
         source.decoder.weight.t(),
         source.neuron_bias,
         source.input_bias,
         architecture_of(source),
-        source.threshold
-        if sae.architecture in ("topk", "batchtopk")
-        else source.threshold.expand_as(source.neuron_bias),
+        source.threshold if picks_k else source.threshold.expand_as(source.neuron_bias),
     )
     length = torch.linalg.vector_norm(parts.w_dec, dim=1)
     if bool(((length - 1).abs() > 1e-4).any()):
         parts.unit_rows()
-        if sae.architecture in ("topk", "batchtopk"):
+        if picks_k:
             print(
                 "note: its decoder rows are not of length 1; with these lengths in the features, others may be the largest K of a token."
             )
@@ -134,11 +128,4 @@ def start_from(sae, source, normalisation):
     sae.decoder.weight[:, nothing] = parts.w_dec.shape[1] ** -0.5
     sae.input_bias.copy_((parts.b_dec - mean) * normalisation.scale)
     sae.neuron_bias.copy_(bias)
-    # its magnitudes are the projections themselves, its gates open above the threshold
-    if sae.architecture == "gated":
-        sae.log_magnitude.zero_()
-        sae.gate_bias.copy_(bias - threshold)
-    elif sae.architecture == "jumprelu":
-        sae.threshold.copy_(threshold.expand_as(sae.threshold))
-    elif sae.architecture == "batchtopk":
-        sae.threshold.copy_(threshold.max())
+    architecture.begin_at(sae, bias, threshold)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.runtime.errors import InputError
+from fastsae.settings.architectures import ARCHITECTURES
 
 COPIES = 5  # of the weights: themselves, the best so far, gradients, Adam's two moments
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -57,11 +58,7 @@ def require_memory(m: int, d: int, n_autoencoders: int, device: str) -> None:
 
 def cause_of_divergence(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """The setting to blame for a loss that is not finite: the one furthest above its default."""
-    architecture = values["ARCHITECTURE"]
-    names = ["LEARNING_RATE"]
-    names += ["L1_COEFFICIENT"] * (architecture in ("standard", "gated"))
-    names += ["L0_COEFFICIENT"] * (architecture == "jumprelu")
-    names += ["AUX_COEF"] * (architecture in ("topk", "batchtopk"))
+    names = ["LEARNING_RATE", ARCHITECTURES[values["ARCHITECTURE"]].coefficient]
     above = {name: values[name] / defaults[name] for name in names if defaults.get(name)}
     if values.get("INIT_ENCODER_SCALE"):
         above["INIT_ENCODER_SCALE"] = values["INIT_ENCODER_SCALE"]  # whose usual value is 1

@@ -2,9 +2,8 @@
 
 import torch
 
+from fastsae.sae import architectures
 from fastsae.sae.autoencoder import decode, encode
-
-PER_FEATURE = ("neuron_bias", "gate_bias", "log_magnitude", "threshold")
 
 
 @torch.no_grad()
@@ -33,11 +32,9 @@ def resample(run, x, *, dead_after, seed):
     live[dead] = False
     length = sae.encoder.weight[live].norm(dim=1).mean() if live.any() else torch.tensor(1.0)
     sae.decoder.weight[:, dead] = direction.t()
-    sae.encoder.weight[dead] = (
-        direction * length * (0.2 if sae.architecture in ("standard", "gated") else 1)
-    )
+    sae.encoder.weight[dead] = direction * length * architectures.of(sae).about.fresh_length
     for name, parameter in sae.named_parameters():
-        if name in PER_FEATURE:
+        if parameter.ndim == 1 and name != "input_bias":  # (M,), a value for each feature
             parameter[dead] = parameter[live].mean() if name == "threshold" and live.any() else 0
         state = run.optimizer.state.get(parameter, {})
         for moment in ("exp_avg", "exp_avg_sq"):

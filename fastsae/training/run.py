@@ -12,10 +12,10 @@ import torch
 
 from fastsae.runtime import artifacts, distributed
 from fastsae.runtime.errors import EnvironmentFailure
-from fastsae.sae.architectures import choose_normalisation
 from fastsae.sae.autoencoder import inference_form, new_sae
 from fastsae.sae.initialisation import initialise
 from fastsae.sae.metrics import IN_ALL, evaluate
+from fastsae.sae.normalisation import choose_normalisation
 from fastsae.training.dead_features import considered
 
 

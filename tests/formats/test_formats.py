@@ -25,8 +25,8 @@ from fastsae.lm import embedded
 from fastsae.lm.names import EMBEDDED, described, hub_id
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
-from fastsae.sae.architectures import Normalisation
 from fastsae.sae.autoencoder import decode, encode, inference_form, new_sae, save_sae
+from fastsae.sae.normalisation import Normalisation
 from fastsae.trained_sae import TrainedSae
 from fastsae.training.fine_tuning import check_start, start_from
 

@@ -1,16 +1,22 @@
 """Standard, JumpReLU and Gated: steps by hand and against SAELens (if installed), normalisation
 folded away, whole runs."""
 
+import ast
 import json
 
 import pytest
 import torch
 from conftest import planted_tokens
+from source_tree import PROJECT, python_files
 
 from fastsae.formats.load import load_sae
-from fastsae.sae.architectures import DENSE, Jump, Normalisation, choose_normalisation, dense_step
+from fastsae.sae.architectures import REGISTRY
+from fastsae.sae.architectures.jumprelu import Jump
 from fastsae.sae.autoencoder import decode, encode, inference_form, new_sae
+from fastsae.sae.dense_step import dense_step
 from fastsae.sae.initialisation import initialise
+from fastsae.sae.normalisation import Normalisation, choose_normalisation
+from fastsae.settings.architectures import ARCHITECTURES, DENSE, FOLDER
 
 
 def make(architecture, d=12, m=40, k=4, seed=0):
@@ -336,3 +342,30 @@ def test_contradictions_are_setting_errors(run_main, capsys, flags, name):
     with pytest.raises(SystemExit) as stopped:
         run_main("train_sae", *flags)
     assert stopped.value.code == 2 and f"error: {name}: " in capsys.readouterr().err
+
+
+def test_every_architecture_is_entered_in_the_registry():
+    """The file's name is the architecture's; what is read of it without torch is what it says."""
+    files = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "base"}
+    assert files == set(ARCHITECTURES) == set(REGISTRY)
+    for name, about in ARCHITECTURES.items():
+        assert REGISTRY[name].about == about and about.name == name
+        assert about.form in ARCHITECTURES and set(about.starts_from) <= set(ARCHITECTURES)
+
+
+def test_nothing_but_its_own_file_names_an_architecture():
+    """Outside its file an architecture's name is a word of another library's format, or the
+    registry's; settings that only one has are named in upper case."""
+    names = {"batchtopk", "jumprelu", "gated"}
+    found = {
+        path
+        for path in python_files("fastsae")
+        for node in ast.walk(ast.parse((PROJECT / path).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    own = {f"fastsae/sae/architectures/{name}.py" for name in ARCHITECTURES}
+    registry = {"fastsae/settings/architectures.py"}
+    formats = {"fastsae/formats/readers.py"}
+    # USE_BATCH_TOPK says the same twice
+    twice = {"fastsae/settings/rules.py", "fastsae/formats/load.py", "fastsae/sae/autoencoder.py"}
+    assert found - own == registry | formats | twice

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import planted_tokens
 
-from fastsae.sae.architectures import dense_step
 from fastsae.sae.autoencoder import decode, encode
+from fastsae.sae.dense_step import dense_step
 from fastsae.sae.sparse_step import sparse_step
 from fastsae.training.resampling import resample
 from fastsae.training.run import TrainingRun

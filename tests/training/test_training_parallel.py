@@ -91,7 +91,7 @@ def test_two_processes_train_what_one_does(tmp_path, write_activations):
 STEPS = """
 import os, sys, torch
 from fastsae import parallel
-from fastsae.sae.architectures import dense_step
+from fastsae.sae.dense_step import dense_step
 from fastsae.sae.sparse_step import sparse_step
 from fastsae.training.run import TrainingRun
 parallel.start("cpu")

@@ -1,0 +1,67 @@
+"""What training, saving and exporting ask of an architecture.
+
+All architectures are kept in the module of HypotheSAEs: encoder (M, d), neuron_bias (M,), decoder
+(d, M) with columns of length 1, input_bias (d,), threshold. At inference each is either the K
+largest pre-activations of a token or every pre-activation above the threshold (0 for ReLU), which
+`autoencoder.encode` computes: only training, the start and other libraries' layouts differ.
+"""
+
+import torch
+
+from fastsae.settings.architectures import About
+
+State = dict[str, torch.Tensor]  # of `sae.state_dict()`
+
+
+class Architecture:
+    """The answers of an architecture that adds nothing to HypotheSAEs' module; a file overrides
+    what is its own."""
+
+    about: About
+
+    def prepare(self, sae) -> None:
+        """Give a fresh `hypothesaes.sae.SparseAutoencoder` the parameters of its own, if any."""
+
+    def start(self, sae, sample: torch.Tensor) -> None:
+        """Set these parameters from a sample (n, d), the encoder's rows being of length 1."""
+
+    def constrain(self, sae) -> None:
+        """Bring parameters back into their range, before each step and before the loss is
+        measured."""
+
+    def loss(
+        self, sae, x: torch.Tensor, *, sparsity: float, bandwidth: float, target_l0: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss, features (B, M)) of a batch x (B, d), for autograd.
+
+        The squared error summed over the d dimensions, mean over tokens, plus `sparsity` times the
+        penalty per token. Not asked of an architecture with `about.picks_k`.
+        """
+        raise NotImplementedError(f"{self.about.name} is trained by sparse_step")
+
+    def inference_state(self, state: State) -> State:
+        """The weights of the architecture `about.form` that computes the same."""
+        return state
+
+    def begin_at(self, sae, bias: torch.Tensor, threshold: torch.Tensor) -> None:
+        """Set the parameters of its own so that `sae` fires where W h + bias (M,) is above
+        `threshold` (M,) or 0-d; the weights and neuron_bias stand already."""
+
+    def saelens(self, sae, state: State) -> tuple[State, dict]:
+        """(tensors, settings) that SAELens has for `about.saelens` besides weights and biases."""
+        return {}, {}
+
+
+def pre_activations(sae, x: torch.Tensor) -> torch.Tensor:
+    """(B, M) of a batch x (B, d)."""
+    return sae.encoder(x - sae.input_bias) + sae.neuron_bias
+
+
+def squared_error(sae, features: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Of the reconstruction from features (B, M): summed over dimensions, mean over tokens."""
+    return (sae.decoder(features) + sae.input_bias - x).square().sum(1).mean()
+
+
+def saelens_threshold(sae, state: State) -> State:
+    """A pre-activation counts above max(threshold, 0) here, and above both in SAELens."""
+    return {"threshold": torch.relu(state["threshold"]).expand(sae.m_total_neurons)}

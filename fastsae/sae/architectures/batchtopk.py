@@ -1,0 +1,27 @@
+"""BatchTopK: the K * B largest pre-activations of a batch of B tokens while training, everything
+above one learned threshold otherwise (arXiv 2412.06410). `sparse_step` has its loss."""
+
+from fastsae.sae.architectures.base import Architecture, saelens_threshold
+from fastsae.settings.architectures import About
+
+
+class BatchTopK(Architecture):
+    about = About(
+        name="batchtopk",
+        does="every pre-activation above one threshold, learned so that K are active on average",
+        starts_from=("batchtopk", "topk", "jumprelu"),
+        picks_k=True,
+        aims_at_k=True,
+        coefficient="AUX_COEF",
+        in_hypothesaes=True,
+        saelens="jumprelu",
+    )
+
+    def begin_at(self, sae, bias, threshold):
+        sae.threshold.copy_(threshold.max())
+
+    def saelens(self, sae, state):
+        return saelens_threshold(sae, state), {}
+
+
+ARCHITECTURE = BatchTopK()

@@ -1,0 +1,64 @@
+"""Gated: one product decides which features fire, and scaled by a learned factor how strongly
+(arXiv 2404.16014); kept as the JumpReLU one it equals."""
+
+import torch
+
+from fastsae.sae.architectures.base import Architecture, saelens_threshold, squared_error
+from fastsae.settings.architectures import About
+
+
+class Gated(Architecture):
+    """Learns `gate_bias` (M,) and `log_magnitude` (M,)."""
+
+    about = About(
+        name="gated",
+        does="trained as a gated autoencoder, kept as the JumpReLU one it equals",
+        starts_from=("jumprelu", "standard"),
+        saved_as="jumprelu",
+        saelens="jumprelu",
+        # neither K nor a threshold limits what fires
+        fresh_length=0.2,
+    )
+
+    def prepare(self, sae):
+        sae.gate_bias = torch.nn.Parameter(torch.zeros_like(sae.neuron_bias))
+        sae.log_magnitude = torch.nn.Parameter(torch.zeros_like(sae.neuron_bias))
+
+    def loss(self, sae, x, *, sparsity, bandwidth, target_l0):
+        """Squared error + sparsity * L1 of the gates + squared error of the gates' own
+        reconstruction (arXiv 2404.16014, eq. 8).
+
+        The gates' reconstruction goes through a frozen decoder, as in the paper (SAELens trains the
+        decoder on it too).
+        """
+        projection = sae.encoder(x - sae.input_bias)  # (B, M)
+        gate = projection + sae.gate_bias
+        features = (gate > 0) * torch.relu(projection * sae.log_magnitude.exp() + sae.neuron_bias)
+        opened = torch.relu(gate)
+        by_gates = opened @ sae.decoder.weight.detach().t() + sae.input_bias.detach()
+        loss = (
+            squared_error(sae, features, x)
+            + sparsity * opened.sum(1).mean()
+            + (by_gates - x).square().sum(1).mean()
+        )
+        return loss, features
+
+    def inference_state(self, state):
+        """The gate is open where the magnitude's pre-activation exp(r) h + b exceeds
+        b - exp(r) gate_bias."""
+        state = dict(state)
+        magnitude = state.pop("log_magnitude").exp()
+        state["encoder.weight"] = state["encoder.weight"] * magnitude[:, None]
+        state["threshold"] = torch.relu(state["neuron_bias"] - magnitude * state.pop("gate_bias"))
+        return state
+
+    def begin_at(self, sae, bias, threshold):
+        # its magnitudes are the projections themselves, its gates open above the threshold
+        sae.log_magnitude.zero_()
+        sae.gate_bias.copy_(bias - threshold)
+
+    def saelens(self, sae, state):
+        return saelens_threshold(sae, state), {}
+
+
+ARCHITECTURE = Gated()

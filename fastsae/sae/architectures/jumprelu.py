@@ -1,0 +1,81 @@
+"""JumpReLU: every pre-activation above a threshold learned for each feature (arXiv 2407.14435),
+trained with an L0 penalty (FAST, arXiv 2506.07691, eq. 4 to 6) or towards an L0 (Gemma Scope 2)."""
+
+import torch
+
+from fastsae.sae.architectures.base import (
+    Architecture,
+    pre_activations,
+    saelens_threshold,
+    squared_error,
+)
+from fastsae.settings.architectures import About
+
+
+class JumpReLU(Architecture):
+    """Learns `threshold` (M,)."""
+
+    about = About(
+        name="jumprelu",
+        does="every pre-activation above its feature's threshold",
+        starts_from=("jumprelu", "batchtopk", "standard"),
+        aims_at_k=True,
+        coefficient="L0_COEFFICIENT",
+        saelens="jumprelu",
+    )
+
+    def prepare(self, sae):
+        del sae.threshold  # a buffer, one for all
+        sae.threshold = torch.nn.Parameter(torch.zeros_like(sae.neuron_bias))
+
+    @torch.no_grad()
+    def start(self, sae, sample):
+        """One threshold for all, above which K features fire per token of `sample` (n, d)."""
+        pre = torch.relu(pre_activations(sae, sample))  # (n, M)
+        n_active = min(sae.k_active_neurons * len(sample), pre.numel() - 1)
+        sae.threshold.fill_(pre.flatten().topk(n_active + 1, sorted=False).values.min())
+
+    def constrain(self, sae):
+        # below 0 the gate would let negative pre-activations through
+        sae.threshold.data.clamp_(min=0)
+
+    def loss(self, sae, x, *, sparsity, bandwidth, target_l0):
+        """Squared error + sparsity * L0, or with target_l0 the square of the L0's distance from
+        it."""
+        features, l0 = Jump.apply(pre_activations(sae, x), sae.threshold, bandwidth)
+        penalty = l0 if target_l0 is None else 2 / target_l0 * (l0 - target_l0).square()
+        return squared_error(sae, features, x) + sparsity * penalty.mean(), features
+
+    def begin_at(self, sae, bias, threshold):
+        sae.threshold.copy_(threshold.expand_as(sae.threshold))
+
+    def saelens(self, sae, state):
+        return saelens_threshold(sae, state), {}
+
+
+class Jump(torch.autograd.Function):
+    """JumpReLU and L0 of pre-activations (B, M): (features (B, M), L0 of each token (B,)).
+
+    Straight-through gradients for the thresholds alone, with a rectangular kernel of width
+    `bandwidth` around each (arXiv 2407.14435, eq. 11 and 12); the pre-activations get the gradient
+    of the features that fire.
+    """
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        fires = pre > threshold
+        ctx.save_for_backward(pre, threshold, fires)
+        ctx.bandwidth = bandwidth
+        return pre * fires, fires.sum(1, dtype=pre.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_features, grad_l0):
+        pre, threshold, fires = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        grad_threshold = (
+            -(near * (threshold * grad_features + grad_l0[:, None])).sum(0) / ctx.bandwidth
+        )
+        return grad_features * fires, grad_threshold, None
+
+
+ARCHITECTURE = JumpReLU()

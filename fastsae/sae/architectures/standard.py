@@ -1,0 +1,26 @@
+"""Standard: ReLU, trained with an L1 penalty (FAST, arXiv 2506.07691, eq. 1 to 3)."""
+
+import torch
+
+from fastsae.sae.architectures.base import Architecture, pre_activations, squared_error
+from fastsae.settings.architectures import About
+
+
+class Standard(Architecture):
+    about = About(
+        name="standard",
+        does="ReLU",
+        starts_from=("standard",),
+        in_hypothesaes=True,
+        saelens="standard",
+        # neither K nor a threshold limits what fires
+        fresh_length=0.2,
+    )
+
+    def loss(self, sae, x, *, sparsity, bandwidth, target_l0):
+        """Squared error + sparsity * L1."""
+        features = torch.relu(pre_activations(sae, x))  # (B, M)
+        return squared_error(sae, features, x) + sparsity * features.sum(1).mean(), features
+
+
+ARCHITECTURE = Standard()

@@ -1,0 +1,25 @@
+"""TopK: the K largest pre-activations of each token (arXiv 2406.04093), with prefixes Matryoshka
+(arXiv 2503.17547). `sparse_step` has its loss."""
+
+from fastsae.sae.architectures.base import Architecture
+from fastsae.settings.architectures import About
+
+
+class TopK(Architecture):
+    about = About(
+        name="topk",
+        does="the K largest pre-activations of each token, those below 0 left out",
+        starts_from=("topk",),
+        picks_k=True,
+        aims_at_k=True,
+        coefficient="AUX_COEF",
+        in_hypothesaes=True,
+        saelens="topk",
+        sparsify="topk",
+    )
+
+    def saelens(self, sae, state):
+        return {}, {"k": sae.k_active_neurons, "rescale_acts_by_decoder_norm": False}
+
+
+ARCHITECTURE = TopK()
