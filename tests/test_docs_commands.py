@@ -1,0 +1,196 @@
+"""Every command of the README and of docs/ is run: here in miniature, in forks of forking.py, or by
+the test that ELSEWHERE names.
+
+In miniature means the same script and the same flags, with a tiny model, tiny data and small sizes
+in the place of those that the page names.
+"""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+from conftest import PROJECT
+from forking import Stages
+from loopback import Endpoint
+from test_docs import PAGES
+from tiny_world import KEY, WORDS, answer
+
+import config
+
+ELSEWHERE = {  # what a command holds: the file that runs it, or what CI does with it
+    "run_pipeline.py$": "tests/test_pipeline.py",
+    "-m pytest -q$": ".ci/run",
+    "^.ci/run": ".ci/run",
+    "^pip install": ".ci/run",
+    "torchrun .*extract_activations.py": "tests/activations/test_extraction_scale.py",
+    "torchrun .*train_sae.py": "tests/training/test_training_parallel.py",
+    "hf:": "tests/activations/test_extraction_scale.py",
+    "GEMMA": "tests/formats/test_formats.py",
+    "google/gemma": "tests/lm/test_other_models.py",
+    "experiments": "tests/studies",
+}
+SMALL = {  # flags whose values are made small
+    "--model-name": "MODEL",
+    "--layer-idx": "1",
+    "--layers": "1,2",
+    "--m": "16",
+    "--k": "4",
+    "--k-list": "2,4",
+    "--matryoshka-prefixes": "4,16",
+    "--batch-size": "64",
+    "--buffer-tokens": "200",
+    "--n-top-neurons": "2",
+    "--n-scored-features": "1",
+    "--n-hypotheses": "2",
+}
+TINY = {  # flags that every command gets besides
+    "--device": "cpu",
+    "--model-name": "MODEL",
+    "--layer-idx": "1",
+    "--dataset-path": "dialogues.jsonl",
+    "--m": "16",
+    "--k": "4",
+    "--n-epochs": "1",
+    "--batch-size": "64",
+    "--n-top-neurons": "2",
+    "--n-scored-features": "1",
+    "--n-fidelity-examples": "6",
+    "--block-length": "16",
+}
+
+
+def documented() -> list[str]:
+    """The commands of all pages, each once, without comments."""
+    found = {}
+    for path in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text("utf-8"), re.S):
+            for line in block.splitlines():
+                if command := re.sub(r"\s+# .*", "", line).strip():
+                    found[command] = path.name
+    return list(found)
+
+
+def elsewhere(command: str) -> str | None:
+    """What runs a command that is not run here."""
+    return next((where for mark, where in ELSEWHERE.items() if re.search(mark, command)), None)
+
+
+HERE = [command for command in documented() if not elsewhere(command)]
+
+
+def in_miniature(command: str, model: str) -> tuple[str, dict[str, str | None]]:
+    """(script, {flag: value or None}) of a command, with what is large in it made small."""
+    words = shlex.split(command)
+    start = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    flags: dict[str, str | None] = {}
+    for word in words[start + 1 :]:
+        if word.startswith("--"):
+            flags[name := word] = None
+        else:
+            flags[name] = SMALL.get(name, word).replace("MODEL", model)
+    for name in ("--preset", "--output-dir"):
+        flags.pop(name, None)
+    if (flags.get("--interpreter-model") or "").startswith("local:"):
+        flags["--interpreter-model"] = f"local:{model}"
+    return words[start], flags
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, smol_tokenizer):
+    """(folder with a model, data of every form and the results of stages 1 and 2; the forks)."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("documented")
+    torch.manual_seed(0)
+    options = {"vocab_size": 49152, "hidden_size": 8, "intermediate_size": 16, "head_dim": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    shape = transformers.LlamaConfig(**options, **heads, pad_token_id=2)
+    transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(folder / "model")
+    smol_tokenizer.save_pretrained(folder / "model")
+    texts = [" ".join((WORDS * 3)[i : i + 5 + i % 9]) + f" {i}" for i in range(40)]
+    texts = [f"{i} {text}" for i, text in enumerate(texts)]
+    more = [
+        {
+            "topic": f"t{i % 2}",
+            "cognitive_action": "remembering" if i % 2 else "doubting",
+            "rating": i % 5,
+        }
+        for i in range(40)
+    ]
+    turns = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
+        for text in texts
+    ]
+    for name, rows in {
+        "my_texts.jsonl": [{"text": text} | rest for text, rest in zip(texts, more)],
+        "my_dialogues.jsonl": [{"messages": turn} | rest for turn, rest in zip(turns, more)],
+        "dialogues.jsonl": [{"messages": turn} | rest for turn, rest in zip(turns, more)],
+    }.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "sharegpt.json").write_text(
+        json.dumps([{"conversations": [{"from": "human", "value": text}]} for text in texts])
+    )
+    (folder / "corpus.txt").write_text("\n".join(texts))
+    stages = Stages(TEST_TOKENIZERS=str(folder / "model"))
+    ready = folder / "ready"
+    for script in config.STAGES[:2]:
+        done = run(stages, folder, script, {}, ready)
+        assert done["code"] == 0, done["err"]
+    yield folder, stages
+    stages.close()
+
+
+def run(stages, folder, script, flags, output, **environment):
+    """Run one stage with those of TINY's flags that it knows and the command does not give."""
+    words = []
+    for name, value in (TINY | flags).items():
+        if name in known_flags([script]):
+            value = value and value.replace("MODEL", str(folder / "model"))
+            if name == "--dataset-path":
+                value = str(folder / value)
+            words += [name] if value is None else [name, value]
+    return stages.run(script.removesuffix(".py"), *words, output=output, environment=environment)
+
+
+@pytest.mark.parametrize("command", HERE, ids=lambda command: re.sub(r"[^\w.]+", "-", command)[:60])
+def test_the_command_does_what_it_says(command, tiny, tmp_path):
+    folder, stages = tiny
+    script, flags = in_miniature(command, str(folder / "model"))
+    output, environment = tmp_path / "out", {}
+    # forks know no subprocesses, so the three stages run one after the other
+    names = config.STAGES if script == "run_pipeline.py" else [script]
+    assert not set(flags) - known_flags(names)
+    if names[0] != config.STAGES[0]:
+        shutil.copytree(folder / "ready", output)
+    server = Endpoint(reply=answer) if "OPENAI" in command else None
+    if server:
+        environment = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": KEY}
+    try:
+        for name in names:
+            done = run(stages, folder, name, flags, output, **environment)
+            local = (flags.get("--interpreter-model") or "").startswith("local:")
+            assert done["code"] in ((0, 4) if local else (0,)), done["err"]
+            assert "Traceback" not in done["err"]
+    finally:
+        if server:
+            assert server.requests
+            server.close()
+
+
+def known_flags(scripts) -> set[str]:
+    """Flags that these scripts take."""
+    names = {
+        name for file in ("config.py", *scripts) for name in config.read_settings(PROJECT / file)
+    }
+    flags = {"--" + name.lower().replace("_", "-") for name in names}
+    return flags | {flag.replace("--", "--no-", 1) for flag in flags}
+
+
+def test_what_is_run_elsewhere_is_there():
+    for mark, where in ELSEWHERE.items():
+        assert (PROJECT / where).exists(), where
+        assert any(re.search(mark, command) for command in documented()), mark
+    assert len(HERE) >= 20
