@@ -125,7 +125,7 @@ def test_pages_are_in_plain_english_and_narrow(path):
     text = prose(path.read_text("utf-8"))
     assert not DIALECT.findall(text)
     wide = [line for line in text.splitlines() if len(line) > 100 and "|" not in line]
-    assert not wide or path.name == "measured.md"
+    assert not wide
 
 
 def test_the_demo_is_as_quick_as_the_readme_says():

@@ -29,7 +29,7 @@ ELSEWHERE = {  # what a command holds: the file that runs it, or what CI does wi
     "hf:": "tests/activations/test_extraction_scale.py",
     "GEMMA": "tests/formats/test_formats.py",
     "google/gemma": "tests/lm/test_other_models.py",
-    "experiments": "tests/studies",
+    r"experiments\.(studies|benchmarks|pages)": "tests/studies",
 }
 SMALL = {  # flags whose values are made small
     "--model-name": "MODEL",
@@ -155,6 +155,7 @@ def run(stages, folder, script, flags, output, **environment):
     return stages.run(script.removesuffix(".py"), *words, output=output, environment=environment)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("command", HERE, ids=lambda command: re.sub(r"[^\w.]+", "-", command)[:60])
 def test_the_command_does_what_it_says(command, tiny, tmp_path):
     folder, stages = tiny
@@ -194,3 +195,15 @@ def test_what_is_run_elsewhere_is_there():
         assert (PROJECT / where).exists(), where
         assert any(re.search(mark, command) for command in documented()), mark
     assert len(HERE) >= 20
+
+
+def test_modules_of_experiments_exist():
+    modules = [
+        name
+        for command in documented()
+        for name in re.findall(r"python -m (experiments[\w.]*)", command)
+    ]
+    assert len(modules) >= 8
+    assert not [
+        name for name in modules if not (PROJECT / (name.replace(".", "/") + ".py")).exists()
+    ]
