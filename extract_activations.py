@@ -23,6 +23,7 @@ import config
 from fastsae.activations import extraction, files
 from fastsae.data.datasets import Deduplicator, identity, require_two, stream_examples, stream_text
 from fastsae.data.tokenization import CONTENT, SHARED_PREFIX, ChatTokenizer, cut_blocks, mark_shared_prefix, tokenise
+from fastsae.lm.hook_points import HookPoint
 from fastsae.runtime import artifacts, progress, storage
 from fastsae.runtime.errors import InputError
 from fastsae.runtime.stage import end, run_stage
@@ -122,7 +123,7 @@ def print_summary(settings, layers, started, status, **more):
 
 
 def path_of(settings, layer):
-    return settings.activations_path.with_name(f"activations_layer{layer}.npz")
+    return settings.activations_path.with_name(f"{HookPoint(layer).file_stem}.npz")
 
 
 def describe(settings, layer, inputs):

@@ -29,6 +29,7 @@ from fastsae.activations import files as activations_file
 from fastsae.formats import load
 from fastsae.interpretation import tables
 from fastsae.interpretation.llm import client
+from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import short_name
 from fastsae.runtime import artifacts, progress, ranks, storage
 from fastsae.runtime.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError
@@ -365,7 +366,7 @@ def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settin
 
         model = settings.NEURONPEDIA_MODEL or short_name(features.source["model_name"]).lower()
         paths = write_batches(folder / "neuronpedia", evidence, rows, features.lens, model_id=model, name=settings.NEURONPEDIA_SET,
-                              layer=features.source["settings"]["LAYER_IDX"] - 1)  # Neuronpedia counts blocks from 0
+                              hook_point=HookPoint.of_activations(features.source))
         files = {str(path.relative_to(folder)): artifacts.file_sha256(path) for path in paths}
     tables.write_outputs(folder, texts, jsonl_path, rows, {**metadata, "complete": not incomplete_rows(rows), "summary": features.summary(),
                                                            "files": files})

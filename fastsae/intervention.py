@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastsae.activations.extraction import split_batches
+from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.residual import decoder_stack
 from fastsae.sae.autoencoder import decode, encode
 
@@ -41,7 +42,7 @@ def replaced(model, layer, function):
             return function(output[0]), *output[1:]
         return function(output)
 
-    handle = decoder_stack(model).layers[layer - 1].register_forward_hook(hook)
+    handle = HookPoint(layer).module_in(decoder_stack(model)).register_forward_hook(hook)
     try:
         yield
     finally:

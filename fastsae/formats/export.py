@@ -4,9 +4,6 @@ tests/formats/test_formats.py loads them with these libraries.
 The formulas are the same in all three, features = activation(W (x - b_dec) + b_enc), so that
 exporting only renames and transposes. An architecture's file says what each library calls it, and
 what it has besides these four tensors.
-
-Hooks count blocks from 0: the residual stream after i blocks is `blocks.{i-1}.hook_resid_post`,
-sparsify's `layers.{i-1}`.
 """
 
 import hashlib
@@ -14,6 +11,7 @@ import json
 from pathlib import Path
 
 from fastsae.formats.load import architecture_of, architecture_text, meant_tokens
+from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import hub_id, short_name, weights_note
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import InputError
@@ -26,7 +24,7 @@ SAELENS_VERSION = "6.54.12"
 
 def export(path, kinds):
     """Write the checkpoint at `path` beside itself as `<stem>.saelens/` and
-    `<stem>.sparsify/layers.<i-1>/`.
+    `<stem>.sparsify/layers.<block>/`.
 
     Each appears complete or not at all, and is left alone where it already has this content. Raises
     InputError if a format cannot hold the architecture.
@@ -134,12 +132,12 @@ def saelens_metadata(meta):
     their path."""
     source = meta["activations"]
     settings = source["settings"]
-    block = settings["LAYER_IDX"] - 1
+    hook_point = HookPoint.of_activations(source)
     return {
         "sae_lens_version": SAELENS_VERSION,
         "model_name": hub_id(source["model_name"]) or short_name(source["model_name"]),
-        "hook_name": f"blocks.{block}.hook_resid_post",
-        "hf_hook_name": f"model.layers.{block}",
+        "hook_name": hook_point.transformer_lens,
+        "hf_hook_name": hook_point.hugging_face,
         "hook_head_index": None,
         # a chat template writes its own
         "prepend_bos": not settings.get("USE_CHAT_TEMPLATE", True),
@@ -162,7 +160,7 @@ def own_metadata(meta):
 
 
 def sparsify_files(sae, meta):
-    """{name: bytes} of a folder whose `layers.<i-1>` `sparsify.SparseCoder.load_from_disk` reads."""
+    """{name: bytes} of a folder whose `layers.<block>` `sparsify.SparseCoder.load_from_disk` reads."""
     from safetensors.torch import save
 
     state = {name: value.detach().cpu().float() for name, value in sae.state_dict().items()}
@@ -185,7 +183,7 @@ def sparsify_files(sae, meta):
         "metadata": own_metadata(meta),
     }
     weights = save({name: value.contiguous().clone() for name, value in tensors.items()})
-    layer = f"layers.{meta['activations']['settings']['LAYER_IDX'] - 1}"
+    layer = HookPoint.of_activations(meta["activations"]).sparsify
     return {f"{layer}/cfg.json": _json(config), f"{layer}/sae.safetensors": weights}
 
 

@@ -19,6 +19,7 @@ from fastsae.formats.load import (
     target_k,
     trained_architecture,
 )
+from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import described, hub_id, weights_note
 from fastsae.runtime import artifacts
 from fastsae.runtime.storage import as_utf8
@@ -70,7 +71,8 @@ def signed(text):
 def card(entries):
     """The text for [(path of the checkpoint, its metadata)], which share model, layer and dataset."""
     source = entries[0][1]["activations"]
-    layer, model = source["settings"]["LAYER_IDX"], source["model_name"]
+    hook_point, model = HookPoint.of_activations(source), source["model_name"]
+    layer = hook_point.layer
     title = "Sparse autoencoder" if len(entries) == 1 else f"{len(entries)} sparse autoencoders"
     return "\n".join(
         [
@@ -80,8 +82,9 @@ def card(entries):
             "",
             f"# {title} of {code(described(model))}, layer {layer}",
             "",
-            f"Reads the residual stream after {layer} blocks (`hidden_states[{layer}]`, in TransformerLens "
-            f"`blocks.{layer - 1}.hook_resid_post`) as it is: scale and mean are part of the weights.",
+            f"Reads the residual stream after {layer} blocks "
+            f"(`hidden_states[{hook_point.hidden_states_index}]`, in TransformerLens "
+            f"`{hook_point.transformer_lens}`) as it is: scale and mean are part of the weights.",
             "",
             *([f"The model's weights: {code(note)}.", ""] if (note := weights_note(model)) else []),
             *provenance(entries[0][1]),
@@ -214,10 +217,8 @@ def figures(entries):
 def loading(entries):
     """Code for each library that can hold the architecture faithfully."""
     path, meta = entries[0]
-    kind, block = (
-        trained_architecture(meta["settings"]),
-        meta["activations"]["settings"]["LAYER_IDX"] - 1,
-    )
+    kind = trained_architecture(meta["settings"])
+    layer = HookPoint.of_activations(meta["activations"]).sparsify
     saelens, sparsify = (folder_of(path, name).name for name in ("saelens", "sparsify"))
     lines = [
         "With this project:",
@@ -246,7 +247,7 @@ def loading(entries):
             "sparsify",
             "from sparsify import SparseCoder",
             "",
-            f'sae = SparseCoder.load_from_disk("{sparsify}/layers.{block}")',
+            f'sae = SparseCoder.load_from_disk("{sparsify}/{layer}")',
             "top_acts, top_indices, _ = sae.encode(activations)",
         )
         lines += [

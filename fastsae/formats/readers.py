@@ -5,11 +5,13 @@ Each returns `Parts`, or raises InputError where these could not hold exactly wh
 """
 
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from fastsae.formats.parts import Config, Parts, Tensors, read_config, read_safetensors
+from fastsae.lm.hook_points import HookPoint
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
@@ -35,16 +37,16 @@ HYPOTHESAES_CONFIG = (
 )
 
 
-def layer_of_hook(name, where):
-    """LAYER_IDX (blocks before the residual stream) of a hook's name; None if there is no name."""
+def layer_of_hook(name: str | None, where: Path) -> int | None:
+    """LAYER_IDX of a hook's name; None if there is no name. InputError if it is another place than
+    the residual stream."""
     if not name:
         return None
-    if found := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", name):
-        return int(found[1]) + (found[2] == "post")
-    if found := re.fullmatch(r"(?:[A-Za-z_]\w*\.)*(?:layers|h)[._](\d+)", name):
-        return int(found[1]) + 1
+    if hook_point := HookPoint.parse(name):
+        return hook_point.layer
     raise InputError(
-        f"{where}: was trained on {name[:80]!r}, not on the residual stream. only residual-stream autoencoders fit here."
+        f"{where}: was trained on {name[:80]!r}, not on the residual stream. "
+        "only residual-stream autoencoders fit here."
     )
 
 
@@ -248,10 +250,10 @@ def read_gemma_scope(path):
         weights.take("threshold", m),
     )
     weights.finish()
-    found = re.findall(r"layer_(\d+)", str(path.resolve()))
+    hook_point = HookPoint.of_gemma_scope(str(path.resolve()))
     parts.about = {
         "format": "gemma scope",
-        "layer": int(found[-1]) + 1 if found else None,
+        "layer": hook_point and hook_point.layer,
         "hook_name": None,
         "model_name": None,
     }
@@ -338,11 +340,13 @@ def read_dictionary_learning(path, values):
     parts = dictionary_parts(kind, weights, trainer)
     weights.finish()
     hook, layer = trainer.get("submodule_name", str), trainer.get("layer", int)
+    if layer is not None and layer < 0:
+        trainer.refuse("layer", "is below 0. get another copy of the file")
     if hook and not hook.startswith("resid_post"):
         layer_of_hook(hook, trainer.path)
     parts.about = {
         "format": "dictionary_learning",
-        "layer": None if layer is None else layer + 1,
+        "layer": None if layer is None else HookPoint.of_block(layer).layer,
         "hook_name": hook,
         "model_name": trainer.get("lm_name", str),
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsae.data.token_text import seen_values
+from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import short_name
 from fastsae.runtime import artifacts, storage
 
@@ -162,12 +163,11 @@ def check(value, schema: dict = SCHEMA, where="batch"):
         )
 
 
-def write_batches(folder, evidence, rows, lens, *, model_id, layer, name):
-    """Write `batch-000.json`, ... for all features that fire, and return their paths; `layer`
-    counts blocks from 0."""
+def write_batches(folder, evidence, rows, lens, *, model_id, hook_point: HookPoint, name):
+    """Write `batch-000.json`, ... for all features that fire, and return their paths."""
     alive, source, paths = (
         [row["feature"] for row in rows if row["status"] != "dead"],
-        f"{layer}-{name}",
+        hook_point.neuronpedia_source(name),
         [],
     )
     if beyond := [j for j in alive if j > MAX_INDEX]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fastsae.lm.checks import move, require_causal
+from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.loading import load_model
 from fastsae.runtime.errors import InputError
 
@@ -63,7 +64,7 @@ class ResidualModel:
         self.d_model = model.config.get_text_config().hidden_size
         self._streams = {}
         for layer in self.layers:
-            stack.layers[layer - 1].register_forward_hook(
+            HookPoint(layer).module_in(stack).register_forward_hook(
                 lambda _, __, out, layer=layer: self._streams.update(
                     {layer: out[0] if isinstance(out, tuple) else out}
                 )

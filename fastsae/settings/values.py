@@ -33,6 +33,11 @@ def run_name_of(dataset_path: str) -> str:
     return name if name.strip(". ") else "dataset"
 
 
+def activations_stem(layer: int) -> str:
+    """The name, without its ending, of the files of a layer's activations."""
+    return f"activations_layer{layer}"
+
+
 class Settings:
     """The settings of one run, frozen: `settings.M`, `settings.source["M"]`, `settings.values`.
 
@@ -95,7 +100,7 @@ class Settings:
 
     @property
     def activations_path(self) -> Path:
-        return self.output_dir / "activations" / f"activations_layer{self.LAYER_IDX}.npz"
+        return self.output_dir / "activations" / f"{activations_stem(self.LAYER_IDX)}.npz"
 
     @property
     def run_dir(self) -> Path:
