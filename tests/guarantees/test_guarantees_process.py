@@ -262,10 +262,12 @@ def test_a_second_run_is_told_who_writes(tmp_path, capsys):
 def test_what_a_killed_run_left_is_no_obstacle(tmp_path):
     path = tmp_path / "a.npz"
     (tmp_path / ".a.npz.lock").write_text("process 1 on nowhere, since 01 Jan 00:00:00")
-    for name in (".a.npz.0123.tmp", ".a-00001-of-00002.npz.45.tmp", ".ab.npz.67.tmp"):
+    mine = (".a.npz.0123abcd.tmp", ".a-00001-of-00002.npz.45454545.tmp")
+    others = (".ab.npz.67676767.tmp", ".a.npz.mine.tmp")  # of another output, of another program
+    for name in (*mine, *others):
         (tmp_path / name).touch()
     assert run_stage(lambda: storage.claim(path, "--output-dir")) == 0
-    assert [p.name for p in tmp_path.iterdir()] == [".ab.npz.67.tmp"]  # another output's
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(others)
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 
+from fastsae.activations.files import read_metadata
 from fastsae.runtime import progress
 from fastsae.runtime.console import Console, shown
 from fastsae.runtime.errors import EnvironmentFailure, InputError
@@ -355,10 +356,8 @@ def test_names_that_are_not_utf_8(tmp_path, run_main, world, capsys):
     for path in (tmp_path / "out").rglob("*"):
         if path.is_file() and path.suffix not in (".npz", ".pt", ".png"):
             path.read_bytes().decode("utf-8")
-    about = json.loads(
-        (tmp_path / "out" / "interpretations.jsonl").read_text(encoding="utf-8").splitlines()[0]
-    )
-    assert "caf\udce9" in json.dumps(about, ensure_ascii=False)
+    about = read_metadata(tmp_path / "out" / "activations" / "activations_layer1.npz")
+    assert about["dataset_path"].endswith("caf\udce9.jsonl")
 
 
 def test_a_text_that_is_not_utf_8_is_refused(outcome):
