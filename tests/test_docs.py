@@ -5,6 +5,7 @@ import re
 
 import pytest
 from conftest import PROJECT
+from source_tree import python_files
 
 import config
 
@@ -111,7 +112,7 @@ def test_files_and_tests_named_in_the_pages_exist():
             if re.fullmatch(r"(fastsae|tests|experiments|docs|data|\.ci)/[\w./-]+", code):
                 if not (PROJECT / code).exists() and not (PROJECT / "fastsae" / code).exists():
                     missing.append((path.name, code))
-            elif re.fullmatch(r"(test)?_\w+", code):
+            elif re.fullmatch(r"test_\w+" if path.stem != "guarantees" else r"(test)?_\w+", code):
                 if (
                     f"{code if code.startswith('test') else 'test_guarantees' + code}.py"
                     not in names
@@ -132,3 +133,15 @@ def test_the_demo_is_as_quick_as_the_readme_says():
     demo = json.loads((PROJECT / "experiments" / "results" / "demo.json").read_text("utf-8"))
     stages = [demo["seconds"][name] for name in config.STAGES]
     assert "two minutes" in PAGES[0].read_text("utf-8") and sum(stages) < 120
+
+
+def test_what_the_guide_for_additions_names_is_in_the_code():
+    guide = (
+        (PROJECT / "docs" / "contributing.md").read_text("utf-8").partition("## Where to look")[2]
+    )
+    code = "\n".join(
+        (PROJECT / path).read_text("utf-8") for path in python_files("fastsae", "tests")
+    )
+    names = set(re.findall(r"`([A-Za-z_]\w{2,})(?:\(.*?\))?`", guide)) - {"pytest"}
+    assert len(names) >= 15
+    assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
