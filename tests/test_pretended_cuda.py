@@ -15,7 +15,6 @@ import transformers
 from conftest import planted_tokens
 from pretended_cuda import Refused, device_of, pretended
 
-import train_sae
 from fastsae import load_sae
 from fastsae.activations import extraction
 from fastsae.interpretation.llm import client
@@ -27,6 +26,7 @@ from fastsae.sae.autoencoder import new_sae, reference_step
 from fastsae.sae.dense_step import dense_step
 from fastsae.sae.initialisation import initialise
 from fastsae.sae.sparse_step import sparse_step
+from fastsae.training import loop
 from fastsae.training.run import TrainingRun
 
 WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()
@@ -235,12 +235,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
 ):
     for name in ("whole", "stopped"):
         shutil.copytree(extracted, tmp_path / name)
-    step, n_steps = train_sae.one_step, []
+    step, n_steps = loop.one_step, []
 
     def stop_at_5(*arguments):
         n_steps.append(1)
         if len(n_steps) == 5:
-            monkeypatch.setattr(train_sae, "stop_asked", lambda: True)
+            monkeypatch.setattr(loop, "stop_asked", lambda: True)
         step(*arguments)
 
     with pretended():
@@ -248,7 +248,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
             run_stages(tmp_path / "whole", "cuda", VARIANTS[variant], ["train_sae"])
         )[1]
         with monkeypatch.context() as patch:
-            patch.setattr(train_sae, "one_step", stop_at_5)
+            patch.setattr(loop, "one_step", stop_at_5)
             flags = [
                 *small[1][:2],
                 *small[1][4:],
@@ -258,7 +258,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
                 tmp_path / "stopped",
             ]
             assert run_main("train_sae", *flags, *TRAINING, *VARIANTS[variant]) == 130
-        monkeypatch.setattr(train_sae, "stop_asked", lambda: False)
+        monkeypatch.setattr(loop, "stop_asked", lambda: False)
         assert list((tmp_path / "stopped").rglob("*.resume.pt")) and len(n_steps) == 5
         found = trained(run_stages(tmp_path / "stopped", "cuda", VARIANTS[variant], ["train_sae"]))[
             1

@@ -57,7 +57,7 @@ def test_encoding_changes_nothing():
 
 def test_initialisation_takes_a_sample(write_activations, run_main, monkeypatch):
     import fastsae.training.run as training_run
-    import train_sae
+    from fastsae.training import loop
 
     seen = []
 
@@ -86,7 +86,7 @@ def test_initialisation_takes_a_sample(write_activations, run_main, monkeypatch)
         )
         == 0
     )
-    assert seen == [train_sae.INIT_SAMPLE] and train_sae.INIT_SAMPLE < 40_000
+    assert seen == [loop.INIT_SAMPLE] and loop.INIT_SAMPLE < 40_000
 
 
 @pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "OPENAI_KEY_SAE"])

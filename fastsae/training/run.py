@@ -4,9 +4,7 @@ step and go on from there."""
 import copy
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,12 +24,6 @@ class TrainingRun:
     counts tokens. The data order is a function of seed and epoch alone, so these place a run
     exactly. `start` goes to `initialise`.
     """
-
-    # these three are train_sae.py's: what is trained, where its state is kept, who hears of an
-    # epoch
-    plan: Any
-    state_path: Path
-    log: Callable[[dict], None]
 
     def __init__(self, config, sample, *, seed, device, learning_rate, normalise="none", **start):
         self.sae, sample = new_sae(config, device).eval(), sample.to(device)
@@ -125,17 +117,25 @@ class TrainingRun:
             keep_old=False,
         )
 
-    def restore(self, path, fingerprint):
-        """Take over a saved state if it belongs to the same run; True if it did. A damaged one is
-        left out with a line said."""
+    def resume(self, path: Path, fingerprint: str) -> bool:
+        """Take over the state saved at `path` if it is of the same run; True if it was.
+
+        Says so; also where the state is damaged, or of a run with other settings, whose place this
+        run's state will take.
+        """
         if not path.exists():
             return False
         try:
             state = artifacts.read_checkpoint(path)
-            if state["fingerprint"] != fingerprint:
-                return False
+            of_this_run = state["fingerprint"] == fingerprint
         except (EnvironmentFailure, KeyError, TypeError) as error:
             print(f"not continued: {error}")
+            return False
+        if not of_this_run:
+            print(
+                f"warning: {path} is of an unfinished run with other settings, and this run's "
+                "state will take its place. stop now and move it away to keep it."
+            )
             return False
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -147,6 +147,7 @@ class TrainingRun:
             name: value.to(self.loss_sum.device) for name, value in state["best_state"].items()
         }
         self._since = time.perf_counter()
+        print(f"going on in epoch {self.epoch}, after {self.trained_tokens:,} tokens")
         return True
 
 

@@ -305,7 +305,7 @@ def test_parts_of_other_settings_are_named_and_those_of_finished_work_go(tmp_pat
 def stopped_retraining(tmp_path, write_activations, run_main):
     """The flags of a run that is finished, and of one with other settings that was stopped in its
     third epoch; the first one's files."""
-    import train_sae
+    from fastsae.training import loop
 
     flags = [
         *write_activations(planted_tokens(600, 8, 16, 2)[0], [20] * 30),
@@ -316,7 +316,7 @@ def stopped_retraining(tmp_path, write_activations, run_main):
     other, folder = [*flags, "--learning-rate", 0.002], tmp_path / "checkpoints" / "test"
     assert run_main("train_sae", *flags) == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    plain, epochs = train_sae.end_epoch, []
+    plain, epochs = loop.end_epoch, []
 
     def end_epoch(run, tokens):
         epochs.append(plain(run, tokens))
@@ -325,7 +325,7 @@ def stopped_retraining(tmp_path, write_activations, run_main):
         return epochs[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sae, "end_epoch", end_epoch)
+        patch.setattr(loop, "end_epoch", end_epoch)
         assert run_main("train_sae", *other) == 143
     return flags, other, before
 

@@ -333,7 +333,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 ):
     """Stopped by a signal in the middle of epochs, with dead features present; the same command
     goes on."""
-    import fastsae.training.run as training_run
+    from fastsae.training import loop
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
     flags = [
@@ -354,7 +354,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     history = (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text()
     checkpoint_of(tmp_path).unlink()
     steps = []
-    original = training_run.learning_rate_factor
+    original = loop.learning_rate_factor
 
     def count(step, **options):
         steps.append(step)
@@ -364,7 +364,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 
     codes = []
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "learning_rate_factor", count)
+        patch.setattr(loop, "learning_rate_factor", count)
         while not codes or codes[-1]:
             codes.append(run_main("train_sae", *flags))
             assert len(codes) < 20

@@ -120,7 +120,7 @@ def test_resampling_revives_what_would_stay_dead():
 def test_a_run_with_resampling_goes_on_where_it_was_stopped(
     tmp_path, write_activations, run_main, monkeypatch
 ):
-    import fastsae.training.run as training_run
+    from fastsae.training import loop
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
     flags = [
@@ -137,7 +137,7 @@ def test_a_run_with_resampling_goes_on_where_it_was_stopped(
     ]
     assert run_main("train_sae", *flags) == 0
     path = tmp_path / "checkpoints" / "test" / "SAE_M=64_K=2.pt"
-    whole, original, steps = path.read_bytes(), training_run.learning_rate_factor, []
+    whole, original, steps = path.read_bytes(), loop.learning_rate_factor, []
     path.unlink()
 
     def stop_at_14(step, **options):
@@ -147,7 +147,7 @@ def test_a_run_with_resampling_goes_on_where_it_was_stopped(
         return original(step, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "learning_rate_factor", stop_at_14)
+        patch.setattr(loop, "learning_rate_factor", stop_at_14)
         assert run_main("train_sae", *flags) == 143
         assert run_main("train_sae", *flags) == 0
     assert path.read_bytes() == whole

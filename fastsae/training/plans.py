@@ -1,0 +1,75 @@
+"""Which autoencoders one command trains, where each goes, and what identifies it."""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastsae.formats.load import content_sha256, start_of
+from fastsae.runtime import artifacts
+from fastsae.sae import autoencoder
+from fastsae.settings.values import Settings
+from fastsae.training.dead_features import tokens_until_dead
+
+
+class Plan(NamedTuple):
+    """One autoencoder to train."""
+
+    settings: Settings  # its own: K, SEED and the like are single values
+    path: Path  # of its checkpoint
+    metadata: dict[str, Any]  # of its checkpoint, fingerprint included
+    start: Path | None  # the autoencoder that INIT_FROM stands for here
+    several: bool  # whether the same pass trains others too
+
+    def beside(self, name: str) -> Path:
+        """The path of metrics.json and the like: that of the run, or the checkpoint's own where a
+        pass trains several."""
+        return self.path.with_suffix(f".{name}") if self.several else self.path.with_name(name)
+
+
+def make_plans(settings: Settings, source: dict[str, Any], decisive: Iterable[str]) -> list[Plan]:
+    """A Plan for each of SEEDS x K_LIST x L1_COEFFICIENT_LIST, or the one that the settings without
+    lists describe.
+
+    `source` is the metadata of the activations, `decisive` names the settings that decide the
+    weights.
+    """
+    choices = list(
+        itertools.product(
+            settings.SEEDS or [settings.SEED],
+            settings.K_LIST or [settings.K],
+            settings.L1_COEFFICIENT_LIST or [settings.L1_COEFFICIENT],
+        )
+    )
+    plans = []
+    for seed, k, l1 in choices:
+        own = own_settings(settings, k, l1)
+        path = settings.run_dir / checkpoint_name(own, seed)
+        start = start_of(settings.INIT_FROM, path)
+        inputs = {"activations": source["fingerprint"]}
+        if start:
+            inputs["init_from"] = content_sha256(start)
+        decided_by = {**own.select([*decisive, "SEED"]), "INIT_SEED": seed}
+        metadata = artifacts.new_metadata("sae", decided_by, inputs, activations=source)
+        plans.append(Plan(own, path, metadata, start, several=len(choices) > 1))
+    return plans
+
+
+def own_settings(settings: Settings, k: int, l1: float) -> Settings:
+    """The settings of one autoencoder, with what follows from its K."""
+    dead_after = settings.DEAD_AFTER_TOKENS or tokens_until_dead(settings.M, k, settings.BATCH_SIZE)
+    return settings.replace(K=k, L1_COEFFICIENT=l1, DEAD_AFTER_TOKENS=dead_after)
+
+
+def checkpoint_name(settings: Settings, seed: int) -> str:
+    """The file's name, with the coefficient and the seed where there are several."""
+    prefixes = list(settings.MATRYOSHKA_PREFIXES) if settings.USE_MATRYOSHKA else None
+    name = autoencoder.checkpoint_name(
+        settings.M, settings.K, prefixes, settings.ARCHITECTURE
+    ).removesuffix(".pt")
+    if settings.L1_COEFFICIENT_LIST:
+        l1 = settings.L1_COEFFICIENT
+        name += f"_L1={l1:g}" if float(f"{l1:g}") == l1 else f"_L1={l1!r}"
+    if settings.SEEDS:
+        name += f"_seed={seed}"
+    return f"{name}.pt"
