@@ -145,3 +145,19 @@ def test_what_the_guide_for_additions_names_is_in_the_code():
     names = set(re.findall(r"`([A-Za-z_]\w{2,})(?:\(.*?\))?`", guide)) - {"pytest"}
     assert len(names) >= 15
     assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
+
+
+def test_generated_figures_and_tables_are_up_to_date():
+    from experiments.pages import numbers
+
+    stale = [path.name for path, text in numbers.pages().items() if path.read_text("utf-8") != text]
+    assert not stale, "run python -m experiments.pages.numbers"
+
+
+def test_a_generated_figure_that_was_edited_is_found():
+    from experiments.pages import numbers
+
+    text = PAGES[0].read_text("utf-8")
+    assert numbers.written(text) == text
+    edited = text.replace("active features per token and", "active features per token, and")
+    assert edited != text and numbers.written(edited) == text

@@ -9,6 +9,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import PROJECT
@@ -29,7 +31,8 @@ ELSEWHERE = {  # what a command holds: the file that runs it, or what CI does wi
     "hf:": "tests/activations/test_extraction_scale.py",
     "GEMMA": "tests/formats/test_formats.py",
     "google/gemma": "tests/lm/test_other_models.py",
-    r"experiments\.(studies|benchmarks|pages)": "tests/studies",
+    r"experiments\.studies": "tests/studies",
+    r"experiments\.pages": "tests/test_docs.py",
 }
 SMALL = {  # flags whose values are made small
     "--model-name": "MODEL",
@@ -77,7 +80,8 @@ def elsewhere(command: str) -> str | None:
     return next((where for mark, where in ELSEWHERE.items() if re.search(mark, command)), None)
 
 
-HERE = [command for command in documented() if not elsewhere(command)]
+HELP = [command for command in documented() if command.endswith(" --help")]
+HERE = [command for command in documented() if not elsewhere(command) and command not in HELP]
 
 
 def in_miniature(command: str, model: str) -> tuple[str, dict[str, str | None]]:
@@ -188,6 +192,14 @@ def known_flags(scripts) -> set[str]:
     }
     flags = {"--" + name.lower().replace("_", "-") for name in names}
     return flags | {flag.replace("--", "--no-", 1) for flag in flags}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_is_there(command):
+    words = shlex.split(command)
+    assert words.pop(0) == "python"
+    done = subprocess.run([sys.executable, *words], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "usage" in done.stdout
 
 
 def test_what_is_run_elsewhere_is_there():
