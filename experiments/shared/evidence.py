@@ -10,6 +10,7 @@ Where an endpoint is configured, a language model scores features from 1 to 5 by
 import numpy as np
 
 from experiments.shared import heldout
+from experiments.shared.statistics import interval, widened
 
 AUC_BOUND = 0.8
 # a feature that fires once has purity 1 and one that fires seldom AUC 0.5, whatever it means: such
@@ -137,13 +138,13 @@ def study(cells, labelled):
             ]
             if len(values) == len(found):
                 value, draws[group, name] = resampled(values, statistic, seed=len(rows))
-                row[name] = {"value": value, "interval": heldout.interval(draws[group, name])}
+                row[name] = {"value": value, "interval": interval(draws[group, name])}
         rows.append(row)
     for row in rows:
         same = tuple(row[part] for part in ("architecture", "layer", "sinks_in_training"))
         for name in [name for name in STATISTICS if name in row and row["source"] != "FAST"]:
             if (("FAST", *same), name) in draws:  # not where the language model gave it no score
-                row[name]["below_fast_by"] = heldout.interval(
+                row[name]["below_fast_by"] = interval(
                     draws[("FAST", *same), name] - draws[(row["source"], *same), name]
                 )
     return rows
@@ -171,6 +172,6 @@ def resampled(by_seed, statistic, seed=0, n=heldout.N_BOOTSTRAP):
             found.mean(),
             found[random.integers(0, len(found), len(found))].mean(),
         )
-    return float(np.mean([statistic(values) for values in by_seed])), heldout.widened(
+    return float(np.mean([statistic(values) for values in by_seed])), widened(
         of_features, of_both, len(by_seed)
     )

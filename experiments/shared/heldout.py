@@ -10,6 +10,14 @@ import json
 
 import numpy as np
 
+from experiments.shared.statistics import (
+    bootstrap_counts,
+    draw_seeds,
+    interval,
+    seed_factor,
+    widened,
+)
+
 SPECIAL = (
     "user",
     "assistant",
@@ -160,7 +168,7 @@ def resampled(errors, seeds_drawn):
     errors = errors[:, ~np.isnan(errors).any(0)]
     n = errors.shape[1]
     # (N_BOOTSTRAP, n_dialogues)
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), len(seeds_drawn)) / n
+    weights = bootstrap_counts(n, len(seeds_drawn)) / n
     # (N_BOOTSTRAP, n_seeds)
     by_seed = weights @ errors.T
     return (
@@ -168,31 +176,6 @@ def resampled(errors, seeds_drawn):
         np.take_along_axis(by_seed, seeds_drawn, axis=1).mean(1),
         float(errors.mean()),
     )
-
-
-def seed_factor(n_seeds):
-    """How far the seeds' part of a bootstrap has to be widened, since so few seeds vary less among
-    each other than all would.
-
-    Their spread is that of Student's t with n - 1 degrees of freedom, and the bootstrap's variance
-    is (n - 1) / n of the right one.
-    """
-    from scipy.stats import t
-
-    return (
-        float(t.ppf(0.975, n_seeds - 1) / 1.96 * np.sqrt(n_seeds / (n_seeds - 1)))
-        if n_seeds > 1
-        else 1.0
-    )
-
-
-def draw_seeds(n_seeds, stream):
-    """(N_BOOTSTRAP, n_seeds) numbers of seeds, drawn with replacement."""
-    return np.random.default_rng((1, stream)).integers(0, n_seeds, (N_BOOTSTRAP, n_seeds))
-
-
-def interval(values):
-    return [float(v) for v in np.quantile(values, (0.025, 0.975))]
 
 
 def ordering(arrays):
@@ -206,7 +189,9 @@ def ordering(arrays):
     """
     drawn, means = {}, {}
     for stream, (source, errors) in enumerate(arrays.items()):
-        of_dialogues, of_both, means[source] = resampled(errors, draw_seeds(len(errors), stream))
+        of_dialogues, of_both, means[source] = resampled(
+            errors, draw_seeds(len(errors), N_BOOTSTRAP, stream)
+        )
         drawn[source] = np.log2(of_dialogues) + seed_factor(len(errors)) * np.log2(
             of_both / of_dialogues
         )
@@ -231,11 +216,6 @@ def ordering(arrays):
     return result
 
 
-def widened(of_dialogues, of_both, n_seeds):
-    """(N_BOOTSTRAP,) draws of `resampled` with the seeds' part widened by `seed_factor`."""
-    return of_dialogues + seed_factor(n_seeds) * (of_both - of_dialogues)
-
-
 def gap_on_sinks(fast, other):
     """The part of the gap in MSE_st (all tokens) that lies on sinks: the mean over dialogues splits
     into sinks and other tokens.
@@ -245,7 +225,7 @@ def gap_on_sinks(fast, other):
     """
     names, draws = (
         ("mse_special, all tokens", "mse_special, part on sinks"),
-        [draw_seeds(len(fast[PER_DIALOGUE[0]]), s) for s in (0, 1)],
+        [draw_seeds(len(fast[PER_DIALOGUE[0]]), N_BOOTSTRAP, s) for s in (0, 1)],
     )
     (gaps, gap), (parts, part) = (
         (widened(*b[:2], n) - widened(*a[:2], n), b[2] - a[2])

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from experiments.shared.statistics import bootstrap_counts, interval_of_finite
 from experiments.shared.subjects import example_ids, meant_for, some_dialogues
 from fastsae.data.tokenization import SHARED_PREFIX
 
@@ -61,17 +62,14 @@ def effect(change, kl, fires, counted, example, seed):
         np.bincount(example[here], change[here], minlength=n_examples),
         np.bincount(example[here], minlength=n_examples),
     )
-    draws = np.random.default_rng(seed).multinomial(
-        n_examples, np.full(n_examples, 1 / n_examples), N_BOOTSTRAP
-    )
+    draws = bootstrap_counts(n_examples, N_BOOTSTRAP, seed)
     with np.errstate(invalid="ignore"):
         means = (draws @ sums) / (draws @ counts)
-    interval = [float(q) for q in np.nanquantile(means, (0.025, 0.975))] if here.any() else None
     return {
         "share_of_examples": float(np.mean(np.bincount(example, fires, minlength=n_examples) > 0)),
         "share_of_tokens": float(fires.mean()),
         "change_where_it_fires": mean(here),
-        "interval": interval,
+        "interval": interval_of_finite(means),
         "change_after_a_firing_token": mean(here & follows),
         "change_elsewhere": mean(counted & ~in_firing),
         "kl_where_it_fires": float(kl[here].mean()) if here.any() else None,

@@ -18,6 +18,7 @@ import numpy as np
 
 import config
 from experiments.shared.provenance import RESULTS, remembered, write_figure, write_result
+from experiments.shared.statistics import bootstrap_counts, interval_of_finite
 from experiments.shared.subjects import (
     STAGES,
     example_ids,
@@ -150,9 +151,7 @@ def of_tokens(losses, rows, example, settings):
         for name, value in losses.items()
     }
     count = np.bincount(example[rows], minlength=n_examples)  # (n_examples,)
-    draws = np.random.default_rng(settings.SEED).multinomial(
-        n_examples, np.full(n_examples, 1 / n_examples), settings.N_BOOTSTRAP
-    )
+    draws = bootstrap_counts(n_examples, settings.N_BOOTSTRAP, settings.SEED)
     n = int(count.sum())
     result = {
         "n_tokens": n,
@@ -165,13 +164,9 @@ def of_tokens(losses, rows, example, settings):
     }
     for ablation in ABLATIONS:
         resampled = recovered({name: draws @ s for name, s in sums.items()}, ablation)
-        resampled = resampled[np.isfinite(resampled)]
-        interval = (
-            [float(q) for q in np.quantile(resampled, (0.025, 0.975))] if len(resampled) else None
-        )
         result[f"loss_recovered_{ablation}"] = {
             "value": float(recovered(result["ce"], ablation)),
-            "interval": interval,
+            "interval": interval_of_finite(resampled),
         }
     return result
 

@@ -11,7 +11,7 @@ from conftest import PROJECT, put_activations
 from scipy import sparse
 
 from experiments.pages import studies_page_fast, studies_table
-from experiments.shared import evidence, heldout, provenance, sweeps
+from experiments.shared import evidence, heldout, provenance, statistics, sweeps
 from experiments.studies import fast_vs_block, pareto
 from fastsae.data.datasets import Example, read_dataset
 from fastsae.data.tokenization import SHARED_PREFIX, ChatTokenizer, mark_shared_prefix, tokenise
@@ -157,9 +157,9 @@ def test_intervals_over_few_seeds_hold_the_truth_as_often_as_they_say(n_seeds):
         )
         for found, draws in (
             (plain, of_both),
-            (ours, heldout.widened(of_dialogues, of_both, n_seeds)),
+            (ours, statistics.widened(of_dialogues, of_both, n_seeds)),
         ):
-            low, high = heldout.interval(draws)
+            low, high = statistics.interval(draws)
             found.append(low <= 10 <= high)
     assert 0.93 <= np.mean(ours) <= 1 and np.mean(plain) < 0.9
 
