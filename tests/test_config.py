@@ -547,12 +547,15 @@ def standard_library_only(graph, start):
     return len(seen) > 3
 
 
-def floors_climbed(graph):
+EXPERIMENTS = ("shared", ("benchmarks", "studies", "pages"))
+
+
+def floors_climbed(graph, floors=FLOORS):
     """(importer, imported) of the imports that go up, or sideways between packages of one floor, by
-    FLOORS."""
+    `floors`."""
     floor = {
         name: number
-        for number, names in enumerate(FLOORS)
+        for number, names in enumerate(floors)
         for name in (names if isinstance(names, tuple) else (names,))
     }
 
@@ -585,6 +588,31 @@ def test_a_climb_between_packages_is_seen():
     }
 
 
+def test_experiments_share_by_one_package_only():
+    """benchmarks, studies and pages need nothing of each other, and shared needs none of them."""
+    graph = module_graph("experiments")
+    assert len(graph) >= 35 and sum(map(len, graph.values())) >= 50
+    assert not circles(graph)
+    assert not floors_climbed(graph, EXPERIMENTS)
+
+
+def test_a_climb_between_experiments_is_seen(tmp_path):
+    for path, text in {
+        "shared/a.py": "def f():\n    from experiments.studies import b\n",
+        "studies/b.py": "from experiments.shared import c\nfrom experiments.studies import d\n",
+        "studies/d.py": "",
+        "shared/c.py": "",
+        "pages/e.py": "import experiments.benchmarks.f\n",
+        "benchmarks/f.py": "",
+    }.items():
+        (tmp_path / "experiments" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "experiments" / path).write_text(text)
+    assert floors_climbed(module_graph("experiments", tmp_path), EXPERIMENTS) == {
+        ("experiments.shared.a", "experiments.studies.b"),
+        ("experiments.pages.e", "experiments.benchmarks.f"),
+    }
+
+
 def upward(paths, root=PROJECT):
     """The files that import what stands above them: the package a script or config, a script
     another script, anything a test."""
@@ -601,9 +629,7 @@ def upward(paths, root=PROJECT):
         | tests
         for path in paths
     }
-    return {path for path in paths if imported(path, root) & above[path]} - {
-        "experiments/benchmarks/llm_end_to_end.py"
-    }
+    return {path for path in paths if imported(path, root) & above[path]}
 
 
 def test_an_upward_import_in_a_sub_folder_is_seen(tmp_path):

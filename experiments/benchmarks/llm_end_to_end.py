@@ -3,12 +3,13 @@ half-way and continued.
 
     python -m experiments.benchmarks.llm_end_to_end
 
-The embedded model is served on loopback through transformers (tests/loopback.py), in bfloat16; the
+The embedded model is served on loopback through transformers, in bfloat16; the
 dataset is the first sentence of every third text of the demo. Writes
 experiments/results/llm_end_to_end.json. It shows that the machinery works; a 135M-parameter model
 is no judge.
 """
 
+import argparse
 import csv
 import json
 import os
@@ -20,15 +21,16 @@ import tempfile
 import time
 from pathlib import Path
 
+from experiments.shared.loopback import Endpoint, RealModel
 from experiments.shared.provenance import PROJECT, run_stage, write_result
 
-sys.path.insert(0, str(PROJECT / "tests"))
 N_FEATURES, N_FIDELITY = 20, 6
 
 
 def main():
-    from loopback import Endpoint, RealModel
-
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         flags = prepare(Path(folder))
         server = Endpoint(reply=RealModel(new_tokens=10, dtype="bfloat16"))

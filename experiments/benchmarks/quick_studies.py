@@ -1,15 +1,14 @@
 """How long every study takes in its --quick form, one after the other, each from nothing: a folder
 of its own, no activations yet.
 
-    python -m experiments.benchmarks.quick_studies                        # about three quarters of an hour on
-    two cores
-    python -m experiments.benchmarks.quick_studies planted layers         # some of them; the others' figures
-    stay
+    python -m experiments.benchmarks.quick_studies                  # 45 minutes on two cores
+    python -m experiments.benchmarks.quick_studies planted layers   # the others' figures stay
 
 The results of these runs go to a temporary folder, not among the committed ones. Writes
 experiments/results/quick_studies.json.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -34,11 +33,16 @@ FLAGS = {"steer": ["--ablate"]}
 
 
 def main():
-    if unknown := [name for name in sys.argv[1:] if name not in STUDIES]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; all by default")
+    chosen = parser.parse_args().studies
+    if unknown := [name for name in chosen if name not in STUDIES]:
         sys.exit(f"error: {', '.join(unknown)}: no such study. choose from {', '.join(STUDIES)}.")
     known = RESULTS / "quick_studies.json"
     studies = json.loads(known.read_text())["studies"] if known.exists() else {}
-    for name in sys.argv[1:] or STUDIES:
+    for name in chosen or STUDIES:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             run(name, folder, "--quick", *FLAGS.get(name, ()))

@@ -76,7 +76,10 @@ def rounded(value, digits=6):
 def main():
     from fastsae.runtime.stage import run_stage
 
-    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    if len(sys.argv) != 2:
         sys.exit(__doc__)
     script = importlib.import_module(sys.argv[1].removesuffix(".py"))
     jobs = [json.loads(line) for line in sys.stdin]
