@@ -1,10 +1,14 @@
 """Settings that several stages share, and the presets.
 
-A setting is an UPPER_CASE constant at the top of a file: this one if several stages need it, else the script's own. Edit it
-there, with or without its type: a number, a text, True, False, None or a tuple, also as `4 * 128`. Or override it for one run
-with a flag: `--layer-idx 18`, `--no-use-matryoshka`, `--matryoshka-prefixes 64,256`, `--max-examples none`. Files are read, not
-imported, so `run_pipeline.py` checks every stage's settings before anything loads; `fastsae/settings/` is the reader.
+A setting is an UPPER_CASE constant at the top of a file: this one if several stages need it, else
+the script's own. Its line says all there is to say of it: type, value, and in the comment its
+limits (`[1..99]`, or a list of choices) and its meaning. Edit it there, with or without its type:
+a number, a text, True, False, None or a tuple, also as `4 * 128`. Or override it for one run with
+a flag: `--layer-idx 18`, `--no-quiet`, `--matryoshka-prefixes 64,256`, `--max-examples none`.
+Files are read, not imported, so `run_pipeline.py` checks every stage's settings before anything
+loads; `fastsae/settings/` is the reader.
 """
+
 from pathlib import Path
 
 from fastsae.settings import resolving
@@ -12,26 +16,42 @@ from fastsae.settings.declarations import read_settings
 from fastsae.settings.flags import flag_name, parse_flags
 from fastsae.settings.values import Settings, run_name_of
 
-PRESET: str = "demo"                # which of the PRESETS below gives the settings declared without a value
-OUTPUT_DIR: str | None = None       # folder for activations/, checkpoints/ and interpretations.*; none = the project's folder
-RUN_NAME: str | None = None         # folder under checkpoints/; none = the dataset's name
-MODEL_REVISION: str | None = None   # branch, tag or commit of a hub model; none = its default
-CACHE_DIR: str | None = None        # where models are kept; none = FASTSAE_CACHE or ~/.cache/fastsae, and the hub's own cache
-TEXT_FIELD: str = "text"            # dataset field that holds a plain text (one user turn); another than text goes before messages
-MAX_EXAMPLES: int | None = None     # use only the first so many examples; none = all
-DEVICE: str = "auto"                # auto, cuda, cuda:1, mps or cpu; auto takes the first of these that is there
-PRINT_SETTINGS: bool = True         # print at the start which settings differ from the defaults
-QUIET: bool = False                 # print only warnings, errors and the summary line of each stage; no progress bars
-SEED: int = 0                       # of the split, the initial weights and the data order
+# fmt: off
+# Main settings:
+PRESET: str = "demo"           # which of the PRESETS below gives the settings without a value
+OUTPUT_DIR: str | None = None  # folder for activations/, checkpoints/ and interpretations.*;
+                               # none = the project's folder
+# These five come from the preset. Write a value here (`LAYER_IDX = 18`) and it wins.
+MODEL_NAME: str          # the embedded SmolLM2-135M-Instruct (4-bit Q4_1, dequantised), a hub id,
+                         # a local folder or a .gguf file
+LAYER_IDX: int           # [1..] residual stream after this many blocks, 1 to the model's number
+DATASET_PATH: str        # JSONL file (or JSON array) with text, messages or conversations;
+                         # hf:owner/name; .txt for blocks
 
-# The preset gives these. Write a value here (`LAYER_IDX = 18`) and it wins over the preset.
-MODEL_NAME: str                     # the embedded SmolLM2-135M-Instruct (4-bit Q4_1, dequantised), a hub id, a local folder or a .gguf file
-LAYER_IDX: int                      # residual stream after this many blocks, 1 to the model's number of blocks
-MAX_LENGTH: int                     # tokens kept of each example, its chat template included
-DATASET_PATH: str                   # JSONL file (or JSON array) with text, messages or conversations; hf:owner/name; .txt for blocks
-LABEL_FIELD: str | None             # dataset field with a category, for category_auc; none = no labels
+# Data:
+MAX_LENGTH: int          # [2..] tokens kept of each example, its chat template included
+LABEL_FIELD: str | None  # dataset field with a category, for category_auc; none = no labels
+TEXT_FIELD: str = "text"           # dataset field that holds a plain text (one user turn);
+                                   # another than text goes before messages
+MAX_EXAMPLES: int | None = None    # [2..] use only the first so many examples; none = all
 
-PRESETS = {  # each sets exactly these: a name that has a value in a file is refused here, as that value would win
+# Model:
+MODEL_REVISION: str | None = None  # branch, tag or commit of a hub model; none = its default
+CACHE_DIR: str | None = None       # where models are kept; none = FASTSAE_CACHE or
+                                   # ~/.cache/fastsae, and the hub's own cache
+DEVICE: str = "auto"               # auto, cuda, cuda:1, mps or cpu; auto takes the first of these
+                                   # that is there
+
+# Run:
+RUN_NAME: str | None = None        # folder under checkpoints/; none = the dataset's name
+SEED: int = 0                      # [0..] of the split, the initial weights and the data order
+QUIET: bool = False                # print only warnings, errors and each stage's summary line;
+                                   # no progress bars
+PRINT_SETTINGS: bool = True        # print at the start which settings differ from the defaults
+# fmt: on
+
+# Each sets exactly these: a name that has a value in a file is refused here, as that would win.
+PRESETS = {
     "demo": {
         "MODEL_NAME": "SmolLM2-135M-Instruct",
         "LAYER_IDX": 12,
@@ -50,8 +70,17 @@ PRESETS = {  # each sets exactly these: a name that has a value in a file is ref
 
 PROJECT = Path(__file__).resolve().parent
 STAGES = ("extract_activations.py", "train_sae.py", "interpret_sae.py")
-__all__ = ["PRESETS", "PROJECT", "STAGES", "Settings", "flag_name", "parse_flags", "read_settings",
-           "resolve", "run_name_of"]
+__all__ = [
+    "PRESETS",
+    "PROJECT",
+    "STAGES",
+    "Settings",
+    "flag_name",
+    "parse_flags",
+    "read_settings",
+    "resolve",
+    "run_name_of",
+]
 
 
 def resolve(*scripts, argv=None) -> Settings:

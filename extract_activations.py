@@ -28,17 +28,33 @@ from fastsae.runtime import artifacts, progress, storage
 from fastsae.runtime.errors import InputError
 from fastsae.runtime.stage import end, run_stage
 
-LAYERS: tuple[int, ...] | None = None   # several layers in one pass, a file each, at the cost of the deepest; none = LAYER_IDX
-USE_CHAT_TEMPLATE: bool = True          # render each example with the model's own template; off: plain text
-TEMPLATE_DATE: str = "26 Jul 2024"      # date for templates that print today's, pinned so that runs repeat
-PROCESSING: str = "example"             # example: each alone (FAST); block: all joined and cut into equal blocks (the usual baseline)
-BLOCK_LENGTH: int = 2048                # tokens per block, when PROCESSING is block; MAX_LENGTH then plays no part
-DEDUP_NGRAM: int = 0                    # drop examples that share so many words in a row with an earlier one (FAST: 20); 0 = keep all
-BATCH_TOKENS: int | None = None         # padded tokens per forward pass, halved when memory runs out; none = 1024 on a CPU, 16384 on CUDA
-CHUNK_TOKENS: int = 65536               # tokens per part of an unfinished run, the most that an interruption loses
-SHARD_BYTES: int = 16_000_000_000       # larger results are written as numbered shards of about this size
-DTYPE: str = "auto"                     # of the model: auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16
-STORAGE_DTYPE: str = "float16"          # of the file: float16 or float32
+# fmt: off
+# Main settings:
+USE_CHAT_TEMPLATE: bool = True  # render each example with the model's own template; off: plain text
+PROCESSING: str = "example"     # {example, block} example: each alone (FAST); block: all joined and
+                                # cut into equal blocks (the usual baseline)
+LAYERS: tuple[int, ...] | None = None  # [1..] several layers in one pass, a file each, at the cost
+                                       # of the deepest; none = LAYER_IDX
+BATCH_TOKENS: int | None = None  # [1..] padded tokens per forward pass, halved when memory runs
+                                 # out; none = 1024 on a CPU, 16384 on CUDA
+DTYPE: str = "auto"              # {auto, float32, bfloat16, float16} of the model;
+                                 # auto: bfloat16 on CUDA, else float32
+
+# Data:
+BLOCK_LENGTH: int = 2048         # [2..2147483647] tokens per block, when PROCESSING is block;
+                                 # MAX_LENGTH then plays no part
+DEDUP_NGRAM: int = 0             # [0..1000] drop examples that share so many words in a row with
+                                 # an earlier one (FAST: 20); 0 = keep all
+STORAGE_DTYPE: str = "float16"   # {float16, float32} of the file
+
+# Constants:
+TEMPLATE_DATE: str = "26 Jul 2024"  # date for templates that print today's, pinned so that runs
+                                    # repeat
+CHUNK_TOKENS: int = 65536           # [1..] tokens per part of an unfinished run, the most that an
+                                    # interruption loses
+SHARD_BYTES: int = 16_000_000_000   # [1..] larger results are written as numbered shards of about
+                                    # this size
+# fmt: on
 
 DECISIVE = ("MAX_LENGTH", "MAX_EXAMPLES", "TEXT_FIELD", "USE_CHAT_TEMPLATE", "TEMPLATE_DATE", "DTYPE", "STORAGE_DTYPE", "PROCESSING",
             "DEDUP_NGRAM")

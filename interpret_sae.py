@@ -35,26 +35,54 @@ from fastsae.runtime import artifacts, progress, ranks, storage
 from fastsae.runtime.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError
 from fastsae.runtime.stage import end, require_printed, run_stage
 
-SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens, sparsify, ...; none = the run's own
-POOLING: str = "max"                    # of a feature over an example's tokens, for category_auc: max or mean
-N_REPORT_FEATURES: int = 1024           # features in interpretations.html at most; the tables hold all
-INTERPRETER_MODEL: str = "gpt-5-mini"   # at the endpoint (OPENAI_API_KEY or OPENAI_KEY_SAE, OPENAI_BASE_URL), or local:NAME here
-LLM_PROTOCOL: str = "both"              # contrastive (HypotheSAEs' label), fast (FAST's score and name) or both
-N_TOP_NEURONS: int = 20                 # features that the LLM labels: best category AUC first, else most activation; 0 = no LLM
-N_SCORED_FEATURES: int = 128            # features, by lot, that the LLM scores from 1 to 5 besides these
-N_FIDELITY_EXAMPLES: int = 20           # held-out examples per label on which the LLM tests it; 0 = no test
-LLM_TIMEOUT: float = 60.0               # seconds for the requests of one call, repeated ones included
-N_LLM_WORKERS: int = 8                  # calls at a time
-RETRY_UNUSABLE: bool = False            # ask again (and pay again) where an earlier reply could not be used
-DRY_RUN: bool = False                   # print how many calls and prompt tokens the LLM would take, and stop
-TARGET_FIELD: str | None = None         # dataset field to predict, for hypotheses.csv; none = LABEL_FIELD
-TARGET_VALUE: str | None = None         # its value against all others; none = its numbers (no hypotheses.csv without a TARGET_...)
-TARGET_POOLING: str = "mean"            # of a feature over an example's tokens, for the target: max or mean
-SELECTION_METHOD: str = "correlation"   # how features are selected for the target: separation_score, correlation, lasso
-N_HYPOTHESES: int = 20                  # features to select for the target
-TEXT: str | None = None                 # print the strongest features of each token of this sentence, and stop
-NEURONPEDIA_SET: str | None = None      # also write upload batches under neuronpedia/, for the source "<layer>-<this name>"
-NEURONPEDIA_MODEL: str | None = None    # Neuronpedia's id of the model; none = the model's own name in lower case
+# fmt: off
+# Main settings:
+SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens,
+                                        # sparsify, ...; none = the run's own
+INTERPRETER_MODEL: str = "gpt-5-mini"   # at the endpoint (OPENAI_API_KEY or OPENAI_KEY_SAE,
+                                        # OPENAI_BASE_URL), or local:NAME here
+N_TOP_NEURONS: int = 20                 # [0..] features that the LLM labels: best category AUC
+                                        # first, else most activation; 0 = no LLM
+TARGET_FIELD: str | None = None         # dataset field to predict, for hypotheses.csv;
+                                        # none = LABEL_FIELD
+TEXT: str | None = None                 # print the strongest features of each token of this
+                                        # sentence, and stop
+
+# Labels by an LLM:
+LLM_PROTOCOL: str = "both"              # {both, contrastive, fast} contrastive: HypotheSAEs' label;
+                                        # fast: FAST's score and name
+N_SCORED_FEATURES: int = 128            # [0..] features, chosen at random, that the LLM scores from
+                                        # 1 to 5 besides these
+N_FIDELITY_EXAMPLES: int = 20           # [0..] held-out examples per label on which the LLM tests
+                                        # it; 0 = no test
+N_LLM_WORKERS: int = 8                  # [1..256] calls at a time
+LLM_TIMEOUT: float = 60.0               # (0..86400] seconds for the requests of one call, repeated
+                                        # ones included
+RETRY_UNUSABLE: bool = False            # ask again (and pay again) where an earlier reply could not
+                                        # be used
+DRY_RUN: bool = False                   # print how many calls and prompt tokens the LLM would take,
+                                        # and stop
+
+# Target:
+TARGET_VALUE: str | None = None         # its value against all others; none = its numbers (no
+                                        # hypotheses.csv without a TARGET_...)
+SELECTION_METHOD: str = "correlation"   # {separation_score, correlation, lasso} how features are
+                                        # selected for the target
+N_HYPOTHESES: int = 20                  # [1..] features to select for the target
+
+# Output:
+N_REPORT_FEATURES: int = 1024           # [1..] features in interpretations.html at most; the tables
+                                        # hold all
+NEURONPEDIA_SET: str | None = None      # also write upload batches under neuronpedia/, for the
+                                        # source "<layer>-<this name>"
+NEURONPEDIA_MODEL: str | None = None    # Neuronpedia's id of the model; none = the model's own name
+                                        # in lower case
+
+# Constants:
+POOLING: str = "max"                    # {max, mean} of a feature over an example's tokens, for
+                                        # category_auc
+TARGET_POOLING: str = "mean"            # {max, mean} the same for the target
+# fmt: on
 
 N_TOP_TOKENS, N_TOP_EXAMPLES, N_LENS_TOKENS, N_LENS_COLUMN = 8, 5, 20, 8
 COLUMNS = ("feature", "label", "label_source", "status", "density", "max_activation", "top_tokens",

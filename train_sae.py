@@ -11,6 +11,7 @@ for other libraries; while it trains, `SAE_....resume.jsonl` with a line per epo
 `SAE_....resume.pt`, from which the same command goes on after an interruption and ends in the same
 bytes. Activations beyond BUFFER_TOKENS stay on the disk.
 """
+
 from fastsae.runtime import early_stop
 from fastsae.settings import startup
 
@@ -29,62 +30,104 @@ from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.runtime.stage import end, run_stage
 from fastsae.training.limits import require_memory
 
-ARCHITECTURE: str = "topk"                         # topk, batchtopk, standard (ReLU and L1), jumprelu or gated
-M: int = 256                                       # features
-K: int = 8                                         # active features per token
-USE_MATRYOSHKA: bool | None = None                 # nested prefixes of features (arXiv 2503.17547); none = on for topk and batchtopk
-MATRYOSHKA_PREFIXES: tuple[int, ...] | None = None  # lengths of the prefixes, rising, the last = M; none = M / 4 and M
-USE_BATCH_TOPK: bool | None = None                 # K active features per token on average over a batch; none = as ARCHITECTURE says
-L1_COEFFICIENT: float = 5.0                        # standard and gated: weight of the sum of a token's features
-JUMPRELU_LOSS: str = "target"                      # target: (L0 - K) squared * 2 / K; step: L0 itself
-L0_COEFFICIENT: float = 6.0                        # jumprelu: weight of that
-JUMPRELU_BANDWIDTH: float = 1.0                    # width around its threshold in which a pre-activation moves the threshold
-SPARSITY_WARMUP_STEPS: int = 0                     # steps over which L1_COEFFICIENT and L0_COEFFICIENT rise from 0
-NORMALIZE_ACTIVATIONS: str = "auto"                # none, mean (to 0), norm (mean length to sqrt(d)), both; auto: norm, for topk none
-AUX_K: int | None = None                           # dead features that try to explain what is left over; none = 2 K, 0 = off
-AUX_COEF: float = 0.03125                          # weight of that loss
-DEAD_AFTER_TOKENS: int | None = None               # training tokens without firing until a feature is dead; none = by M, K, BATCH_SIZE
-RESAMPLE_EVERY: int | None = None                  # steps between fresh starts of dead features at badly reconstructed tokens; none = never
-N_EPOCHS: int = 100                                # at most; see PATIENCE
-PATIENCE: int = 5                                  # epochs without a better validation loss (topk: normalised MSE) before stopping
-BATCH_SIZE: int = 512                              # tokens per step
-LEARNING_RATE: float = 5e-4                        # of Adam
-LR_SCHEDULE: str = "constant"                      # constant, linear or cosine: how it falls over the last LR_DECAY_FRACTION of the steps
-LR_DECAY_FRACTION: float = 0.2                     # part of N_EPOCHS over which the learning rate falls
-LR_WARMUP_STEPS: int = 0                           # steps over which it rises first
-INIT_DIRECTIONS: str = "mixed"                     # decoder rows at the start: xavier, kaiming, orthogonal, data, mixed (leaning to tokens)
-INIT_CENTRE: str = "median"                        # b_dec at the start: median, mean or geometric_median of a sample
-INIT_ENCODER_SCALE: float | None = None            # encoder rows at the start / decoder rows; none = by least squares; HypotheSAEs: 1
-BUFFER_TOKENS: int = 1_000_000                     # kept in memory; beyond, they are mixed in a buffer of that size as they are read
-CLIP_GRAD: float | None = 1.0                      # bound of the gradient's norm; none = no bound
-VALIDATION_FRACTION: float = 0.1                   # part of the examples (not of the tokens) that chooses the best epoch
-TEST_FRACTION: float = 0.1                         # part of the examples that decides nothing and gives the reported figures; 0 = none
-MAX_TRAIN_TOKENS: int | None = None                # train on the first so many tokens only, in the order of the file; none = all
-USE_TOKENS: str = "all"                            # all; content: not the chat template's; assistant: the assistant's own text
-EXCLUDE_SHARED_PREFIX: bool = True                 # leave out the tokens that the chat template puts before every example
-MAX_NORM_RATIO: float | None = 10.0                # leave out attention sinks: norms above this many times the median; none = keep
-ENGINE: str = "sparse"                             # sparse: from the active features only; reference: HypotheSAEs' dense code
-SELECT_DTYPE: str = "float32"                      # bfloat16 picks the top K from a coarser product: faster, their values stay float32
-SEEDS: tuple[int, ...] | None = None               # several autoencoders from one reading of the data, by the seed of their first weights
-K_LIST: tuple[int, ...] | None = None              # the same for several K ...
-L1_COEFFICIENT_LIST: tuple[float, ...] | None = None  # ... and for several L1_COEFFICIENT; all combinations are trained
-INIT_FROM: str | None = None                       # autoencoder to go on from: a .pt, or a folder of SAELens, sparsify, ...; none = random
-EXPORT: tuple[str, ...] | None = None              # also write folders for saelens, sparsify; works for a trained one too; none = no
-SAVE_EVERY: float = 60.0                           # seconds between saves of an unfinished run, the most that a kill loses
-LOGGER: str = "none"                               # none, tensorboard or wandb: where the figures of each epoch go as well
+# fmt: off
+# Main settings:
+ARCHITECTURE: str = "topk"    # how features become active; standard: ReLU and L1
+M: int = 256                  # [1..2**26] features
+K: int = 8                    # [1..] active features per token
+N_EPOCHS: int = 100           # [1..] at most; see PATIENCE
+LEARNING_RATE: float = 5e-4   # (0..1e38] of Adam
 
-# settings that do not change the weights of an autoencoder; those with several values are recorded
-# one by one
-NOT_DECISIVE = (
-    "ENGINE",
-    "SAVE_EVERY",
-    "LOGGER",
-    "SEEDS",
-    "K_LIST",
-    "L1_COEFFICIENT_LIST",
-    "EXPORT",
-    "INIT_FROM",
-)
+# Sparsity:
+USE_MATRYOSHKA: bool | None = None  # nested prefixes of features (arXiv 2503.17547);
+                                    # none = on for topk and batchtopk
+MATRYOSHKA_PREFIXES: tuple[int, ...] | None = None  # lengths of the prefixes, rising, the last = M;
+                                                    # none = M / 4 and M
+USE_BATCH_TOPK: bool | None = None  # K active features per token on average over a batch;
+                                    # none = as ARCHITECTURE says
+L1_COEFFICIENT: float = 5.0         # [0..1e38] standard, gated: weight of a token's features' sum
+JUMPRELU_LOSS: str = "target"       # {target, step} target: (L0 - K) squared * 2 / K; step: L0
+L0_COEFFICIENT: float = 6.0         # [0..1e38] jumprelu: weight of that
+SPARSITY_WARMUP_STEPS: int = 0      # [0..] steps over which L1_COEFFICIENT and L0_COEFFICIENT rise
+                                    # from 0
+AUX_K: int | None = None            # [0..] dead features that try to explain what is left over;
+                                    # none = 2 K, 0 = off
+DEAD_AFTER_TOKENS: int | None = None  # [1..] training tokens without firing until a feature is
+                                      # dead; none = by M, K, BATCH_SIZE
+RESAMPLE_EVERY: int | None = None   # [1..] steps between fresh starts of dead features at badly
+                                    # reconstructed tokens; none = never
+
+# Optimiser:
+PATIENCE: int = 5                   # [1..] epochs without a better validation loss (topk:
+                                    # normalised MSE) before stopping
+BATCH_SIZE: int = 512               # [2..] tokens per step
+LR_SCHEDULE: str = "constant"       # {constant, linear, cosine} how it falls over the last
+                                    # LR_DECAY_FRACTION of the steps
+LR_WARMUP_STEPS: int = 0            # [0..] steps over which it rises first
+CLIP_GRAD: float | None = 1.0       # (0..] bound of the gradient's norm; none = no bound
+INIT_FROM: str | None = None        # autoencoder to go on from: a .pt, or a folder of SAELens,
+                                    # sparsify, ...; none = random
+
+# Data:
+NORMALIZE_ACTIVATIONS: str = "auto"  # {auto, none, mean, norm, both} mean: to 0; norm: mean length
+                                     # to sqrt(d); auto: norm, for topk none
+VALIDATION_FRACTION: float = 0.1     # (0..0.99] part of the examples (not of the tokens) that
+                                     # chooses the best epoch
+TEST_FRACTION: float = 0.1           # [0..0.98] part of the examples that decides nothing and gives
+                                     # the reported figures; 0 = none
+MAX_TRAIN_TOKENS: int | None = None  # [2..] train on the first so many tokens only, in the order of
+                                     # the file; none = all
+USE_TOKENS: str = "all"              # {all, content, assistant} content: not the chat template's;
+                                     # assistant: the assistant's own text
+EXCLUDE_SHARED_PREFIX: bool = True   # leave out the tokens that the chat template puts before every
+                                     # example
+MAX_NORM_RATIO: float | None = 10.0  # (1..] leave out attention sinks: norms above this many times
+                                     # the median; none = keep
+
+# Several at once, and output:
+SEEDS: tuple[int, ...] | None = None   # [0..] several autoencoders from one reading of the data, by
+                                       # the seed of their first weights
+K_LIST: tuple[int, ...] | None = None  # [1..] the same for several K ...
+L1_COEFFICIENT_LIST: tuple[float, ...] | None = None  # [0..1e38] ... and for several
+                                                      # L1_COEFFICIENT; all combinations are trained
+EXPORT: tuple[str, ...] | None = None  # {saelens, sparsify} also write folders for these; works for
+                                       # a trained one too; none = no
+LOGGER: str = "none"                   # {none, tensorboard, wandb} where the figures of each epoch
+                                       # go as well
+
+# Scale:
+BUFFER_TOKENS: int = 1_000_000       # [6..] kept in memory; beyond, they are mixed in a buffer of
+                                     # that size as they are read
+
+# Constants:
+AUX_COEF: float = 0.03125            # [0..1e38] weight of the loss of AUX_K
+JUMPRELU_BANDWIDTH: float = 1.0      # [1e-6..1e6] width around its threshold in which a
+                                     # pre-activation moves the threshold
+LR_DECAY_FRACTION: float = 0.2       # (0..1] part of N_EPOCHS over which the learning rate falls
+INIT_DIRECTIONS: str = "mixed"       # {mixed, xavier, kaiming, orthogonal, data} decoder rows at
+                                     # the start; mixed: leaning to tokens
+INIT_CENTRE: str = "median"          # {median, mean, geometric_median} b_dec at the start, of a
+                                     # sample
+INIT_ENCODER_SCALE: float | None = None  # [1e-6..1e6] encoder rows at the start / decoder rows;
+                                         # none = by least squares; HypotheSAEs: 1
+ENGINE: str = "sparse"               # {sparse, reference} sparse: from the active features only;
+                                     # reference: HypotheSAEs' dense code
+SELECT_DTYPE: str = "float32"        # {float32, bfloat16} bfloat16 picks the top K from a coarser
+                                     # product: faster, their values stay float32
+SAVE_EVERY: float = 60.0             # (0..] seconds between saves of an unfinished run, the most
+                                     # that a kill loses
+# fmt: on
+
+# What decides an autoencoder, in the order in which it is recorded; SEED and INIT_SEED besides.
+DECISIVE = (
+    "ARCHITECTURE", "M", "K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES", "USE_BATCH_TOPK",
+    "L1_COEFFICIENT", "JUMPRELU_LOSS", "L0_COEFFICIENT", "JUMPRELU_BANDWIDTH",
+    "SPARSITY_WARMUP_STEPS", "NORMALIZE_ACTIVATIONS", "AUX_K", "AUX_COEF", "DEAD_AFTER_TOKENS",
+    "RESAMPLE_EVERY", "N_EPOCHS", "PATIENCE", "BATCH_SIZE", "LEARNING_RATE", "LR_SCHEDULE",
+    "LR_DECAY_FRACTION", "LR_WARMUP_STEPS", "INIT_DIRECTIONS", "INIT_CENTRE",
+    "INIT_ENCODER_SCALE", "BUFFER_TOKENS", "CLIP_GRAD", "VALIDATION_FRACTION", "TEST_FRACTION",
+    "MAX_TRAIN_TOKENS", "USE_TOKENS", "EXCLUDE_SHARED_PREFIX", "MAX_NORM_RATIO", "SELECT_DTYPE",
+)  # fmt: skip
 SUMMARISED = ("normalized_mse", "l0", "dead_fraction", "epochs")  # in the last line
 
 
@@ -99,12 +142,7 @@ def main():
     # torch takes seconds to load, so only after the settings
     from fastsae.training.plans import make_plans
 
-    decisive = [
-        name
-        for name, file in settings.owner.items()
-        if file == "train_sae.py" and name not in NOT_DECISIVE
-    ]
-    plans = make_plans(settings, source, decisive)
+    plans = make_plans(settings, source, DECISIVE)
     storage.claim(settings.run_dir, "--run-name")
     todo = [
         plan

@@ -10,7 +10,8 @@ from conftest import PROJECT
 from source_tree import circles, imports, module_graph, python_files
 
 import config
-from fastsae.settings import kinds, rules
+from fastsae.settings import kinds
+from fastsae.settings.limits import Limits, limits_of, problems_with
 from fastsae.settings.resolving import PATH_SETTINGS
 
 STAGES = [PROJECT / name for name in config.STAGES]
@@ -69,7 +70,7 @@ def stage(tmp_path):
 
 @pytest.fixture
 def refused(capsys):
-    """Resolve the flags, expect exit code 2, and return the lines on stderr, less their "error: "."""
+    """Resolve the flags, expect exit code 2; returns the lines on stderr, less their "error: "."""
 
     def resolve(*argv, scripts=STAGES):
         with pytest.raises(SystemExit) as stop:
@@ -450,15 +451,38 @@ def test_a_setting_has_one_home():
     )
 
 
-def test_the_rules_speak_of_settings_that_exist():
-    assert {
-        *rules.AT_LEAST,
-        *rules.ABOVE,
-        *rules.AT_MOST,
-        *rules.SMALLEST_OF,
-        *rules.CHOICES,
-        *PATH_SETTINGS,
-    } <= set(DECLARED)
+def test_every_limit_can_be_read_and_holds_for_the_default():
+    assert set(PATH_SETTINGS) <= set(DECLARED)
+    limited = {name for name, setting in DECLARED.items() if setting["limits"] != Limits()}
+    assert len(limited) >= 50
+    for name, setting in DECLARED.items():
+        assert not re.match(r"[\[({]", setting["comment"]), name  # one that was not read
+        if setting["has_value"]:
+            assert not problems_with(name, setting["value"], setting["limits"])
+    numbers = {n for n, s in DECLARED.items() if re.search("int|float", s["type"])}
+    assert numbers - limited <= {"MATRYOSHKA_PREFIXES"}  # whose order a rule looks at
+
+
+@pytest.mark.parametrize(
+    "comment, inside, outside",
+    [
+        ("[1..] tokens", (1, 2**53 - 1), (0, -1, 2**53)),
+        ("[1..2**26] features", (1, 2**26), (0, 2**26 + 1)),
+        ("(0..0.99] part", (1e-12, 0.99), (0.0, -1.0, 1e-13, 0.991)),
+        ("[1e-6..1e6] width", (1e-6, 1e6), (9e-7, 0.0, 1.1e6)),
+        ("[0..1e38] weight", (0.0, 1e38), (-0.1, 1.1e38)),
+        ("{max, mean} of a feature", ("max", "mean"), ("sum", "")),
+        ("any number", (-(2**53) + 1, 1e12), (2**53, 1e13)),
+    ],
+)
+def test_limits_as_comments_write_them(comment, inside, outside):
+    limits, rest = limits_of(comment)
+    assert rest and rest[0].isalpha()
+    assert not any(problems_with("N", value, limits) for value in inside)
+    for value in outside:
+        (line,) = problems_with("N", value, limits)
+        assert re.fullmatch(r"N: \S.* (is|are) .*\. (give|choose) .*\.", line)
+    assert len(problems_with("N", (*inside, *outside, None)[:-1], limits)) == len(outside)
 
 
 def test_settings_are_frozen():
@@ -480,7 +504,7 @@ def test_select_gives_json_values():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_every_setting(run_script, script):
-    done = run_script(script, "--help")
+    done = run_script(script, "--help-all")
     assert (done.returncode, done.stderr) == (0, "")
     without_spaces = "".join(done.stdout.split())  # argparse breaks lines where it likes
     for name, setting in DECLARED.items():

@@ -48,14 +48,26 @@ def test_help_is_enough_to_work_from(script):
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    text, _, rest = done.stdout.partition("examples:\n")
+    text, _, pointed_out = done.stdout.partition("examples:\n")
     assert max(map(len, text.splitlines())) <= 100
-    files = re.findall(r"^settings of (.*):$", text, re.M)
+    files = re.findall(r"^Main settings \((.*)\):$", text, re.M)
     assert files == ["config.py", *(config.STAGES if script == "run_pipeline.py" else [script])]
-    examples = [line for line in rest.split("exit codes:")[0].splitlines() if line.strip()]
+    examples = [line for line in pointed_out.split("exit codes:")[0].splitlines() if line.strip()]
     assert examples and all(script in line for line in examples)
-    assert all(f"{code} " in rest for code in (0, 1, 2, 3, 4)) and "130, 143" in rest
-    assert "[demo: 12; llama-3.1-8b: 12]" in text and "[off]" in text and "| --no-quiet" in text
+    assert all(f"{code} " in pointed_out for code in (0, 1, 2, 3, 4))
+    assert "130, 143" in pointed_out
+    assert "[demo: 12; llama-3.1-8b: 12]" in text
+    shown = re.findall(r"^  --([a-z]\S*)", text, re.M)
+    assert len(shown) <= 5 + 5 * (len(files) - 1)  # of config.py, and of each stage
+    rest = int(re.search(r"^(\d+) more settings: --help-all$", text, re.M)[1])
+    done = subprocess.run(
+        [sys.executable, PROJECT / script, "--help-all"], capture_output=True, text=True
+    )
+    every, _, examples_again = done.stdout.partition("examples:\n")
+    assert max(map(len, every.splitlines())) <= 100
+    assert examples_again == pointed_out and done.stderr == ""
+    assert "[off]" in every and "| --no-quiet" in every
+    assert len(re.findall(r"^  --([a-z]\S*)", every, re.M)) == len(shown) + rest
 
 
 def test_values_that_begin_with_a_dash_and_values_that_are_missing():

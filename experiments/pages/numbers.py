@@ -19,6 +19,7 @@ from experiments.pages import studies_page, studies_table
 from experiments.shared.provenance import PROJECT, RESULTS
 from fastsae.lm.names import described
 from fastsae.settings import declarations
+from fastsae.settings.help_page import markdown_table
 
 
 def main():
@@ -88,15 +89,12 @@ def threads(r):
 
 
 def settings_table():
-    lines = ["| setting | default | file | meaning |", "|---|---|---|---|"]
-    for file in ("config.py", *config.STAGES):
-        for name, setting in config.read_settings(PROJECT / file).items():
-            default = setting["value"] if setting["has_value"] else config.PRESETS["demo"][name]
-            text = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-            origin = f"`{file}`" + ("" if setting["has_value"] else ", by preset")
-            comment = setting["comment"].replace("|", "or")
-            lines.append(f"| `{name}` | {text} | {origin} | {comment} |")
-    return "\n".join(lines)
+    declared = {
+        name: setting
+        for file in ("config.py", *config.STAGES)
+        for name, setting in config.read_settings(PROJECT / file).items()
+    }
+    return markdown_table(declared, config.PRESETS["demo"])
 
 
 def tree():

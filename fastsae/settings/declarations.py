@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastsae.settings import kinds
+from fastsae.settings.architectures import ARCHITECTURES
+from fastsae.settings.limits import Limits, limits_of
 from fastsae.settings.suggestions import nearest_name
 
 SHIPPED = Path(__file__).with_name("shipped.json")  # {file: {NAME: {type, default, by_preset}}}
@@ -27,6 +29,7 @@ CORE = (
     "run_pipeline.py",
 )
 CONSTANT = r"[A-Z][A-Z0-9_]*"
+REGISTERED = {"ARCHITECTURE": Limits(choices=tuple(ARCHITECTURES))}  # not on the setting's line
 LARGEST_EXPONENT = 64
 ARITHMETIC: dict[type, Any] = {
     ast.Add: operator.add,
@@ -39,6 +42,7 @@ ARITHMETIC: dict[type, Any] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
+GROUP = re.compile(r"# ([A-Z][\w, ]*):")  # a line at the margin, above the settings it heads
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -46,9 +50,15 @@ class Source(NamedTuple):
     """What a Python file says, read once."""
 
     tree: ast.Module
-    comments: dict[int, str]  # by line
+    comments: dict[int, str]  # by line; indented comment lines go on with the one above
+    groups: dict[int, str]  # headings of the settings below them, by line
     hidden: list[tuple[str, int]]  # (name, line) set other than by a plain assignment at the margin
     read: set[str]  # names that it reads
+
+    def group_at(self, line: int) -> str:
+        """The heading above a line; empty if there is none."""
+        above = [at for at in self.groups if at < line]
+        return self.groups[max(above)] if above else ""
 
 
 class NotPlain(Exception):
@@ -75,7 +85,7 @@ def refuse(problems: list[str]) -> None:
 
 
 def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:
-    """{NAME: {type, value, has_value, comment, file, line}} of the settings of a file.
+    """{NAME: {type, value, has_value, comment, limits, group, file, line}} of a file's settings.
 
     Prints every line that cannot be read as a setting and exits 2.
     """
@@ -84,8 +94,13 @@ def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def settings_in(path: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """(settings as `read_settings` gives them, problems) of a file."""
+def settings_in(
+    path: str | Path, *, as_written: bool = False
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """(settings as `read_settings` gives them, problems) of a file.
+
+    Limits and groups are those that `shipped.json` has, or `as_written` in the file's comments.
+    """
     file = Path(path).name
     try:
         source = read_source(path)
@@ -104,12 +119,16 @@ def settings_in(path: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]
                 "has_value": False,
                 "value": None,
                 "comment": "",
+                "limits": Limits(),
+                "group": "",
                 "file": file,
                 "line": node.lineno,
             },
         )
         setting["annotation"] = ast.unparse(annotation) if annotation else setting["annotation"]
-        setting["comment"] = source.comments.get(node.end_lineno) or setting["comment"]
+        if comment := source.comments.get(node.end_lineno):
+            setting["limits"], setting["comment"] = limits_of(comment)
+        setting["group"] = source.group_at(node.lineno)
         if not kinds.is_known(setting["type"]):
             problems.append(
                 f"{file}:{node.lineno}: {name} has the type {setting['type']}. "
@@ -127,11 +146,7 @@ def settings_in(path: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]
                     f"not {error}. write the value itself."
                 )
                 unread.append(name)
-    for name in unread:  # no other value stands in for it
-        settings[name].update(has_value=True, value=None, unread=True)
-    for setting in settings.values():
-        if kinds.has_type(setting["value"], setting["type"]):
-            setting["value"] = kinds.as_type(setting["value"], setting["type"])
+    finish(settings, {} if as_written else known, unread)
     problems += [
         f"{file}:{line}: {name} is set in a way that is not seen, as files are read "
         f"without being run. write `{name} = value` on a line of its own, not indented."
@@ -141,6 +156,20 @@ def settings_in(path: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]
     if file in shipped():
         problems += missing(settings, known, file) + strangers(source, path)
     return settings, problems
+
+
+def finish(settings: dict, known: dict, unread: list[str]) -> None:
+    """Put in what an edited line may have lost, and each value in its one form."""
+    for name, setting in settings.items():
+        if name in known:
+            setting["limits"] = limits_from(known[name])
+            setting["group"] = known[name].get("group", "")
+        if name in REGISTERED:
+            setting["limits"] = REGISTERED[name]
+        if name in unread:  # no other value stands in for it
+            setting.update(has_value=True, value=None, unread=True)
+        if kinds.has_type(setting["value"], setting["type"]):
+            setting["value"] = kinds.as_type(setting["value"], setting["type"])
 
 
 def read_source(path: str | Path) -> Source:
@@ -159,13 +188,31 @@ def read_source(path: str | Path) -> Source:
 def look_at(text: str) -> Source:
     """What the text of a Python file says."""
     tree = ast.parse(text)
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokens
-        if token.type == tokenize.COMMENT
-    }
-    return Source(tree, comments, hidden_bindings(tree), names_read(tree))
+    comments, groups = comments_in(text)
+    return Source(tree, comments, groups, hidden_bindings(tree), names_read(tree))
+
+
+def comments_in(text: str) -> tuple[dict[int, str], dict[int, str]]:
+    """({line: comment}, {line: heading}) of a file's text."""
+    comments: dict[int, str] = {}
+    groups: dict[int, str] = {}
+    first = last = 0  # lines of the comment that the next one may go on with
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        line, column = token.start
+        words = token.string.lstrip("# ").rstrip()
+        alone = token.line.lstrip().startswith("#")
+        if alone and column == 0:
+            if heading := GROUP.match(token.string):
+                groups[line] = heading[1]
+        elif alone and last == line - 1:
+            comments[first] += f" {words}"
+            last = line
+        else:
+            comments[line] = words
+            first = last = line
+    return comments, groups
 
 
 def assignments(tree: ast.Module):
@@ -273,15 +320,42 @@ def snapshot(paths: list[Path], preset: dict[str, Any]) -> str:
     files = []
     for path in paths:
         lines = []
-        for name, setting in settings_in(path)[0].items():
-            about = {
+        for name, setting in settings_in(path, as_written=True)[0].items():
+            about: dict[str, Any] = {
                 "type": setting["annotation"] or setting["type"],
                 "default": setting["value"] if setting["has_value"] else preset[name],
                 "by_preset": not setting["has_value"],
             }
+            if setting["group"]:
+                about["group"] = setting["group"]
+            if (limits := differing(setting["limits"])) and name not in REGISTERED:
+                about["limits"] = limits
             lines.append(f"  {json.dumps(name)}: {json.dumps(about)}")
         files.append(f" {json.dumps(path.name)}: {{\n" + ",\n".join(lines) + "\n }")
     return "{\n" + ",\n".join(files) + "\n}\n"
+
+
+def differing(limits: Limits) -> dict[str, Any]:
+    """What `shipped.json` says of limits: those that there are."""
+    return {
+        name: value
+        for name, value in limits._asdict().items()
+        if value != Limits._field_defaults[name]
+    }
+
+
+def limits_from(about: dict[str, Any]) -> Limits:
+    """The limits in an entry of `shipped.json`."""
+    limits = about.get("limits", {})
+    return Limits(**{**limits, "choices": tuple(limits.get("choices", ()))})
+
+
+def shipped_limits() -> dict[str, Limits]:
+    """{NAME: limits} of all settings of config.py and the stages."""
+    found = {
+        name: limits_from(about) for file in CORE for name, about in shipped().get(file, {}).items()
+    }
+    return {**found, **REGISTERED}
 
 
 def missing(settings: dict, known: dict, file: str) -> list[str]:

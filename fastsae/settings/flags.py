@@ -1,10 +1,14 @@
-"""Flags: `--layer-idx 18`, `--m=512`, `--use-matryoshka`, `--no-use-matryoshka`."""
+"""Flags: `--layer-idx 18`, `--m=512`, `--quiet`, `--no-quiet`; read by argparse.
 
+All that is wrong with a command line is said at once, where argparse would stop at the first.
+"""
+
+import argparse
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastsae.settings import kinds
 from fastsae.settings.declarations import home_of
@@ -21,57 +25,98 @@ def is_switch(kind: str) -> bool:
     return kinds.base_of(kind) == "bool"
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that never ends the process; what it cannot read its caller has looked for."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def make_parser(declared: dict[str, dict], **more: Any) -> Parser:
+    """A parser with a flag for each setting, in the groups of the files, without defaults.
+
+    Values stay text: `kinds.parse` turns them into values of the setting's type.
+    """
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, **more)
+    groups: dict[tuple[str, str], Any] = {}
+    for name, setting in declared.items():
+        key = setting["file"], setting["group"]
+        if key not in groups:
+            title = f"{setting['group'] or 'Settings'} ({setting['file']})"
+            groups[key] = parser.add_argument_group(title)
+        how: dict[str, Any] = {"dest": name, "help": setting.get("help")}
+        if is_switch(setting["type"]):
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["metavar"] = kinds.metavar(setting["type"])
+        groups[key].add_argument(f"--{flag_name(name)}", **how)
+    return parser
+
+
 def parse_flags(
     declared: dict[str, dict],
     argv: list[str],
     script: str | Path,
     *,
-    show_help: Callable[[], Any] = lambda: None,
+    show_help: Callable[[bool], Any] = lambda every: None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """({NAME: value} of the flags in `argv`, problems). At `--help` calls `show_help` and exits 0.
+    """({NAME: value} of the flags in `argv`, problems).
 
+    At `--help` and `--help-all` calls `show_help(whether all settings are asked for)` and exits 0.
     A flag whose value cannot be read is left out, and its name begins a line of `problems`.
     """
     names = {f"--{flag_name(name)}": name for name in declared}
-    switches = {
-        f"{prefix}{flag_name(name)}": (name, prefix == "--")
-        for name, setting in declared.items()
-        if is_switch(setting["type"])
-        for prefix in ("--", "--no-")
-    }
+    words, problems = readable(declared, names, argv)
+    if asked := [word for word in words if word in ("-h", "--help", "--help-all")]:
+        show_help("--help-all" in asked)
+        sys.exit(0)
+    found, unknown = make_parser(declared).parse_known_args(words)
     given: dict[str, Any] = {}
-    problems, words = [], list(argv)
-    while words:
-        flag, joined, text = words.pop(0).partition("=")
-        if flag in ("-h", "--help"):
-            show_help()
-            sys.exit(0)
-        followed = bool(words) and not words[0].startswith("--") and not joined  # `-1` is a value
-        if flag in switches and joined:
-            bare = flag.removeprefix("--").removeprefix("no-")
-            problems.append(f"command line: {flag} takes no value. give --{bare}, or --no-{bare}.")
-        elif flag in switches:
-            name, given[name] = switches[flag]
-        elif flag not in names:
-            problems.append(no_such_flag(flag, declared, script))
-            if flag.startswith("-") and followed:
-                words.pop(0)
-        else:
-            name = names[flag]
-            kind = declared[name]["type"]
-            example = f"for example {flag} {kinds.example_of(kind, declared[name]['value'])}."
-            if not joined and not followed:
-                problems.append(f"{name}: no value is given. {example}")
-                continue
-            text = text if joined else words.pop(0)
-            try:
-                given[name] = kinds.parse(text, kind)
-            except ValueError:
-                problems.append(
-                    f"{name}: expected {kinds.expectation(kind)}, "
-                    f"got {kinds.shown(text)}. {example}"
-                )
+    for name, text in vars(found).items():
+        kind, flag = declared[name]["type"], f"--{flag_name(name)}"
+        try:
+            given[name] = text if is_switch(kind) else kinds.parse(text, kind)
+        except ValueError:
+            problems.append(
+                f"{name}: expected {kinds.expectation(kind)}, got {kinds.shown(text)}. "
+                f"{example_of(flag, declared[name])}"
+            )
+    for before, word in zip(["", *unknown], unknown):
+        if word.startswith("-") or not before.startswith("-") or "=" in before:
+            problems.append(no_such_flag(word.partition("=")[0], declared, script))
     return given, problems
+
+
+def readable(
+    declared: dict[str, dict], names: dict[str, str], argv: list[str]
+) -> tuple[list[str], list[str]]:
+    """(words that argparse reads as they are meant, problems of those left out).
+
+    A value that begins with a dash (`--d -x`) goes to its flag, whatever it looks like.
+    """
+    switches = {flag for flag, name in names.items() if is_switch(declared[name]["type"])}
+    words: list[str] = []
+    problems, left = [], list(argv)
+    while left:
+        word = left.pop(0)
+        flag, joined, _ = word.partition("=")
+        positive = flag.replace("--no-", "--", 1) if flag not in names else flag
+        if positive in switches and joined:
+            bare = positive.removeprefix("--")
+            problems.append(f"command line: {flag} takes no value. give --{bare}, or --no-{bare}.")
+        elif flag not in names or flag in switches or joined:
+            words.append(word)
+        elif left and not left[0].startswith("--"):
+            words.append(f"{flag}={left.pop(0)}")
+        else:
+            example = example_of(flag, declared[names[flag]])
+            problems.append(f"{names[flag]}: no value is given. {example}")
+    return words, problems
+
+
+def example_of(flag: str, setting: dict[str, Any]) -> str:
+    """What a flag could be given, as a remedy."""
+    return f"for example {flag} {kinds.example_of(setting['type'], setting['value'])}."
 
 
 def no_such_flag(flag: str, declared: dict[str, dict], script: str | Path) -> str:
@@ -90,10 +135,10 @@ def no_such_flag(flag: str, declared: dict[str, dict], script: str | Path) -> st
         negated = [f"no-{each}" for each in nearest(word.removeprefix("no-"), switches)]
         near = negated or near
     if not near:
-        return f"{flag}: no such setting. see --help for all of them."
+        return f"{flag}: no such setting. see --help-all for all of them."
     return (
         f"{flag}: no such setting. perhaps {listed([f'--{each}' for each in near])} is meant; "
-        "--help lists all."
+        "--help-all lists all."
     )
 
 

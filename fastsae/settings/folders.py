@@ -34,7 +34,8 @@ def folder_advice(path: str | Path) -> tuple[str, str]:
         what, remedy = (
             "is a folder of .txt files",
             (
-                "make a row of each: python -c \"import json, pathlib; [print(json.dumps({'text': p.read_text(encoding='utf-8')})) "
+                'make a row of each: python -c "import json, pathlib; '
+                "[print(json.dumps({'text': p.read_text(encoding='utf-8')})) "
                 f"for p in sorted(pathlib.Path('{name}').glob('*.txt'))]\" > data.jsonl"
             ),
         )

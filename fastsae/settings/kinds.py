@@ -75,6 +75,12 @@ def expectation(kind: str) -> str:
     return words + " or none" * kind.endswith(" | None")
 
 
+def metavar(kind: str) -> str:
+    """What `--help` shows for a flag's value: `INT`, `INT,INT,...|none`."""
+    base = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1,\1,...", base_of(kind)).upper()
+    return base + "|none" * kind.endswith(" | None")
+
+
 def as_typed(value: Any) -> str:
     """A value in the form in which a flag takes it."""
     if isinstance(value, bool):

@@ -40,7 +40,9 @@ def resolve(project: Path, presets: Any, scripts: tuple, argv: list[str] | None 
         declared,
         sys.argv[1:] if argv is None else argv,
         script,
-        show_help=lambda: print_help(help_text(declared, presets, script, project)),
+        show_help=lambda every: print_help(
+            help_text(declared, presets, script, project, every=every)
+        ),
     )
     unread = {problem.split(":")[0] for problem in problems}  # no other value stands in for them
     preset = given.get("PRESET", declared["PRESET"]["value"])
@@ -67,7 +69,8 @@ def resolve(project: Path, presets: Any, scripts: tuple, argv: list[str] | None 
         if name not in wrong
     }
     problems += check_values(
-        complete({name: value for name, value in right.items() if name not in unread})
+        complete({name: value for name, value in right.items() if name not in unread}),
+        {name: setting["limits"] for name, setting in declared.items()},
     )
     refuse(problems)
     for name, value in (completed := complete(right)).items():

@@ -1,109 +1,22 @@
-"""What values settings may have: bounds, choices, and the relations between several of them.
+"""The relations between settings, and what single ones must be besides their limits.
 
 All are checked before anything loads. The names that a rule needs may be absent: a stage knows only
 its own settings and the shared ones.
 """
 
-import operator
 import os
 import re
 from collections.abc import Callable
 from typing import Any
 
 from fastsae.settings.architectures import ARCHITECTURES, DENSE
+from fastsae.settings.declarations import shipped_limits
 from fastsae.settings.flags import flag_name
 from fastsae.settings.folders import folder_advice
 from fastsae.settings.kinds import shown
+from fastsae.settings.limits import Limits, each, problems_with
 from fastsae.settings.values import LONGEST_NAME
 
-# {NAME: bound}, for tuples each item's.
-AT_LEAST: dict[str, float] = {
-    "LAYER_IDX": 1,
-    "MAX_LENGTH": 2,
-    "MAX_EXAMPLES": 2,
-    "SEED": 0,
-    "BATCH_TOKENS": 1,
-    "CHUNK_TOKENS": 1,
-    "SHARD_BYTES": 1,
-    "BLOCK_LENGTH": 2,
-    "DEDUP_NGRAM": 0,
-    "M": 1,
-    "K": 1,
-    "AUX_K": 0,
-    "AUX_COEF": 0,
-    "DEAD_AFTER_TOKENS": 1,
-    "BATCH_SIZE": 2,
-    "N_EPOCHS": 1,
-    "PATIENCE": 1,
-    "N_TOP_NEURONS": 0,
-    "N_LLM_WORKERS": 1,
-    "LR_WARMUP_STEPS": 0,
-    "SPARSITY_WARMUP_STEPS": 0,
-    "BUFFER_TOKENS": 6,
-    "MAX_TRAIN_TOKENS": 2,
-    "L1_COEFFICIENT": 0,
-    "L0_COEFFICIENT": 0,
-    "RESAMPLE_EVERY": 1,
-    "SEEDS": 0,
-    "K_LIST": 1,
-    "L1_COEFFICIENT_LIST": 0,
-    "N_REPORT_FEATURES": 1,
-    "N_SCORED_FEATURES": 0,
-    "N_FIDELITY_EXAMPLES": 0,
-    "N_HYPOTHESES": 1,
-    "TEST_FRACTION": 0,
-}
-ABOVE: dict[str, float] = {
-    "LEARNING_RATE": 0,
-    "CLIP_GRAD": 0,
-    "MAX_NORM_RATIO": 1,
-    "VALIDATION_FRACTION": 0,
-    "LLM_TIMEOUT": 0,
-    "SAVE_EVERY": 0,
-    "LR_DECAY_FRACTION": 0,
-    "INIT_ENCODER_SCALE": 0,
-    "JUMPRELU_BANDWIDTH": 0,
-}
-SMALLEST = 1e-12  # of what is above 0, else it is 0 in float32 or no time at all
-SMALLEST_OF: dict[str, float] = {"INIT_ENCODER_SCALE": 1e-6, "JUMPRELU_BANDWIDTH": 1e-6}
-AT_MOST: dict[str, float] = {
-    "VALIDATION_FRACTION": 0.99,
-    "TEST_FRACTION": 0.98,
-    "LR_DECAY_FRACTION": 1,
-    "M": 2**26,
-    "DEDUP_NGRAM": 1000,
-    "BLOCK_LENGTH": 2**31 - 1,
-    "N_LLM_WORKERS": 256,
-    "LLM_TIMEOUT": 86_400,
-    "LEARNING_RATE": 1e38,
-    "AUX_COEF": 1e38,
-    "L1_COEFFICIENT": 1e38,
-    "L1_COEFFICIENT_LIST": 1e38,
-    "L0_COEFFICIENT": 1e38,  # float32 ends at 3.4e38
-    "INIT_ENCODER_SCALE": 1e6,
-    "JUMPRELU_BANDWIDTH": 1e6,
-}
-LARGEST_INT, LARGEST_FLOAT = 2**53 - 1, 1e12  # of every other setting: exact everywhere
-CHOICES: dict[str, tuple[str, ...]] = {
-    "DTYPE": ("auto", "float32", "bfloat16", "float16"),
-    "STORAGE_DTYPE": ("float16", "float32"),
-    "PROCESSING": ("example", "block"),
-    "POOLING": ("max", "mean"),
-    "TARGET_POOLING": ("max", "mean"),
-    "ENGINE": ("sparse", "reference"),
-    "SELECT_DTYPE": ("float32", "bfloat16"),
-    "LR_SCHEDULE": ("constant", "linear", "cosine"),
-    "ARCHITECTURE": tuple(ARCHITECTURES),
-    "JUMPRELU_LOSS": ("target", "step"),
-    "LOGGER": ("none", "tensorboard", "wandb"),
-    "USE_TOKENS": ("all", "content", "assistant"),
-    "NORMALIZE_ACTIVATIONS": ("auto", "none", "mean", "norm", "both"),
-    "INIT_DIRECTIONS": ("mixed", "xavier", "kaiming", "orthogonal", "data"),
-    "INIT_CENTRE": ("median", "mean", "geometric_median"),
-    "EXPORT": ("saelens", "sparsify"),
-    "LLM_PROTOCOL": ("both", "contrastive", "fast"),
-    "SELECTION_METHOD": ("separation_score", "correlation", "lasso"),
-}
 FEATURES = {"M", "K", "AUX_K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES"}
 
 Require = Callable[[Any, str, str, str], None]  # (what must hold, NAME, what is wrong, remedy)
@@ -128,27 +41,22 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def each(value: Any) -> tuple:
-    """The values of a setting that may be none, one or several."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+def check_values(values: dict[str, Any], limits: dict[str, Limits] | None = None) -> list[str]:
+    """Every impossible value or combination among `values`, one line each with its remedy.
 
-
-def check_values(values: dict[str, Any]) -> list[str]:
-    """Every impossible value or combination among `values`, one line each with its remedy."""
-    problems = []
+    `limits` are those of each setting, by default as shipped.
+    """
+    limits = shipped_limits() if limits is None else limits
+    problems = [
+        problem
+        for name, value in values.items()
+        for problem in problems_with(name, value, limits.get(name, Limits()))
+    ]
 
     def require(ok: Any, name: str, what: str, remedy: str) -> None:
         if not ok:
             problems.append(f"{name}: {what}. {remedy}.")
 
-    check_bounds(values, require)
-    for name, allowed in CHOICES.items():
-        for value in each(values.get(name)):
-            require(
-                value in allowed, name, f"{shown(value)} is unknown", f"choose {', '.join(allowed)}"
-            )
     if "DEVICE" in values:
         require(
             re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", values["DEVICE"]),
@@ -178,42 +86,6 @@ def check_values(values: dict[str, Any]) -> list[str]:
         check_architecture(values, require)
     check_interpretation(values, require)
     return problems
-
-
-def check_bounds(values: dict[str, Any], require: Require) -> None:
-    """Each number within its bounds; where it has none, within what is exact everywhere."""
-    for table, ok, wrong, right in (
-        (AT_LEAST, operator.ge, "below {}", "{} or more"),
-        (AT_MOST, operator.le, "above {}", "{} or less"),
-        (ABOVE, operator.gt, "not above {}", "more than {}"),
-    ):
-        for name, bound in table.items():
-            for value in each(values.get(name)):
-                require(
-                    ok(value, bound),
-                    name,
-                    f"{shown(value)} is {wrong.format(bound)}",
-                    f"give {right.format(bound)}",
-                )
-    for name, bound in ABOVE.items():
-        least = SMALLEST_OF.get(name, SMALLEST)
-        for value in each(values.get(name)):
-            require(
-                value <= bound or value >= least,
-                name,
-                f"{value} is below {least}",
-                f"give {least} or more",
-            )
-    for name, value in values.items():
-        for one in each(value) if name not in AT_MOST else ():
-            bound = LARGEST_INT if isinstance(one, int) else LARGEST_FLOAT
-            if not isinstance(one, str):
-                require(
-                    abs(one) <= bound,
-                    name,
-                    f"{shown(one)} is beyond {bound}",
-                    "give a smaller number",
-                )
 
 
 def check_paths(values: dict[str, Any], require: Require) -> None:
@@ -257,9 +129,9 @@ def check_extraction(values: dict[str, Any], require: Require) -> None:
     if values.get("LAYERS") is not None:
         layers = values["LAYERS"]
         require(
-            len(layers) > 0 and min(layers) >= 1 and len(set(layers)) == len(layers),
+            len(layers) > 0 and len(set(layers)) == len(layers),
             "LAYERS",
-            f"{layers} are not different layers from 1 on",
+            f"{layers} are not different layers",
             "give for example --layers 12,18",
         )
     if {"PROCESSING", "DEDUP_NGRAM", "DATASET_PATH"} <= set(values) and values[

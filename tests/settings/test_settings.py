@@ -195,7 +195,8 @@ def test_a_constant_that_is_set_where_nobody_reads_it(project, refused, file, te
 def test_names_inside_functions_are_their_own(project):
     project.add(
         "train_sae.py",
-        "\ndef f(rows):\n    M = 3\n    return [K for K in rows], M\n\n\nPAIRS = [K for K in (1, 2)]\nf(PAIRS)\n",
+        "\ndef f(rows):\n    M = 3\n    return [K for K in rows], M\n\n\n"
+        "PAIRS = [K for K in (1, 2)]\nf(PAIRS)\n",
     )
     assert project.read().M == 256
 
@@ -220,7 +221,8 @@ def test_names_inside_functions_are_their_own(project):
             "train_sae.py",
             "K_LIST",
             "K_LIST = 8",
-            "K_LIST: expected a tuple of int or none, got 8. edit it in train_sae.py, for example `(8,)`.",
+            "K_LIST: expected a tuple of int or none, got 8. "
+            "edit it in train_sae.py, for example `(8,)`.",
         ),
         (
             "train_sae.py",
@@ -432,7 +434,8 @@ def test_a_slip_in_config_is_a_line_whatever_is_started(project, line):
     (project.folder / "fastsae").symlink_to(PROJECT / "fastsae")
     project.edit("config.py", "LAYER_IDX", line)
     start = (
-        f"import sys; sys.path.insert(0, {str(project.folder)!r}); from fastsae.settings import startup; "
+        f"import sys; sys.path.insert(0, {str(project.folder)!r}); "
+        "from fastsae.settings import startup; "
         f"startup.FOLDERS = ({str(project.folder)!r},); startup.explain_slips(); import config"
     )
     done = subprocess.run(
@@ -566,7 +569,7 @@ def test_three_names_at_most_and_none_far_away(refused):
     assert len(nearest("n", ["n-epochs", "n-top-neurons", "m"])) <= 3
     (line,) = refused("--warmup", "3")
     assert line.count("--") <= 2 + 3
-    assert refused("--zzzz") == ["error: --zzzz: no such setting. see --help for all of them."]
+    assert refused("--zzzz") == ["error: --zzzz: no such setting. see --help-all for all of them."]
 
 
 def test_a_flag_of_another_stage_says_whose_it_is(refused):
@@ -639,7 +642,8 @@ def test_a_start_prints_what_differs_from_the_defaults():
     assert described("--k", "4")[0] == "settings: (flag) K=4"
     first = described("--m", "512", "--architecture", "batchtopk")[0]
     assert first == (
-        "settings: (flag) ARCHITECTURE=batchtopk, M=512, (follows) MATRYOSHKA_PREFIXES=128,512, USE_BATCH_TOPK=on"
+        "settings: (flag) ARCHITECTURE=batchtopk, M=512, "
+        "(follows) MATRYOSHKA_PREFIXES=128,512, USE_BATCH_TOPK=on"
     )
     first = "".join(
         described("--preset", "llama-3.1-8b", "--dataset-path", "tests/conftest.py")[:-1]
@@ -656,7 +660,8 @@ def test_a_start_names_what_was_edited(project):
     project.edit("config.py", "LAYER_IDX", "LAYER_IDX = 18")
     text = project.read("--k", "4").describe()
     assert text.startswith(
-        "settings: (flag) K=4, (config.py) LAYER_IDX=18, (train_sae.py) M=512, (follows) MATRYOSHKA_PREFIXES=128,512\n"
+        "settings: (flag) K=4, (config.py) LAYER_IDX=18, (train_sae.py) M=512, "
+        "(follows) MATRYOSHKA_PREFIXES=128,512\n"
     )
 
 
