@@ -210,7 +210,9 @@ def in_fork(job, report):
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        report.write_text(json.dumps({"operations": operations, "foreign": foreign}))
+        whole = report.with_name(report.name + ".whole")  # a kill may come while it is written
+        whole.write_text(json.dumps({"operations": operations, "foreign": foreign}))
+        os.replace(whole, report)
         os._exit(code)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import sampling
 from conftest import PROJECT
 
 FAST = ["--max-examples", 96, "--n-epochs", 3, "--device", "cpu"]
@@ -54,6 +55,8 @@ def test_demo_end_to_end(tmp_path, run_script):
     )
     assert sum(line.split(",")[0].isdigit() for line in table.splitlines()) == 256
 
+    if not sampling.exhaustive:  # that nothing is done twice: test_the_whole_pipeline_quietly
+        return
     again = run_script("run_pipeline.py", *FAST)
     assert again.returncode == 0 and again.stdout.count("up to date") == 3
 

@@ -295,9 +295,7 @@ def test_a_device_without_a_number_is_seen(
     tmp_path, extracted, run_main, small, monkeypatch, capsys
 ):
     """As stage 2 did: `cuda` itself was made the current device."""
-    monkeypatch.setattr(
-        devices, "choose_device", lambda setting: torch.cuda.set_device("cuda")
-    )
+    monkeypatch.setattr(devices, "choose_device", lambda setting: torch.cuda.set_device("cuda"))
     with pretended():
         assert (
             run_main(

@@ -394,4 +394,5 @@ def read_checkpoint_metadata(path):
 
 
 def _brief(error):
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
+    text = (str(error) or type(error).__name__).splitlines()[0][:120]
+    return text if text.isprintable() else repr(text)[1:-1]  # it may name a damaged archive's member

@@ -9,6 +9,7 @@ import types
 
 import numpy as np
 import pytest
+import sampling
 import torch
 from conftest import PROJECT
 
@@ -175,9 +176,7 @@ def test_fast_path_of_the_embedded_model(smol_tokenizer, dtype, bound, median):
     examples = list(stream_examples(PROJECT / "data" / "cognitive_actions.jsonl", max_examples=8))
     table = tokenise(examples, ChatTokenizer(smol_tokenizer, max_length=512))
     fast, twin = (
-        residual.ResidualModel(
-            "SmolLM2-135M-Instruct", (6, 12), dtype=dtype, exact_twin=exact
-        )
+        residual.ResidualModel("SmolLM2-135M-Instruct", (6, 12), dtype=dtype, exact_twin=exact)
         for exact in (False, True)
     )
     forward = extraction.Forward(
@@ -527,7 +526,7 @@ def test_kills_at_random_times_change_no_byte(dataset, llama):
             "-m",
             "experiments.benchmarks.kill_extraction",
             "--kills",
-            "3",
+            "3" if sampling.exhaustive else "1",
             "--dataset-path",
             dataset,
             "--model-name",

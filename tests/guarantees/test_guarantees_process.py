@@ -446,6 +446,7 @@ def pipeline(tmp_path, tmp_path_factory, smol_tokenizer):
     return start
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
 def test_a_pipeline_that_ends_leaves_no_child(tmp_path, pipeline, number):
     """Ended in stage 1 after its first parts, and twice in stage 2 after a save; each time the same

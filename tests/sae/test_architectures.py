@@ -276,6 +276,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "flags",
     [

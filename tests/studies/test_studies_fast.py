@@ -505,6 +505,7 @@ FAST_FLAGS = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_fast_against_block_training_from_end_to_end(tmp_path, study, capsys):
     flags = [*FAST_FLAGS, "--plain-text", tmp_path / "plain.txt"]
     result, stages = study(fast_vs_block, *flags)

@@ -65,6 +65,7 @@ def by_hand(model, ids, layer, replace):
         return model.lm_head(stack.norm(x))[0, :-1].log_softmax(-1)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("layer", [1, 12, 30])
 def test_a_splice_equals_one_made_by_hand(whole_model, examples, some_sae, layer):
     functions = {
@@ -610,6 +611,7 @@ def test_the_effect_of_an_ablation_by_hand(study):
     )
 
 
+@pytest.mark.exhaustive
 def test_layers_of_a_tiny_model(tiny, study, run_main, tmp_path, monkeypatch):
     _, flags = tiny
     study_flags = [

@@ -231,6 +231,7 @@ PLANTED = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_planted_study_finds_directions_and_remembers(monkeypatch, tmp_path):
     result = run_study(monkeypatch, tmp_path, "planted", *PLANTED)
     methods = result["large"][0]["methods"]
@@ -255,6 +256,7 @@ def test_planted_study_finds_directions_and_remembers(monkeypatch, tmp_path):
     assert run_study(monkeypatch, tmp_path, "planted", *PLANTED)["large"] == result["large"]
 
 
+@pytest.mark.exhaustive
 def test_modular_study_runs_on_tiny_settings(monkeypatch, tmp_path):
     result = run_study(
         monkeypatch,
@@ -310,6 +312,7 @@ def test_modular_study_runs_on_tiny_settings(monkeypatch, tmp_path):
         )
 
 
+@pytest.mark.exhaustive
 def test_stability_study_runs_on_tiny_settings(monkeypatch, tmp_path):
     result = run_study(
         monkeypatch,

@@ -45,6 +45,7 @@ def checkpoint_of(tmp_path):
     return tmp_path / "checkpoints" / "test" / metrics_of(tmp_path)["checkpoint"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("batch_topk", [False, True], ids=["topk", "batchtopk"])
 def test_planted_dictionary_is_recovered(tmp_path, write_activations, run_main, batch_topk):
     tokens, directions = planted_tokens(12_000, 32, 48, 3)

@@ -119,6 +119,7 @@ def test_only_the_chosen_tokens_train(tmp_path, write_activations, run_main, cap
     assert "USE_TOKENS: " in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_a_buffer_of_an_eighth_trains_as_well_as_a_full_shuffle(
     tmp_path, write_activations, run_main
 ):
@@ -148,6 +149,7 @@ def test_a_buffer_of_an_eighth_trains_as_well_as_a_full_shuffle(
     assert found[4500] == pytest.approx(found[100_000], rel=0.01)
 
 
+@pytest.mark.exhaustive
 def test_rows_beyond_the_buffer_stay_on_the_disk(tmp_path, write_activations):
     """400 MB of activations, a buffer of 24 MB: the process may grow by the buffer and its own few
     weights, not by the data."""

@@ -64,6 +64,7 @@ def train(folder, flags, n_processes):
     return state, metrics, said
 
 
+@pytest.mark.exhaustive
 def test_two_processes_train_what_one_does(tmp_path, write_activations):
     # 1,351 to train: the last batch has 51 rows, of which 25 and 26
     tokens, _ = planted_tokens(1500, 16, 32, 2, noise=0.1)
@@ -90,7 +91,7 @@ def test_two_processes_train_what_one_does(tmp_path, write_activations):
 
 STEPS = """
 import os, sys, torch
-from fastsae import parallel
+from fastsae.runtime import distributed as parallel
 from fastsae.sae.dense_step import dense_step
 from fastsae.sae.sparse_step import sparse_step
 from fastsae.training.run import TrainingRun
@@ -100,10 +101,13 @@ for variant, config in configs.items():
     run = TrainingRun(config, x, seed=0, device="cpu", learning_rate=1e-3)
     run.tokens_since_fired[::3] = 1000
     rows, dead = x[parallel.share(len(x))], run.tokens_since_fired > 10
-    loss, fired = (dense_step(run.sae, rows, dead, sparsity=0.1, bandwidth=0.5, target_l0=4) if variant in ("jumprelu", "gated") else
-                   sparse_step(run.sae, rows, dead, aux_coef=0.3))
-    found[variant] = {name: parallel.total(p.grad).clone() for name, p in run.sae.named_parameters()}
-    found[variant] |= {"loss": parallel.total(loss), "fired": parallel.anywhere(fired), "threshold of the step": run.sae.threshold.detach()}
+    if variant in ("jumprelu", "gated"):
+        loss, fired = dense_step(run.sae, rows, dead, sparsity=0.1, bandwidth=0.5, target_l0=4)
+    else:
+        loss, fired = sparse_step(run.sae, rows, dead, aux_coef=0.3)
+    found[variant] = {n: parallel.total(p.grad).clone() for n, p in run.sae.named_parameters()}
+    found[variant] |= {"loss": parallel.total(loss), "fired": parallel.anywhere(fired),
+                       "threshold of the step": run.sae.threshold.detach()}
 if parallel.world()[0] == 0:
     torch.save(found, sys.argv[2])
 os._exit(0)  # see the end of train_sae.py

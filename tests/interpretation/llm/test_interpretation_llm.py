@@ -451,6 +451,7 @@ def test_a_torn_journal_loses_one_line_only(tmp_path):
         assert client.Journal(path, other).get("p1") is None
 
 
+@pytest.mark.exhaustive
 def test_killed_half_way_and_continued_without_a_repeated_call(tmp_path, planted, endpoint):
     """kill -9 while calls are in flight: what was answered is on disk; only calls in flight may be
     made again."""
@@ -493,6 +494,7 @@ def test_killed_half_way_and_continued_without_a_repeated_call(tmp_path, planted
     assert len(keys) == len(set(keys))
 
 
+@pytest.mark.exhaustive
 def test_a_real_model_behind_a_real_endpoint(tmp_path, planted, run_main, endpoint):
     """The embedded model, served over HTTP, labels, scores and validates; nothing here knows what
     it will say."""
