@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import PROJECT
 from forking import Stages
@@ -29,8 +30,6 @@ ELSEWHERE = {  # what a command holds: the file that runs it, or what CI does wi
     "torchrun .*extract_activations.py": "tests/activations/test_extraction_scale.py",
     "torchrun .*train_sae.py": "tests/training/test_training_parallel.py",
     "hf:": "tests/activations/test_extraction_scale.py",
-    "GEMMA": "tests/formats/test_formats.py",
-    "google/gemma": "tests/lm/test_other_models.py",
     r"experiments\.studies": "tests/studies",
     r"experiments\.pages": "tests/test_docs.py",
 }
@@ -38,6 +37,8 @@ SMALL = {  # flags whose values are made small
     "--model-name": "MODEL",
     "--layer-idx": "1",
     "--layers": "1,2",
+    "--sae-path": "gemma/layer_0/width_16/average_l0_4",
+    "--init-from": "gemma/layer_0/width_16/average_l0_4",
     "--m": "16",
     "--k": "4",
     "--k-list": "2,4",
@@ -52,7 +53,7 @@ TINY = {  # flags that every command gets besides
     "--device": "cpu",
     "--model-name": "MODEL",
     "--layer-idx": "1",
-    "--dataset-path": "dialogues.jsonl",
+    "--dataset-path": "my_texts.jsonl",
     "--m": "16",
     "--k": "4",
     "--n-epochs": "1",
@@ -70,7 +71,8 @@ def documented() -> list[str]:
     for path in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", path.read_text("utf-8"), re.S):
             for line in block.splitlines():
-                if command := re.sub(r"\s+# .*", "", line).strip():
+                command = re.sub(r"\s+# .*", "", line).strip()
+                if command and not re.fullmatch(r"[A-Z]+=\S+", command):  # a variable
                     found[command] = path.name
     return list(found)
 
@@ -131,13 +133,18 @@ def tiny(tmp_path_factory, smol_tokenizer):
     for name, rows in {
         "my_texts.jsonl": [{"text": text} | rest for text, rest in zip(texts, more)],
         "my_dialogues.jsonl": [{"messages": turn} | rest for turn, rest in zip(turns, more)],
-        "dialogues.jsonl": [{"messages": turn} | rest for turn, rest in zip(turns, more)],
     }.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "sharegpt.json").write_text(
         json.dumps([{"conversations": [{"from": "human", "value": text}]} for text in texts])
     )
     (folder / "corpus.txt").write_text("\n".join(texts))
+    gemma = folder / "gemma" / "layer_0" / "width_16" / "average_l0_4"
+    gemma.mkdir(parents=True)
+    weights = np.random.default_rng(0).normal(size=(2, 16, 8)).astype(np.float32)
+    biases = {"b_enc": np.zeros(16), "b_dec": np.zeros(8), "threshold": np.full(16, 0.1)}
+    biases = {name: value.astype(np.float32) for name, value in biases.items()}
+    np.savez(gemma / "params.npz", W_enc=weights[0].T, W_dec=weights[1], **biases)
     stages = Stages(TEST_TOKENIZERS=str(folder / "model"))
     ready = folder / "ready"
     for script in config.STAGES[:2]:
@@ -153,7 +160,7 @@ def run(stages, folder, script, flags, output, **environment):
     for name, value in (TINY | flags).items():
         if name in known_flags([script]):
             value = value and value.replace("MODEL", str(folder / "model"))
-            if name == "--dataset-path":
+            if name in ("--dataset-path", "--sae-path", "--init-from"):
                 value = str(folder / value)
             words += [name] if value is None else [name, value]
     return stages.run(script.removesuffix(".py"), *words, output=output, environment=environment)
@@ -168,7 +175,11 @@ def test_the_command_does_what_it_says(command, tiny, tmp_path):
     # forks know no subprocesses, so the three stages run one after the other
     names = config.STAGES if script == "run_pipeline.py" else [script]
     assert not set(flags) - known_flags(names)
-    if names[0] != config.STAGES[0]:
+    if "--dataset-path" in flags and names[0] != config.STAGES[0]:
+        data = {"--dataset-path": flags["--dataset-path"]}
+        done = run(stages, folder, config.STAGES[0], data, output)
+        assert done["code"] == 0, done["err"]
+    elif names[0] != config.STAGES[0]:
         shutil.copytree(folder / "ready", output)
     server = Endpoint(reply=answer) if "OPENAI" in command else None
     if server:
