@@ -28,6 +28,7 @@ import config
 from fastsae.activations import files as activations_file
 from fastsae.formats import load
 from fastsae.interpretation import tables
+from fastsae.interpretation.features import N_TOP_EXAMPLES, Features
 from fastsae.interpretation.llm import client
 from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import short_name
@@ -84,7 +85,6 @@ POOLING: str = "max"                    # {max, mean} of a feature over an examp
 TARGET_POOLING: str = "mean"            # {max, mean} the same for the target
 # fmt: on
 
-N_TOP_TOKENS, N_TOP_EXAMPLES, N_LENS_TOKENS, N_LENS_COLUMN = 8, 5, 20, 8
 COLUMNS = ("feature", "label", "label_source", "status", "density", "max_activation", "top_tokens",
            *(f"top_example_{i}" for i in range(1, N_TOP_EXAMPLES + 1)), "best_category", "category_auc",
            "score", "fidelity_f1", "matryoshka_level", "promoted_tokens", "suppressed_tokens", "special_token_share")
@@ -93,7 +93,6 @@ HYPOTHESIS_COLUMNS = ("rank", "feature", "hypothesis", "source", "target", "meth
 DECISIVE = ("POOLING", "LABEL_FIELD", "TEXT_FIELD", "SEED", "N_REPORT_FEATURES", "NEURONPEDIA_SET", "NEURONPEDIA_MODEL")
 LLM_SETTINGS = ("INTERPRETER_MODEL", "LLM_PROTOCOL", "N_TOP_NEURONS", "N_SCORED_FEATURES", "N_FIDELITY_EXAMPLES")
 TARGET_SETTINGS = ("TARGET_FIELD", "TARGET_VALUE", "TARGET_POOLING", "SELECTION_METHOD", "N_HYPOTHESES")
-OPTIONAL = ("score", "score_name", "fidelity_f1", "fidelity_precision", "fidelity_recall", "n_held_out", "label_protocol", "note")
 
 
 def main():
@@ -231,115 +230,6 @@ def done(folder, jsonl_path, metadata):
         return lines[0]
 
     return artifacts.matches(jsonl_path, metadata, read)
-
-
-class Features:
-    """The evidence on every feature, `rows` of the tables made from it, and what else the outputs need."""
-
-    def __init__(self, settings, checkpoint_path, sae_meta):
-        from fastsae.data.datasets import identity
-        from fastsae.formats.load import load_sae
-        from fastsae.interpretation.categories import add_categories
-        from fastsae.interpretation.evidence import Evidence
-        from fastsae.interpretation.logit_lens import add_lens
-        from fastsae.lm.devices import choose_device
-        from fastsae.lm.loading import load_tokenizer
-        from fastsae.lm.sources import model_source, require_same
-
-        self.settings, self.sae_meta, self.checkpoint_path = settings, sae_meta, checkpoint_path
-        self.comparison = None  # of the hypotheses with what needs no features
-        data = activations_file.open_activations(settings.activations_path)
-        self.source, self.example_ids = artifacts.metadata_of(data, settings.activations_path), data["example_ids"]
-        if self.source["fingerprint"] != sae_meta["inputs"]["activations"]:
-            raise InputError(f"{checkpoint_path}: was trained on other activations than {settings.activations_path}. run train_sae.py.")
-        if self.source["settings"].get("PROCESSING") == "block":
-            raise InputError(f"{settings.activations_path}: holds blocks of joined examples, whose examples cannot be told apart. "
-                             "run extract_activations.py with --processing example.")
-        if identity(settings.DATASET_PATH)[0] != self.source["inputs"]["dataset"]:
-            raise InputError(f"DATASET_PATH: {settings.DATASET_PATH} is not the file the activations were made from. "
-                             "run extract_activations.py.")
-        require_same(self.source["model_name"], self.source["model_revision"], settings.CACHE_DIR, self.source["inputs"]["model"],
-                     "run extract_activations.py")
-        device = choose_device(settings.DEVICE)
-        sae, loaded_meta = load_sae(checkpoint_path, "cpu" if device == "mps" else device)
-        if loaded_meta["fingerprint"] != sae_meta["fingerprint"]:
-            raise EnvironmentFailure(f"{checkpoint_path}: was replaced while this run began. run again.")
-        if settings.SAE_PATH:
-            load.fit(checkpoint_path, sae, loaded_meta, settings.activations_path, self.source, data, seed=settings.SEED)
-        self.sae_meta = sae_meta = loaded_meta
-        self.examples = self.read_examples(settings.LABEL_FIELD)
-        tokenizer = load_tokenizer(self.source["model_name"], revision=self.source["model_revision"], cache_dir=settings.CACHE_DIR)
-        with progress.bar(len(data["token_ids"]), "statistics", "token", unit_scale=True) as tokens_done:
-            self.evidence = Evidence(sae, data, self.examples, tokenizer, {
-                "max_norm": sae_meta["max_norm"], "exclude_shared_prefix": sae_meta["settings"]["EXCLUDE_SHARED_PREFIX"],
-                "use": sae_meta["settings"].get("USE_TOKENS", "all")},
-                n_top=N_TOP_EXAMPLES, seed=settings.SEED, progress=tokens_done.update)
-        progress.step("top tokens, categories and promoted tokens of the features")
-        self.rows = self.evidence.rows(N_TOP_TOKENS)
-        for row in self.rows:
-            row.update(dict.fromkeys(OPTIONAL), best_category="", category_auc=None, promoted_tokens="", suppressed_tokens="")
-        self.categories = add_categories(self.rows, self.evidence.statistics, self.labels(), settings.POOLING, settings.SEED,
-                                         self.evidence.text_numbers)
-        self.lens = add_lens(self.rows, self.evidence, model_source(self.source["model_name"], settings.CACHE_DIR),
-                             {"revision": self.source["model_revision"], "cache_dir": settings.CACHE_DIR}, N_LENS_TOKENS, N_LENS_COLUMN)
-
-    def read_examples(self, label_field):
-        """The examples whose activations there are (deduplication may have left some out), with that field as their label."""
-        from fastsae.data.datasets import read_dataset
-
-        return read_dataset(self.settings.DATASET_PATH, text_field=self.settings.TEXT_FIELD, label_field=label_field,
-                            only_lines=self.example_ids, sha256=self.source["inputs"]["dataset"])
-
-    def labels(self, field=None):
-        """Label of each example (or the value of another field), None where it has none; None if there are no labels at all."""
-        settings, name, examples = self.settings, field or self.settings.LABEL_FIELD, self.examples
-        if field and field != settings.LABEL_FIELD:
-            examples = self.read_examples(field)
-        labels, setting = [example.label for example in examples], "TARGET_FIELD" if field else "LABEL_FIELD"
-        if name and not any(label is not None for label in labels):
-            if settings.source[setting].startswith("preset"):
-                return None
-            raise InputError(f"{setting}: no row of {settings.DATASET_PATH} has {name}. name another field, or set "
-                             f"--{config.flag_name(setting)} none.")
-        return labels if name else None
-
-    def choose(self, n):
-        """The features to label: alive ones by category AUC where there are labels, else by total activation."""
-        s = self.evidence.statistics
-        first = np.zeros(s.m) if self.categories is None else np.where(self.categories.named, self.categories.auc, 0)
-        order = np.lexsort((-s.total, -first))
-        return [int(j) for j in order if s.count[j] > 0][:n]
-
-    def hypotheses(self):
-        """Features that predict the target, with their scores; [] without one. `comparison` says what they are worth."""
-        from fastsae.interpretation.categories import target_numbers
-        from fastsae.interpretation.target_features import compare, select_features
-
-        settings = self.settings
-        if not (settings.TARGET_FIELD or settings.TARGET_VALUE):
-            return []
-        field = settings.TARGET_FIELD or settings.LABEL_FIELD
-        s, values = self.evidence.statistics, self.labels(field) or [None] * len(self.examples)
-        rows = np.array([values[i] is not None for i in s.pooled_examples], bool)
-        target = target_numbers([values[i] for i in s.pooled_examples[rows]], field, settings.TARGET_VALUE)
-        pooled = (s.pooled_max if settings.TARGET_POOLING == "max" else s.pooled_mean)[rows]
-        examples = s.pooled_examples[rows]
-        texts = self.evidence.text_numbers[examples]
-        found = select_features(pooled, target, settings.N_HYPOTHESES, settings.SELECTION_METHOD, settings.SEED, texts)
-        name = field if settings.TARGET_VALUE is None else f"{field} = {settings.TARGET_VALUE}"
-        if not found:
-            print(f"hypotheses: none, for no feature predicts {name} on these examples")
-        else:
-            self.comparison = compare(pooled, found, target, examples, self.evidence, settings.SEED, texts)
-        how = {"method": settings.SELECTION_METHOD, "pooling": settings.TARGET_POOLING}
-        return [{"rank": i, "target": name, **how, **entry} for i, entry in enumerate(found, 1)]
-
-    def summary(self):
-        """Counts over all features, for the report and the tables' first line."""
-        from fastsae.interpretation.report import run_page
-
-        counts = {"n_features": len(self.rows), "n_dead": sum(row["status"] == "dead" for row in self.rows)}
-        return counts if self.categories is None else counts | self.categories.summary(run_page.AUC_BOUND)
 
 
 def labelling(features, backend, labelled, settings):

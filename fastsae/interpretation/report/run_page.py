@@ -8,12 +8,12 @@ import numpy as np
 
 from fastsae.formats.export import dataset_name
 from fastsae.formats.load import architecture_text
+from fastsae.interpretation.features import AUC_BOUND, Features
 from fastsae.interpretation.report import charts
 from fastsae.interpretation.significance import LEVEL
 from fastsae.lm.names import described, short_name
 from fastsae.sae.metrics import measured_on
 
-AUC_BOUND = 0.8  # a feature above this separates its category well; the report counts them
 METRICS = (
     ("normalized_mse", "normalised MSE"),
     ("explained_variance", "explained variance"),
@@ -35,7 +35,7 @@ MEASURED = {
 }
 
 
-def describe_run(features, metadata, scored, settings, n_shown):
+def describe_run(features: Features, metadata, scored, settings, n_shown):
     """What `report.render` needs besides the features: title, story, charts and tables."""
     evidence, sae_meta, source, rows = (
         features.evidence,
