@@ -27,6 +27,7 @@ import numpy as np
 import config
 from fastsae.activations import files as activations_file
 from fastsae.formats import load
+from fastsae.formats.source import locate
 from fastsae.interpretation import tables
 from fastsae.interpretation.features import N_TOP_EXAMPLES, Features
 from fastsae.interpretation.llm import client
@@ -167,7 +168,7 @@ def chosen_sae(settings):
         path = named_checkpoint(settings.run_dir)
         return path, artifacts.read_checkpoint_metadata(path)
     source = activations_file.read_metadata(settings.activations_path)
-    return Path(settings.SAE_PATH), {"fingerprint": load.fingerprint_of(settings.SAE_PATH), "activations": source,
+    return Path(settings.SAE_PATH), {"fingerprint": locate(settings.SAE_PATH).fingerprint(), "activations": source,
                                      "inputs": {"activations": source["fingerprint"]}}
 
 

@@ -1,129 +1,21 @@
-"""Autoencoders from elsewhere, as the module that this project trains, with what stages and
-experiments ask of a checkpoint.
+"""Autoencoders of this project and of other libraries, and whether they fit activations: what
+stages and experiments ask of a checkpoint.
 
-`load_sae` reads checkpoints of train_sae.py, and of others: a folder of SAELens (cfg.json and
-sae_weights.safetensors), of sparsify (cfg.json and sae.safetensors), of dictionary_learning (ae.pt,
-config.json), or Gemma Scope's params.npz. Importing this module loads no torch, so that an
-up-to-date run ends quickly.
+Importing this module loads no torch, so that an up-to-date run ends quickly.
 """
 
-import hashlib
 from pathlib import Path
+from typing import Any
 
 from fastsae.data.token_masks import chosen_tokens, token_norms, usable_tokens
-from fastsae.formats import detect
+from fastsae.formats.source import locate
 from fastsae.lm.names import described, short_name
 from fastsae.runtime import artifacts
-from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import InputError
 from fastsae.settings.architectures import ARCHITECTURES
 
-FILES = {
-    "saelens": ("sae_weights.safetensors", "cfg.json"),
-    "sparsify": ("sae.safetensors", "cfg.json"),
-    # the first one tells the format
-    "dictionary_learning": ("ae.pt", "config.json"),
-    "gemma scope": ("params.npz",),
-}
-# active features where a format does not say how many, until they are counted
-ASSUMED_K = 32
-# of the content of a single file
-FORMAT_OF = {"fastsae": "fastsae", "torch": "torch", "npz": "gemma scope"}
 MAX_NORM_RATIO = 10.0  # as train_sae.py leaves attention sinks out
 MEASURED_TOKENS = 32768
-
-
-def locate(path):
-    """(format, its files): `path` is a folder or one of its files. A checkpoint of this project is
-    ("fastsae", [file]).
-
-    A file is judged by its content, unless its name and its neighbours make it one of FILES;
-    "torch" is what torch.save wrote elsewhere. A run's folder stands for the checkpoint that its
-    metrics.json names. Raises InputError where nothing is known.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(
-            f"{path}: not found. give a checkpoint (.pt) or the folder of an autoencoder."
-        )
-    if path.is_file():
-        folder = path.parent
-        of_folder = [
-            names
-            for names in FILES.values()
-            if path.name in names[:2] and (folder / names[0]).is_file()
-        ]
-        if not of_folder or path.suffix not in (".safetensors", ".json"):
-            return FORMAT_OF[detect.kind_of(path)], with_neighbours(path)
-    else:
-        folder = path
-    for kind, names in FILES.items():
-        if (folder / names[0]).is_file() and (folder == path or path.name in names):
-            if kind in ("dictionary_learning", "gemma scope"):
-                return FORMAT_OF[detect.kind_of(folder / names[0])], with_neighbours(
-                    folder / names[0]
-                )
-            return kind, [folder / name for name in names if (folder / name).is_file()]
-    if (metrics := folder / "metrics.json").is_file() and folder == path:
-        checkpoint = folder / named_checkpoint(metrics)
-        if not checkpoint.is_file():
-            raise InputError(
-                f"{checkpoint}: not found, though {metrics} names it. give the .pt file itself."
-            )
-        return "fastsae", [checkpoint]
-    raise InputError(f"{path}: holds no autoencoder; {what_there_is(folder)}.")
-
-
-def with_neighbours(path):
-    """The file, and the config of dictionary_learning beside its weights."""
-    config = path.with_name("config.json")
-    return [path, config] if path.name == "ae.pt" and config.is_file() else [path]
-
-
-def what_there_is(folder):
-    """What to give in place of a folder that is no autoencoder."""
-    inner = sorted(
-        str(p.parent.relative_to(folder))
-        for names in FILES.values()
-        for p in folder.glob(f"*/{names[0]}")
-    )
-    if inner:
-        return f"folders in it are: {', '.join(inner[:5])}. give the folder that has the weights"
-    if files := sorted(p.name for p in folder.glob("*.pt") if ".resume" not in p.name):
-        return f"files in it are: {', '.join(files[:5])}. give one of them"
-    return f"files that tell one are {', '.join(n[0] for n in FILES.values())}. give the folder that has the weights"
-
-
-def named_checkpoint(metrics_path):
-    """The name of the checkpoint that a run's metrics.json names. Raises InputError if it names
-    none."""
-    try:
-        name = artifacts.from_json(metrics_path.read_bytes())["checkpoint"]
-        if Path(name).name in ("", ".."):
-            raise ValueError
-        return Path(name).name
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{metrics_path}: names no checkpoint. give the .pt file itself."
-        ) from None
-
-
-def content_sha256(path):
-    """sha256 (hex) over the files that make up the autoencoder, independent of where they lie."""
-    digest = hashlib.sha256()
-    for file in locate(path)[1]:
-        digest.update(f"{file.suffix} {artifacts.file_sha256(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def fingerprint_of(path):
-    """What `load_sae` gives as the metadata's fingerprint, without loading the weights."""
-    kind, files = locate(path)
-    return (
-        artifacts.read_checkpoint_metadata(files[0])["fingerprint"]
-        if kind == "fastsae"
-        else content_sha256(path)
-    )
 
 
 def start_of(init_from, output) -> Path | None:
@@ -142,92 +34,21 @@ def start_of(init_from, output) -> Path | None:
         return found
     made_from = artifacts.read_checkpoint_metadata(output)["inputs"].get("init_from")
     for file in sorted(output.parent.glob("*.pt")) if made_from else []:
-        if not file.name.endswith(".resume.pt") and content_sha256(file) == made_from:
+        if not file.name.endswith(".resume.pt") and locate(file).sha256() == made_from:
             print(f"INIT_FROM: {output.name} was made from {file.name}, which is taken again")
             return file
     return found
 
 
-def load_foreign(path, device="cpu"):
-    """(sae, meta) of an autoencoder of another project. meta has the keys of a checkpoint's, as far
-    as they can be known.
-
-    `meta["activations"]["settings"]["LAYER_IDX"]` is None where the files do not name a layer;
-    `meta["settings"]["K"]` is None where the number of active features is not fixed
-    (`sae.k_active_neurons` is then only a guess for sizes, see `fit`).
-    """
-    from fastsae.formats import readers
-    from fastsae.sae.autoencoder import new_sae
-
-    kind, files = locate(path)
-    parts = {
-        "saelens": readers.read_saelens,
-        "sparsify": readers.read_sparsify,
-        "torch": readers.read_torch,
-        "gemma scope": readers.read_gemma_scope,
-    }[kind](files[0])
-    m, d = parts.w_enc.shape
-    sae = new_sae(
-        {
-            "input_dim": d,
-            "m_total_neurons": m,
-            "k_active_neurons": parts.k or min(m, ASSUMED_K),
-            "prefix_lengths": parts.prefixes,
-            "architecture": parts.architecture,
-        },
-        device,
-    ).eval()
-    values = {
-        "encoder.weight": parts.w_enc,
-        "decoder.weight": parts.w_dec.t(),
-        "input_bias": parts.b_dec,
-        "neuron_bias": parts.b_enc,
-        "threshold": sae.threshold if parts.threshold is None else parts.threshold,
-    }
-    sae.load_state_dict(values)
-    about = parts.about
-    return sae, {
-        "format": artifacts.FORMAT,
-        "stage": "imported autoencoder",
-        "fingerprint": content_sha256(path),
-        "inputs": {},
-        "settings": {
-            "ARCHITECTURE": parts.architecture,
-            "M": m,
-            "K": parts.k,
-            "MATRYOSHKA_PREFIXES": parts.prefixes,
-            "EXCLUDE_SHARED_PREFIX": True,
-        },
-        "activations": {
-            "model_name": about.get("model_name"),
-            "model_revision": None,
-            "settings": {"LAYER_IDX": about.get("layer")},
-        },
-        "max_norm": None,
-        "validation_examples": [],
-        "test_examples": [],
-        "metrics": {},
-        "source": {**about, "path": str(path)},
-    }
-
-
-def load_sae(path, device="cpu"):
+def load_sae(path: str | Path, device: str = "cpu") -> tuple[Any, dict]:
     """(sae, meta) of a checkpoint of this project, verified, or of an autoencoder of another
     library.
 
-    `path` is a .pt, a run's folder under checkpoints/, or what `locate` knows. Raises
+    `path` is a .pt, a run's folder under checkpoints/, or what `source.locate` knows. Raises
     EnvironmentFailure if a file is damaged, InputError if it is missing or holds what this project
     cannot compute exactly.
     """
-    from fastsae.sae.autoencoder import load_checkpoint
-
-    kind, files = locate(path)
-    if kind == "fastsae":
-        return load_checkpoint(files[0], device)
-    held = Held(files)
-    found = load_foreign(path, device)
-    held.require_unchanged()
-    return found
+    return locate(path).load(device)
 
 
 def architecture_of(sae) -> str:

@@ -15,6 +15,9 @@ import torch
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.runtime.storage import from_json
 
+# active features where a format does not say how many, until they are counted
+ASSUMED_K = 32
+
 
 @dataclass
 class Parts:
@@ -35,6 +38,31 @@ class Parts:
     k: int | None = None
     prefixes: list | None = None
     about: dict = field(default_factory=dict)
+
+    def as_module(self, device: str = "cpu"):
+        """The autoencoder that this project would have trained, for inference."""
+        from fastsae.sae.autoencoder import new_sae
+
+        m, d = self.w_enc.shape
+        sae = new_sae(
+            {
+                "input_dim": d,
+                "m_total_neurons": m,
+                "k_active_neurons": self.k or min(m, ASSUMED_K),
+                "prefix_lengths": self.prefixes,
+                "architecture": self.architecture,
+            },
+            device,
+        ).eval()
+        values = {
+            "encoder.weight": self.w_enc,
+            "decoder.weight": self.w_dec.t(),
+            "input_bias": self.b_dec,
+            "neuron_bias": self.b_enc,
+            "threshold": sae.threshold if self.threshold is None else self.threshold,
+        }
+        sae.load_state_dict(values)
+        return sae
 
     def centre_input(self):
         """From w_enc x + b_enc, without b_dec in front, to the form above."""

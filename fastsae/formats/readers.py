@@ -412,3 +412,11 @@ def dictionary_parts(kind, weights, trainer):
                 weights.take("group_sizes", None).cumsum(0).int().tolist(), m, weights
             )
     return parts.centre_input() if kind in ("AutoEncoderNew", "JumpReluAutoEncoder") else parts
+
+
+READERS = {  # by `Source.kind`; each takes the path of the weights
+    "saelens": read_saelens,
+    "sparsify": read_sparsify,
+    "torch": read_torch,
+    "gemma scope": read_gemma_scope,
+}

@@ -3,8 +3,9 @@ library."""
 
 import torch
 
-from fastsae.formats.load import architecture_of, check_fit, content_sha256, load_sae, locate
+from fastsae.formats.load import architecture_of, check_fit
 from fastsae.formats.parts import Parts
+from fastsae.formats.source import locate
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.sae import architectures
@@ -51,12 +52,13 @@ def begin(run, path, sha256, activations_path, activations_meta, test_examples=(
     """Let the TrainingRun `run`, before its first step, begin with the autoencoder at `path`;
     InputError if it does not belong here.
 
-    sha256: its `content_sha256` as the run's fingerprint has it. A line says so where the examples
+    sha256: its `Source.sha256` as the run's fingerprint has it. A line says so where the examples
     numbered `test_examples` decided something of that autoencoder.
     """
-    held = Held(locate(path)[1])
-    source, meta = load_sae(path, run.sae.input_bias.device)
-    if content_sha256(path) != sha256:
+    start = locate(path)
+    held = Held(start.files)
+    source, meta = start.load(run.sae.input_bias.device)
+    if start.sha256() != sha256:
         raise EnvironmentFailure(f"{path}: was replaced while this run began. run again.")
     held.require_unchanged()
     sae = run.sae

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastsae.formats.load import content_sha256, start_of
+from fastsae.formats.load import start_of
+from fastsae.formats.source import locate
 from fastsae.runtime import artifacts
 from fastsae.sae import autoencoder
 from fastsae.settings.values import Settings
@@ -48,7 +49,7 @@ def make_plans(settings: Settings, source: dict[str, Any], decisive: Iterable[st
         start = start_of(settings.INIT_FROM, path)
         inputs = {"activations": source["fingerprint"]}
         if start:
-            inputs["init_from"] = content_sha256(start)
+            inputs["init_from"] = locate(start).sha256()
         decided_by = {**own.select([*decisive, "SEED"]), "INIT_SEED": seed}
         metadata = artifacts.new_metadata("sae", decided_by, inputs, activations=source)
         plans.append(Plan(own, path, metadata, start, several=len(choices) > 1))

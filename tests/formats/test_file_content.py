@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from test_formats import (
 )
 
 from fastsae.activations import files
-from fastsae.formats import detect, load
+from fastsae.formats import detect, source
 from fastsae.formats.load import load_sae
 from fastsae.runtime import artifacts, machine_errors, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
@@ -76,7 +77,7 @@ def test_what_hypothesaes_saves_computes_the_same_here(tmp_path, name):
         meta["source"]["format"] == "hypothesaes"
         and meta["activations"]["settings"]["LAYER_IDX"] is None
     )
-    assert meta["fingerprint"] == load.content_sha256(tmp_path / "SAE_M=40_K=4.pt")
+    assert meta["fingerprint"] == source.locate(tmp_path / "SAE_M=40_K=4.pt").sha256()
 
 
 def test_one_saved_before_batchtopk(tmp_path):
@@ -449,14 +450,14 @@ def test_the_kind_is_known_without_torch(tmp_path):
     hypothesaes(tmp_path / "a.pt")
     path = str(tmp_path / "a.pt")
     code = (
-        "import sys; from fastsae.formats.detect import kind_of\n"
-        f"print(kind_of({path!r}), 'torch' in sys.modules)"
+        "import sys; from fastsae.formats.source import locate\n"
+        f"print(locate({path!r}).kind, 'torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        cwd=os.path.dirname(os.path.dirname(detect.__file__)),
+        cwd=Path(detect.__file__).parents[2],
     )
     assert done.stdout.split() == ["torch", "False"], done.stderr
 

@@ -17,10 +17,10 @@ from fastsae.formats.load import (
     architecture_of,
     architecture_text,
     check_fit,
-    content_sha256,
     load_sae,
     trained_architecture,
 )
+from fastsae.formats.source import locate
 from fastsae.lm import embedded
 from fastsae.lm.names import EMBEDDED, described, hub_id
 from fastsae.runtime import artifacts, storage
@@ -195,9 +195,10 @@ def test_an_export_comes_back(tmp_path, kind):
         if folder.exists():
             again, meta = load_sae(folder)
             assert_same(dense(again, x), dense(sae, x))
-            assert meta["activations"]["settings"]["LAYER_IDX"] == 12 and meta[
-                "fingerprint"
-            ] == content_sha256(folder)
+            assert (
+                meta["activations"]["settings"]["LAYER_IDX"] == 12
+                and meta["fingerprint"] == locate(folder).sha256()
+            )
             assert meta["settings"]["K"] == (K if architecture_of(sae) == "topk" else None)
 
 
@@ -995,7 +996,8 @@ def test_training_goes_on_from_an_export(tmp_path, write_activations, run_main, 
     assert after == pytest.approx(before, rel=1e-3)
     meta = load_sae(tuned)[1]
     assert (
-        meta["inputs"]["init_from"] == content_sha256(start) and "INIT_FROM" not in meta["settings"]
+        meta["inputs"]["init_from"] == locate(start).sha256()
+        and "INIT_FROM" not in meta["settings"]
     )
     capsys.readouterr()
     assert (
@@ -1008,10 +1010,10 @@ def test_training_goes_on_from_an_export(tmp_path, write_activations, run_main, 
     )
     # what this run writes, and its folder: each time what it started from at first
     own = tuned / "SAE_M=48_K=3.pt"
-    made_from = content_sha256(own)
+    made_from = locate(own).sha256()
     for n, init_from in enumerate((own, own, tuned, tuned)):
         assert run_main("train_sae", *flags, *more, "--init-from", init_from) == 0
-        assert load_sae(tuned)[1]["inputs"]["init_from"] == made_from != content_sha256(own)
+        assert load_sae(tuned)[1]["inputs"]["init_from"] == made_from != locate(own).sha256()
         assert ("up to date" in capsys.readouterr().out) == (n > 0)
     weights = start / "sae_weights.safetensors"
     state = load_file(weights)
