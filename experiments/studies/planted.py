@@ -165,10 +165,10 @@ def train(settings, case, architecture, seed, tokens, steps, coefficient):
     """(decoder rows (M, d), L0 on the first tokens) after `steps` of this project's training."""
     import torch
 
-    from fastsae.sae.dense_step import dense_step
-    from fastsae.settings.architectures import DENSE
     from fastsae.sae.autoencoder import encode
+    from fastsae.sae.dense_step import dense_step
     from fastsae.sae.sparse_step import sparse_step
+    from fastsae.settings.architectures import DENSE
     from fastsae.training.run import TrainingRun, learning_rate_factor
 
     n_directions, d, active, _ = case

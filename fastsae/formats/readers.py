@@ -14,6 +14,7 @@ from fastsae.formats.parts import Config, Parts, Tensors, read_config, read_safe
 from fastsae.lm.hook_points import HookPoint
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError
+from fastsae.sae.architectures.gated import as_jumprelu
 
 SAELENS = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
 DICTIONARY_CLASSES = (
@@ -186,11 +187,9 @@ def prefixes_of(widths, m, where, name="matryoshka_widths"):
 
 
 def gates_as_jumprelu(parts, gate_bias, log_magnitude):
-    """A gated encoder as the JumpReLU one it equals; `b_enc` is its b_mag (the equation:
-    architectures.inference_weights)."""
-    magnitude = log_magnitude.exp()
-    parts.threshold = torch.relu(parts.b_enc - magnitude * gate_bias)
-    parts.w_enc, parts.architecture = parts.w_enc * magnitude[:, None], "jumprelu"
+    """A gated encoder as the JumpReLU one it equals; `b_enc` is its b_mag."""
+    parts.w_enc, parts.threshold = as_jumprelu(parts.w_enc, parts.b_enc, gate_bias, log_magnitude)
+    parts.architecture = "jumprelu"
 
 
 def read_sparsify(path):

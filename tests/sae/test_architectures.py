@@ -47,6 +47,10 @@ def dense_features(sae, x):
         return (pre + sae.gate_bias > 0) * torch.relu(
             pre * sae.log_magnitude.exp() + sae.neuron_bias
         )
+    if sae.architecture == "aligned":
+        rows = sae.decoder.weight.t()
+        scores = torch.einsum("md,md->m", sae.encoder.weight, rows)
+        pre = pre + (1 - scores) * ((x - sae.input_bias) @ rows.t())
     pre = pre + sae.neuron_bias
     return pre * (pre > sae.threshold) if sae.architecture == "jumprelu" else torch.relu(pre)
 
@@ -116,9 +120,13 @@ def test_losses_by_hand():
 
     Standard: 1 + 5 * 3 = 16. JumpReLU, threshold 2: L0 = 1, so 1 + 5 * 1 = 6, and with target 3: 1
     + 5 * 2 / 3 * 4. Gated, gate_bias (-1, 0), magnitudes as they are: gates (2, 0), by_gates (2,
-    0), so 1 + 5 * 2 + (1 + 1) = 13.
+    0), so 1 + 5 * 2 + (1 + 1) = 13. Aligned, encoder rows (0.5, 0) and (0, 0.5), which it moves to
+    identity: as standard.
     """
-    x, expected = torch.tensor([[3.0, -1.0]]), {"standard": 16, "jumprelu": 6, "gated": 13}
+    x, expected = (
+        torch.tensor([[3.0, -1.0]]),
+        {"standard": 16, "jumprelu": 6, "gated": 13, "aligned": 16},
+    )
     for architecture in DENSE:
         sae = new_sae(
             {
@@ -136,6 +144,8 @@ def test_losses_by_hand():
                 sae.gate_bias[0] = -1
             if architecture == "jumprelu":
                 sae.threshold.fill_(2)
+            if architecture == "aligned":
+                sae.encoder.weight.mul_(0.5)
         options = {"sparsity": 5.0, "bandwidth": 0.1, "target_l0": None}
         loss, fired = dense_step(sae, x, None, **options)
         assert float(loss) == pytest.approx(expected[architecture]) and fired.tolist() == [
@@ -285,6 +295,7 @@ SMALL = [
         ["gated", "--l1-coefficient", 2.0],
         ["jumprelu", "--jumprelu-loss", "step", "--sparsity-warmup-steps", 100],
         ["batchtopk"],
+        ["aligned", "--l1-coefficient", 0.5],
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
@@ -357,7 +368,7 @@ def test_every_architecture_is_entered_in_the_registry():
 def test_nothing_but_its_own_file_names_an_architecture():
     """Outside its file an architecture's name is a word of another library's format, or the
     registry's; settings that only one has are named in upper case."""
-    names = {"batchtopk", "jumprelu", "gated"}
+    names = {"batchtopk", "jumprelu", "gated", "aligned"}
     found = {
         path
         for path in python_files("fastsae")

@@ -44,12 +44,13 @@ class Gated(Architecture):
         return loss, features
 
     def inference_state(self, state):
-        """The gate is open where the magnitude's pre-activation exp(r) h + b exceeds
-        b - exp(r) gate_bias."""
         state = dict(state)
-        magnitude = state.pop("log_magnitude").exp()
-        state["encoder.weight"] = state["encoder.weight"] * magnitude[:, None]
-        state["threshold"] = torch.relu(state["neuron_bias"] - magnitude * state.pop("gate_bias"))
+        state["encoder.weight"], state["threshold"] = as_jumprelu(
+            state["encoder.weight"],
+            state["neuron_bias"],
+            state.pop("gate_bias"),
+            state.pop("log_magnitude"),
+        )
         return state
 
     def begin_at(self, sae, bias, threshold):
@@ -59,6 +60,19 @@ class Gated(Architecture):
 
     def saelens(self, sae, state):
         return saelens_threshold(sae, state), {}
+
+
+def as_jumprelu(
+    weight: torch.Tensor, bias: torch.Tensor, gate_bias: torch.Tensor, log_magnitude: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(encoder rows (M, d), thresholds (M,)) of the JumpReLU autoencoder that a gated one equals;
+    the bias (M,), of the magnitudes, stays.
+
+    With h = W (x - b_dec), the gate is open where the magnitude's pre-activation exp(r) h + b
+    exceeds b - exp(r) gate_bias.
+    """
+    magnitude = log_magnitude.exp()
+    return weight * magnitude[:, None], torch.relu(bias - magnitude * gate_bias)
 
 
 ARCHITECTURE = Gated()
