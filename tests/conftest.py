@@ -29,10 +29,15 @@ def pytest_addoption(parser):
         help="try every kill point, flipped bit, hostile reply ...; without it a few of each, "
         "others every day",
     )
+    parser.addoption(
+        "--rest",
+        action="store_true",
+        help="--exhaustive, but only the tests of which the quick run leaves something out",
+    )
 
 
 def pytest_configure(config):
-    sampling.exhaustive = config.getoption("--exhaustive")
+    sampling.exhaustive = config.getoption("--exhaustive") or config.getoption("--rest")
 
 
 def pytest_report_header():
@@ -43,21 +48,30 @@ def pytest_report_header():
 
 def pytest_collection_modifyitems(config, items):
     """In the quick run: `@pytest.mark.sampled(n)` keeps about n of a test's cases, and
-    `@pytest.mark.exhaustive` none."""
-    if sampling.exhaustive:
-        return
+    `@pytest.mark.exhaustive` none. With --rest: the marked tests only."""
     cases = {}
     for item in items:
         if item.get_closest_marker("sampled") or item.get_closest_marker("exhaustive"):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     dropped = set()
-    for name, group in cases.items():
-        sampled = group[0].get_closest_marker("sampled")
-        kept = sampling.points(group, sampled.args[0]) if sampled else []
-        LEFT_OUT[name.rpartition("::")[2]] = (len(kept), len(group))
-        dropped |= set(group) - set(kept)
+    if config.getoption("--rest"):
+        dropped = set(items).difference(*cases.values())
+    elif not sampling.exhaustive:
+        for name, group in cases.items():
+            kept = _kept(group)
+            dropped |= set(group) - set(kept)
+            if len(kept) < len(group):
+                LEFT_OUT[name.rpartition("::")[2]] = (len(kept), len(group))
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=list(dropped))
+
+
+def _kept(group):
+    """The cases of one marked test that the quick run tries."""
+    if group[0].get_closest_marker("exhaustive"):
+        return []
+    (n,) = group[0].get_closest_marker("sampled").args or (len(group),)
+    return sampling.points(group, n)
 
 
 @pytest.fixture
@@ -80,10 +94,14 @@ def pytest_terminal_summary(terminalreporter):
     if COUNTS:
         found = ", ".join(f"{shown(*counts)} {what}" for what, counts in COUNTS.items())
         terminalreporter.write_line(f"guarantees: {found}")
-    for name, (n, of) in LEFT_OUT.items():
-        terminalreporter.write_line(f"quick run: {n} of {of} cases of {name}")
-    if not sampling.exhaustive:
-        terminalreporter.write_line("--exhaustive tries all")
+    some = [f"{n} of {of} of {name}" for name, (n, of) in LEFT_OUT.items() if n]
+    none = [name for name, (n, _) in LEFT_OUT.items() if not n]
+    if some:
+        terminalreporter.write_line(f"quick run, cases: {', '.join(some)}")
+    if none:
+        terminalreporter.write_line(f"quick run, left out: {', '.join(none)}")
+    if some or none:
+        terminalreporter.write_line("--exhaustive tries all of these and all points")
 
 
 @pytest.fixture(scope="session")

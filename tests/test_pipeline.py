@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 
+import pytest
 import sampling
 from conftest import PROJECT
 
 FAST = ["--max-examples", 96, "--n-epochs", 3, "--device", "cpu"]
 
 
+@pytest.mark.sampled
 def test_demo_end_to_end(tmp_path, run_script):
     first = run_script("run_pipeline.py", *FAST)
     assert first.returncode == 0, first.stderr

@@ -38,6 +38,22 @@ def test_every_trap_has_its_test(trap):
     assert functions.count(name) == 1
 
 
+def test_a_test_that_leaves_points_out_says_so():
+    """Who asks `sampling` is marked `sampled`, or `--rest` would not run it."""
+    marked, asking = set(), set()
+    for path in (PROJECT / "tests").rglob("test_*.py"):
+        text = path.read_text(encoding="utf-8")
+        asks = "import sampling\n" in text or "from sampling import " in text
+        for function in ast.parse(text).body:
+            if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
+                if any("mark.sampled" in ast.unparse(each) for each in function.decorator_list):
+                    marked.add(function.name)
+                names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+                if asks and names & {"points", "sampling"}:
+                    asking.add(function.name)
+    assert len(asking) >= 10 and asking <= marked, asking - marked
+
+
 def test_encoding_changes_nothing():
     from fastsae.sae.autoencoder import encode, new_sae
     from fastsae.sae.initialisation import initialise

@@ -519,6 +519,7 @@ def test_hub_datasets(tmp_path, extract, monkeypatch, capsys):
 # Kills and several processes
 
 
+@pytest.mark.sampled
 def test_kills_at_random_times_change_no_byte(dataset, llama):
     done = subprocess.run(
         [

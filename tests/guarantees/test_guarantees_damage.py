@@ -255,6 +255,7 @@ def small_files(tmp_path, write_activations):
     }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind, step", [("npz", 1), ("pt", 1), ("mapped", 13)])
 def test_no_flipped_bit_gives_other_numbers(small_files, tally, kind, step):
     path = small_files[kind]
@@ -271,6 +272,7 @@ def test_no_flipped_bit_gives_other_numbers(small_files, tally, kind, step):
     tally(name, len(chosen), len(bits))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["npz", "pt", "mapped"])
 def test_every_truncation_is_refused(small_files, tally, kind):
     path = small_files[kind]
@@ -282,6 +284,7 @@ def test_every_truncation_is_refused(small_files, tally, kind):
     tally("truncations", len(chosen), len(sizes))
 
 
+@pytest.mark.sampled
 def test_flips_beyond_a_read_buffer(rows, tally):
     whole = rows.read_bytes()
     expected, places = reads_as("npz", rows, whole), range(0, len(whole), 61)

@@ -610,6 +610,7 @@ def readers(folder, write_activations, smol_tokenizer):
     }
 
 
+@pytest.mark.sampled
 def test_mutated_files_meet_the_documented_errors_only(
     tmp_path, write_activations, smol_tokenizer, tally
 ):

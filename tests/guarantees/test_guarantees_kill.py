@@ -49,6 +49,7 @@ def test_nothing_happens_twice(world, worker):
         } == before
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("script", STAGES)
 def test_killed_at_every_operation(world, script, tally):
     def kill(worker, k):
@@ -73,6 +74,7 @@ def test_there_are_enough_operations(world):
     assert sum(n.values()) >= 300, n
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("script", STAGES)
 def test_a_disk_that_is_full_from_any_operation_on(world, script, tally):
     def starve(worker, k, then_space):
@@ -97,6 +99,7 @@ def test_a_disk_that_is_full_from_any_operation_on(world, script, tally):
     tally("full-disk points", len(chosen), len(needing))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("script", STAGES)
 def test_sigterm_at_any_operation(world, script, tally):
     def stop(worker, k):
@@ -118,6 +121,7 @@ def test_sigterm_at_any_operation(world, script, tally):
     tally("SIGTERM points", len(chosen), len(every))
 
 
+@pytest.mark.sampled
 def test_runs_killed_three_times_at_random(world, tally):
     seconds = dict(
         in_parallel(

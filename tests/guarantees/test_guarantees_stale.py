@@ -148,6 +148,7 @@ def flag(name, value):
     return flags + [f"--{word}" for rest in more for word in [rest.replace(" ", "=")]]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("script", STAGES)
 def test_each_changed_setting_is_named_and_redone(world, script, tally):
     def change(worker, item):

@@ -107,6 +107,7 @@ def place(world):
     return run
 
 
+@pytest.mark.sampled
 def test_hostile_strings_are_text_everywhere(world, place, tally):
     def check(worker, text):
         out, found = place(worker, text), set()
