@@ -395,4 +395,6 @@ def read_checkpoint_metadata(path):
 
 def _brief(error):
     text = (str(error) or type(error).__name__).splitlines()[0][:120]
-    return text if text.isprintable() else repr(text)[1:-1]  # it may name a damaged archive's member
+    return (
+        text if text.isprintable() else repr(text)[1:-1]
+    )  # it may name a damaged archive's member
