@@ -1,9 +1,11 @@
 """The five architectures on the same activations: L0, normalised MSE and dead features of each, in
 one table.
 
-    python -m experiments.benchmarks.architectures                                # on the demo's activations,
+    # on the demo's activations,
+    python -m experiments.benchmarks.architectures
     if they are there
-    python -m experiments.benchmarks.architectures --output-dir results/topics    # on those of another run,
+    # on those of another run,
+    python -m experiments.benchmarks.architectures --output-dir results/topics
     which --flags may name further
 
 Each is trained by train_sae.py with the same M, K, epochs and learning rate. Standard and Gated

@@ -1,11 +1,11 @@
 """What is claimed of training, each measured by train_sae.py as a user runs it.
 
-    python -m experiments.benchmarks.claims --part memory      # peak memory on a 4 GB file with a
+    python -m experiments.benchmarks.claims --part memory   # peak memory on a 4 GB file with a
     buffer of 256 MB
-    python -m experiments.benchmarks.claims --part buffer      # a mixing buffer of 1/8 of the data
+    python -m experiments.benchmarks.claims --part buffer   # a mixing buffer of 1/8 of the data
     against a full shuffle
-    python -m experiments.benchmarks.claims --part dead        # dead features at M = 4,608
-    python -m experiments.benchmarks.claims --part several     # three seeds in one pass against three
+    python -m experiments.benchmarks.claims --part dead     # dead features at M = 4,608
+    python -m experiments.benchmarks.claims --part several  # three seeds in one pass against three
     runs
 
 The last three read the demo's activations, which `--output-dir` names. Writes

@@ -2,7 +2,7 @@
 category evidence.
 
     python -m experiments.benchmarks.demo
-    python -m experiments.benchmarks.demo --name demo_cognitive_500 \
+    python -m experiments.benchmarks.demo --name demo_cognitive_500 \\
         --flags "--dataset-path ../shared/data/cognitive_actions_1350.jsonl --max-examples 500"
 
 Writes experiments/results/<name>.json.

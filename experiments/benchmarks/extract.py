@@ -1,8 +1,9 @@
 """Speed of extraction: the seeds' loop, the ways most users write it, this project's path, and the
 limit of the matrix products.
 
-    python -m experiments.benchmarks.extract --dataset-path ../shared/data/cognitive_actions_1350.jsonl
-    python -m experiments.benchmarks.extract --shape 8b --device cuda    # random weights of
+    python -m experiments.benchmarks.extract \\
+        --dataset-path ../shared/data/cognitive_actions_1350.jsonl
+    python -m experiments.benchmarks.extract --shape 8b --device cuda  # random weights of
     Llama-3.1-8B's shape
 
 All methods see the same texts, layer and machine in one run, in turn, so that a slow moment strikes
@@ -94,7 +95,8 @@ def main():
     if args.memory:
         result["peak_memory_mb"] = memory(args.dataset_path)
     print(
-        f"ours in bfloat16 over the seeds' loop in float32: {result['ours_bfloat16_over_seeds_float32']:.1f}"
+        "ours in bfloat16 over the seeds' loop in float32: "
+        f"{result['ours_bfloat16_over_seeds_float32']:.1f}"
     )
     write_result(args.name, vars(args), result)
 
@@ -355,7 +357,8 @@ def memory(path):
                 (text if text.endswith("\n") else text + "\n") * times, encoding="utf-8"
             )
             code = (
-                "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+                "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
+                "stdout=subprocess.DEVNULL); "
                 "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
             )
             stage = [

@@ -1,7 +1,7 @@
 """This project's training against HypotheSAEs' own `fit`: same activations, same split by example,
 same hyperparameters.
 
-    python -m experiments.benchmarks.hypothesaes --name compare_cognitive_500 --seeds 0 1 2 \
+    python -m experiments.benchmarks.hypothesaes --name compare_cognitive_500 --seeds 0 1 2 \\
         --flags "--dataset-path ../shared/data/cognitive_actions_1350.jsonl --max-examples 500"
 
 For each seed: `train_sae.py`, then `SparseAutoencoder.fit` on exactly the tokens it trained on.

@@ -55,7 +55,8 @@ def main():
             if content(out) != expected:
                 sys.exit(f"different after {n_killed} kills")
     print(
-        f"identical after {n_killed} kills in {n_runs} runs; an uninterrupted run takes {seconds:.1f} s"
+        f"identical after {n_killed} kills in {n_runs} runs; an uninterrupted run takes "
+        f"{seconds:.1f} s"
     )
     if args.write:
         found = {

@@ -74,7 +74,8 @@ def run(study, folder, *flags):
         ).returncode
     if code:
         sys.exit(
-            f"{log.read_text()[-4000:]}\nerror: {study} {' '.join(flags)} ended with exit code {code}."
+            f"{log.read_text()[-4000:]}\nerror: {study} {' '.join(flags)} ended with exit code "
+            f"{code}."
         )
 
 

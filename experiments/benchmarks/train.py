@@ -49,7 +49,8 @@ def main():
     for package, name in (("sae_lens", "sae-lens"), ("sparsify", "eai-sparsify")):
         if importlib.util.find_spec(package) is None:
             print(
-                f"skipped: {name} is not installed. pip install -r experiments/requirements-bench.txt"
+                f"skipped: {name} is not installed. pip install -r "
+                "experiments/requirements-bench.txt"
             )
     train, validation = load(args.activations)
     path = RESULTS / "bench_train.json"
@@ -247,7 +248,7 @@ def encoder_product(dtype):
 
 
 def batches(x, size, seed=0):
-    """Batches of rows for ever, in a new order each epoch; the first epoch goes through x as it is."""
+    """Endless batches of rows, in a new order each epoch; the first goes through x as it is."""
     epoch, order = 0, torch.arange(len(x))
     while True:
         yield from (x[order[i : i + size]] for i in range(0, len(x) - size + 1, size))

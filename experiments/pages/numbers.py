@@ -72,7 +72,8 @@ def written(text):
         ("STUDIES", studies_table.table),
         ("RESULT", demo_result),
     ):
-        block = f"<!-- {name.lower()}: written by experiments/pages/numbers.py -->\n{make()}\n<!-- end -->"
+        begin = f"<!-- {name.lower()}: written by experiments/pages/numbers.py -->"
+        block = f"{begin}\n{make()}\n<!-- end -->"
         text = re.sub(
             rf"<!-- {name.lower()}: .*?<!-- end -->", lambda _, block=block: block, text, flags=re.S
         )
@@ -141,9 +142,12 @@ def demo_result():
     r = result("demo")
     t, i = r["training"], r["interpretation"]
     return (
-        f"The demo ends with a normalised MSE of {t['normalized_mse']:.2f} (1 would be no better than the mean activation), "
+        f"The demo ends with a normalised MSE of {t['normalized_mse']:.2f} (1 would be no better "
+        "than the mean activation), "
         f"{t['l0']:.0f} active features per token and {100 * t['dead_fraction']:.0f} % dead ones; "
-        f"{i['n_above_auc_bound']} of its features separate one of the 48 actions with an AUC above {i['auc_bound']} on held-out texts, against {i['n_above_auc_bound_shuffled']:.1f} under shuffled labels "
+        f"{i['n_above_auc_bound']} of its features separate one of the 48 actions with an AUC "
+        f"above {i['auc_bound']} on held-out texts, against {i['n_above_auc_bound_shuffled']:.1f} "
+        "under shuffled labels "
         "(`experiments/results/demo.json`)."
     )
 
@@ -159,21 +163,29 @@ def measured():
         t, e, i = r["training"], r["extraction"], r["interpretation"]
         s = r["seconds"]
         parts.append(
-            f"**{what}** (`results/{name}.json`, {r['machine']['device']}, {threads(r)}): stages 1, 2, 3 in "
-            f"{s['extract_activations.py']:.0f}, {s['train_sae.py']:.0f} and {s['interpret_sae.py']:.0f} s, a second run in "
-            f"{s['run_pipeline.py, nothing changed']:.0f} s; extraction {e['tokens_per_second']:,.0f} tokens/s "
+            f"**{what}** (`results/{name}.json`, {r['machine']['device']}, {threads(r)}): stages "
+            "1, 2, 3 in "
+            f"{s['extract_activations.py']:.0f}, {s['train_sae.py']:.0f} and "
+            f"{s['interpret_sae.py']:.0f} s, a second run in "
+            f"{s['run_pipeline.py, nothing changed']:.0f} s; extraction "
+            f"{e['tokens_per_second']:,.0f} tokens/s "
             f"(computed in {e['compute_dtype']}), "
-            f"training {t['tokens_per_second']:,.0f} tokens/s; normalised MSE {t['normalized_mse']:.3f} "
+            f"training {t['tokens_per_second']:,.0f} tokens/s; normalised MSE "
+            f"{t['normalized_mse']:.3f} "
             f"({t.get('measured_on', 'validation')} examples), L0 {t['l0']:.1f}, "
-            f"{100 * t['dead_fraction']:.1f} % dead; {i['n_above_auc_bound']} features with category AUC above {i['auc_bound']}, against "
+            f"{100 * t['dead_fraction']:.1f} % dead; {i['n_above_auc_bound']} features with "
+            f"category AUC above {i['auc_bound']}, against "
             f"{i['n_above_auc_bound_shuffled']:.1f} under shuffled labels."
         )
     if (r := result("compare_cognitive_500")) is not None:
         ours, theirs = r["mean"]["ours"], r["mean"]["hypothesaes"]
         parts.append(
-            f"**Against HypotheSAEs' `fit`** on the same tokens, split and hyperparameters (`results/compare_cognitive_500.json`, "
-            f"{len(r['runs'])} seeds): normalised MSE {ours['normalized_mse']:.4f} against {theirs['normalized_mse']:.4f}, in "
-            f"{ours['seconds']:.0f} s against {theirs['seconds']:.0f} s (median ratio {r['hypothesaes_seconds_over_ours_median']:.1f})."
+            "**Against HypotheSAEs' `fit`** on the same tokens, split and hyperparameters "
+            "(`results/compare_cognitive_500.json`, "
+            f"{len(r['runs'])} seeds): normalised MSE {ours['normalized_mse']:.4f} against "
+            f"{theirs['normalized_mse']:.4f}, in "
+            f"{ours['seconds']:.0f} s against {theirs['seconds']:.0f} s (median ratio "
+            f"{r['hypothesaes_seconds_over_ours_median']:.1f})."
         )
     if (r := result("bench_extract")) is not None:
         parts.append(extraction_speed(r))
@@ -187,9 +199,12 @@ def target_methods(r):
     """A table of ways to choose features for a target, and what predicts it without them."""
     datasets = r["datasets"]
     lines = [
-        f"**What predicts a target** (`results/target_methods.json`, means over targets and {r['settings']['seeds']} half splits): "
-        "of the features chosen on one half, the correlation on the other of the first, the mean of the first 5, and what a ridge "
-        f"regression on the first {r['settings']['n_selected']} predicts there. The first line is the default.",
+        "**What predicts a target** (`results/target_methods.json`, means over targets and "
+        f"{r['settings']['seeds']} half splits): "
+        "of the features chosen on one half, the correlation on the other of the first, the mean "
+        "of the first 5, and what a ridge "
+        f"regression on the first {r['settings']['n_selected']} predicts there. The first line is "
+        "the default.",
         "",
         "| features by | "
         + " | ".join(
@@ -233,16 +248,20 @@ def extraction_speed(r):
     memory, computed = r.get("peak_memory_mb"), 100 * r["float32"]["share_of_tokens_computed"]
     return "\n".join(
         [
-            f"**Extraction** (`results/bench_extract.json`, layer {r['settings']['layer']}, {r['machine']['device']}, {threads(r)}): how "
+            f"**Extraction** (`results/bench_extract.json`, layer {r['settings']['layer']}, "
+            f"{r['machine']['device']}, {threads(r)}): how "
             "many times faster it is than the usual ways, and its share of the speed at which the "
-            f"blocks' matrix products alone would run over all tokens ({computed:.0f} % of them are computed, the rest is the shared prefix)."
+            f"blocks' matrix products alone would run over all tokens ({computed:.0f} % of them "
+            "are computed, the rest is the shared prefix)."
             + (
-                f" Peak memory of stage 1: {memory['dataset_x1']:,.0f} MB, and {memory['dataset_x10']:,.0f} MB for ten times the data."
+                f" Peak memory of stage 1: {memory['dataset_x1']:,.0f} MB, and "
+                f"{memory['dataset_x10']:,.0f} MB for ten times the data."
                 if memory
                 else ""
             ),
             "",
-            "| | tokens/s | loop over texts, whole model | padded batches of 16, whole model | one at a time, up to the layer | of the limit |",
+            "| | tokens/s | loop over texts, whole model | padded batches of 16, whole model | one "
+            "at a time, up to the layer | of the limit |",
             "|---|---:|---:|---:|---:|---:|",
             *lines,
         ]
@@ -250,19 +269,22 @@ def extraction_speed(r):
 
 
 def training():
-    """Speed and quality beside the peers, the architectures, and the claims of benchmarks/claims.py."""
+    """Speed and quality beside the peers, the architectures, and the claims of
+    benchmarks/claims.py."""
     parts = []
     if (r := result("bench_train")) is not None:
         parts.append(training_speed(r))
     if (r := result("architectures")) is not None:
         rows = [
-            f"| {name} | {row['normalized_mse']:.3f} | {row['l0']:.2f} | {100 * row['dead_fraction']:.1f} % |"
+            f"| {name} | {row['normalized_mse']:.3f} | {row['l0']:.2f} | "
+            f"{100 * row['dead_fraction']:.1f} % |"
             for name, row in r["runs"].items()
         ]
         parts.append(
             "\n".join(
                 [
-                    "**Architectures** on the demo, M = 256, 10 epochs (`results/architectures.json`):",
+                    "**Architectures** on the demo, M = 256, 10 epochs "
+                    "(`results/architectures.json`):",
                     "",
                     "| | normalised MSE | L0 | dead |",
                     "|---|---:|---:|---:|",
@@ -273,7 +295,8 @@ def training():
     claims = []
     if (r := result("training_memory")) is not None:
         claims.append(
-            f"on a file of {r['file_gb']:.1f} GB with a buffer of {r['settings']['buffer_tokens']:,} tokens the peak memory of "
+            f"on a file of {r['file_gb']:.1f} GB with a buffer of "
+            f"{r['settings']['buffer_tokens']:,} tokens the peak memory of "
             f"stage 2 is {r['peak_resident_gb']:.2f} GB"
         )
     if (r := result("training_buffer")) is not None:
@@ -281,14 +304,18 @@ def training():
             r["runs"][name]["normalized_mse"] for name in ("full shuffle", "buffer of 1/8")
         )
         claims.append(
-            f"a mixing buffer of 1/8 of the data ends at a normalised MSE of {eighth:.4f} against {full:.4f} with a full shuffle"
+            f"a mixing buffer of 1/8 of the data ends at a normalised MSE of {eighth:.4f} against "
+            f"{full:.4f} with a full shuffle"
         )
     if (r := result("training_dead")) is not None:
         row = r["runs"]["4,608 features"]
         claims.append(
-            f"{100 * row['dead_fraction_training']:.1f} % of 4,608 features are dead after three epochs of the demo "
-            f"({100 * row['dead_fraction']:.1f} % never fire on its {row.get('measured_on', 'validation')} examples; "
-            f"{100 * r['runs']['4,608 features that start as tokens']['dead_fraction']:.1f} % if they start as tokens)"
+            f"{100 * row['dead_fraction_training']:.1f} % of 4,608 features are dead after three "
+            "epochs of the demo "
+            f"({100 * row['dead_fraction']:.1f} % never fire on its "
+            f"{row.get('measured_on', 'validation')} examples; "
+            f"{100 * r['runs']['4,608 features that start as tokens']['dead_fraction']:.1f} % if "
+            "they start as tokens)"
         )
     if (r := result("training_several")) is not None:
         together = r["runs"]["seeds 0,1,2"]["seconds_with_start"]
@@ -314,10 +341,14 @@ def training_speed(r):
         "4608,32": "M = 4,608, K = 32",
     }
     lines = [
-        f"**Training** (`results/bench_train.json`, {r['machine']['device']}, {threads(r)}; the same rows, batch "
-        f"size and learning rate; medians of {r['settings']['rounds']}): tokens/s, in brackets how many times faster ours is "
-        "(float32 / bfloat16 selection), and normalised MSE on held-out examples after the same few tokens, each library with its own "
-        "start and losses: SAELens' need more steps than these, and quality after long training is another question.",
+        f"**Training** (`results/bench_train.json`, {r['machine']['device']}, {threads(r)}; the "
+        "same rows, batch "
+        f"size and learning rate; medians of {r['settings']['rounds']}): tokens/s, in brackets how "
+        "many times faster ours is "
+        "(float32 / bfloat16 selection), and normalised MSE on held-out examples after the same "
+        "few tokens, each library with its own "
+        "start and losses: SAELens' need more steps than these, and quality after long training is "
+        "another question.",
         "",
         "| | " + " | ".join(shapes.values()) + " |",
         "|---|" + "---|" * len(shapes),
@@ -331,7 +362,8 @@ def training_speed(r):
                 ""
                 if speed is None or name.startswith("ours")
                 else (
-                    f" ({speed['ours float32 over it']:.1f} / {speed['ours bfloat16 selection over it']:.1f})"
+                    f" ({speed['ours float32 over it']:.1f} / "
+                    f"{speed['ours bfloat16 selection over it']:.1f})"
                 )
             )
             cells.append(
@@ -348,11 +380,16 @@ def training_speed(r):
     reach = r["reach"]["4608,32"]
     lines += [
         "",
-        f"At M = 4,608 in float32 a step of ours takes {100 * limit / own:.0f} % of the time that PyTorch needs for the "
-        "encoder's matrix product alone (ours computes it by oneDNN, which is faster on this processor). The normalised MSE of three "
-        f"epochs of HypotheSAEs' `fit` is reached {reach['ours float32']['hypothesaes_seconds_over_it']:.0f} and "
-        f"{reach['ours bfloat16 selection']['hypothesaes_seconds_over_it']:.0f} times sooner (float32, bfloat16 selection). "
-        f"Three epochs are {reach_steps(r)} steps of HypotheSAEs, of ours {reach['ours float32']['steps']}: this is an advantage "
+        f"At M = 4,608 in float32 a step of ours takes {100 * limit / own:.0f} % of the time that "
+        "PyTorch needs for the "
+        "encoder's matrix product alone (ours computes it by oneDNN, which is faster on this "
+        "processor). The normalised MSE of three "
+        "epochs of HypotheSAEs' `fit` is reached "
+        f"{reach['ours float32']['hypothesaes_seconds_over_it']:.0f} and "
+        f"{reach['ours bfloat16 selection']['hypothesaes_seconds_over_it']:.0f} times sooner "
+        "(float32, bfloat16 selection). "
+        f"Three epochs are {reach_steps(r)} steps of HypotheSAEs, of ours "
+        f"{reach['ours float32']['steps']}: this is an advantage "
         "of the start, and says nothing of long training.",
     ]
     return "\n".join(lines)
@@ -372,17 +409,22 @@ def interpretation():
         )
         parts.append(
             f"**Feature statistics** in one pass (`results/bench_interpret.json`, {threads(r)}): "
-            f"{small['tokens_per_second']:,} tokens/s at M = 256 and {large['tokens_per_second']:,} at M = 4,608, "
-            f"{small['times_faster']:.1f} and {large['times_faster']:.1f} times HypotheSAEs' `get_activations` with numpy; "
+            f"{small['tokens_per_second']:,} tokens/s at M = 256 and "
+            f"{large['tokens_per_second']:,} at M = 4,608, "
+            f"{small['times_faster']:.1f} and {large['times_faster']:.1f} times HypotheSAEs' "
+            "`get_activations` with numpy; "
             "at M = 32,768 the peak is "
             f"{memory['peak_memory_above_inputs_mib']} MiB above the activations."
         )
     if (r := result("llm_end_to_end")) is not None:
         parts.append(
-            f"**A real model as interpreter** (`results/llm_end_to_end.json`, {described(r['settings']['model'])}, "
+            "**A real model as interpreter** (`results/llm_end_to_end.json`, "
+            f"{described(r['settings']['model'])}, "
             f"behind HTTP): {r['labelled']} "
-            f"features labelled, {r['scored']} scored and {r['validated']} validated in {r['calls']} calls, killed after "
-            f"{r['calls_before_kill']} and continued; {r['repeated_calls']} calls were made twice, the {r['in_flight_at_kill']} in flight. "
+            f"features labelled, {r['scored']} scored and {r['validated']} validated in "
+            f"{r['calls']} calls, killed after "
+            f"{r['calls_before_kill']} and continued; {r['repeated_calls']} calls were made twice, "
+            f"the {r['in_flight_at_kill']} in flight. "
             "So small a model is no judge."
         )
     return parts

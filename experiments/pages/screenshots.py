@@ -1,8 +1,9 @@
 """Screenshots of a report for the README, by a real browser (Debian's chromium and chromium-driver;
 pip install selenium).
 
-    python -m experiments.pages.screenshots                       # of the demo's interpretations.html
-    python -m experiments.pages.screenshots --report path/to/interpretations.html --feature 42 --out /tmp
+    python -m experiments.pages.screenshots  # of the demo's interpretations.html
+    python -m experiments.pages.screenshots --report path/to/interpretations.html --feature 42 \\
+        --out /tmp
 
 Writes report_index.png, report_feature.png, report_run.png, report_phone.png, report_dark.png.
 """

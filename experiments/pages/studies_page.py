@@ -10,7 +10,8 @@ from experiments.shared.provenance import RESULTS
 def whole():
     """STUDIES.md."""
     intro = (
-        "Written by `experiments/pages/numbers.py` from the files here; each names its settings, seeds, commit and machine. "
+        "Written by `experiments/pages/numbers.py` from the files here; each names its settings, "
+        "seeds, commit and machine. "
         "The README has the table that sets them beside the paper."
     )
     figures = [f"![{name}]({name}.png)" for name in present()]
@@ -63,9 +64,12 @@ def loss_recovered(r):
         ce, zero, mean = usable["ce"], usable["loss_recovered_zero"], usable["loss_recovered_mean"]
         low, high = (100 * q for q in zero["interval"])
         parts.append(
-            f"M = {row['m']:,}, K = {row['k']} (normalised MSE {row['normalized_mse']:.3f}): the loss rises from {ce['clean']:.2f} to "
-            f"{ce['spliced']:.2f} nats a token, KL {usable['kl']['spliced']:.2f}; {100 * zero['value']:.1f} % [{low:.1f}, {high:.1f}] "
-            f"of the loss is recovered against zeros, {100 * mean['value']:.1f} % against the mean; with every token replaced "
+            f"M = {row['m']:,}, K = {row['k']} (normalised MSE {row['normalized_mse']:.3f}): the "
+            f"loss rises from {ce['clean']:.2f} to "
+            f"{ce['spliced']:.2f} nats a token, KL {usable['kl']['spliced']:.2f}; "
+            f"{100 * zero['value']:.1f} % [{low:.1f}, {high:.1f}] "
+            f"of the loss is recovered against zeros, {100 * mean['value']:.1f} % against the "
+            "mean; with every token replaced "
             f"{100 * every['loss_recovered_zero']['value']:.1f} %"
         )
     row = next(iter(r["autoencoders"].values()))
@@ -76,9 +80,12 @@ def loss_recovered(r):
     }
     return (
         f"**Loss recovered** ([table](loss_recovered.json); "
-        f"layer {row['layer']}, {row['n_examples']} held-out examples, 95 % intervals over examples). {'. '.join(parts)}. The first "
-        "figures leave the shared prefix and attention sinks as they are, as training does: an autoencoder that never saw them "
-        f"reconstructs them wrongly, and every later token attends to them. By token predicted, for the first: "
+        f"layer {row['layer']}, {row['n_examples']} held-out examples, 95 % intervals over "
+        f"examples). {'. '.join(parts)}. The first "
+        "figures leave the shared prefix and attention sinks as they are, as training does: an "
+        "autoencoder that never saw them "
+        "reconstructs them wrongly, and every later token attends to them. By token predicted, "
+        "for the first: "
         f"{', '.join(f'{name} {value:.1f} %' for name, value in kinds.items())}."
     )
 
@@ -97,7 +104,8 @@ def steer(r):
         )
         perplexities = ", ".join(f"{c['perplexity']:.1f}" for c in others)
         lines.append(
-            f"| {alpha:g} | {over[i]:.2f} | {100 * p['changed']:.0f} % | {p['tokens']:.0f} | {100 * p['repetition']:.0f} % | "
+            f"| {alpha:g} | {over[i]:.2f} | {100 * p['changed']:.0f} % | {p['tokens']:.0f} | "
+            f"{100 * p['repetition']:.0f} % | "
             f"{p['perplexity']:.1f} ({perplexities}) | {words[0]} ({', '.join(by_chance)}) |"
         )
     base = r["unsteered"]["expected_word"]
@@ -116,11 +124,14 @@ def steer(r):
         what = (
             f"a gain of {gain} questions, which is more than chance would give."
             if gain >= CLEAR_GAIN
-            else "that moderate steering improves answers does not show on this model and these questions."
+            else "that moderate steering improves answers does not show on this model and "
+            "these questions."
         )
         verdict = (
-            f"Of the {r['n_with_expected_word']} questions with an expected word the unsteered model answers {100 * base:.0f} % "
-            f"with it, the steered at best {100 * best[0]:.0f} % (alpha {-best[1]:g}), with a random direction "
+            f"Of the {r['n_with_expected_word']} questions with an expected word the unsteered "
+            f"model answers {100 * base:.0f} % "
+            f"with it, the steered at best {100 * best[0]:.0f} % (alpha {-best[1]:g}), with a "
+            "random direction "
             f"{100 * best_random[0]:.0f} % (alpha {-best_random[1]:g}): {what}"
         )
     limits, fluent = r["settings"], feature["fluent_up_to_alpha"]
@@ -131,7 +142,8 @@ def steer(r):
     }
     how = feature["how"].split(" on ")[0]
     named = feature["name"].capitalize() + (
-        f" is the strongest on `{limits['SPECIAL_TOKEN']}` in {r['n_dialogues']} dialogues, found as "
+        f" is the strongest on `{limits['SPECIAL_TOKEN']}` in {r['n_dialogues']} dialogues, found "
+        "as "
         f"in FAST ({how})"
         if how.startswith("average maximum")
         else f" ({how})"
@@ -144,20 +156,26 @@ def steer(r):
     return "\n".join(
         [
             f"**Steering** ([answers](steer.md), [table](steer.json); "
-            f"layer {r['autoencoder']['layer']}, {r['n_prompts']} questions, mean norm of the stream "
-            f"{r['mean_norm']:.0f}). {named}. alpha = 0 {same[feature['alpha_0_equals_unsteered']]}.",
+            f"layer {r['autoencoder']['layer']}, {r['n_prompts']} questions, mean norm of the "
+            "stream "
+            f"{r['mean_norm']:.0f}). {named}. alpha = 0 "
+            f"{same[feature['alpha_0_equals_unsteered']]}.",
             "",
-            "| alpha | over the norm | answers changed | tokens | repetition | perplexity (random) | expected word (random) |",
+            "| alpha | over the norm | answers changed | tokens | repetition | perplexity (random) "
+            "| expected word (random) |",
             "|---:|---:|---:|---:|---:|---:|---:|",
             *lines,
             "",
             (
-                f"By the rule of `steer.py` (perplexity below {limits['PERPLEXITY_LIMIT']:g} times and repetition within "
-                f"{limits['REPETITION_LIMIT']:g} of the unsteered answers') answers stay fluent up to alpha {fluent:g}"
+                f"By the rule of `steer.py` (perplexity below {limits['PERPLEXITY_LIMIT']:g} times "
+                "and repetition within "
+                f"{limits['REPETITION_LIMIT']:g} of the unsteered answers') answers stay fluent up "
+                f"to alpha {fluent:g}"
                 if fluent is not None
                 else "Answers are fluent at no alpha"
             )
-            + f"; random directions of the same length up to {bounds}. FAST reports 25 to 100 as useful for "
+            + f"; random directions of the same length up to {bounds}. "
+            "FAST reports 25 to 100 as useful for "
             f"Qwen2.5-7B. {verdict}{effect}",
         ]
     )
@@ -173,15 +191,20 @@ def ablated(r):
     elsewhere = {f["change_elsewhere"] for f in r["features"]} - {None}
     changes = sorted(f["change_where_it_fires"] for f in others)
     if own[0]["change_where_it_fires"] is None:
-        return f"**Ablation**: feature {own[0]['feature']} fires in none of the {r['n_examples']} examples."
-    by_lot = (
-        f"; without one of {len(others)} features by lot by {changes[0]:+.4f} to {changes[-1]:+.4f}"
+        return (
+            f"**Ablation**: feature {own[0]['feature']} fires in none of the "
+            f"{r['n_examples']} examples."
+        )
+    at_random = (
+        f"; without one of {len(others)} random features by {changes[0]:+.4f} to {changes[-1]:+.4f}"
         if others
         else ""
     )
     return (
-        f"**Ablation**: without feature {own[0]['feature']} the loss changes by {own[0]['change_where_it_fires']:+.4f} nats a token "
-        f"[{low:+.4f}, {high:+.4f}] in the examples where it fires ({100 * own[0]['share_of_examples']:.0f} %){by_lot}; elsewhere by "
+        f"**Ablation**: without feature {own[0]['feature']} the loss changes by "
+        f"{own[0]['change_where_it_fires']:+.4f} nats a token "
+        f"[{low:+.4f}, {high:+.4f}] in the examples where it fires "
+        f"({100 * own[0]['share_of_examples']:.0f} %){at_random}; elsewhere by "
         f"{'exactly 0' if elsewhere <= {0} else max(elsewhere, key=abs)}."
     )
 
@@ -191,13 +214,15 @@ def layers(r):
     rows, s = r["layers"], r["settings"]
     labelled = "n_above_auc_bound" in rows[0]
     evidence = [
-        f"{x['n_above_auc_bound']:.1f} ({x['n_above_auc_bound_shuffled']:.1f}) | {x['median_category_auc']:.3f}"
+        f"{x['n_above_auc_bound']:.1f} ({x['n_above_auc_bound_shuffled']:.1f}) | "
+        f"{x['median_category_auc']:.3f}"
         if labelled
         else "no labels |"
         for x in rows
     ]
     lines = [
-        f"| {x['layer']} | {x['median_norm']:.0f} | {x['n_sinks']} | {x['normalized_mse']:.3f} | {of_layer} | "
+        f"| {x['layer']} | {x['median_norm']:.0f} | {x['n_sinks']} | {x['normalized_mse']:.3f} | "
+        f"{of_layer} | "
         f"{x['mean_token_purity']:.3f} |"
         for x, of_layer in zip(rows, evidence)
     ]
@@ -217,22 +242,26 @@ def layers(r):
         verdict = {
             "yes": "agrees with this",
             "no": "does not agree with this",
-            "open": "is not told from chance by these seeds",
+            "open": "is not distinguishable from chance by these seeds",
         }
         counts = (
-            f" Of {s['M']} features {min(means):.0f} to {max(means):.0f} more than under shuffled labels separate a category, most "
-            f"at layer {rows[means.index(max(means))]['layer']}. That middle layers hold the most meaning {verdict[middle_wins(r)]}."
+            f" Of {s['M']} features {min(means):.0f} to {max(means):.0f} more than under shuffled "
+            "labels separate a category, most "
+            f"at layer {rows[means.index(max(means))]['layer']}. That middle layers hold the most "
+            f"meaning {verdict[middle_wins(r)]}."
         )
     return "\n".join(
         [
             "**Which layer** ([table](layers.json); one extraction pass, "
             f"{examples}M = {s['M']}, K = {s['K']}, seeds per layer: {s['N_SEEDS']}):",
             "",
-            "| layer | median norm | sinks | normalised MSE | features with AUC > 0.8 (shuffled labels) | median AUC | token purity |",
+            "| layer | median norm | sinks | normalised MSE | features with AUC > 0.8 (shuffled "
+            "labels) | median AUC | token purity |",
             "|---:|---:|---:|---:|---:|---:|---:|",
             *lines,
             "",
-            f"Normalised MSE is lowest at layer {best['layer']} and highest at layer {worst['layer']}; token purity is {min(purity):.2f} to "
+            f"Normalised MSE is lowest at layer {best['layer']} and highest at layer "
+            f"{worst['layer']}; token purity is {min(purity):.2f} to "
             f"{max(purity):.2f}.{counts}",
         ]
     )
@@ -274,13 +303,19 @@ def modular_arithmetic(r):
     s, t = r["settings"], r["transformer"]
     lines = [
         f"**Ground truth: modular addition** ([table](modular_arithmetic.json)): a "
-        f"transformer of one block learns a + b modulo {s['P']} from {100 * s['TRAIN_FRACTION']:.0f} % of the pairs; "
-        f"{100 * t['test_accuracy']:.2f} % of its answers to the other {t['n_test_pairs']:,} are right. "
-        f"{len(r['key_frequencies'])} key frequencies ({', '.join(map(str, r['key_frequencies']))}) hold at least "
+        f"transformer of one block learns a + b modulo {s['P']} from "
+        f"{100 * s['TRAIN_FRACTION']:.0f} % of the pairs; "
+        f"{100 * t['test_accuracy']:.2f} % of its answers to the other {t['n_test_pairs']:,} are "
+        "right. "
+        f"{len(r['key_frequencies'])} key frequencies "
+        f"({', '.join(map(str, r['key_frequencies']))}) hold at least "
         f"{100 * s['KEY_SHARE']:.0f} % of its embedding's variance. "
-        "MCC of the directions of their cosines and sines (Hungarian matching, |cosine|); in brackets how much of the matched directions "
-        f"lies in the right planes, which does not depend on phases. Mean of {len(s['SEEDS'])} seeds. Errors are on validation pairs, but "
-        f"there are only {r['sites']['embedding']['n_distinct']} different embeddings, so all of these were seen in training.",
+        "MCC of the directions of their cosines and sines (Hungarian matching, |cosine|); in "
+        "brackets how much of the matched directions "
+        f"lies in the right planes, which does not depend on phases. Mean of {len(s['SEEDS'])} "
+        "seeds. Errors are on validation pairs, but "
+        f"there are only {r['sites']['embedding']['n_distinct']} different embeddings, so all of "
+        "these were seen in training.",
         "",
         "| | embedding | normalised MSE | answer | normalised MSE |",
         "|---|---|---|---|---|",
@@ -315,8 +350,10 @@ def against_pca(name, site):
         )
         word = "does better than" if best > pca else "does not reach"
         lines.append(
-            f"- {name}, M = {m}: the best autoencoder has an MCC of {best:.3f} and {word} principal components ({pca:.3f}); "
-            f"as many directions drawn with the data's covariance, which know nothing else of it, have {like:.3f}."
+            f"- {name}, M = {m}: the best autoencoder has an MCC of {best:.3f} and {word} "
+            f"principal components ({pca:.3f}); "
+            "as many directions drawn with the data's covariance, which know nothing else of it, "
+            f"have {like:.3f}."
         )
     return lines
 
@@ -345,10 +382,14 @@ def why(r):
     )
     variance = 100 * min(site["variance_in_known_directions"] for site in sites)
     return [
-        f"- Why: every number uses every frequency, so nothing here is sparse. The known directions are a few nearly orthogonal planes "
-        f"of unequal variance with {variance:.0f} % of it or more, which is what principal components are made for. Features mix the "
-        f"planes ({min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in its best one): each fires for some of the "
-        f"numbers ({100 * min(shares):.0f} to {100 * max(shares):.0f} %), along an arc of one circle that the others break up."
+        "- Why: every number uses every frequency, so nothing here is sparse. The known "
+        "directions are a few nearly orthogonal planes "
+        f"of unequal variance with {variance:.0f} % of it or more, which is what principal "
+        "components are made for. Features mix the "
+        f"planes ({min(lengths):.2f} to {max(lengths):.2f} of a feature's length lies in its best "
+        "one): each fires for some of the "
+        f"numbers ({100 * min(shares):.0f} to {100 * max(shares):.0f} %), along an arc of one "
+        "circle that the others break up."
     ]
 
 
@@ -357,12 +398,14 @@ def planted(r):
     large, small, s = r["large"][0], r["active"][0], r["settings"]
     lines = [
         f"**Ground truth: planted directions** ([table](planted.json)): tokens are sums of "
-        f"{large['active']} of {large['directions']:,} directions in {large['dimensions']} dimensions, noise {large['noise']:g}. Mean max "
+        f"{large['active']} of {large['directions']:,} directions in {large['dimensions']} "
+        f"dimensions, noise {large['noise']:g}. Mean max "
         "cosine: "
         + ", ".join(
             f"{name} {row['mean']['mean_max_cosine']:.3f}" for name, row in large["methods"].items()
         )
-        + f" ({len(s['SEEDS'])} seed{'s' * (len(s['SEEDS']) > 1)}). {bar(large)} MCC with {small['directions']} directions in "
+        + f" ({len(s['SEEDS'])} seed{'s' * (len(s['SEEDS']) > 1)}). {bar(large)} "
+        f"MCC with {small['directions']} directions in "
         f"{small['dimensions']} dimensions, against the number active and against the noise:",
         "",
         "| | "
@@ -406,7 +449,8 @@ def bar(large):
     }
     missed = [name for name, good in reached.items() if not good]
     return (
-        f"Above 0.95 in every seed: {', '.join(name for name, good in reached.items() if good) or 'none'}"
+        "Above 0.95 in every seed: "
+        f"{', '.join(name for name, good in reached.items() if good) or 'none'}"
         + (f"; not: {', '.join(missed)}" if missed else "")
         + "."
     )
@@ -417,19 +461,23 @@ def stability(r):
     s = r["settings"]
     lines = [
         f"**Stability** ([table](stability.json)): {s['ARCHITECTURE']} autoencoders of "
-        f"`{s['dataset']}` that differ in their first weights only, {len(s['SEEDS'])} seeds, {s['N_EPOCHS']} epochs "
+        f"`{s['dataset']}` that differ in their first weights only, {len(s['SEEDS'])} seeds, "
+        f"{s['N_EPOCHS']} epochs "
         "(the default of train_sae.py is longer). Cosines of "
-        "decoder directions of two seeds: mean of the largest, and under the best one-to-one matching; share of features that all seeds "
+        "decoder directions of two seeds: mean of the largest, and under the best one-to-one "
+        "matching; share of features that all seeds "
         "have (cosine above "
-        f"{s['THRESHOLD']:g}). Tokens by lot are as many activations less their mean.",
+        f"{s['THRESHOLD']:g}). Random tokens are as many activations, less their mean.",
         "",
-        "| M | K | mean max cosine | tokens by lot | matched | random directions | tokens by lot | found by all | normalised MSE |",
+        "| M | K | mean max cosine | random tokens | matched | random directions | random tokens | "
+        "found by all | normalised MSE |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in r["runs"]:
         base = r["baselines"][str(row["m"])]
         lines.append(
-            f"| {row['m']:,} | {row['k']} | {row['mean_max_cosine']:.3f} | {base['tokens']['mean_max_cosine']:.3f} | "
+            f"| {row['m']:,} | {row['k']} | {row['mean_max_cosine']:.3f} | "
+            f"{base['tokens']['mean_max_cosine']:.3f} | "
             f"{row['mcc']:.3f} | {base['random']['mcc']:.3f} | {base['tokens']['mcc']:.3f} | "
             f"{100 * row['found_by_all']:.0f} % | {row['normalized_mse']:.3f} |"
         )
@@ -444,7 +492,8 @@ def stability(r):
         < 1.05 * r["baselines"][str(row["m"])]["tokens"]["mean_max_cosine"]
     ]
     doubt = (
-        f" By the mean of the largest cosines two seeds agree less, or hardly more, than two draws of tokens at {'; '.join(below)}."
+        " By the mean of the largest cosines two seeds agree less, or hardly more, than two draws "
+        f"of tokens at {'; '.join(below)}."
         if below
         else ""
     )
@@ -452,9 +501,11 @@ def stability(r):
         [
             *lines,
             "",
-            f"Between {100 * first['found_by_all']:.0f} % (M = {first['m']:,}, K = {first['k']}) and "
-            f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the features are found by every seed: the others "
-            "are one choice of many, so check a feature that matters under another seed (`train_sae.py --seeds 0,1,2`)."
-            + doubt,
+            f"Between {100 * first['found_by_all']:.0f} % (M = {first['m']:,}, K = {first['k']}) "
+            "and "
+            f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the "
+            "features are found by every seed: the others "
+            "are one choice of many, so check a feature that matters under another seed "
+            "(`train_sae.py --seeds 0,1,2`)." + doubt,
         ]
     )

@@ -16,8 +16,10 @@ SETTINGS_SHOWN = (
     ("without prefix and sinks in both", False, "without prefix and sinks"),
 )
 OPENINGS = (
-    "The comparison without prefix and sinks has a confounder: FAST leaves the template's opening out of training, while "
-    "BT(F)'s blocks hold the opening of every dialogue. Which part of FAST's lead comes from that, and which from reading "
+    "The comparison without prefix and sinks has a confounder: FAST leaves the template's opening "
+    "out of training, while "
+    "BT(F)'s blocks hold the opening of every dialogue. Which part of FAST's lead comes from that, "
+    "and which from reading "
     "each dialogue alone, this study cannot tell."
 )
 MIXED = (
@@ -39,10 +41,14 @@ def fast_vs_block(r):
         [
             "**FAST against block training** ([table](fast_vs_block.json)): "
             f"{len(r['runs'])} autoencoders (M = {s['M']}, K = {s['K']}, {len(s['SEEDS'])} "
-            f"seeds) on {r['train_tokens']:,} tokens each, measured on {r['data']['held out']['examples']} held-out dialogues of "
-            f"{data}. log2 of MSE_st, the MSE (eq. 7) on the template's control tokens and role names; 95 % intervals over dialogues and "
-            "seeds. The paper trains and measures with sinks. standard and jumprelu have the same coefficients for all sources, as in the "
-            "paper, so their L0 differ (here: means on held-out dialogues); only topk, of which the paper has no figure, "
+            f"seeds) on {r['train_tokens']:,} tokens each, measured on "
+            f"{r['data']['held out']['examples']} held-out dialogues of "
+            f"{data}. log2 of MSE_st, the MSE (eq. 7) on the template's control tokens and role "
+            "names; 95 % intervals over dialogues and "
+            "seeds. The paper trains and measures with sinks. standard and jumprelu have the same "
+            "coefficients for all sources, as in the "
+            "paper, so their L0 differ (here: means on held-out dialogues); only topk, of which "
+            "the paper has no figure, "
             f"compares at one L0. {plain_text_of(s)}",
             "",
             *verdict(r),
@@ -63,19 +69,22 @@ def plain_text_of(settings):
     if settings["PLAIN_TEXT"]:
         return f"BT(P) is trained on `{settings['PLAIN_TEXT']}`."
     return (
-        "BT(P) is trained on Python's language reference (the paper: a sample of the Pile), a domain of its own: its larger "
+        "BT(P) is trained on Python's language reference (the paper: a sample of the Pile), a "
+        "domain of its own: its larger "
         "errors on dialogues may come from the domain rather than from the blocks."
     )
 
 
 def mse_table(r):
     lines = [
-        "| | layer | L0 | FAST | BT(F) | BT(P) | BT(F) - FAST | BT(P) - BT(F) | FAST < BT(F) < BT(P) |",
+        "| | layer | L0 | FAST | BT(F) | BT(P) | BT(F) - FAST | BT(P) - BT(F) | FAST < BT(F) < "
+        "BT(P) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (fast, dialogues, text) in PAPER_MSE_ST.items():
         lines.append(
-            f"| paper, {name}, Qwen2.5-7B | 18 of 28 | | {fast:.2f} | {dialogues:.2f} | {text:.2f} | {dialogues - fast:.2f} | "
+            f"| paper, {name}, Qwen2.5-7B | 18 of 28 | | {fast:.2f} | {dialogues:.2f} | {text:.2f} "
+            f"| {dialogues - fast:.2f} | "
             f"{text - dialogues:.2f} | claimed |"
         )
     for title, sinks, tokens in SETTINGS_SHOWN:
@@ -84,7 +93,8 @@ def mse_table(r):
             values = " | ".join(f"{found['log2'][source]:.2f}" for source in SOURCES)
             lines.append(
                 f"| {c['architecture']}, {title} | {c['layer']} | {l0_of(c)} | {values} | "
-                f"{_with_interval(found['log2 BT(F) / FAST'])} | {_with_interval(found['log2 BT(P) / BT(F)'])} | "
+                f"{_with_interval(found['log2 BT(F) / FAST'])} | "
+                f"{_with_interval(found['log2 BT(P) / BT(F)'])} | "
                 f"{found['ordering']} |"
             )
     return lines
@@ -115,7 +125,8 @@ def verdict(r):
         }
         (a, b, c), (d, e, f) = counted["mse_special"], counted["mse"]
         lines.append(
-            f"- {title}: the ordering of MSE_st is confirmed in {a} of {a + b + c} cases, refuted in {b}, open in {c}; that of "
+            f"- {title}: the ordering of MSE_st is confirmed in {a} of {a + b + c} cases, refuted "
+            f"in {b}, open in {c}; that of "
             f"the MSE on these tokens confirmed in {d}, refuted in {e}, open in {f}."
         )
     lines.append(f"- {OPENINGS}")
@@ -125,9 +136,12 @@ def verdict(r):
         shares = [row["share"] for row in rows if row["share"] is not None]
         if shares:
             lines.append(
-                f"- Of the gap in MSE_st between {other} and FAST, trained with sinks, {100 * np.median(shares):.0f} % lies on "
-                f"sinks (at layer {next(iter(r['held_out_tokens']))} {sinks['special_sinks']} of the {sinks['special']:,} special "
-                f"tokens of {r['data']['held out']['examples']} dialogues; median of the {len(shares)} of {len(rows)} cases "
+                f"- Of the gap in MSE_st between {other} and FAST, trained with sinks, "
+                f"{100 * np.median(shares):.0f} % lies on "
+                f"sinks (at layer {next(iter(r['held_out_tokens']))} {sinks['special_sinks']} of "
+                f"the {sinks['special']:,} special "
+                f"tokens of {r['data']['held out']['examples']} dialogues; median of the "
+                f"{len(shares)} of {len(rows)} cases "
                 f"with a clear gap; {100 * min(shares):.0f} to {100 * max(shares):.0f} %)."
             )
     return lines
@@ -143,7 +157,8 @@ def evidence_table(r):
     """Category AUC and token purity of the three sources, means over features, trained without
     sinks; an LLM's scores if there were any."""
     lines = [
-        "| trained without sinks | layer | category AUC: FAST | BT(F) | BT(P) | token purity: FAST | BT(F) | BT(P) |",
+        "| trained without sinks | layer | category AUC: FAST | BT(F) | BT(P) | token purity: FAST "
+        "| BT(F) | BT(P) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = {
@@ -167,8 +182,10 @@ def evidence_table(r):
         )
     lines += [
         "",
-        "\\* differs from FAST's by a 95 % interval over features and seeds. The paper's own figure is the share of features "
-        f"that GPT-4o scores 4 or 5: {' / '.join(f'{p:.1f}' for p in PAPER_SCORED)} % for FAST / BT(F) / BT(P), Llama-3.2-3B.",
+        "\\* differs from FAST's by a 95 % interval over features and seeds. The paper's own "
+        "figure is the share of features "
+        f"that GPT-4o scores 4 or 5: {' / '.join(f'{p:.1f}' for p in PAPER_SCORED)} % for FAST / "
+        "BT(F) / BT(P), Llama-3.2-3B.",
     ]
     for other in SOURCES[1:]:
         mine = [
@@ -180,7 +197,8 @@ def evidence_table(r):
             clear_cases(mine, name) for name in ("category_auc", "token_purity")
         )
         lines[-1] += (
-            f" Against {other} FAST is clearly above in {above} of {len(mine)} cases by category AUC and clearly below in "
+            f" Against {other} FAST is clearly above in {above} of {len(mine)} cases by category "
+            "AUC and clearly below in "
             f"{below}; by token purity in {purer} and {less_pure}."
         )
     scored = [row for row in r["interpretability"] if "share_scored_4_or_5" in row]
@@ -217,9 +235,12 @@ def pareto(r):
     heads = [f"{title}, L0 {l0}" for title in ("normalised MSE", "loss recovered") for l0 in l0s]
     lines = [
         "**Sparsity against reconstruction** ([table](pareto.json)): "
-        f"layer {s['LAYER_IDX']}, M = {s['M']}, {r['runs'][0]['n_train_tokens']:,} tokens, {s['N_EPOCHS']} epochs, mean of "
-        f"{len(s['SEEDS'])} seeds, at equal L0 by interpolation between the sparsities trained. Loss recovered: 1 is the model's own "
-        "cross entropy, 0 that with zeros in place of the residual stream. The paper has no such figure.",
+        f"layer {s['LAYER_IDX']}, M = {s['M']}, {r['runs'][0]['n_train_tokens']:,} tokens, "
+        f"{s['N_EPOCHS']} epochs, mean of "
+        f"{len(s['SEEDS'])} seeds, at equal L0 by interpolation between the sparsities trained. "
+        "Loss recovered: 1 is the model's own "
+        "cross entropy, 0 that with zeros in place of the residual stream. The paper has no such "
+        "figure.",
         "",
         f"| | {' | '.join(heads)} | unused on {r.get('measured_on', 'validation')}, % |",
         "|---|" + "---|" * (2 * len(l0s) + 1),
@@ -254,7 +275,8 @@ def pareto(r):
         lines += ["", f"At L0 {middle} {best} has the least normalised MSE; above it lie {above}."]
     lines += [
         "",
-        f"Loss recovered is over {r['n_loss_examples']} {r.get('measured_on', 'validation')} examples, "
+        f"Loss recovered is over {r['n_loss_examples']} {r.get('measured_on', 'validation')} "
+        "examples, "
         f"of autoencoders trained for {s['N_EPOCHS']} "
         "epochs.",
     ]

@@ -54,9 +54,12 @@ def conditions():
     if r := read("fast_vs_block"):
         s = r["settings"]
         parts.append(
-            f"FAST against block training: {len(r['runs'])} autoencoders of {described(s['MODEL_NAME'])} "
-            f"(M = {s['M']}, K = {s['K']}, {len(s['SEEDS'])} seeds, layers {', '.join(map(str, s['LAYERS']))}), "
-            f"{r['train_tokens']:,} tokens each, {r['data']['held out']['examples']} held-out dialogues of `{s['DATASET_PATH']}`. "
+            f"FAST against block training: {len(r['runs'])} autoencoders of "
+            f"{described(s['MODEL_NAME'])} "
+            f"(M = {s['M']}, K = {s['K']}, {len(s['SEEDS'])} seeds, layers "
+            f"{', '.join(map(str, s['LAYERS']))}), "
+            f"{r['train_tokens']:,} tokens each, {r['data']['held out']['examples']} held-out "
+            f"dialogues of `{s['DATASET_PATH']}`. "
             f"{plain_text_of(s)} {OPENINGS}"
         )
     if r := read("quick_studies"):
@@ -64,7 +67,8 @@ def conditions():
             f"{name} {study['seconds'] / 60:.1f}" for name, study in r["studies"].items()
         )
         parts.append(
-            f"Minutes that `--quick` takes from nothing on {r['machine']['cores']} cores ({r['machine']['device']}): {times}."
+            f"Minutes that `--quick` takes from nothing on {r['machine']['cores']} cores "
+            f"({r['machine']['device']}): {times}."
         )
     return " ".join(parts)
 
@@ -99,7 +103,8 @@ def fast_vs_block(r):
                     (
                         f"{title}, {architecture}: FAST / BT(F) / BT(P)",
                         f"{triple(paper[architecture])} (Qwen2.5-7B, layer 18)",
-                        f"{triple(values[source] for source in SOURCES)} (layer {middle}, L0 {l0_of(here[architecture, True])})",
+                        f"{triple(values[source] for source in SOURCES)} (layer {middle}, L0 "
+                        f"{l0_of(here[architecture, True])})",
                         orderings(
                             [c for c in r["comparisons"] if c["architecture"] == architecture],
                             name,
@@ -114,7 +119,8 @@ def fast_vs_block(r):
                 (
                     f"log2 MSE_st, topk{how}: FAST / BT(F) / BT(P)",
                     NO_TOPK,
-                    f"{triple(c[name]['log2'][source] for source in SOURCES)} (layer {middle}, L0 {l0_of(c)})",
+                    f"{triple(c[name]['log2'][source] for source in SOURCES)} (layer {middle}, L0 "
+                    f"{l0_of(c)})",
                     "the ordering holds "
                     + orderings(
                         [c for c in r["comparisons"] if c["architecture"] == "topk"], name, sinks
@@ -242,9 +248,11 @@ def steer(r):
         "not comparable",
     )
     yield (
-        "steering: questions answered with the expected word, steered / unsteered / random direction",
+        "steering: questions answered with the expected word, steered / unsteered / random "
+        "direction",
         "better, by examples",
-        f"{100 * best:.0f} / {100 * base:.0f} / {100 * by_chance:.0f} % of {r['n_with_expected_word']}",
+        f"{100 * best:.0f} / {100 * base:.0f} / {100 * by_chance:.0f} % of "
+        f"{r['n_with_expected_word']}",
         "yes" if gain >= CLEAR_GAIN else "no",
     )
 
@@ -284,7 +292,8 @@ def stability(r):
     shares = [100 * row["found_by_all"] for row in r["runs"]]
     n_seeds, n_epochs = len(r["settings"]["SEEDS"]), r["settings"]["N_EPOCHS"]
     yield (
-        f"features that {n_seeds} seeds all find, after {n_epochs} epochs (the default trains longer)",
+        f"features that {n_seeds} seeds all find, after {n_epochs} epochs (the default trains "
+        "longer)",
         "-",
         f"{min(shares):.0f} to {max(shares):.0f} %, by M and K",
         "-",
@@ -298,9 +307,11 @@ def modular_arithmetic(r):
         for m, best in best_by_m(site).items()
     )
     yield (
-        "modular addition, Fourier directions of the embedding: MCC of the best autoencoder / principal components",
+        "modular addition, Fourier directions of the embedding: MCC of the best autoencoder / "
+        "principal components",
         "-",
-        f"{found}; the model is right on {100 * r['transformer']['test_accuracy']:.2f} % of unseen pairs",
+        f"{found}; the model is right on {100 * r['transformer']['test_accuracy']:.2f} % of unseen "
+        "pairs",
         "-",
     )
 

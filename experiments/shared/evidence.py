@@ -87,7 +87,7 @@ class Labelled:
         return {"token_purity": token_purity(s.name_mass.sums, s.count), "category_auc": auc}
 
     def scores(self, evidence, journal):
-        """The language model's scores of N_SCORED_FEATURES features by lot; None without an
+        """The language model's scores of N_SCORED_FEATURES random features; None without an
         endpoint."""
         from fastsae.interpretation.llm import client
         from fastsae.interpretation.llm.labels import Labelling, Shown, plain_text

@@ -72,7 +72,8 @@ def require(settings, least):
     if low:
         raise InputError(
             "\n".join(
-                f"{name}: {settings.values[name]} is below {least[name]}. give {least[name]} or more."
+                f"{name}: {settings.values[name]} is below {least[name]}. give {least[name]} or "
+                "more."
                 for name in low
             )
         )
@@ -101,7 +102,8 @@ def subjects(settings):
     if other := [name for name, value in asked.items() if value != trained[name]]:
         raise InputError(
             "\n".join(
-                f"{name}: the autoencoder in {settings.run_dir} was trained with {trained[name]}, not {asked[name]}. "
+                f"{name}: the autoencoder in {settings.run_dir} was trained with {trained[name]}, "
+                f"not {asked[name]}. "
                 "leave the flag out, or train another one under another --run-name."
                 for name in other
             )
@@ -129,7 +131,8 @@ def open_subject(path, settings):
     known = source.get("settings", {}).get("LAYER_IDX")
     if known and layer is None and settings.LAYER_IDX != known:
         raise InputError(
-            f"LAYER_IDX: {path} was trained on layer {known}, not {settings.LAYER_IDX}. leave --layer-idx out."
+            f"LAYER_IDX: {path} was trained on layer {known}, not {settings.LAYER_IDX}. leave "
+            "--layer-idx out."
         )
     if layer is None and settings.source["LAYER_IDX"] != "flag":
         print(f"{path}: does not name its layer; LAYER_IDX {settings.LAYER_IDX} is taken")
@@ -147,7 +150,8 @@ def open_subject(path, settings):
     loading.check_layer(shape, subject.layer, subject.model_name)
     if shape.hidden_size != sae.input_dim:
         raise InputError(
-            f"SAE: {path} takes {sae.input_dim} dimensions, the residual stream of {subject.model_name} has "
+            f"SAE: {path} takes {sae.input_dim} dimensions, the residual stream of "
+            f"{subject.model_name} has "
             f"{shape.hidden_size}. name its model with --model-name."
         )
     return subject
@@ -211,7 +215,7 @@ def scope(subject, settings):
 
 
 def some_dialogues(subject, settings, n_examples, *, held_out):
-    """A TokenTable of up to `n_examples` examples by lot of the autoencoder's own dataset, or of
+    """A TokenTable of up to `n_examples` random examples of the autoencoder's own dataset, or of
     the one named with --dataset-path.
 
     With `held_out`, none that it was trained on, if that is known: of its own dataset the test
@@ -222,7 +226,8 @@ def some_dialogues(subject, settings, n_examples, *, held_out):
     is_own = subject.source.get("inputs", {}).get("dataset") == dataset
     if held_out and is_own and own.get("PROCESSING") == "block":
         raise InputError(
-            f"DATASET_PATH: {subject.path} was trained on blocks of {path}, whose examples cannot be told apart. name other "
+            f"DATASET_PATH: {subject.path} was trained on blocks of {path}, whose examples cannot "
+            "be distinguished. name other "
             "data with --dataset-path."
         )
     table = tokens_of(path, subject, settings, {**settings.values, **(own if is_own else {})})
@@ -283,7 +288,7 @@ def example_ids(table):
     return np.split(table.ids, table.starts[1:-1])
 
 
-def meant_for(subject, stream, table):
+def usable_tokens_of(subject, stream, table):
     """(n_tokens,) bool: the tokens of `stream` (n_tokens, d_model) that the autoencoder is meant
     for, as in its training.
 

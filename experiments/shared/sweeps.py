@@ -1,7 +1,8 @@
 """One script run many times in one process: loading the libraries takes longer than a small
 training does.
 
-    python -m experiments.shared.sweeps train_sae.py < jobs.jsonl    # a JSON list of flags on each line
+    # a JSON list of flags on each line
+    python -m experiments.shared.sweeps train_sae.py < jobs.jsonl
 
 Each run is the script's own `main()` with those flags, as from the command line; what it prints is
 shown when it fails, else only its warnings, alike ones once, in the end. Ends with the exit code of
@@ -29,7 +30,7 @@ def run_many(script, jobs):
 
 
 def quick_settings(settings, quick):
-    """`settings`, with the values of the dict `quick` wherever no flag was given, if QUICK is on."""
+    """`settings`, if QUICK is on with the values of `quick` wherever no flag was given."""
     import config
 
     small = {
@@ -45,15 +46,15 @@ def quick_settings(settings, quick):
 
 
 def passed_on(settings, names):
-    """The flags given to an experiment that the stages it drives know too, of the settings named."""
+    """The flags given to an experiment that its stages know too, of the settings named."""
+    given = {name: settings.values[name] for name in names if settings.source[name] == "flag"}
     return [
-        f"--{name.lower().replace('_', '-')}={'none' if settings.values[name] is None else settings.values[name]}"
-        for name in names
-        if settings.source[name] == "flag"
+        f"--{name.lower().replace('_', '-')}={'none' if value is None else value}"
+        for name, value in given.items()
     ]
 
 
-def told(settings):
+def recorded(settings):
     """The settings of an experiment for its result: of a path only the file's name, which says
     nothing of the machine."""
     paths = ("DATASET_PATH", "LABELLED_PATH", "PLAIN_TEXT", "MODEL_NAME")

@@ -1,19 +1,22 @@
-"""What the model's loss owes to single features: each taken out of the residual stream (z - f_k d_k), where it fires and elsewhere."""
+"""What the model's loss owes to single features: each taken out of the residual stream (z - f_k
+d_k), where it fires and elsewhere."""
 
 import numpy as np
 
 from experiments.shared.statistics import bootstrap_counts, interval_of_finite
-from experiments.shared.subjects import example_ids, meant_for, some_dialogues
+from experiments.shared.subjects import example_ids, some_dialogues, usable_tokens_of
 from fastsae.data.tokenization import SHARED_PREFIX
 
 N_BOOTSTRAP = 1000
 
 
 def ablation(subject, model, settings, features, *, n_others, n_examples):
-    """{n_examples, features: [...]} for `features` and for `n_others` features by lot that fire on the held-out examples.
+    """{n_examples, features: [...]} for `features` and for `n_others` random features that fire on
+    the held-out examples.
 
-    Losses count the tokens after the shared prefix. A feature's own effect sits in the examples where it fires; in the others the
-    stream is not touched, so any change there would be an error of ours.
+    Losses count the tokens after the shared prefix. A feature's own effect sits in the examples
+    where it fires; in the others the stream is not touched, so any change there would be an error
+    of ours.
     """
     from fastsae.intervention import next_token_losses, only, residual_stream, without_feature
     from fastsae.sae.autoencoder import encode
@@ -21,12 +24,12 @@ def ablation(subject, model, settings, features, *, n_others, n_examples):
     table = some_dialogues(subject, settings, n_examples, held_out=True)
     examples, sae = example_ids(table), subject.sae
     stream = residual_stream(model, subject.layer, examples)
-    usable = meant_for(subject, stream, table)
+    usable = usable_tokens_of(subject, stream, table)
     entries = encode(sae, stream[usable].to(sae.input_bias.device))
     token, column = np.flatnonzero(usable)[entries.row.cpu().numpy()], entries.column.cpu().numpy()
     alive = np.setdiff1d(np.unique(column), features)
-    by_lot = np.sort(np.random.default_rng(settings.SEED).permutation(alive)[:n_others]).tolist()
-    replacements = {k: only(usable, without_feature(sae, k)) for k in [*features, *by_lot]}
+    at_random = np.sort(np.random.default_rng(settings.SEED).permutation(alive)[:n_others]).tolist()
+    replacements = {k: only(usable, without_feature(sae, k)) for k in [*features, *at_random]}
     losses = next_token_losses(model, subject.layer, examples, replacements)
     example = np.repeat(np.arange(len(examples)), table.lengths)
     counted = (table.kind != SHARED_PREFIX) & ~np.isnan(losses["clean"].ce)
@@ -38,7 +41,7 @@ def ablation(subject, model, settings, features, *, n_others, n_examples):
         rows.append(
             {
                 "feature": int(k),
-                "by_lot": k in by_lot,
+                "by_lot": k in at_random,
                 **effect(change, losses[k].kl, fires, counted, example, settings.SEED),
             }
         )
@@ -46,9 +49,11 @@ def ablation(subject, model, settings, features, *, n_others, n_examples):
 
 
 def effect(change, kl, fires, counted, example, seed):
-    """Mean change of the loss (nats a token, with an interval over examples) in the examples where the feature fires, and elsewhere.
+    """Mean change of the loss (nats a token, with an interval over examples) in the examples where
+    the feature fires, and elsewhere.
 
-    All arguments (n_tokens,): the change, the KL, where the feature fires, which tokens count, and each one's example.
+    All arguments (n_tokens,): the change, the KL, where the feature fires, which tokens count, and
+    each one's example.
     """
     n_examples = int(example[-1]) + 1
     in_firing = (np.bincount(example, fires, minlength=n_examples) > 0)[example]  # (n_tokens,)

@@ -1,15 +1,19 @@
-"""FAST against block training: dialogues alone, the same dialogues in blocks, plain text in blocks, on equal numbers of tokens.
+"""FAST against block training: dialogues alone, the same dialogues in blocks, plain text in blocks,
+on equal numbers of tokens.
 
-    python -m experiments.studies.fast_vs_block --quick                                        # minutes on two cores
+    python -m experiments.studies.fast_vs_block --quick  # minutes on two cores
     python -m experiments.studies.fast_vs_block --dataset-path my_dialogues.jsonl --device cuda
-    python -m experiments.studies.fast_vs_block --quick --dataset-path dialogues.jsonl --labelled-path data/cognitive_actions.jsonl
+    python -m experiments.studies.fast_vs_block --quick --dataset-path dialogues.jsonl \\
+        --labelled-path data/cognitive_actions.jsonl
 
-FAST trains on each dialogue alone, BT(F) on the same dialogues joined and cut into blocks, BT(P) on blocks of a plain text; all
-are measured on the same held-out dialogues, each run alone (arXiv 2506.07691). The coefficients of standard and jumprelu are the
-same for all, as in the paper, and give each source an L0 of its own, which is reported; topk has K everywhere. Every autoencoder is
-trained twice: on all tokens, as in the paper, and without the shared prefix and attention sinks, as train_sae.py does by default.
-Intervals are 95 % bootstrap intervals over held-out dialogues and seeds, wider where seeds are few. Writes
-experiments/results/<NAME>.json and .png. An interrupted run goes on by the same command.
+FAST trains on each dialogue alone, BT(F) on the same dialogues joined and cut into blocks, BT(P) on
+blocks of a plain text; all are measured on the same held-out dialogues, each run alone (arXiv
+2506.07691). The coefficients of standard and jumprelu are the same for all, as in the paper, and
+give each source an L0 of its own, which is reported; topk has K everywhere. Every autoencoder is
+trained twice: on all tokens, as in the paper, and without the shared prefix and attention sinks, as
+train_sae.py does by default. Intervals are 95 % bootstrap intervals over held-out dialogues and
+seeds, wider where seeds are few. Writes experiments/results/<NAME>.json and .png. An interrupted
+run goes on by the same command.
 """
 
 import json
@@ -21,39 +25,23 @@ import numpy as np
 import config
 from experiments.shared import evidence, heldout
 from experiments.shared.provenance import RESULTS, run_stage, write_figure, write_result
-from experiments.shared.sweeps import passed_on, quick_settings, rounded, run_many, told
+from experiments.shared.sweeps import passed_on, quick_settings, recorded, rounded, run_many
 
 ARCHITECTURES: str = "standard,jumprelu,topk"  # of those that train_sae.py knows
 LAYERS: tuple[int, ...] = (4, 12, 20)  # early, middle and late; of SmolLM2's 30
-SEEDS: tuple[int, ...] = (
-    0,
-    1,
-    2,
-    3,
-    4,
-)  # each gives a split into training and validation, first weights and data order
-PLAIN_TEXT: str | None = (
-    None  # .txt for BT(P); none = pydoc_data.topics, the language reference that ships with Python
-)
-LABELLED_PATH: str | None = (
-    None  # dataset with LABEL_FIELD for the interpretability half; none = the held-out dialogues
-)
+SEEDS: tuple[int, ...] = (0, 1, 2, 3, 4)  # each: a split, first weights and data order
+PLAIN_TEXT: str | None = None  # .txt for BT(P); none = pydoc_data.topics, which is in Python
+LABELLED_PATH: str | None = None  # dataset with LABEL_FIELD; none = the held-out dialogues
 HELD_OUT_FRACTION: float = 0.2  # part of the dialogues that measure and never train
-TRAIN_TOKENS: int | None = (
-    None  # tokens that each autoencoder trains on; none, or too many = what the smallest source has
-)
+TRAIN_TOKENS: int | None = None  # of each autoencoder; none = all that the smallest source has
 BLOCK_LENGTH: int = 2048  # tokens per block of BT(F) and BT(P)
 M: int = 4608  # features
 K: int = 32  # active features per token: exact for topk, aimed at by jumprelu
 L1_COEFFICIENT: float = 1.0  # of standard
 N_EPOCHS: int = 10  # over the TRAIN_TOKENS
-BATCH_SIZE: int = (
-    512  # tokens per step: the plain text that ships with Python gives 196 of them an epoch
-)
+BATCH_SIZE: int = 512  # tokens per step: Python's own plain text gives 196 of them an epoch
 LEARNING_RATE: float = 1e-3  # of Adam, falling to 0 over the last fifth of the steps
-INTERPRETER_MODEL: str = (
-    "gpt-5-mini"  # for the 1 to 5 rubric, if OPENAI_API_KEY or OPENAI_BASE_URL names an endpoint
-)
+INTERPRETER_MODEL: str = "gpt-5-mini"  # scores 1 to 5, if OPENAI_* name an endpoint
 N_SCORED_FEATURES: int = 128  # features of each autoencoder that it scores
 NAME: str = "fast_vs_block"  # of the result
 QUICK: bool = False  # two architectures, small, 30,000 tokens, short blocks, 30 % held out
@@ -117,7 +105,7 @@ def main():
         "interpretability": per_feature,
         "runs": runs,
     }
-    write_result(settings.NAME, told(settings), rounded(result))
+    write_result(settings.NAME, recorded(settings), rounded(result))
     figure(result, settings, RESULTS / f"{settings.NAME}.png")
 
 
@@ -126,7 +114,8 @@ def architectures(settings):
 
 
 def grid(settings):
-    """(source, architecture, layer, prefix and sinks in training, seed) of every autoencoder, seed by seed."""
+    """(source, architecture, layer, prefix and sinks in training, seed) of every autoencoder, seed
+    by seed."""
     return [
         (source, architecture, layer, sinks, seed)
         for seed in settings.SEEDS
@@ -144,7 +133,8 @@ def key(run):
 
 
 def write_datasets(settings, work):
-    """{name: path} of the dialogues that train, those that are held out, the plain text and the labelled texts."""
+    """{name: path} of the dialogues that train, those that are held out, the plain text and the
+    labelled texts."""
     from fastsae.data.datasets import read_dataset
     from fastsae.runtime import artifacts
 
@@ -204,7 +194,8 @@ def activations(work, folder, layer):
 
 
 def smallest_source(settings, work):
-    """The training tokens that every source has, at every layer and seed, with and without prefix and sinks."""
+    """The training tokens that every source has, at every layer and seed, with and without prefix
+    and sinks."""
     from fastsae.training.data import Tokens
 
     bounds = {
@@ -233,7 +224,8 @@ def run_name(architecture, layer, sinks, seed):
 
 
 def train_flags(settings, work, n_tokens, source, architecture, layer, sinks, seed):
-    """What train_sae.py is told for one autoencoder: for all sources the same but for the activations."""
+    """The flags of train_sae.py for one autoencoder: for all sources the same but for the
+    activations."""
     return [
         *passed_on(settings, PASSED_ON),
         "--output-dir",
@@ -281,7 +273,8 @@ def checkpoint(work, source, architecture, layer, sinks, seed):
 
 
 def measure(settings, work, layer):
-    """(numbers of held-out tokens, a dict for each autoencoder of a layer, `per_dialogue` in it for the intervals)."""
+    """(numbers of held-out tokens, a dict for each autoencoder of a layer, `per_dialogue` in it for
+    the intervals)."""
     from fastsae.formats.load import load_sae
     from fastsae.lm.loading import load_tokenizer
 
@@ -306,7 +299,8 @@ def measure(settings, work, layer):
 
 
 def interpretability(settings, work, dataset_path):
-    """The evidence on the labelled dataset of the autoencoders trained without prefix and sinks: see evidence.study."""
+    """The evidence on the labelled dataset of the autoencoders trained without prefix and sinks:
+    see evidence.study."""
     from fastsae.lm.loading import load_tokenizer
 
     tokenizer = load_tokenizer(
@@ -325,7 +319,8 @@ def interpretability(settings, work, dataset_path):
 
 
 def compare(errors, l0, architecture, layer, sinks):
-    """L0 and MSE_st of the three sources with intervals, whether they are ordered as in the paper, and the part that the sinks play."""
+    """L0 and MSE_st of the three sources with intervals, whether they are ordered as in the paper,
+    and the part that the sinks play."""
     stacked = {
         source: {
             name: np.stack(
@@ -390,7 +385,8 @@ def counts(work, settings):
 
 
 def figure(result, settings, path):
-    """MSE_st per source: a row for each architecture, a column for each layer; every seed a dot, the bars their means."""
+    """MSE_st per source: a row for each architecture, a column for each layer; every seed a dot,
+    the bars their means."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,14 +1,17 @@
-"""Which layer? Norms, reconstruction and LLM-free evidence on the features of several layers, from one extraction pass.
+"""Which layer? Norms, reconstruction and LLM-free evidence on the features of several layers, from
+one extraction pass.
 
-    python -m experiments.studies.layers                                  # the demo's model and data
+    python -m experiments.studies.layers  # the demo's model and data
     python -m experiments.studies.layers --quick
-    python -m experiments.studies.layers --preset llama-3.1-8b --dataset-path my.jsonl --compared-layers 4,12,18,20,25 --m 32768 --k 32
+    python -m experiments.studies.layers --preset llama-3.1-8b --dataset-path my.jsonl \\
+        --compared-layers 4,12,18,20,25 --m 32768 --k 32
 
-Drives the three stages: stage 1 once for all layers, then stages 2 and 3 for each layer and seed with the same settings; all their
-flags work here. Per layer: median norm of the stream and attention sinks, normalised MSE on held-out examples, features with a
-category AUC above the bound with as many under shuffled labels, and token purity, the share of a feature's activation that lies on
-its commonest token (1: a token detector). Work is kept under OUTPUT_DIR/layers, so that a run that was stopped continues.
-Writes experiments/results/layers.json and .png.
+Drives the three stages: stage 1 once for all layers, then stages 2 and 3 for each layer and seed
+with the same settings; all their flags work here. Per layer: median norm of the stream and
+attention sinks, normalised MSE on held-out examples, features with a category AUC above the bound
+with as many under shuffled labels, and token purity, the share of a feature's activation that lies
+on its commonest token (1: a token detector). Work is kept under OUTPUT_DIR/layers, so that a run
+that was stopped continues. Writes experiments/results/layers.json and .png.
 """
 
 import importlib.util
@@ -28,9 +31,7 @@ from fastsae.runtime import artifacts
 from fastsae.runtime.stage import run_stage as run_main
 
 COMPARED_LAYERS: tuple[int, ...] = (2, 6, 12, 18, 24, 28)  # residual stream after so many blocks
-N_SEEDS: int = (
-    3  # SAEs per layer, with SEED, SEED + 1 ... (of the split, the weights and the data order)
-)
+N_SEEDS: int = 3  # SAEs per layer, with SEED, SEED + 1 ... (split, weights, data order)
 NAME: str = "layers"  # of the files under experiments/results/
 QUICK: bool = False  # 1 seed, 160 examples, 8 epochs
 
@@ -150,7 +151,8 @@ def one_seed(settings, root, layer, seed):
 
 
 def share_activations(root, folder, layer):
-    """Let `folder` have the layer's activations, as links, so that its stages know nothing of the others."""
+    """Let `folder` have the layer's activations, as links, so that its stages know nothing of the
+    others."""
     (folder / "activations").mkdir(parents=True, exist_ok=True)
     for file in files.find_shards(root / "activations" / f"activations_layer{layer}.npz"):
         link = folder / "activations" / file.name
@@ -159,7 +161,8 @@ def share_activations(root, folder, layer):
 
 
 def purity_of(checkpoint, folder, layer, settings):
-    """(M,) of each feature, the share of its activation on its commonest token (by name); nan for those that hardly ever fire."""
+    """(M,) of each feature, the share of its activation on its commonest token (by name); nan for
+    those that hardly ever fire."""
     from fastsae.data.token_text import token_names
     from fastsae.formats.load import load_sae
     from fastsae.interpretation.statistics import collect
@@ -188,7 +191,8 @@ def purity_of(checkpoint, folder, layer, settings):
 
 def show(rows):
     print(
-        f"{'layer':>5}{'norm':>9}{'sinks':>7}{'norm. MSE':>11}{'dead %':>8}{'AUC > bound':>13}{'shuffled':>10}{'median AUC':>12}"
+        f"{'layer':>5}{'norm':>9}{'sinks':>7}{'norm. MSE':>11}{'dead %':>8}"
+        f"{'AUC > bound':>13}{'shuffled':>10}{'median AUC':>12}"
         f"{'purity':>8}"
     )
     for r in rows:
@@ -198,7 +202,8 @@ def show(rows):
             else f"{'no labels':>35}"
         )
         print(
-            f"{r['layer']:>5}{r['median_norm']:>9.1f}{r['n_sinks']:>7}{r['normalized_mse']:>11.3f}{100 * r['dead_fraction']:>8.1f}{auc}"
+            f"{r['layer']:>5}{r['median_norm']:>9.1f}{r['n_sinks']:>7}{r['normalized_mse']:>11.3f}"
+            f"{100 * r['dead_fraction']:>8.1f}{auc}"
             f"{r['mean_token_purity']:>8.3f}"
         )
 

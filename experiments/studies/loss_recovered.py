@@ -1,14 +1,20 @@
-"""How much of the model's next-token loss survives when its residual stream is replaced by an autoencoder's reconstruction.
+"""How much of the model's next-token loss survives when its residual stream is replaced by an
+autoencoder's reconstruction.
 
-    python -m experiments.studies.loss_recovered                                  # of the run in checkpoints/, trained first if there is none
-    python -m experiments.studies.loss_recovered --sae a.pt,b.pt,saelens_folder   # any checkpoints; each says its own model and layer
-    python -m experiments.studies.loss_recovered --sae folder --dataset-path my_dialogues.jsonl --quick
+    # of the run in checkpoints/, trained first if there is none
+    python -m experiments.studies.loss_recovered
+    # any checkpoints; each says its own model and layer
+    python -m experiments.studies.loss_recovered --sae a.pt,b.pt,saelens_folder
+    python -m experiments.studies.loss_recovered --sae folder --dataset-path my_dialogues.jsonl \\
+        --quick
 
-Loss recovered is (ablated - spliced) / (ablated - clean), the ablated loss being that with zeros, or with the mean, in the place of
-the same tokens. The shared prefix and attention sinks, which the autoencoder is not trained on, stay as they are; "every token"
-gives the same with these replaced too. Losses count the tokens after the shared prefix, by kind and role of the token predicted;
-intervals are of a bootstrap over examples. Writes experiments/results/loss_recovered.json and .png. An autoencoder that was measured
-before with the same settings is read from OUTPUT_DIR/experiments/loss_recovered.jsonl.
+Loss recovered is (ablated - spliced) / (ablated - clean), the ablated loss being that with zeros,
+or with the mean, in the place of the same tokens. The shared prefix and attention sinks, which the
+autoencoder is not trained on, stay as they are; "every token" gives the same with these replaced
+too. Losses count the tokens after the shared prefix, by kind and role of the token predicted;
+intervals are of a bootstrap over examples. Writes experiments/results/loss_recovered.json and .png.
+An autoencoder that was measured before with the same settings is read from
+OUTPUT_DIR/experiments/loss_recovered.jsonl.
 """
 
 import importlib.util
@@ -23,20 +29,18 @@ from experiments.shared.subjects import (
     STAGES,
     example_ids,
     load_model,
-    meant_for,
     require,
     scope,
     some_dialogues,
     subjects,
+    usable_tokens_of,
 )
 from experiments.shared.sweeps import quick_settings
 from fastsae.data.tokenization import CONTENT, ROLES, SHARED_PREFIX, TEMPLATE
 from fastsae.runtime.stage import run_stage
 
-SAE: str | None = (
-    None  # checkpoints or SAELens folders, with commas between; none = the one that the run's metrics.json names
-)
-N_EXAMPLES: int = 200  # held-out examples, by lot
+SAE: str | None = None  # checkpoints or SAELens folders, with commas; none = the run's own
+N_EXAMPLES: int = 200  # held-out examples, chosen at random
 N_BOOTSTRAP: int = 1000  # resamples of the examples for the intervals
 NAME: str = "loss_recovered"  # of the files under experiments/results/
 QUICK: bool = False  # 12 examples
@@ -87,7 +91,7 @@ def measure(subject, settings):
     stream = intervention.residual_stream(
         model, subject.layer, examples, batch_tokens=batch_tokens
     )  # (n_tokens, d)
-    usable = meant_for(subject, stream, table)
+    usable = usable_tokens_of(subject, stream, table)
     functions = {
         "spliced": reconstruction(subject.sae),
         "zero": constant(torch.zeros(stream.shape[1])),
@@ -132,7 +136,8 @@ def reconstruction_error(found, x):
 
 
 def groups(table):
-    """{name: (n_tokens,) bool} of the tokens whose prediction counts; the first of an example is predicted by nothing."""
+    """{name: (n_tokens,) bool} of the tokens whose prediction counts; the first of an example is
+    predicted by nothing."""
     first = np.zeros(len(table.ids), bool)
     first[table.starts[:-1]] = True
     counted = ~first & (table.kind != SHARED_PREFIX)
@@ -172,7 +177,8 @@ def of_tokens(losses, rows, example, settings):
 
 
 def recovered(ce, ablation):
-    """Loss recovered against one ablation: from mean losses, or from their sums over the same tokens."""
+    """Loss recovered against one ablation: from mean losses, or from their sums over the same
+    tokens."""
     from fastsae.intervention import loss_recovered
 
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -187,18 +193,24 @@ def show(name, row):
         else "examples (which ones it was trained on is not known)"
     )
     print(
-        f"{name}: {row['model']}, layer {row['layer']}; {row['n_examples']} {examples}, {row['n_tokens']:,} tokens, "
-        f"{row['n_left_as_they_are']:,} of them left as they are; normalised MSE {row['normalized_mse']:.3f} on the others"
+        f"{name}: {row['model']}, layer {row['layer']}; {row['n_examples']} {examples}, "
+        f"{row['n_tokens']:,} tokens, "
+        f"{row['n_left_as_they_are']:,} of them left as they are; normalised MSE "
+        f"{row['normalized_mse']:.3f} on the others"
     )
     print(
-        f"  {'tokens predicted':<28}{'number':>8}{'clean':>8}{'spliced':>9}{'zero':>8}{'mean':>8}{'KL':>8}   recovered (zero)   (mean)"
+        "  "
+        f"{'tokens predicted':<28}{'number':>8}{'clean':>8}"
+        f"{'spliced':>9}{'zero':>8}{'mean':>8}{'KL':>8}   recovered (zero)   (mean)"
     )
     for title, ending in (("kinds", ""), ("kinds_every_token_replaced", ", every token")):
         for kind, r in row[title].items():
             low, high = r["loss_recovered_zero"]["interval"] or (float("nan"),) * 2
             print(
-                f"  {kind + ending:<28}{r['n_tokens']:>8,}{r['ce']['clean']:>8.3f}{r['ce']['spliced']:>9.3f}{r['ce']['zero']:>8.3f}"
-                f"{r['ce']['mean']:>8.3f}{r['kl']['spliced']:>8.3f}   {r['loss_recovered_zero']['value']:.3f} [{low:.3f}, {high:.3f}]"
+                f"  {kind + ending:<28}{r['n_tokens']:>8,}{r['ce']['clean']:>8.3f}"
+                f"{r['ce']['spliced']:>9.3f}{r['ce']['zero']:>8.3f}"
+                f"{r['ce']['mean']:>8.3f}{r['kl']['spliced']:>8.3f}   "
+                f"{r['loss_recovered_zero']['value']:.3f} [{low:.3f}, {high:.3f}]"
                 f"{r['loss_recovered_mean']['value']:>8.3f}"
             )
 

@@ -1,16 +1,19 @@
-"""Ground truth from a model that is understood: do autoencoders find the Fourier directions of a transformer that adds modulo P?
+"""Ground truth from a model that is understood: do autoencoders find the Fourier directions of a
+transformer that adds modulo P?
 
     python -m experiments.studies.modular_arithmetic --quick     # minutes on one core
     python -m experiments.studies.modular_arithmetic
 
-A transformer of one block learns a + b modulo P to generalisation. It does so with a few key frequencies k, through
-cos(2 pi k n / P) and sin(2 pi k n / P) (Nanda et al., arXiv 2301.05217): the embedding of its numbers tells which. Two places are
-examined. `embedding`: the residual stream at a and b, where the known directions are those of n in the embedding itself. `answer`:
-the residual stream at "=" above the block, which the answer is read from, with the directions of n = a + b at those frequencies.
-Autoencoders are trained on each by train_sae.py and compared with principal components and random directions.
+A transformer of one block learns a + b modulo P to generalisation. It does so with a few key
+frequencies k, through cos(2 pi k n / P) and sin(2 pi k n / P) (Nanda et al., arXiv 2301.05217): the
+embedding of its numbers tells which. Two places are examined. `embedding`: the residual stream at a
+and b, where the known directions are those of n in the embedding itself. `answer`: the residual
+stream at "=" above the block, which the answer is read from, with the directions of n = a + b at
+those frequencies. Autoencoders are trained on each by train_sae.py and compared with principal
+components and random directions.
 
-Writes experiments/results/<NAME>.json and .png; models are kept under checkpoints/<NAME>/, so the same command goes on after an
-interruption.
+Writes experiments/results/<NAME>.json and .png; models are kept under checkpoints/<NAME>/, so the
+same command goes on after an interruption.
 """
 
 import hashlib
@@ -45,17 +48,10 @@ MODEL_EPOCHS: int = 500  # of the transformer
 MODEL_BATCH_SIZE: int = 1024  # pairs per step
 MODEL_LEARNING_RATE: float = 1e-3  # of AdamW
 WEIGHT_DECAY: float = 1.0  # of AdamW
-KEY_SHARE: float = (
-    0.9  # the key frequencies are the fewest that hold this share of the embedding's variance
-)
-ARCHITECTURES: str = "standard,topk,batchtopk"
-MS: tuple[int, ...] = (
-    16,
-    64,
-)  # features: 4 key frequencies x cosine and sine x both signs, and more
-KS: tuple[int, ...] = (
-    8,
-)  # of topk and batchtopk: half of the 16, since a rectified feature holds one sign
+KEY_SHARE: float = 0.9  # share of the embedding's variance that key frequencies hold
+ARCHITECTURES: str = "standard,topk,batchtopk"  # which to train
+MS: tuple[int, ...] = (16, 64)  # features: 4 frequencies x cosine and sine x signs; more
+KS: tuple[int, ...] = (8,)  # of topk, batchtopk: half of 16, as a feature holds one sign
 L1_COEFFICIENTS: tuple[float, ...] = (1, 4)  # of standard, in place of K
 SEEDS: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the autoencoders
 N_EPOCHS: int = 40  # of the autoencoders
@@ -73,7 +69,8 @@ def main():
     settings.show()
     model, figures = transformer(settings)
     print(
-        f"transformer: test accuracy {figures['test_accuracy']:.4f} on {figures['n_test_pairs']:,} pairs, above 0.99 after "
+        f"transformer: test accuracy {figures['test_accuracy']:.4f} on {figures['n_test_pairs']:,} "
+        "pairs, above 0.99 after "
         f"{figures['first_epoch_above_99_percent']} of {figures['epochs']} epochs",
         flush=True,
     )
@@ -145,7 +142,8 @@ def transformer(settings):
 
 
 def places(model):
-    """{site: (activations (tokens, d), the number n that each token's known directions turn with (tokens,))} of all pairs."""
+    """{site: (activations (tokens, d), the number n that each token's known directions turn with
+    (tokens,))} of all pairs."""
     import torch
 
     from experiments.studies.modular_transformer import all_pairs
@@ -191,7 +189,7 @@ def write_activations(folder, x, tokens_per_example):
 
 
 def train_flags(settings, site, architecture, m):
-    """What train_sae.py is told for all autoencoders of one architecture and size."""
+    """The flags of train_sae.py for all autoencoders of one architecture and size."""
     sparsities = ["--k", 1, "--l1-coefficient-list"] if architecture == "standard" else ["--k-list"]
     values = settings.L1_COEFFICIENTS if architecture == "standard" else settings.KS
     return [
@@ -236,7 +234,8 @@ def joined(values):
 
 
 def examine(settings, site, x, n, keys):
-    """What the result says of one place: how much of it the known directions hold, each autoencoder, and what it is compared with."""
+    """What the result says of one place: how much of it the known directions hold, each
+    autoencoder, and what it is compared with."""
     table = np.stack([x[n == number].mean(0) for number in range(settings.P)])  # (P, d)
     truth, centred = fourier_directions(table, keys), x - x.mean(0)
     basis = np.linalg.qr(truth.T)[0]
@@ -247,7 +246,9 @@ def examine(settings, site, x, n, keys):
         for variant in variants(settings)
     }
     compared = {}
-    for m in settings.MS:  # a matching gains by every direction there is to choose from, so baselines have as many as autoencoders
+    # a matching gains by every direction there is to choose from, so baselines have as many as
+    # autoencoders
+    for m in settings.MS:
         compared |= {
             f"{name}, M = {m}": sets
             for name, sets in (
@@ -275,7 +276,8 @@ def examine(settings, site, x, n, keys):
 
 
 def autoencoder(settings, site, variant, seed, x, n, keys, truth):
-    """The figures of one autoencoder: its own, and how well its features that fire at all recover the known directions."""
+    """The figures of one autoencoder: its own, and how well its features that fire at all recover
+    the known directions."""
     decoder, features, metrics = fired_features(settings, site, variant, seed, x)
     in_planes = lengths_in_planes(truth, decoder).max(0)
     fires = np.stack(
@@ -292,7 +294,8 @@ def autoencoder(settings, site, variant, seed, x, n, keys, truth):
 
 
 def fired_features(settings, site, variant, seed, x):
-    """(decoder rows (m, d), activations (tokens, m), metrics) of the features of a trained autoencoder that fire on some token of x."""
+    """(decoder rows (m, d), activations (tokens, m), metrics) of the features of a trained
+    autoencoder that fire on some token of x."""
     import torch
 
     from fastsae.formats.load import load_sae
@@ -314,7 +317,8 @@ def fired_features(settings, site, variant, seed, x):
 
 
 def recovery(found, activations, n, keys, truth, p):
-    """How well directions `found` (m, d), with the activations (tokens, m), match the known ones `truth` (2 F, d) and cos / sin of n."""
+    """How well directions `found` (m, d), with the activations (tokens, m), match the known ones
+    `truth` (2 F, d) and cos / sin of n."""
     cosines = absolute_cosines(truth, found)
     return {
         "mcc": matched_mean(cosines),
@@ -334,7 +338,8 @@ def means(rows):
 
 def show(site, result):
     print(
-        f"{site}: {100 * result['variance_in_known_directions']:.1f} % of the variance lies in the known directions"
+        f"{site}: {100 * result['variance_in_known_directions']:.1f} % of the variance lies in the "
+        "known directions"
     )
     for name, row in {
         **result["baselines"],
@@ -347,7 +352,8 @@ def show(site, result):
 
 
 def draw(path, settings, examined, sites, power, keys):
-    """The embedding's spectrum, the recovery of each method, and features of the best autoencoder along the circle of their frequency."""
+    """The embedding's spectrum, the recovery of each method, and features of the best autoencoder
+    along the circle of their frequency."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
@@ -406,7 +412,8 @@ def best_run(result):
 
 
 def draw_features(panel, settings, site, x, n, keys, result):
-    """Mean activation of the features that lie most in the plane of the strongest frequency, along that circle."""
+    """Mean activation of the features that lie most in the plane of the strongest frequency, along
+    that circle."""
     best = best_run(result)
     decoder, features, _ = fired_features(settings, site, best["variant"], best["seed"], x)
     table = np.stack([x[n == number].mean(0) for number in range(settings.P)])

@@ -1,13 +1,15 @@
-"""Sparsity against reconstruction: every architecture at several sparsities, L0 against normalised MSE and loss recovered.
+"""Sparsity against reconstruction: every architecture at several sparsities, L0 against normalised
+MSE and loss recovered.
 
-    python -m experiments.studies.pareto --quick                                              # minutes on two cores
+    python -m experiments.studies.pareto --quick  # minutes on two cores
     python -m experiments.studies.pareto --dataset-path my_dialogues.jsonl --device cuda
 
-All are trained by train_sae.py on the same activations, with the same M, epochs and learning rate; only K, or for standard and gated
-the L1 coefficient, moves. Loss recovered: the reconstruction takes the place of the residual stream at the tokens that the
-autoencoder is meant for (no shared prefix, no sinks) of validation examples, and 1 is the model's own cross entropy, 0 that with zeros
-there; against the mean activation it is given as well. Writes experiments/results/<NAME>.json and .png. An interrupted run goes on by
-the same command.
+All are trained by train_sae.py on the same activations, with the same M, epochs and learning rate;
+only K, or for standard and gated the L1 coefficient, moves. Loss recovered: the reconstruction
+takes the place of the residual stream at the tokens that the autoencoder is meant for (no shared
+prefix, no sinks) of validation examples, and 1 is the model's own cross entropy, 0 that with zeros
+there; against the mean activation it is given as well. Writes experiments/results/<NAME>.json and
+.png. An interrupted run goes on by the same command.
 """
 
 import sys
@@ -17,32 +19,18 @@ import numpy as np
 import config
 from experiments.shared.provenance import RESULTS, run_stage, write_figure, write_result
 from experiments.shared.subjects import unseen_examples
-from experiments.shared.sweeps import passed_on, quick_settings, rounded, run_many, told
+from experiments.shared.sweeps import passed_on, quick_settings, recorded, rounded, run_many
 
-ARCHITECTURES: str = "topk,batchtopk,matryoshka,jumprelu,standard,gated"  # matryoshka: topk with prefixes M / 4 and M
+ARCHITECTURES: str = "topk,batchtopk,matryoshka,jumprelu,standard,gated"  # which to train
 K_LIST: tuple[int, ...] = (8, 16, 32, 64, 128)  # of all but standard and gated
-L1_COEFFICIENT_LIST: tuple[float, ...] = (
-    8.0,
-    4.0,
-    2.0,
-    1.0,
-    0.5,
-)  # of standard and gated, in place of K
-SEEDS: tuple[int, ...] = (
-    0,
-    1,
-    2,
-)  # of the first weights; split and data order are the same for all
+L1_COEFFICIENT_LIST: tuple[float, ...] = (8.0, 4.0, 2.0, 1.0, 0.5)  # of standard and gated
+SEEDS: tuple[int, ...] = (0, 1, 2)  # of the first weights; split and data order stay
 M: int = 4608  # features
 N_EPOCHS: int = 10  # of training
 BATCH_SIZE: int = 4096  # tokens per step
 LEARNING_RATE: float = 1e-3  # of Adam, falling to 0 over the last fifth of the steps
 N_LOSS_EXAMPLES: int = 64  # test examples for loss recovered
-AT_L0: tuple[int, ...] = (
-    8,
-    16,
-    32,
-)  # where architectures are compared, by interpolation between their sparsities
+AT_L0: tuple[int, ...] = (8, 16, 32)  # where architectures are compared, by interpolation
 NAME: str = "pareto"  # of the result
 QUICK: bool = False  # small autoencoders, one seed, few examples
 
@@ -79,7 +67,7 @@ def main():
         "frontier": {name: frontier(runs, name) for name in ("normalized_mse", "loss_recovered")},
         "runs": runs,
     }
-    write_result(settings.NAME, told(settings), rounded(result))
+    write_result(settings.NAME, recorded(settings), rounded(result))
     figure(runs, settings, RESULTS / f"{settings.NAME}.png")
 
 
@@ -112,7 +100,8 @@ def grid(settings):
 
 
 def train_flags(settings, work, architecture):
-    """What train_sae.py is told: all sparsities and seeds of one architecture come from one reading of the data."""
+    """The flags of train_sae.py: all sparsities and seeds of one architecture come from one reading
+    of the data."""
     name = "topk" if architecture == "matryoshka" else architecture
     prefixes = (
         ["--matryoshka-prefixes", f"{settings.M // 4},{settings.M}"]
@@ -153,7 +142,8 @@ def listed(values):
 
 
 def measure(settings, work):
-    """(figures of every autoencoder, one dict each, number of test examples, the same for all, that the losses are over)."""
+    """(figures of every autoencoder, one dict each, number of test examples, the same for all, that
+    the losses are over)."""
     from fastsae.formats.load import load_sae
 
     saes, metadata = {}, {}
@@ -205,9 +195,11 @@ def measure(settings, work):
 
 
 def spliced_losses(settings, work, saes, chosen, max_norm):
-    """{name: mean cross entropy and KL} of the model as it is, with zeros, the mean, and each autoencoder's reconstruction spliced in.
+    """{name: mean cross entropy and KL} of the model as it is, with zeros, the mean, and each
+    autoencoder's reconstruction spliced in.
 
-    Over the predicted tokens of the examples `chosen` (positions in the activations file) that come after a replaced token.
+    Over the predicted tokens of the examples `chosen` (positions in the activations file) that come
+    after a replaced token.
     """
     from fastsae import intervention
     from fastsae.activations.files import open_activations
@@ -254,7 +246,8 @@ def spliced_losses(settings, work, saes, chosen, max_norm):
 
 
 def at_equal_l0(runs, name, l0s):
-    """{architecture: {L0: mean and deviation over seeds of a figure there}}, interpolated in log2 L0; left out beyond its range."""
+    """{architecture: {L0: mean and deviation over seeds of a figure there}}, interpolated in log2
+    L0; left out beyond its range."""
     found = {}
     for architecture in dict.fromkeys(run["architecture"] for run in runs):
         by_seed = {
@@ -276,7 +269,7 @@ def at_equal_l0(runs, name, l0s):
 
 
 def interpolate(points, l0):
-    """The value at `l0` on the line through (L0, value) points, in log2 of L0; None outside them."""
+    """The value at `l0` on the line through (L0, value), in log2 of L0; None outside them."""
     x, y = np.array(sorted(points)).T
     if not x[0] * 0.99 <= l0 <= x[-1] * 1.01:  # topk's own K is inside
         return None
@@ -284,7 +277,8 @@ def interpolate(points, l0):
 
 
 def frontier(runs, name):
-    """The means over seeds (architecture, sparsity, L0, value) that no other equals or beats in both L0 and the figure named."""
+    """The means over seeds (architecture, sparsity, L0, value) that no other equals or beats in
+    both L0 and the figure named."""
     sign = 1 if name == "normalized_mse" else -1
     cells = {}
     for run in runs:
@@ -305,7 +299,8 @@ def frontier(runs, name):
 
 
 def figure(runs, settings, path):
-    """L0 against normalised MSE, loss recovered and dead features: a line for each architecture, the mean over seeds."""
+    """L0 against normalised MSE, loss recovered and dead features: a line for each architecture,
+    the mean over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")

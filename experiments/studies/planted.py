@@ -1,15 +1,18 @@
-"""Ground truth by construction: tokens are sums of a few known directions; which architecture finds the directions again?
+"""Ground truth by construction: tokens are sums of a few known directions; which architecture finds
+the directions again?
 
     python -m experiments.studies.planted --quick     # minutes on one core
     python -m experiments.studies.planted
 
-Every token is the sum of ACTIVE of the known unit directions, drawn by lot, with strengths between 1 and 2, plus noise. There are
-more directions than dimensions, so no linear method can tell them apart. Autoencoders have as many features as there are directions
-and are given the number that is active: as K, or for standard and gated by the L1 coefficient, of L1_COEFFICIENTS, whose L0 comes
-closest to it. Three parts: 1,024 directions in 256 dimensions; 256 in 64 dimensions against the number active, and against the noise.
+Every token is the sum of ACTIVE of the known unit directions, drawn at random, with strengths
+between 1 and 2, plus noise. There are more directions than dimensions, so no linear method can
+separate them. Autoencoders have as many features as there are directions and are given the number
+that is active: as K, or for standard and gated by the L1 coefficient, of L1_COEFFICIENTS, whose L0
+comes closest to it. Three parts: 1,024 directions in 256 dimensions; 256 in 64 dimensions against
+the number active, and against the noise.
 
-Writes experiments/results/<NAME>.json and .png; what was measured before with the same settings is read from
-checkpoints/<NAME>/runs.jsonl, so the same command goes on after an interruption.
+Writes experiments/results/<NAME>.json and .png; what was measured before with the same settings is
+read from checkpoints/<NAME>/runs.jsonl, so the same command goes on after an interruption.
 """
 
 import functools
@@ -31,23 +34,14 @@ from experiments.shared.directions import (
 from experiments.shared.provenance import RESULTS, remembered, write_figure, write_result
 from experiments.shared.sweeps import quick_settings
 
-ARCHITECTURES: str = "topk,batchtopk,jumprelu,standard,gated"
+ARCHITECTURES: str = "topk,batchtopk,jumprelu,standard,gated"  # of the small parts
 LARGE_ARCHITECTURES: str = "topk,batchtopk"  # of the first part
-LARGE: tuple[int, ...] = (
-    1024,
-    256,
-    8,
-)  # directions, dimensions and active directions of the first part
+LARGE: tuple[int, ...] = (1024, 256, 8)  # part 1: directions, dimensions, active ones
 SMALL: tuple[int, ...] = (256, 64, 4)  # of the others
 ACTIVES: tuple[int, ...] = (2, 4, 8)  # in place of the third of SMALL
 NOISE: float = 0.01  # standard deviation in each dimension
 NOISES: tuple[float, ...] = (0.1, 0.3)  # in place of NOISE
-L1_COEFFICIENTS: tuple[float, ...] = (
-    0.5,
-    1,
-    2,
-    4,
-)  # that standard and gated choose from, after an eighth of the steps
+L1_COEFFICIENTS: tuple[float, ...] = (0.5, 1, 2, 4)  # standard and gated choose after 1/8
 SEEDS: tuple[int, ...] = (0, 1, 2)  # each draws directions, tokens, first weights and order
 N_TOKENS: int = 200000  # tokens drawn
 STEPS: int = 2500  # of training
@@ -152,7 +146,8 @@ def run(settings, case, name, seed, tokens, directions):
 
 
 def recovery(directions, found):
-    """Mean over the known directions of their largest |cosine| with a found one, of the best one-to-one matching, and share above 0.9."""
+    """Mean over the known directions of their largest |cosine| with a found one, of the best
+    one-to-one matching, and share above 0.9."""
     cosines = absolute_cosines(directions, found)
     return {
         "mean_max_cosine": mean_max(cosines),
@@ -219,7 +214,8 @@ def train(settings, case, architecture, seed, tokens, steps, coefficient):
 
 
 def draw(path, result):
-    """Matched mean cosine by method: of the large part, against the number active, and against the noise."""
+    """Matched mean cosine by method: of the large part, against the number active, and against the
+    noise."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -232,7 +228,8 @@ def draw(path, result):
     panels[0].axvline(0.95, color="C3", lw=1, ls="--")
     panels[0].invert_yaxis()
     panels[0].set(
-        title=f"{large['directions']:,} directions in {large['dimensions']}, {large['active']} active",
+        title=f"{large['directions']:,} directions in {large['dimensions']}, "
+        f"{large['active']} active",
         xlim=(0, 1),
         xlabel="mean max cosine (dashed: 0.95)",
     )

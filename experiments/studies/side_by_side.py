@@ -27,8 +27,10 @@ PROMPTS = (
 )
 N_SHOWN = 6  # questions whose answers are shown; the figures count all
 STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
-    "table{border-collapse:collapse;width:100%;margin:0 0 1.5rem}th,td{border:1px solid #ccc;padding:.3rem .6rem;vertical-align:top;"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 "
+    "1rem;color:#222;background:#fff}"
+    "table{border-collapse:collapse;width:100%;margin:0 0 1.5rem}th,td{border:1px solid "
+    "#ccc;padding:.3rem .6rem;vertical-align:top;"
     "text-align:left}td.n{text-align:right;white-space:nowrap}td.t{white-space:pre-wrap;overflow-wrap:anywhere}"
     "@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}th,td{border-color:#444}}"
 )
@@ -57,8 +59,10 @@ def read_prompts(path):
 def write(path, results, prompts, unsteered, result):
     """`<path>.md` and `<path>.html`: for each direction and question, the answer at each alpha."""
     how = (
-        f"Greedy answers of {result['autoencoder']['model']} with alpha times a direction of length 1 added to its residual stream "
-        f"after layer {result['autoencoder']['layer']}, whose mean norm is {result['mean_norm']:.1f}. Cut after "
+        f"Greedy answers of {result['autoencoder']['model']} with alpha times a direction of "
+        "length 1 added to its residual stream "
+        f"after layer {result['autoencoder']['layer']}, whose mean norm is "
+        f"{result['mean_norm']:.1f}. Cut after "
         f"{result['n_new_tokens']} tokens; \u2026 marks a cut."
     )
     shown = list(enumerate(zip(prompts[:N_SHOWN], unsteered)))
@@ -127,9 +131,13 @@ def page(how, tables):
             parts.append(
                 f"<h3>{html.escape(question)}</h3><table><tr><th>alpha</th><th>answer</th></tr>{cells}</table>"
             )
-    policy = "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+    policy = (
+        "<meta http-equiv=Content-Security-Policy "
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+    )
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8>{policy}<title>Steering, side by side</title><style>{STYLE}</style>"
+        f"<!doctype html><html lang=en><meta charset=utf-8>{policy}<title>Steering, side by "
+        f"side</title><style>{STYLE}</style>"
         f"<h1>Steering, side by side</h1><p>{html.escape(how)}</p>{''.join(parts)}</html>\n"
     )
 

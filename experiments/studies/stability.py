@@ -1,16 +1,20 @@
-"""How stable are features? Autoencoders that differ in the seed alone, against M and K: how many of their directions agree.
+"""How stable are features? Autoencoders that differ in the seed alone, against M and K: how many of
+their directions agree.
 
-    python -m experiments.studies.stability --quick                                              # minutes on one core
-    python -m experiments.studies.stability --dataset-path my_dialogues.jsonl --ms 1024,4096 --ks 16,32,64
+    python -m experiments.studies.stability --quick  # minutes on one core
+    python -m experiments.studies.stability --dataset-path my_dialogues.jsonl --ms 1024,4096 \\
+        --ks 16,32,64
 
-The seed decides the first weights; split and order of the tokens are the same for all. Decoder directions of each pair of seeds are
-compared by cosine: mean over the features of the largest cosine (several may choose the same partner), the same under the best
-one-to-one matching (Hungarian algorithm), and the share of features that every other seed has too, with a cosine above THRESHOLD.
-Baselines: as many random directions, and as many tokens drawn by lot, less their mean, which crowd as the activations do. Trained
-by train_sae.py on the activations in OUTPUT_DIR, which are extracted if they are not there.
+The seed decides the first weights; split and order of the tokens are the same for all. Decoder
+directions of each pair of seeds are compared by cosine: mean over the features of the largest
+cosine (several may choose the same partner), the same under the best one-to-one matching (Hungarian
+algorithm), and the share of features that every other seed has too, with a cosine above THRESHOLD.
+Baselines: as many random directions, and as many random tokens, less their mean, which crowd as the
+activations do. Trained by train_sae.py on the activations in OUTPUT_DIR, which are extracted if
+they are not there.
 
-Writes experiments/results/<NAME>.json and .png; what is trained stays under checkpoints/, so the same command goes on after an
-interruption.
+Writes experiments/results/<NAME>.json and .png; what is trained stays under checkpoints/, so the
+same command goes on after an interruption.
 """
 
 import importlib.util
@@ -90,7 +94,7 @@ def main():
 
 
 def train_flags(settings, m):
-    """What train_sae.py is told for all autoencoders of one size."""
+    """The flags of train_sae.py for all autoencoders of one size."""
     return [
         *passed_on(settings, DATA_FLAGS),
         "--run-name",
@@ -146,7 +150,8 @@ def compared(settings, m, k):
 
 
 def agreement(sets, threshold):
-    """Of several sets of directions (M, d): the two means over all pairs with their range, and the share that all sets have."""
+    """Of several sets of directions (M, d): the two means over all pairs with their range, and the
+    share that all sets have."""
     pairs = [cosines(a, b) for a, b in itertools.combinations(sets, 2)]
     matched, largest = (
         [matched_mean(pair) for pair in pairs],
@@ -161,7 +166,8 @@ def agreement(sets, threshold):
 
 
 def baseline(settings, m):
-    """The agreement of sets that know nothing of each other: random directions, and tokens by lot less their mean."""
+    """The agreement of sets that know nothing of each other: random directions, and random tokens
+    less their mean."""
     from fastsae.activations.files import open_activations
     from fastsae.data.token_masks import token_norms, usable_tokens
 
@@ -173,10 +179,12 @@ def baseline(settings, m):
     mean = np.asarray(
         x[np.sort(np.random.default_rng(0).permutation(usable)[:8192])], np.float64
     ).mean(0)
-    by_lot = np.random.default_rng(0).permutation(usable)[
+    at_random = np.random.default_rng(0).permutation(usable)[
         : m * len(settings.SEEDS)
     ]  # no token is in two draws
-    tokens = [unit(x[np.sort(rows)] - mean) for rows in np.array_split(by_lot, len(settings.SEEDS))]
+    tokens = [
+        unit(x[np.sort(rows)] - mean) for rows in np.array_split(at_random, len(settings.SEEDS))
+    ]
     random = [random_directions(m, x.shape[1], seed) for seed in settings.SEEDS]
     return {
         "random": agreement(random, settings.THRESHOLD),
@@ -196,7 +204,7 @@ def draw(path, rows, baselines):
                 sizes, [row[name] for row in rows if row["k"] == k], "o-", ms=4, label=f"K = {k}"
             )
         for kind, style, label in (
-            ("tokens", "--", "tokens by lot"),
+            ("tokens", "--", "random tokens"),
             ("random", ":", "random directions"),
         ):
             panel.plot(

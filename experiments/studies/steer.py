@@ -1,19 +1,23 @@
-"""Steering: z' = z + alpha * d_k in the residual stream while the model writes, and what that costs; and ablation of features.
+"""Steering: z' = z + alpha * d_k in the residual stream while the model writes, and what that
+costs; and ablation of features.
 
-    python -m experiments.studies.steer                                       # the feature that is strongest on SPECIAL_TOKEN
+    python -m experiments.studies.steer  # the feature that is strongest on SPECIAL_TOKEN
     python -m experiments.studies.steer --label-search music --alphas 0,20,40,80
     python -m experiments.studies.steer --features 17,203 --prompts my_questions.jsonl --ablate
 
-The feature is found as FAST finds it (arXiv 2506.07691): the highest average, over up to N_DIALOGUES dialogues, of its maximum on the
-special token. Answers are greedy, with the chat template and a key-value cache; d_k has length 1 and is added to every token, prompt
-included. What an alpha means depends on the length of the model's residual stream, so each is also given relative to its mean norm;
-random directions of the same length show what any push does. Measured on the answers: repetition (1 - distinct / all triples of
-tokens), perplexity under the unsteered model, and the share that hold the expected word. Answers count as fluent while perplexity
-stays below PERPLEXITY_LIMIT times, and repetition within REPETITION_LIMIT of, the unsteered answers'.
+The feature is found as FAST finds it (arXiv 2506.07691): the highest average, over up to
+N_DIALOGUES dialogues, of its maximum on the special token. Answers are greedy, with the chat
+template and a key-value cache; d_k has length 1 and is added to every token, prompt included. What
+an alpha means depends on the length of the model's residual stream, so each is also given relative
+to its mean norm; random directions of the same length show what any push does. Measured on the
+answers: repetition (1 - distinct / all triples of tokens), perplexity under the unsteered model,
+and the share that hold the expected word. Answers count as fluent while perplexity stays below
+PERPLEXITY_LIMIT times, and repetition within REPETITION_LIMIT of, the unsteered answers'.
 
-Alpha 0 must give the unsteered answers token for token, which is checked; in bfloat16 a batch may round otherwise than one row
-does, so check that with --dtype float32. Writes experiments/results/steer.json, .png, .md and .html, the answers side by side.
-Answers already written are read from OUTPUT_DIR/experiments/steer.jsonl, so a run that was stopped continues.
+Alpha 0 must give the unsteered answers token for token, which is checked; in bfloat16 a batch may
+round otherwise than one row does, so check that with --dtype float32. Writes
+experiments/results/steer.json, .png, .md and .html, the answers side by side. Answers already
+written are read from OUTPUT_DIR/experiments/steer.jsonl, so a run that was stopped continues.
 """
 
 import importlib.util
@@ -28,11 +32,11 @@ from experiments.shared.subjects import (
     STAGES,
     example_ids,
     load_model,
-    meant_for,
     require,
     scope,
     some_dialogues,
     subjects,
+    usable_tokens_of,
 )
 from experiments.shared.sweeps import quick_settings
 from experiments.studies import side_by_side
@@ -42,16 +46,10 @@ from fastsae.runtime import artifacts
 from fastsae.runtime.errors import InputError
 from fastsae.runtime.stage import run_stage
 
-SAE: str | None = (
-    None  # checkpoint or SAELens folder; none = the one that the run's metrics.json names
-)
+SAE: str | None = None  # checkpoint or SAELens folder; none = the run's own
 FEATURES: tuple[int, ...] | None = None  # features by number
-LABEL_SEARCH: str | None = (
-    None  # features whose label in interpretations.jsonl holds this text, strongest first
-)
-SPECIAL_TOKEN: str = (
-    "<|im_end|>"  # without these two: the feature with the highest average maximum on this token
-)
+LABEL_SEARCH: str | None = None  # features whose label holds this text, strongest first
+SPECIAL_TOKEN: str = "<|im_end|>"  # without these two: strongest on this token, on average
 N_FEATURES: int = 1  # how many to take of those found
 N_DIALOGUES: int = 1000  # dialogues in which the feature is looked for, at most
 N_RANDOM: int = 2  # random directions to compare with
@@ -59,18 +57,14 @@ ALPHAS: tuple[int, ...] = (0, 15, 25, 50, 100, 150, 200)  # FAST's
 ALPHA_PERCENT: bool = False  # ALPHAS are per cent of the stream's mean norm, not lengths
 ANSWER_ONLY: bool = False  # leave the prompt's tokens as they are, but for the last
 N_NEW_TOKENS: int = 80  # tokens of an answer, at most
-PROMPTS: str | None = (
-    None  # JSONL with `text` and perhaps `expected` (a word, or a|b); none = the questions in side_by_side.py
-)
+PROMPTS: str | None = None  # JSONL with text, perhaps expected (a|b); none = side_by_side.py's
 PERPLEXITY_LIMIT: float = 2.0  # see above
 REPETITION_LIMIT: float = 0.1  # see above
-ABLATE: bool = False  # also take each feature, and N_ABLATED others by lot, out of the stream, and compare the losses
-N_ABLATED: int = 8  # features by lot for that comparison
+ABLATE: bool = False  # also take each feature, and N_ABLATED random others, out of the stream
+N_ABLATED: int = 8  # random features for that comparison
 N_ABLATION_EXAMPLES: int = 100  # held-out examples for it
 NAME: str = "steer"  # of the files under experiments/results/
-QUICK: bool = (
-    False  # 4 questions, 1 random direction, 4 alphas, 24 tokens, 60 dialogues, 12 examples
-)
+QUICK: bool = False  # 4 questions, 1 random direction, 4 alphas, 24 tokens, 60 dialogues
 
 QUICK_VALUES = {
     "N_RANDOM": 1,
@@ -183,12 +177,13 @@ class Work:
         ]
 
     def look_at_dialogues(self, residual_stream):
-        """Mean norm of the stream, and every feature's average maximum on SPECIAL_TOKEN: {mean_norm, n_dialogues, strength [M]}."""
+        """Mean norm of the stream, and every feature's average maximum on SPECIAL_TOKEN:
+        {mean_norm, n_dialogues, strength [M]}."""
         table = some_dialogues(
             self.subject, self.settings, self.settings.N_DIALOGUES, held_out=False
         )
         stream = residual_stream(self.model, self.subject.layer, example_ids(table))
-        usable = meant_for(self.subject, stream, table)
+        usable = usable_tokens_of(self.subject, stream, table)
         token = self.tokenizer.convert_tokens_to_ids(self.settings.SPECIAL_TOKEN)
         example = np.repeat(np.arange(len(table.lengths)), table.lengths)
         rows = np.flatnonzero(usable & (table.ids == (-1 if token is None else token)))
@@ -202,19 +197,22 @@ class Work:
         }
 
     def chosen_features(self):
-        """[{name, how, feature, direction (d,)}] of FEATURES, of LABEL_SEARCH, or of the strongest on SPECIAL_TOKEN."""
+        """[{name, how, feature, direction (d,)}] of FEATURES, of LABEL_SEARCH, or of the strongest
+        on SPECIAL_TOKEN."""
         settings, m = self.settings, self.sae.m_total_neurons
         if settings.FEATURES:
             if not all(0 <= k < m for k in settings.FEATURES):
                 raise InputError(
-                    f"FEATURES: {settings.FEATURES} are not all features of 0 to {m - 1}. give others."
+                    f"FEATURES: {settings.FEATURES} are not all features of 0 to {m - 1}. give "
+                    "others."
                 )
             found = {k: "named" for k in settings.FEATURES}
         elif settings.LABEL_SEARCH:
             found = self.by_label()
         elif self.strength is None:
             raise InputError(
-                f"SPECIAL_TOKEN: {settings.SPECIAL_TOKEN} is none of the tokens that the autoencoder is meant for. name "
+                f"SPECIAL_TOKEN: {settings.SPECIAL_TOKEN} is none of the tokens that the "
+                "autoencoder is meant for. name "
                 "another one, or features with --features."
             )
         else:
@@ -238,7 +236,8 @@ class Work:
         head, *rows = artifacts.read_lines(path) or [{}]
         if head.get("inputs", {}).get("checkpoint") != self.subject.meta.get("fingerprint"):
             raise InputError(
-                f"{path}: does not speak of {self.subject.path}. run interpret_sae.py, or name features with --features."
+                f"{path}: does not speak of {self.subject.path}. run interpret_sae.py, or name "
+                "features with --features."
             )
         found = [
             r
@@ -248,7 +247,8 @@ class Work:
         ]
         if not found:
             raise InputError(
-                f"LABEL_SEARCH: no label holds {self.settings.LABEL_SEARCH!r}. look for another word."
+                f"LABEL_SEARCH: no label holds {self.settings.LABEL_SEARCH!r}. look for another "
+                "word."
             )
         best = sorted(found, key=lambda r: -r["max_activation"])[: self.settings.N_FEATURES]
         return {r["feature"]: f"label: {r['label']}" for r in best}
@@ -308,7 +308,8 @@ class Work:
         )
 
     def answers(self, target, question):
-        """The measured answers to one question, one per alpha; all alphas go through the model as one batch."""
+        """The measured answers to one question, one per alpha; all alphas go through the model as
+        one batch."""
         from fastsae.intervention import generate, steering
 
         def write():
@@ -362,7 +363,8 @@ class Work:
         )
 
     def measure(self, prompt, written):
-        """[{ids, text, stopped, repetition, nll (summed, nats)}] of answers to `prompt`, by the model as it is."""
+        """[{ids, text, stopped, repetition, nll (summed, nats)}] of answers to `prompt`, by the
+        model as it is."""
         from fastsae.intervention import next_token_losses
 
         losses = next_token_losses(
@@ -388,7 +390,8 @@ def as_batch(rows):
 
 
 def average_maximum(sae, x, example):
-    """(M,) each feature's maximum on the rows of x (n, d) of an example, averaged over the examples; example (n,) its numbers."""
+    """(M,) each feature's maximum on the rows of x (n, d) of an example, averaged over the
+    examples; example (n,) its numbers."""
     import torch
 
     from fastsae.sae.autoencoder import encode
@@ -407,7 +410,8 @@ def average_maximum(sae, x, example):
 
 
 def repetition(ids, n=3):
-    """1 - distinct / all runs of `n` tokens: 0 if none comes twice; 0 for an answer too short to have two."""
+    """1 - distinct / all runs of `n` tokens: 0 if none comes twice; 0 for an answer too short to
+    have two."""
     runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
@@ -436,7 +440,8 @@ def curves(answers, unsteered, prompts):
 
 
 def summary(answers, unsteered, prompts, work, settings):
-    """The curves of one direction, up to which alpha from 0 on answers stay fluent, and whether alpha = 0 gave the unsteered answers."""
+    """The curves of one direction, up to which alpha from 0 on answers stay fluent, and whether
+    alpha = 0 gave the unsteered answers."""
     found, base = (
         curves(answers, unsteered, prompts),
         curves([[a] for a in unsteered], unsteered, prompts)[0],
@@ -478,7 +483,8 @@ def show(row, work):
             else f", expected word {100 * p['expected_word']:.0f} %"
         )
         print(
-            f"  alpha {alpha:6.1f} ({alpha / work.norm:.2f} of the norm): perplexity {p['perplexity']:8.2f}, repetition "
+            f"  alpha {alpha:6.1f} ({alpha / work.norm:.2f} of the norm): perplexity "
+            f"{p['perplexity']:8.2f}, repetition "
             f"{p['repetition']:.2f}, changed {100 * p['changed']:.0f} %{expected}"
         )
 

@@ -2,7 +2,7 @@
 features cost.
 
     python -m experiments.studies.target_methods --data "cognitive actions" OUT_1 texts.jsonl
-    cognitive_action \
+    cognitive_action \\
         --data "grade-school maths" OUT_2 dialogues.jsonl steps,log_answer
 
 Each OUT holds the outputs of stages 1 and 2 on the dataset named behind it. A field of numbers is

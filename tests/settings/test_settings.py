@@ -142,6 +142,13 @@ def test_its_flag_still_has_the_type_that_was_declared(project):
     )
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_a_setting_of_a_study_says_what_it_is(path):
+    """A comment inside parentheses, where a formatter puts long ones, would not reach --help."""
+    settings = config.read_settings(path)
+    assert settings and not [name for name, each in settings.items() if len(each["comment"]) < 5]
+
+
 def test_every_constant_of_every_file_may_lose_its_annotation(tmp_path):
     """All at once: the same values and types as with annotations."""
     paths = [*(PROJECT / name for name in ("config.py", *config.STAGES)), *STUDIES]

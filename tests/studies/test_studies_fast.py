@@ -18,7 +18,10 @@ from fastsae.data.tokenization import SHARED_PREFIX, ChatTokenizer, mark_shared_
 from fastsae.sae.autoencoder import new_sae
 from fastsae.sae.metrics import evaluate
 
-WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses user assistant".split()
+WORDS = (
+    "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses "
+    "user assistant"
+).split()
 
 
 def dialogue(line, question, answer):
@@ -594,7 +597,8 @@ def test_a_language_model_scores_where_an_endpoint_is_configured(tmp_path, study
                 {
                     "message": {
                         "role": "assistant",
-                        "content": "clear.\nMy final verdict score is: [[4]], feature name is [[bread]]",
+                        "content": "clear.\nMy final verdict score is: [[4]], "
+                        "feature name is [[bread]]",
                     },
                     "finish_reason": "stop",
                     "index": 0,

@@ -391,7 +391,8 @@ def test_quick_leaves_flags_alone(tiny, study, tmp_path):
         2,
     )
     words = importlib.import_module("experiments.pages.studies_page").steer(result)
-    assert "was not tried" in words and "Feature 1 (named)" in words and "by lot" not in words
+    assert "was not tried" in words and "Feature 1 (named)" in words
+    assert "random features" not in words
 
 
 @pytest.mark.parametrize("flags, where", [(["--k", 3], "K"), (["--layer-idx", 1], "LAYER_IDX")])
@@ -449,7 +450,7 @@ def test_held_out_examples_are_the_test_examples(tiny, study):
     model = inputs.load_model(subject, settings)
     stream = intervention.residual_stream(model, 2, inputs.example_ids(table))
     np.testing.assert_allclose(stream, data["activations"][rows], atol=2e-3)
-    assert (inputs.meant_for(subject, stream, table) == (table.kind != 2)).all()
+    assert (inputs.usable_tokens_of(subject, stream, table) == (table.kind != 2)).all()
 
 
 def test_an_autoencoder_of_another_width_is_one_line(tiny, study, tmp_path, some_sae, capsys):

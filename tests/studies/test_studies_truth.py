@@ -307,8 +307,8 @@ def test_modular_study_runs_on_tiny_settings(monkeypatch, tmp_path):
         )
         word = "does better than" if best > pca else "does not reach"
         assert (
-            f"{site}, M = 12: the best autoencoder has an MCC of {best:.3f} and {word} principal components ({pca:.3f})"
-            in words("modular_arithmetic", result)
+            f"{site}, M = 12: the best autoencoder has an MCC of {best:.3f} and {word} principal "
+            f"components ({pca:.3f})" in words("modular_arithmetic", result)
         )
 
 
@@ -351,8 +351,10 @@ def test_quick_studies_time_each_study_in_a_folder_of_its_own(monkeypatch, tmp_p
     studies = tmp_path / "experiments" / "studies"
     studies.mkdir(parents=True)
     (studies / "good.py").write_text(
-        "import os, sys\nfolder = sys.argv[2]\nassert sys.argv[1] == '--output-dir' and sys.argv[3:] == ['--quick', '--x']\n"
-        "assert os.environ['FASTSAE_RESULTS'] == folder != '' and os.listdir(folder) == ['printed.log']\n"
+        "import os, sys\nfolder = sys.argv[2]\nassert sys.argv[1] == '--output-dir' and "
+        "sys.argv[3:] == ['--quick', '--x']\n"
+        "assert os.environ['FASTSAE_RESULTS'] == folder != '' and os.listdir(folder) == "
+        "['printed.log']\n"
     )
     (studies / "bad.py").write_text("print('why it failed')\nraise SystemExit(3)\n")
     for module in (provenance, quick_studies):
