@@ -52,7 +52,7 @@ def help_text(
     parser = make_parser(
         shown,
         formatter_class=Page,
-        usage=f"python {os.path.relpath(script, project)} [--setting value ...]",
+        usage=f"{command_of(script, project)} [--setting value ...]",
         description=" ".join(about.split("\n\n")[0].split()),
     )
     more = len(declared) - len(shown)
@@ -69,6 +69,14 @@ def help_text(
         EXIT_CODES,
     ]
     return "\n".join(lines)
+
+
+def command_of(script: Path, project: Path) -> str:
+    """How a script is run from the project's folder; one in a package is run as a module."""
+    path = os.path.relpath(script, project)
+    if os.path.exists(os.path.join(os.path.dirname(os.path.abspath(script)), "__init__.py")):
+        return f"python -m {path.removesuffix('.py').replace(os.sep, '.')}"
+    return f"python {path}"
 
 
 def about_setting(name: str, setting: dict[str, Any], presets: dict[str, dict]) -> str:

@@ -13,6 +13,7 @@ from conftest import PROJECT
 
 import config
 from fastsae.settings import declarations, resolving, rules, startup
+from fastsae.settings.help_page import command_of
 from fastsae.settings.suggestions import nearest
 
 STAGES = [PROJECT / name for name in config.STAGES]
@@ -147,6 +148,12 @@ def test_a_setting_of_a_study_says_what_it_is(path):
     """A comment inside parentheses, where a formatter puts long ones, would not reach --help."""
     settings = config.read_settings(path)
     assert settings and not [name for name, each in settings.items() if len(each["comment"]) < 5]
+
+
+def test_help_says_how_a_script_is_run():
+    assert command_of(PROJECT / "train_sae.py", PROJECT) == "python train_sae.py"
+    study = PROJECT / "experiments" / "studies" / "planted.py"
+    assert command_of(study, PROJECT) == "python -m experiments.studies.planted"
 
 
 def test_every_constant_of_every_file_may_lose_its_annotation(tmp_path):
