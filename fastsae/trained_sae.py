@@ -97,7 +97,8 @@ class TrainedSae:
         x = torch.as_tensor(np.array(x) if isinstance(x, np.ndarray) else x).to(self.sae.input_bias)
         if x.shape[-1] != self.d:
             raise InputError(
-                f"activations: are {x.shape[-1]} wide and this autoencoder takes {self.d}. check the model and the layer."
+                f"activations: are {x.shape[-1]} wide and this autoencoder takes {self.d}. "
+                "check the model and the layer."
             )
         entries = autoencoder.encode(self.sae, x.reshape(-1, self.d))
         dense = torch.zeros(entries.n_rows, self.n_features, device=x.device)
@@ -179,8 +180,8 @@ class TrainedSae:
         name, layer = source.get("model_name"), settings.get("LAYER_IDX")
         if not name or not layer:
             raise InputError(
-                "this autoencoder does not name its model and layer. give them (--model-name, or model_name= and layer=), "
-                "or call encode(activations)."
+                "this autoencoder does not name its model and layer. give them (--model-name, "
+                "or model_name= and layer=), or call encode(activations)."
             )
         origin: dict[str, Any] = {"revision": source.get("model_revision"), "cache_dir": self.cache_dir}
         if recorded := (source.get("inputs") or {}).get("model"):
@@ -209,7 +210,8 @@ class TrainedSae:
         )
         if model.d_model != self.d:
             raise InputError(
-                f"{name}: is {model.d_model} wide and this autoencoder takes {self.d}. give the model it was trained on."
+                f"{name}: is {model.d_model} wide and this autoencoder takes {self.d}. "
+                "give the model it was trained on."
             )
         return tokenizer, model, source
 
@@ -217,11 +219,15 @@ class TrainedSae:
         source, metrics = self.meta.get("activations") or {}, self.meta.get("metrics") or {}
         settings = self.meta.get("settings") or {"ARCHITECTURE": architecture_of(self.sae)}
         k = target_k(settings)
-        what = f"{architecture_text(settings)} autoencoder: {self.n_features} features of {self.d} dimensions"
+        what = (
+            f"{architecture_text(settings)} autoencoder: "
+            f"{self.n_features} features of {self.d} dimensions"
+        )
         what += f", K = {k}" if k else ""
         if prefixes := nested_prefixes(settings):
             what += f", prefixes {', '.join(map(str, prefixes))}"
-        where = f"layer {(source.get('settings') or {}).get('LAYER_IDX')} of {described(source.get('model_name') or 'an unnamed model')}"
+        layer = (source.get("settings") or {}).get("LAYER_IDX")
+        where = f"layer {layer} of {described(source.get('model_name') or 'an unnamed model')}"
         figures = [
             f"{label} {metrics[name]:.3g}"
             for name, label in (
@@ -238,7 +244,8 @@ def describe_text(text, path, labels_path, *, device: str, **options) -> str:
     """What the autoencoder at `path` is, and the strongest features of each token of a text, with
     their labels where there are any."""
     sae = load_sae(path, device=choose_device(device), **options)
-    return f"{sae}\n{text_table(sae.features_of(text), read_labels(labels_path, sae.meta['fingerprint']))}"
+    labels = read_labels(labels_path, sae.meta["fingerprint"])
+    return f"{sae}\n{text_table(sae.features_of(text), labels)}"
 
 
 def text_table(found: list[TokenFeatures], labels: dict[int, str], n_top: int = N_TOP) -> str:

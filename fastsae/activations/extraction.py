@@ -64,8 +64,8 @@ def require_disk_space(path, n_values, storage_dtype):
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise EnvironmentFailure(
-            f"{path.parent}: {needed / 1e9:.2f} GB are needed while this runs and {free / 1e9:.2f} GB are free. "
-            "free some space, choose another --output-dir, or lower --max-examples."
+            f"{path.parent}: {needed / 1e9:.2f} GB are needed while this runs and {free / 1e9:.2f} "
+            "GB are free. free some space, choose another --output-dir, or lower --max-examples."
         )
 
 
@@ -190,8 +190,8 @@ class Forward:
         if len(batch) == 1:  # outside the handler, so that the failed pass's memory is free
             raise self._own(
                 EnvironmentFailure(
-                    f"MAX_LENGTH: an example of {self.table.lengths[batch[0]]} tokens does not fit into "
-                    f"memory on {self.model.device}. lower --max-length."
+                    f"MAX_LENGTH: an example of {self.table.lengths[batch[0]]} tokens does not fit "
+                    f"into memory on {self.model.device}. lower --max-length."
                 )
             )
         print(
@@ -286,11 +286,12 @@ def storable(stream, real, storage_dtype, where, pin=False):
         ][0]
         if not np.isfinite(float(peaks[at])):
             raise InputError(
-                f"{where(example)}: the model gives NaN or infinity here. set --dtype float32 or bfloat16."
+                f"{where(example)}: the model gives NaN or infinity here. set --dtype float32 or "
+                "bfloat16."
             )
         raise InputError(
-            f"{where(example)}: an activation of {float(peaks[at]):.0f} does not fit into {storage_dtype}. "
-            "set --storage-dtype float32."
+            f"{where(example)}: an activation of {float(peaks[at]):.0f} does not fit into "
+            f"{storage_dtype}. set --storage-dtype float32."
         )
     rows = rows.to(getattr(torch, np.dtype(storage_dtype).name))
     if not pin:
@@ -397,7 +398,8 @@ def clear_parts(folder, finished) -> None:
             size = sum(path.stat().st_size for path in other.glob("*"))
             command = "".join(c if c.isprintable() else "?" for c in command)
             print(
-                f"unfinished: {other} ({size / 1e6:.1f} MB) is of a run with other settings. finish it with: {command}; or delete it."
+                f"unfinished: {other} ({size / 1e6:.1f} MB) is of a run with other settings. "
+                f"finish it with: {command}; or delete it."
             )
 
 

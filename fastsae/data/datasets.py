@@ -146,7 +146,8 @@ class BadRows:
             what, _, remedy = message.partition(". ")
             least = "at least " if self.enough() else ""
             more = (
-                f" (and {least}{n_rows - 1} more like it, the last {place(self.path, last, short=True)})"
+                f" (and {least}{n_rows - 1} more like it, the last "
+                f"{place(self.path, last, short=True)})"
                 if n_rows > 1
                 else ""
             )
@@ -172,7 +173,8 @@ def place(path, number, *, short=False):
 def require_two(n, path):
     if n < 2:
         raise InputError(
-            f"{path}: has {n} example{'s' * (n != 1)}. at least 2 are needed, one to train on and one to validate."
+            f"{path}: has {n} example{'s' * (n != 1)}. at least 2 are needed, "
+            "one to train on and one to validate."
         )
 
 
@@ -212,7 +214,8 @@ def not_utf8(path, error, line):
             or "LATIN1"
         )
     return InputError(
-        f"{path}:{line}: is not UTF-8. convert it, for example: iconv -f {encoding} -t UTF-8 {Path(path).name}."
+        f"{path}:{line}: is not UTF-8. convert it, for example: iconv -f {encoding} -t UTF-8 "
+        f"{Path(path).name}."
     )
 
 
@@ -221,7 +224,8 @@ def _array_rows(text, path, first_line):
         items = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path}:{error.lineno + first_line - 1}: bad JSON ({error.msg}, column {error.colno}). mend the array."
+            f"{path}:{error.lineno + first_line - 1}: bad JSON ({error.msg}, "
+            f"column {error.colno}). mend the array."
         ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}:1: bad JSON ({error}). mend the array.") from None
@@ -284,11 +288,12 @@ def identity(path):
             "HFValidationError",
         ):
             raise InputError(
-                f"DATASET_PATH: {path} is not on the hub, or not open to you. check its name, or run: hf auth login."
+                f"DATASET_PATH: {path} is not on the hub, or not open to you. check its name, "
+                "or run: hf auth login."
             ) from None
         raise EnvironmentFailure(
-            f"DATASET_PATH: {path}: the hub cannot be reached ({type(error).__name__}). connect, or give a local "
-            "file with --dataset-path FILE.jsonl."
+            f"DATASET_PATH: {path}: the hub cannot be reached ({type(error).__name__}). connect, "
+            "or give a local file with --dataset-path FILE.jsonl."
         ) from None
     return f"{HUB}{name}@{sha}", f"{HUB}{name}@{sha}"
 
@@ -309,7 +314,8 @@ def hub_rows(path):
     except Exception as error:  # as above
         brief = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise EnvironmentFailure(
-            f"DATASET_PATH: {path} could not be read ({brief}). connect and check its name, or give a local file."
+            f"DATASET_PATH: {path} could not be read ({brief}). connect and check its name, "
+            "or give a local file."
         ) from None
 
 
@@ -412,7 +418,8 @@ def _without_text(row, text_field):
     for first, second in PAIRS:
         if isinstance(row.get(first), str) and isinstance(row.get(second), str):
             return (
-                f'{what}. write {{"messages": [{{"role": "user", "content": {first}}}, {{"role": "assistant", "content": '
+                f'{what}. write {{"messages": [{{"role": "user", "content": {first}}}, {{"role": '
+                '"assistant", "content": '
                 f"{second}}}]}}, or take one of them with --text-field {first}."
             )
     texts = [name for name, value in row.items() if isinstance(value, str) and shown(name) == name]
@@ -444,8 +451,8 @@ def _messages(turns, name, role_key, content_key, system=None):
         ]
         if calls:
             raise ValueError(
-                f"{name}[{i}] calls a tool ({calls[0]}), which is no text. write the call into its {content_key} and remove "
-                f"{calls[0]}, or remove the row."
+                f"{name}[{i}] calls a tool ({calls[0]}), which is no text. write the call into its "
+                f"{content_key} and remove {calls[0]}, or remove the row."
             )
         if None in keys:
             raise ValueError(f"{name}[{i}] has no {role_key} and {content_key}. write both.")
@@ -453,7 +460,8 @@ def _messages(turns, name, role_key, content_key, system=None):
         known = SHAREGPT_ROLES.get(role.strip().lower()) if isinstance(role, str) else None
         if known is None:
             raise ValueError(
-                f"{name}[{i}] has the unknown {keys[0]} {role!r:.40}. use system, user, assistant or tool."
+                f"{name}[{i}] has the unknown {keys[0]} {role!r:.40}. use system, user, "
+                "assistant or tool."
             )
         where = f"{name}[{i}].{keys[1]}"
         messages.append({"role": known, "content": _content(_joined_parts(content, where), where)})
@@ -475,7 +483,8 @@ def _joined_parts(content, where):
         kind = part.get("type", "text")
         if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
             raise ValueError(
-                f"{where}[{i}] is a part of type {kind!r:.40}, not text. remove the part or the row, or write it as text."
+                f"{where}[{i}] is a part of type {kind!r:.40}, not text. remove the part or the "
+                "row, or write it as text."
             )
     return "\n".join(part["text"] for part in content)
 
@@ -493,6 +502,7 @@ def _encodable(value, name):
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(
-            f"{name} holds half of a surrogate pair, which no tokenizer and no file can hold. remove it."
+            f"{name} holds half of a surrogate pair, which no tokenizer and no file can hold. "
+            "remove it."
         ) from None
     return value

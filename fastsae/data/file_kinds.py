@@ -1,4 +1,4 @@
-"""What a file is that holds no rows of JSON, by its content, and the command that makes rows of it."""
+"""What a file without rows of JSON is, by its content, and the command that makes rows of it."""
 
 import csv
 import json
@@ -198,7 +198,8 @@ def _text(path, head):
     if re.match(r"<!doctype html|<html|<head|<!--.{0,500}?<html", start, re.S):
         return (
             "is a web page, perhaps one about the file",
-            "download the file itself (on the Hugging Face hub its address has /resolve/ in place of /blob/)",
+            "download the file itself (on the Hugging Face hub its address has /resolve/ in "
+            "place of /blob/)",
         )
     if b"\0" in head or str(path).endswith(".txt") or start.startswith(("{", "[")):
         return None

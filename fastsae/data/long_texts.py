@@ -22,7 +22,7 @@ NON_ASCII_RIGHT = "\u3001\u3002\uff0c"  # ideographic comma, full stop, full-wid
 
 
 class NotLocal(Exception):
-    """Two windows disagree on the tokens that both have: the tokenizer looks further than assumed."""
+    """Two windows disagree on tokens that both have: the tokenizer looks further than assumed."""
 
 
 def is_long(n_characters):

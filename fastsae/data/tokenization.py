@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastsae.data import long_texts
-from fastsae.data.datasets import Example, place, read_dataset  # noqa: F401  (offered here too: examples and their tokens go together)
+
+# offered here too: examples and their tokens go together
+from fastsae.data.datasets import Example, place, read_dataset  # noqa: F401
 from fastsae.runtime.errors import InputError
 
 CONTENT, TEMPLATE, SHARED_PREFIX = 0, 1, 2  # values of token_kind
@@ -61,7 +63,8 @@ class ChatTokenizer:
         self.chat_template = chat_template
         if chat_template and not tokenizer.chat_template:
             raise InputError(
-                "MODEL_NAME: this model has no chat template. choose an instruct model, or set --no-use-chat-template."
+                "MODEL_NAME: this model has no chat template. choose an instruct model, "
+                "or set --no-use-chat-template."
             )
         template_text = str(tokenizer.chat_template) if chat_template else ""
         special = set(tokenizer.all_special_tokens)
@@ -148,8 +151,8 @@ class ChatTokenizer:
         if not self.chat_template:
             if not example.is_text:
                 raise InputError(
-                    f"{place(self.dataset_name, example.line)}: is a dialogue, which needs the chat template. "
-                    "set --use-chat-template."
+                    f"{place(self.dataset_name, example.line)}: is a dialogue, "
+                    "which needs the chat template. set --use-chat-template."
                 )
             text = example.messages[0]["content"]
             return text, [(0, len(text), 0)]
@@ -182,8 +185,8 @@ class ChatTokenizer:
         except Exception as error:  # templates refuse by raising whatever their author chose
             what = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
             raise InputError(
-                f"{place(self.dataset_name, example.line)}: the chat template refuses this dialogue ({what}). "
-                "reorder or remove its turns."
+                f"{place(self.dataset_name, example.line)}: the chat template refuses this "
+                f"dialogue ({what}). reorder or remove its turns."
             ) from None
 
     @staticmethod
@@ -227,7 +230,7 @@ class ChatTokenizer:
         return self._control_ids[text]
 
     def _encode(self, texts, *, split_special=False):
-        """[(ids, offsets)] of texts; with `split_special` no control token is recognised in them."""
+        """[(ids, offsets)] of texts; `split_special`: no control token is recognised in them."""
         options = {"split_special_tokens": True} if split_special else {}
         found = []
         for group in long_texts.in_groups(texts):

@@ -212,7 +212,8 @@ def target_numbers(values, field, value):
         if not 2 <= target.sum() <= len(target) - 2:
             some = ", ".join(sorted(set(values))[:8])
             raise InputError(
-                f"TARGET_VALUE: {int(target.sum())} of {len(values)} examples have {field} = {value}. choose one of: {some}."
+                f"TARGET_VALUE: {int(target.sum())} of {len(values)} examples have {field} = "
+                f"{value}. choose one of: {some}."
             )
         return target
     try:
@@ -223,12 +224,13 @@ def target_numbers(values, field, value):
         ) from None
     if len(target) < 4 or not np.isfinite(target).all() or np.ptp(target) == 0:
         raise InputError(
-            f"TARGET_FIELD: {field} needs at least four finite numbers that differ. name another field."
+            f"TARGET_FIELD: {field} needs at least four finite numbers that differ. "
+            "name another field."
         )
     if set(np.unique(target)) == {0, 1} and not 2 <= target.sum() <= len(target) - 2:
         raise InputError(
-            f"TARGET_FIELD: {int(target.sum())} of {len(values)} examples have {field} = 1. at least 2 must have 1 and 2 "
-            "must have 0; name another field."
+            f"TARGET_FIELD: {int(target.sum())} of {len(values)} examples have {field} = 1. "
+            "at least 2 must have 1 and 2 must have 0; name another field."
         )
     return target
 

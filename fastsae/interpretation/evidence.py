@@ -190,7 +190,7 @@ class Evidence:
         return found
 
     def coactive(self, features):
-        """{feature: [(other, Jaccard index of the tokens on which they fire), ...]}, closest first."""
+        """{feature: [(other, Jaccard index of the tokens where they fire), ...]}, closest first."""
         together, counts, found = self.statistics.together.sums, self.statistics.co_count, {}
         for j in features:
             row = slice(together.indptr[j], together.indptr[j + 1])

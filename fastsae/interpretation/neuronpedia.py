@@ -172,7 +172,8 @@ def write_batches(folder, evidence, rows, lens, *, model_id, hook_point: HookPoi
     )
     if beyond := [j for j in alive if j > MAX_INDEX]:
         print(
-            f"warning: {len(beyond):,} features beyond number {MAX_INDEX:,} are left out: Neuronpedia takes none."
+            f"warning: {len(beyond):,} features beyond number {MAX_INDEX:,} are left out: "
+            "Neuronpedia takes none."
         )
         alive = [j for j in alive if j <= MAX_INDEX]
     for start in range(0, len(alive), BATCH):

@@ -178,7 +178,7 @@ def example_blocks(offsets):
 
 
 def encode_rows(sae, x):
-    """Features of activations x (n, d), a float32 CPU tensor, as a scipy CSR matrix (n, M) float32."""
+    """Features of activations x (n, d), a float32 CPU tensor, as a CSR matrix (n, M) float32."""
     import torch
 
     from fastsae.sae.autoencoder import encode
@@ -276,7 +276,7 @@ class Histogram:
         self.exponent = np.full(m, -127, np.int32)  # bins span 2 ** exponent
 
     def add(self, column, value, maximum):
-        """Count values (nnz,) of features (nnz,); maximum (M,) the largest so far, these included."""
+        """Count values (nnz,) of features (nnz,); maximum (M,): the largest so far, with these."""
         needed = np.frexp(maximum)[1]  # smallest e with maximum < 2 ** e
         for feature in np.flatnonzero((needed > self.exponent) & (maximum > 0)):
             shift = min(int(needed[feature] - self.exponent[feature]), 30)

@@ -97,7 +97,8 @@ def read_sealed(path) -> list[dict]:
     except (ValueError, AttributeError, TypeError, RecursionError):
         pass
     raise EnvironmentFailure(
-        f"{path}: was changed by hand, damaged, or made by an earlier version. run interpret_sae.py to make it anew."
+        f"{path}: was changed by hand, damaged, or made by an earlier version. "
+        "run interpret_sae.py to make it anew."
     )
 
 

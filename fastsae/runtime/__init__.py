@@ -1,1 +1,1 @@
-"""What every stage stands on: errors, files, output, processes. Knows no model and no autoencoder."""
+"""What every stage stands on: errors, files, output, processes; no model and no autoencoder."""

@@ -40,7 +40,7 @@ CHUNK_BYTES = 1 << 22
 
 
 def fingerprint(stage, settings, inputs):
-    """sha256 (hex) of what decides a stage's output: `settings` and `inputs` are JSON-able dicts."""
+    """sha256 (hex) of what decides a stage's output; `settings`, `inputs`: JSON-able dicts."""
     content = {"format": FORMAT, "stage": stage, "settings": settings, "inputs": inputs}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -382,8 +382,8 @@ def read_foreign_checkpoint(path):
         return _load_tensors(content)
     except pickle.UnpicklingError as error:
         raise EnvironmentFailure(
-            f"{path}: holds more than tensors and plain values, or nothing that PyTorch reads ({_brief(error)}), "
-            "and no pickled code is run. save its state_dict alone."
+            f"{path}: holds more than tensors and plain values, or nothing that PyTorch reads "
+            f"({_brief(error)}), and no pickled code is run. save its state_dict alone."
         ) from None
 
 

@@ -130,8 +130,8 @@ def _require_own_devices(store, rank, size, device):
     if len(set(taken)) < size:
         mine = [other for other in range(size) if taken[other] == taken[rank]]
         raise InputError(
-            f"DEVICE: {ranks.listed(mine)} would train on the same {device}. start one process for each "
-            "GPU, with --device cuda."
+            f"DEVICE: {ranks.listed(mine)} would train on the same {device}. "
+            "start one process for each GPU, with --device cuda."
         )
 
 

@@ -67,8 +67,8 @@ def remedy(error: OSError) -> str | None:
     """What to do about an OSError, as the end of a line; None if it is not one of the machine."""
     if error.errno == errno.EFBIG and ".npz" not in str(error.filename or ".npz"):  # not in shards
         return (
-            "the file system (FAT32: 4 GB) or ulimit -f allows no file of this size. raise that limit, "
-            "or choose another --output-dir; nothing that was complete is lost."
+            "the file system (FAT32: 4 GB) or ulimit -f allows no file of this size. "
+            "raise that limit, or choose another --output-dir; nothing that was complete is lost."
         )
     for what, numbers in WHERE_WRITTEN.items():
         if error.errno in numbers:

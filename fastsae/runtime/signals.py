@@ -68,7 +68,7 @@ def handled_by(handler, again):
 
 @contextlib.contextmanager
 def blocked():
-    """Within, stops wait. A process that is started here has them blocked until it calls `listen`."""
+    """Within, stops wait. A process started here has them blocked until it calls `listen`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield

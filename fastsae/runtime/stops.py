@@ -105,7 +105,7 @@ def stop_asked():
 
 
 def stop_if_asked():
-    """For work that can be cut short anywhere. Not where other processes would wait for this one."""
+    """For work that can be cut short anywhere, unless other processes would wait for this one."""
     if stop_asked() and not _waiting["joined"]:
         stop()
 

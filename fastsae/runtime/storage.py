@@ -372,19 +372,19 @@ def _locked(lock, path, instead):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(lock, handle):
+                since = time.strftime("%d %b %H:%M:%S")
+                holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
                 with contextlib.suppress(OSError):  # it serves a message only
                     os.truncate(handle, 0)
-                    os.write(
-                        handle,
-                        f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%d %b %H:%M:%S')}".encode(),
-                    )
+                    os.write(handle, holder.encode())
                 return handle
             os.close(handle)  # its holder had just ended and removed it
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace") or "another run"
             os.close(handle)
             raise EnvironmentFailure(
-                f"{path}: {holder}, is writing here. wait until it has ended, or give another {instead}."
+                f"{path}: {holder}, is writing here. wait until it has ended, "
+                f"or give another {instead}."
             ) from None
         except OSError:
             os.close(handle)

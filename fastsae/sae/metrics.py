@@ -94,5 +94,5 @@ def _per_example_mean(values, example):
 
 
 def measured_on(metrics):
-    """The part of the examples that the figures are of; before there was a test part: validation."""
+    """The part of the examples that the figures are of; without a test part: validation."""
     return metrics.get("measured_on", "validation")

@@ -55,8 +55,9 @@ class Tokens:
         norms = np.concatenate([token_norms(block) for block in self._blocks()])
         if not np.isfinite(norms).all():
             raise InputError(
-                f"{path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity, or is too long. "
-                "delete the file and run extract_activations.py with --dtype float32."
+                f"{path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity, "
+                "or is too long. delete the file and run extract_activations.py with --dtype "
+                "float32."
             )
         texts = text_numbers(
             data["token_ids"], np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -92,13 +93,15 @@ class Tokens:
             )
         if not usable.any():
             raise InputError(
-                f"{path}: every token is of the prefix that all examples share, or an attention sink. raise --max-length, or "
-                "give stage 2 --no-exclude-shared-prefix."
+                f"{path}: every token is of the prefix that all examples share, "
+                "or an attention sink. raise --max-length, or give stage 2 "
+                "--no-exclude-shared-prefix."
             )
         if len(self.train) < 2 or len(self.validation) < 2:
             raise InputError(
-                f"VALIDATION_FRACTION: {len(self.train)} tokens are left for training and {len(self.validation)} for "
-                f"validation (USE_TOKENS {use}). give more examples, or longer ones."
+                f"VALIDATION_FRACTION: {len(self.train)} tokens are left for training and "
+                f"{len(self.validation)} for validation (USE_TOKENS {use}). give more examples, "
+                "or longer ones."
             )
 
     def examples_of(self, part):

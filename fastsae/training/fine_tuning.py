@@ -23,7 +23,8 @@ def check_start(path, source, architecture, *, d, m, k):
     if its not in ARCHITECTURES[architecture].starts_from:
         matching = [name for name, about in ARCHITECTURES.items() if its in about.starts_from]
         problems.append(
-            f"INIT_FROM: {path} is {its}, from which {architecture} cannot start. give --architecture {' or '.join(matching)}."
+            f"INIT_FROM: {path} is {its}, from which {architecture} cannot start. "
+            f"give --architecture {' or '.join(matching)}."
         )
     elif ARCHITECTURES[architecture].picks_k and bool(
         (source.threshold != source.threshold.max()).any()
@@ -34,15 +35,18 @@ def check_start(path, source, architecture, *, d, m, k):
         )
     if source.m_total_neurons != m:
         problems.append(
-            f"INIT_FROM: {path} has {source.m_total_neurons} features, M is {m}. give --m {source.m_total_neurons}."
+            f"INIT_FROM: {path} has {source.m_total_neurons} features, M is {m}. "
+            f"give --m {source.m_total_neurons}."
         )
     if its == "topk" and source.k_active_neurons != k:
         problems.append(
-            f"INIT_FROM: {path} has {source.k_active_neurons} active features, K is {k}. give --k {source.k_active_neurons}."
+            f"INIT_FROM: {path} has {source.k_active_neurons} active features, K is {k}. "
+            f"give --k {source.k_active_neurons}."
         )
     if source.input_dim != d:
         problems.append(
-            f"INIT_FROM: {path} takes activations of {source.input_dim} dimensions, these have {d}. give one of this model."
+            f"INIT_FROM: {path} takes activations of {source.input_dim} dimensions, "
+            f"these have {d}. give one of this model."
         )
     if problems:
         raise InputError(*problems)
@@ -75,8 +79,9 @@ def begin(run, path, sha256, activations_path, activations_meta, test_examples=(
     print(f"starting from {path} ({architecture_of(source)})")
     if n_seen := seen_before(meta, activations_meta, test_examples):
         print(
-            f"warning: {n_seen} of the {len(test_examples)} test examples helped to make {path}: the reported figures are too good. "
-            "give the --seed, --validation-fraction and --test-fraction that it was trained with."
+            f"warning: {n_seen} of the {len(test_examples)} test examples helped to make {path}: "
+            "the reported figures are too good. give the --seed, --validation-fraction and "
+            "--test-fraction that it was trained with."
         )
 
 
@@ -115,7 +120,8 @@ def start_from(sae, source, normalisation):
         parts.unit_rows()
         if picks_k:
             print(
-                "note: its decoder rows are not of length 1; with these lengths in the features, others may be the largest K of a token."
+                "note: its decoder rows are not of length 1; with these lengths in the features, "
+                "others may be the largest K of a token."
             )
     mean = 0 if normalisation.mean is None else normalisation.mean
     assert parts.threshold is not None  # it was given above

@@ -25,7 +25,8 @@ def write_beside(path, meta, beside):
     storage.remove(path.with_suffix(".resume.jsonl"))
     if of_other_settings(path.with_suffix(".resume.pt"), meta["fingerprint"]):
         print(
-            f"unfinished: {path.with_suffix('.resume.pt')} is of a run with other settings. its command goes on from it; or delete it."
+            f"unfinished: {path.with_suffix('.resume.pt')} is of a run with other settings. "
+            "its command goes on from it; or delete it."
         )
         return
     storage.remove(path.with_suffix(".resume.pt"))

@@ -96,11 +96,12 @@ def public_url(base_url):
     if not base_url:
         return None
     parts = urlsplit(base_url)
-    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
 
 
 def choose_backend(model, *, timeout, device, cache_dir=None):
-    """The interpreter that INTERPRETER_MODEL and the environment name, or None when there is none."""
+    """The interpreter that INTERPRETER_MODEL and the environment name; None without one."""
     if model.startswith(LOCAL):
         return LocalModel(model.removeprefix(LOCAL), device, cache_dir)
     found = endpoint()
@@ -248,7 +249,8 @@ class LocalModel:
     def __init__(self, name, device, cache_dir=None):
         if not name:
             raise InputError(
-                "INTERPRETER_MODEL: local: names no model. write for example local:SmolLM2-135M-Instruct."
+                "INTERPRETER_MODEL: local: names no model. write for example "
+                "local:SmolLM2-135M-Instruct."
             )
         self.model, self.device, self.cache_dir, self.loaded = LOCAL + name, device, cache_dir, None
         self.scope = [self.model, None, {"max_new_tokens": LOCAL_NEW_TOKENS, "do_sample": False}]
@@ -310,7 +312,7 @@ class LocalModel:
 
 
 class Journal:
-    """Replies on disk, one JSON line each, found again by model, base URL, parameters and prompt."""
+    """Replies on disk, one JSON line each, found by model, base URL, parameters and prompt."""
 
     def __init__(self, path, scope):
         self.path, self.scope, self.lock = path, scope, threading.Lock()

@@ -31,13 +31,15 @@ FAST_WIDTH = 24  # tokens shown on each side of the strongest one
 MIN_HELD_OUT = 3
 ANSWERED = 0.9  # share of an annotator's replies that must be a clear yes or no
 
-FAST_PROMPT = """You judge how well one feature of a language model can be understood. On every token of a text the feature has an \
-activation: 0 where it is silent, larger where it is stronger. Below are the {n} text passages in which it is strongest, written as \
-token and activation in turn, one token per line.
+FAST_PROMPT = """You judge how well one feature of a language model can be understood. \
+On every token of a text the feature has an activation: 0 where it is silent, \
+larger where it is stronger. Below are the {n} text passages in which it is strongest, \
+written as token and activation in turn, one token per line.
 
 {passages}
 
-Look at the tokens with high activation and at what stands around them. What do they have in common, and how consistently?
+Look at the tokens with high activation and at what stands around them. \
+What do they have in common, and how consistently?
 Scores:
 5 - one clear pattern, and nothing deviates from it
 4 - a clear pattern with one or two deviations
@@ -45,7 +47,8 @@ Scores:
 2 - a broad theme without structure
 1 - no pattern
 
-Explain in one or two sentences. Then end with exactly one line of this form, the score a whole number from 1 to 5 and the name a short \
+Explain in one or two sentences. Then end with exactly one line of this form, \
+the score a whole number from 1 to 5 and the name a short \
 description of what the feature fires on:
 My final verdict score is: [[SCORE]], feature name is [[NAME]]"""
 
@@ -135,7 +138,8 @@ class Shown:
             return "".join(tokens[i] for i in places)
         starts = np.flatnonzero(np.diff(places, prepend=-1) > 1) if len(places) else []
         turns = [
-            f"{ROLES[self.evidence.data['token_role'][row + turn[0]]]}: {''.join(tokens[i] for i in turn).strip()}"
+            f"{ROLES[self.evidence.data['token_role'][row + turn[0]]]}: "
+            f"{''.join(tokens[i] for i in turn).strip()}"
             for turn in np.split(places, starts)
             if len(turn)
         ]
@@ -174,7 +178,7 @@ def contrastive_prompts(shown, features):
 
 
 class _Firing:
-    """Stands for the (n, M) activations where HypotheSAEs only asks whether a feature fires at all."""
+    """Stands for the (n, M) activations where HypotheSAEs only asks whether a feature fires."""
 
     def __getitem__(self, key):
         return np.ones(1)
@@ -367,8 +371,9 @@ class Labelling:
         for what, calls, n_tokens in parts:
             print(f"{what}: {calls:,} calls, {n_tokens:,} prompt tokens")
         print(
-            f"dry run: {sum(calls for _, calls, _ in parts):,} calls with about {sum(n for *_, n in parts):,} prompt tokens are still "
-            "to be paid for; nothing was asked or written."
+            f"dry run: {sum(calls for _, calls, _ in parts):,} calls with about "
+            f"{sum(n for *_, n in parts):,} prompt tokens are still to be paid for; "
+            "nothing was asked or written."
         )
 
     def run(self):

@@ -14,12 +14,14 @@ UNFINISHED = ("length", "max_tokens", "content_filter", "tool_calls", "function_
 
 VERDICT = re.compile(r"score is[\W_]*\[\[\s*([1-5])\s*\]\][\W_]*feature name is[^\w\[]*\[\[", re.I)
 ANNOUNCED = re.compile(
-    r"""^(?:(?:sure|certainly|of course|okay|here|the feature|feature|label|answer)\b[^:"“]*:\s*)(?=\S)""",
+    r"^(?:(?:sure|certainly|of course|okay|here|the feature|feature|label|answer)\b"
+    r"""[^:"“]*:\s*)(?=\S)""",
     re.I,
 )
 NOTHING = re.compile(
     r"(?:none|null|nothing|n\s*/?\s*a|(?:there (?:is|are|seems to be|appears to be) )?no "
-    r"(?:(?:clear|common|obvious|consistent|single|shared)\s)*(?:features?|patterns?)(?: to be found| here)?)\W*",
+    r"(?:(?:clear|common|obvious|consistent|single|shared)\s)*"
+    r"(?:features?|patterns?)(?: to be found| here)?)\W*",
     re.I,
 )
 REFUSAL = re.compile(
@@ -31,8 +33,9 @@ REFUSAL = re.compile(
     re.I | re.X,
 )
 NO_PATTERN = re.compile(
-    r"(?:do not|don['’]t|does not|doesn['’]t) (?:appear to |seem to )?(?:share|have) (?:an?|any) (?:\w+ )?"
-    r"(?:pattern|feature)|\bi (?:cannot|can['’]t|could not) (?:identify|determine)",
+    r"(?:do not|don['’]t|does not|doesn['’]t) (?:appear to |seem to )?"
+    r"(?:share|have) (?:an?|any) (?:\w+ )?(?:pattern|feature)"
+    r"|\bi (?:cannot|can['’]t|could not) (?:identify|determine)",
     re.I,
 )
 

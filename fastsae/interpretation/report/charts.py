@@ -49,8 +49,8 @@ def bars(title, note, counts, labels, *, shown=None, cool=(), outline=()):
         height = max(height, 1.5) if count else 0
         kind = "bar cool" if i in cool else "bar"
         body.append(
-            f'<rect class="{kind}" x="{x + step * 0.08:.1f}" y="{HEIGHT - height:.1f}" width="{step * 0.84:.1f}" '
-            f'height="{height:.1f}" rx="1.5"/>'
+            f'<rect class="{kind}" x="{x + step * 0.08:.1f}" y="{HEIGHT - height:.1f}" '
+            f'width="{step * 0.84:.1f}" height="{height:.1f}" rx="1.5"/>'
         )
         if labels[i] is not None:
             body.append(text(x + step / 2, HEIGHT + 15, labels[i]))
@@ -110,7 +110,7 @@ def log_bars(title, note, values, *, guide=None, guide_name=""):
 
 
 def curves(title, note, series):
-    """Lines over epochs: series [(name, [values])], the first two coloured; the y axis begins at 0."""
+    """Lines over epochs: series [(name, [values])], the first two coloured; y begins at 0."""
     n, top = (
         max(len(values) for _, values in series),
         max(max(values) for _, values in series) * 1.05,

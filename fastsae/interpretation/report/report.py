@@ -74,7 +74,7 @@ def render(evidence, rows, shown, lens, run):
 
 
 def template_sha256():
-    """Checksum of the report's template, style and script: with new ones the report is made anew."""
+    """Checksum of the report's template, style and script; new ones make the report anew."""
     folder = Path(__file__).parent
     return hashlib.sha256(
         b"".join((folder / f"report.{kind}").read_bytes() for kind in ("html.j2", "css", "js"))

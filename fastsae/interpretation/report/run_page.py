@@ -31,7 +31,8 @@ METRICS = (
 
 MEASURED = {
     "test": "On test examples, which decided nothing: neither the weights nor the best epoch.",
-    "validation": "On validation examples: it was not trained on them, but they chose the best epoch.",
+    "validation": "On validation examples: "
+    "it was not trained on them, but they chose the best epoch.",
 }
 
 
@@ -55,16 +56,21 @@ def describe_run(features: Features, metadata, scored, settings, n_shown):
         f"from {sae_meta['source']['format']} writes" if imported else "then learned to write"
     )
     story = (
-        f"Each of the {n_examples:,} examples of {dataset} went through {model}, alone. A sparse autoencoder {who_learned} "
-        f"the model's state after layer {layer} on every token as a sum of about {l0:{',.0f' if l0 >= 1000 else '.3g'}} of "
-        f"{m:,} features; {n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} tokens"
-        f"{left_out(sae_meta, len(s.kept) - s.n_kept)}. {who_labelled(rows, metadata['settings']['llm'])}"
+        f"Each of the {n_examples:,} examples of {dataset} went through {model}, alone. A sparse "
+        f"autoencoder {who_learned} "
+        f"the model's state after layer {layer} on every token as a sum of about "
+        f"{l0:{',.0f' if l0 >= 1000 else '.3g'}} of "
+        f"{m:,} features; {n_alive:,} of them fire on this dataset. The figures count {s.n_kept:,} "
+        "tokens"
+        f"{left_out(sae_meta, len(s.kept) - s.n_kept)}. "
+        f"{who_labelled(rows, metadata['settings']['llm'])}"
     )
     notice = None
     if n_shown < n_alive:
         notice = (
-            f"This report shows {n_shown:,} of {n_alive:,} features that fire: those with a language model's label and the highest "
-            "category AUC or activation. interpretations.csv has all; N_REPORT_FEATURES sets how many are shown."
+            f"This report shows {n_shown:,} of {n_alive:,} features that fire: "
+            "those with a language model's label and the highest category AUC or activation. "
+            "interpretations.csv has all; N_REPORT_FEATURES sets how many are shown."
         )
     return {
         "title": f"{m:,} features of {model}",
@@ -107,7 +113,10 @@ def who_labelled(rows, llm):
     was asked."""
     n_llm = sum(row["label_source"] not in ("", "tokens") for row in rows)
     if n_llm:
-        return f"{n_llm} labels were written by {llm['INTERPRETER_MODEL']}, the others are the features' own tokens."
+        return (
+            f"{n_llm} labels were written by {llm['INTERPRETER_MODEL']}, "
+            "the others are the features' own tokens."
+        )
     asked = (
         f"{llm['INTERPRETER_MODEL']} was asked and gave no usable label"
         if llm
@@ -119,8 +128,9 @@ def who_labelled(rows, llm):
 def target_table(comparison):
     """How well the target is predicted, with and without features, as a table of the run page."""
     note = (
-        f"{comparison['measure']} of ridge regressions, fitted on {comparison['n_finding']:,} examples and measured on "
-        f"{comparison['n_held_out']:,} others. The features have to be compared with what needs none."
+        f"{comparison['measure']} of ridge regressions, fitted on {comparison['n_finding']:,} "
+        f"examples and measured on {comparison['n_held_out']:,} others. The features have to be "
+        "compared with what needs none."
     )
     return (
         "What predicts the target",
@@ -163,8 +173,8 @@ def run_tables(sae_meta, source, metadata, settings, comparison=None):
         ("checkpoint", short_name(metadata["checkpoint"])),
         (
             "fingerprints",
-            f"activations {source['fingerprint'][:16]}, autoencoder {sae_meta['fingerprint'][:16]}, "
-            f"interpretation {metadata['fingerprint'][:16]}",
+            f"activations {source['fingerprint'][:16]}, autoencoder "
+            f"{sae_meta['fingerprint'][:16]}, interpretation {metadata['fingerprint'][:16]}",
         ),
         (
             "device, type",
@@ -256,9 +266,11 @@ def run_charts(evidence, history, max_norm, categories, scored):
         result.append(
             charts.bars(
                 "Category AUC",
-                "features by the AUC of their best category, on examples not used to choose it; dashed: with shuffled labels. "
-                f"A category is named for the {counts['n_with_category']} that are above chance, with a share of false ones of "
-                f"{100 * LEVEL:.0f} % at most expected; {counts['n_above_auc_bound']} of them are beyond {AUC_BOUND}",
+                "features by the AUC of their best category, on examples not used to choose it; "
+                "dashed: with shuffled labels. A category is named for the "
+                f"{counts['n_with_category']} that are above chance, with a share of false ones "
+                f"of {100 * LEVEL:.0f} % at most expected; {counts['n_above_auc_bound']} of them "
+                f"are beyond {AUC_BOUND}",
                 found.tolist(),
                 [f"{edges[i]:.1f}" if i % 2 == 0 else None for i in range(14)],
                 cool=set(range(10, 14)),
@@ -270,7 +282,8 @@ def run_charts(evidence, history, max_norm, categories, scored):
         result.append(
             charts.bars(
                 "Interpretability score",
-                f"share of {len(scored)} features drawn by lot, by the language model's score from 1 to 5",
+                f"share of {len(scored)} features drawn by lot, by the language model's score "
+                "from 1 to 5",
                 shares,
                 list("12345"),
                 shown=[f"{100 * share:.0f} %" for share in shares],
