@@ -107,7 +107,7 @@ def map_member(path, name):
                 while member.read(CHUNK_BYTES):  # zipfile compares the CRC at the end
                     pass
             if dtype.hasobject or fortran or not dtype.isnative:
-                raise ValueError(f"{name} is no plain array of this machine's byte order")
+                raise ValueError(f"{name} is not a plain array of this machine's byte order")
             if info.file_size != in_member + dtype.itemsize * int(np.prod(shape)):
                 raise ValueError(f"{name} has another size than its header says")
         with open(path, "rb") as file:

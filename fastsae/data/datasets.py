@@ -205,7 +205,7 @@ def _decoded(data, path, lines_before):
 
 
 def not_utf8(path, error, line):
-    """The InputError for bytes that are no UTF-8, with the likely encoding: zeros and a byte order
+    """The InputError for bytes that are not UTF-8, with the likely encoding: zeros and a byte order
     mark are UTF-16's or 32's."""
     with open(path, "rb") as file:
         encoding = (
@@ -225,10 +225,10 @@ def _array_rows(text, path, first_line):
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}:{error.lineno + first_line - 1}: bad JSON ({error.msg}, "
-            f"column {error.colno}). mend the array."
+            f"column {error.colno}). correct the array."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}:1: bad JSON ({error}). mend the array.") from None
+        raise InputError(f"{path}:1: bad JSON ({error}). correct the array.") from None
     yield from enumerate(items, 1)
 
 
@@ -369,7 +369,7 @@ class Deduplicator:
 
 def _example(number, row, text_field, label_field):
     if not isinstance(row, dict):
-        raise ValueError('the row is no JSON object. write {"text": ...}.')
+        raise ValueError(f'expected a JSON object, got {_json_kind(row)}. write {{"text": ...}}.')
     # a field that was named goes before all others
     is_text = text_field != TEXT and row.get(text_field) is not None
     if is_text:
@@ -386,6 +386,14 @@ def _example(number, row, text_field, label_field):
     else:
         raise ValueError(_without_text(row, text_field))
     return Example(number, messages, is_text, _label(row, label_field))
+
+
+def _json_kind(value):
+    """What JSON calls a value, for messages."""
+    if value == [] or value == {}:
+        return f"an empty {'list' if value == [] else 'object'}"
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    return names.get(type(value), "a boolean" if isinstance(value, bool) else "a number")
 
 
 def _label(row, field):
@@ -436,7 +444,8 @@ def _messages(turns, name, role_key, content_key, system=None):
     first turn."""
     if not isinstance(turns, list) or not turns:
         raise ValueError(
-            f'{name} is no non-empty list. write [{{"{role_key}": ..., "{content_key}": ...}}].'
+            f"{name}: expected a list of turns, got {_json_kind(turns)}. "
+            f'write [{{"{role_key}": ..., "{content_key}": ...}}].'
         )
     messages = []
     for i, turn in enumerate(turns):
@@ -451,7 +460,7 @@ def _messages(turns, name, role_key, content_key, system=None):
         ]
         if calls:
             raise ValueError(
-                f"{name}[{i}] calls a tool ({calls[0]}), which is no text. write the call into its "
+                f"{name}[{i}] calls a tool ({calls[0]}), which is not text. write the call into its "
                 f"{content_key} and remove {calls[0]}, or remove the row."
             )
         if None in keys:
@@ -471,7 +480,7 @@ def _messages(turns, name, role_key, content_key, system=None):
 
 
 def _joined_parts(content, where):
-    """A content that is a list of parts as one text, a line for each; parts that are no text are
+    """A content that is a list of parts as one text, a line for each; parts other than text are
     refused."""
     if (
         not isinstance(content, list)

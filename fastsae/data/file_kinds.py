@@ -128,8 +128,8 @@ MEMBERS = (  # of a zip archive
 
 
 def refuse_foreign(path):
-    """Raise InputError if a file's beginning shows that it holds no JSON, nor plain text. Bytes
-    that are no UTF-8 pass."""
+    """Raise InputError if a file's beginning shows that it is neither JSON nor plain text. Bytes
+    that are not UTF-8 pass."""
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if found := _binary(path, head) or _text(path, head):
@@ -149,7 +149,7 @@ def encoding_of(head):
 
 
 def _binary(path, head):
-    """(what, remedy) of a format that is no text, or None."""
+    """(what, remedy) of a format other than text, or None."""
     for beginning, what, remedy in BEGINNINGS:
         if head.startswith(beginning) and (
             beginning not in (b"RIFF", b"ORC", b"BZh", b"ID3") or _not_text(head)
@@ -188,8 +188,8 @@ def _archive(path):
 
 
 def _text(path, head):
-    """(what, remedy) of text that is no JSON, or None: also where its first line is JSON, or may be
-    meant as such."""
+    """(what, remedy) of text that is not JSON, or None: also where its first line is JSON, or may
+    be meant as such."""
     try:
         text = head.decode("utf-8-sig", errors="ignore").lstrip()
     except UnicodeDecodeError:

@@ -156,11 +156,11 @@ def collect(
         )
         if progress:
             progress(rows.stop - rows.start)
-    # not those of attention sinks alone
-    heard = counts_per_example(result.kept, offsets)[pooled] > 0
-    result.pooled_examples = pooled[heard]
+    # without the examples whose only tokens are attention sinks
+    has_tokens = counts_per_example(result.kept, offsets)[pooled] > 0
+    result.pooled_examples = pooled[has_tokens]
     result.pooled_max, result.pooled_mean = (
-        sparse.vstack(part, format="csr")[heard] for part in zip(*pooled_parts)
+        sparse.vstack(part, format="csr")[has_tokens] for part in zip(*pooled_parts)
     )
     result.name_mass.fold(), result.together.fold()
     return result
@@ -241,8 +241,8 @@ def counts_per_example(chosen, offsets):
 
 
 def choose_pooled(lengths, examples, m, k, seed):
-    """Numbers of the examples whose pooled features are held: all of `examples`, or as many by lot
-    as POOLED_ENTRIES allows.
+    """Numbers of the examples whose pooled features are held: all of `examples`, or a random
+    choice of as many as POOLED_ENTRIES allows.
 
     `examples` have kept tokens: one without would be a row of zeros, and count as one where every
     feature is silent.

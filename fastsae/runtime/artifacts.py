@@ -194,7 +194,7 @@ def refusing_damage(path, made_by):
     except KeyError as error:
         name = str(error).split("'")[1] if "'" in str(error) else error
         raise EnvironmentFailure(
-            f"{path}: has no member {name}, so it is no file of this project. run {made_by}."
+            f"{path}: has no member {name}, so it is not a file of this project. run {made_by}."
         ) from None
     except (
         ValueError,
@@ -237,7 +237,7 @@ def read_foreign_npz(path):
         if cause_in_machine(error, missing=False):
             raise
         raise EnvironmentFailure(
-            f"{path}: damaged, or no plain .npz ({_brief(error)}). get another copy."
+            f"{path}: damaged, or not a plain .npz ({_brief(error)}). get another copy."
         ) from None
 
 
@@ -326,7 +326,7 @@ def read_checkpoint(path, *, made_by="train_sae.py"):
     content = path.read_bytes()
     if not is_sealed(content):
         raise EnvironmentFailure(
-            f"{path}: is no checkpoint of this project, or a part of one. run {made_by}."
+            f"{path}: is not a checkpoint of this project, or only part of one. run {made_by}."
         )
     if content[-66:] != _seal(content[:-66]):
         raise EnvironmentFailure(f"{path}: damaged, its checksum is another. run {made_by}.")
@@ -334,7 +334,7 @@ def read_checkpoint(path, *, made_by="train_sae.py"):
         return _load_tensors(content)
     except pickle.UnpicklingError as error:
         raise EnvironmentFailure(
-            f"{path}: is no plain checkpoint ({_brief(error)}). run {made_by}."
+            f"{path}: is not a plain checkpoint ({_brief(error)}). run {made_by}."
         ) from None
 
 

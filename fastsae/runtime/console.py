@@ -61,18 +61,18 @@ class Console:
 
     def write(self, text: str) -> int:
         if self._bars and (text.startswith("\r") or OF_BARS.fullmatch(text)):
-            self._heard("write", text[:1] + self._safe(text[1:]) if text.startswith("\r") else text)
+            self._send("write", text[:1] + self._safe(text[1:]) if text.startswith("\r") else text)
             return len(text)
         line, end = (text[:-1], "\n") if text.endswith("\n") else (text, "")
         if text.strip("\n"):
             line = self._safe(line)
             line = line if isinstance(text, OwnLine) else line.replace("summary: ", "summary\\x3a ")
         if not self.quiet:
-            self._heard("write", line + end)
+            self._send("write", line + end)
         else:
             self._line += line
             if end and (isinstance(text, OwnLine) or self._line.startswith(IMPORTANT)):
-                self._heard("write", self._line + end)
+                self._send("write", self._line + end)
             self._line = "" if end else self._line
         return len(text)
 
@@ -81,13 +81,14 @@ class Console:
             self.write(line)
 
     def flush(self):
-        self._heard("flush")
+        self._send("flush")
 
     def _safe(self, text):
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         return shown(text).encode(encoding, "backslashreplace").decode(encoding)
 
-    def _heard(self, action, *text):
+    def _send(self, action, *text):
+        """Call the stream's `action`; if it cannot print, note why and print no more."""
         try:
             getattr(self._stream, action)(*text)
         # the disk is full, or nobody reads; ValueError: the stream is closed

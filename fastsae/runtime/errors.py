@@ -14,7 +14,7 @@ class StageError(Exception):
 
 
 class InputError(StageError):
-    """A bad setting, dataset or model choice: the user can mend it."""
+    """A bad setting, dataset or model choice: the user can correct it."""
 
     exit_code = EXIT_INPUT
 

@@ -73,7 +73,7 @@ def remedy(error: OSError) -> str | None:
     for what, numbers in WHERE_WRITTEN.items():
         if error.errno in numbers:
             return f"{what}, or choose another --output-dir; nothing that was complete is lost."
-    if error.errno == errno.ENOENT and error.filename is None:  # no file of anybody's: a bug
+    if error.errno == errno.ENOENT and error.filename is None:  # no file is named: a bug
         return None
     for what, numbers in ANYWHERE.items():
         if error.errno in numbers:

@@ -1,5 +1,5 @@
-"""What a stage tells while it works and at its end: bars at a terminal, else a line now and then;
-one line of JSON to programs."""
+"""What a stage prints while it works and at its end: progress bars on a terminal, else a line every
+30 seconds; one line of JSON for programs."""
 
 import json
 import os

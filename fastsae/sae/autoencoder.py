@@ -151,6 +151,7 @@ def load_checkpoint(path, device="cpu"):
         sae.load_state_dict(checkpoint["state_dict"])
     except (KeyError, TypeError, RuntimeError, AssertionError, AttributeError) as error:
         raise EnvironmentFailure(
-            f"{path}: is no checkpoint of train_sae.py ({type(error).__name__}). run train_sae.py."
+            f"{path}: is not a checkpoint of train_sae.py ({type(error).__name__}). "
+            "run train_sae.py."
         ) from None
     return sae.eval(), meta

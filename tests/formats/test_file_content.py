@@ -397,7 +397,7 @@ def test_out_of_memory_is_no_damage(tmp_path, outcome, monkeypatch):
 
         monkeypatch.setattr(torch, "load", fail)
         code, (line,) = outcome(lambda: load_sae(path))
-        assert code == 3 and "damaged" not in line and "no plain checkpoint" not in line
+        assert code == 3 and "damaged" not in line and "not a plain checkpoint" not in line
 
 
 # A file that may not grow

@@ -736,7 +736,7 @@ def test_loading_runs_no_code(tmp_path, monkeypatch):
     with pytest.raises(EnvironmentFailure, match="holds more than tensors"):
         load_sae(tmp_path / "ae.pt")
     np.savez(tmp_path / "params.npz", W_enc=np.array([Payload()], object))
-    with pytest.raises(EnvironmentFailure, match="no plain .npz"):
+    with pytest.raises(EnvironmentFailure, match="not a plain .npz"):
         load_sae(tmp_path / "params.npz")
     assert not (tmp_path / "canary").exists()
 

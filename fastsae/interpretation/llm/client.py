@@ -72,7 +72,7 @@ def endpoint() -> tuple[str, str | None] | None:
 
 
 def check_url(base_url):
-    """Raise InputError for what is no http address; the address is not shown, for it may hold a
+    """Raise InputError for other than an http address; it is not shown, since it may hold a
     password."""
     remedy = "set it to an address such as http://localhost:8000/v1, or unset it."
     try:
@@ -383,7 +383,7 @@ class Asker:
         return line
 
     def ask(self, prompts, what, usable=lambda reply: True):
-        """{prompt: (reply or None, reason if None)}; `usable(reply)` tells which replies need no
+        """{prompt: (reply or None, reason if None)}; `usable(reply)` says which replies need no
         second try."""
         failed, waiting = {}, self.open(prompts, usable)
         with progress.bar(len(waiting), what, "call") as bar:

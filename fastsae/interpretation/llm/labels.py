@@ -92,7 +92,7 @@ class Shown:
         return rows, column[rows]
 
     def contrast(self, feature, n, shown):
-        """(positive, negative) example numbers, at most n // 2 each: the strongest, and by lot
+        """(positive, negative) example numbers, at most n // 2 each: the strongest, and at random
         those where the feature is silent."""
         rows, values = self.ranked(feature, shown)
         silent = rows[values == 0]

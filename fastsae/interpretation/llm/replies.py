@@ -65,7 +65,7 @@ def one_line(text: str) -> str:
 
 
 class NoCompletion(Exception):
-    """A reply that is no chat completion. `paid`: it may have been paid for all the same."""
+    """A reply other than a chat completion. `paid`: it may have been paid for all the same."""
 
     def __init__(self, reason: str, *, paid: bool):
         super().__init__(reason)
@@ -88,7 +88,7 @@ def read_completion(
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
-        problem = "the reply is no chat completion"
+        problem = "the reply is not a chat completion"
         if isinstance(answer, dict) and answer.get("error"):
             problem = f"the reply is an error: {error_message(body)}"
         raise NoCompletion(problem, paid=bool(choices or usage["completion_tokens"]))
@@ -108,7 +108,7 @@ def _json(body, content_type):
     except RecursionError:
         problem = "the reply's JSON is nested too deeply"
     except ValueError:
-        problem = "the reply is no JSON" if body.strip() else "the reply is empty"
+        problem = "the reply is not JSON" if body.strip() else "the reply is empty"
     raise NoCompletion(problem, paid=is_completion_type(content_type) and bool(body.strip()))
 
 

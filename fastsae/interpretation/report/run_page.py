@@ -282,7 +282,7 @@ def run_charts(evidence, history, max_norm, categories, scored):
         result.append(
             charts.bars(
                 "Interpretability score",
-                f"share of {len(scored)} features drawn by lot, by the language model's score "
+                f"share of {len(scored)} features drawn at random, by the language model's score "
                 "from 1 to 5",
                 shares,
                 list("12345"),

@@ -19,8 +19,8 @@ TEXT = b'{"choices":[{"finish_reason":"stop","message":{"role":"assistant","cont
 LONG = b"a" * (bounded_http.MAX_BYTES + 200_000)
 TOO_LONG, TOO_DEEP = "the reply is longer than 2 MB", "the reply's JSON is nested too deeply"
 NO_COMPLETION, NO_JSON, CUT_OFF = (
-    "the reply is no chat completion",
-    "the reply is no JSON",
+    "the reply is not a chat completion",
+    "the reply is not JSON",
     "the reply breaks off",
 )
 LATE = "no whole reply within LLM_TIMEOUT"
