@@ -7,12 +7,16 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastsae.data.datasets import place
 from fastsae.data.token_masks import token_norms
+from fastsae.data.tokenization import TokenTable
 from fastsae.runtime import artifacts, progress, ranks, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError, StageError
 from fastsae.runtime.machine_errors import is_out_of_memory
@@ -27,7 +31,7 @@ BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 SHORTEST_CACHED_PREFIX = 4
 
 
-def split_chunks(lengths, chunk_tokens: int) -> list[tuple[int, int]]:
+def split_chunks(lengths: Sequence[int] | np.ndarray, chunk_tokens: int) -> list[tuple[int, int]]:
     """[(first, last)] ranges of consecutive examples of about `chunk_tokens` tokens each."""
     chunks, first, total = [], 0, 0
     for i, length in enumerate(lengths):
@@ -38,7 +42,7 @@ def split_chunks(lengths, chunk_tokens: int) -> list[tuple[int, int]]:
     return chunks
 
 
-def split_batches(lengths, batch_tokens: int) -> list[list[int]]:
+def split_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[list[int]]:
     """Lists of example numbers, longest first, of at most `batch_tokens` padded tokens (a longer
     example goes alone)."""
     batches = []
@@ -50,14 +54,15 @@ def split_batches(lengths, batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def chunk_tokens_for(chunk_tokens, d_model, n_layers, storage_dtype):
+def chunk_tokens_for(chunk_tokens: int, d_model: int, n_layers: int, storage_dtype: str) -> int:
     """CHUNK_TOKENS, or fewer where so many rows would not fit into PART_BYTES."""
     return max(
         1, min(chunk_tokens, PART_BYTES // (d_model * n_layers * np.dtype(storage_dtype).itemsize))
     )
 
 
-def require_disk_space(path, n_values, storage_dtype):
+def require_disk_space(path: Path, n_values: int, storage_dtype: str) -> None:
+    """EnvironmentFailure unless the disk has room for `n_values` numbers twice."""
     storage.make_folder(path.parent)
     # the parts, and the file made from them
     needed = int(n_values) * np.dtype(storage_dtype).itemsize * 2 + (16 << 20)
@@ -77,10 +82,11 @@ class World:
     how many there are, or on how many machines.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rank, self.size, _, self.local_size = ranks.current()
 
-    def use_own_cores(self):
+    def use_own_cores(self) -> None:
+        """Let PyTorch use this process's part of the machine's cores."""
         if self.size > 1:  # torchrun gives each process one thread
             import torch
 
@@ -91,7 +97,7 @@ class World:
             )
             torch.set_num_threads(max(1, cores // self.local_size))
 
-    def __enter__(self):
+    def __enter__(self) -> "World":
         return self
 
     def __exit__(self, kind, error, trace):
@@ -119,8 +125,16 @@ class Forward:
     budget of a batch."""
 
     def __init__(
-        self, model, table, *, n_shared, batch_tokens, storage_dtype, dataset_name, pin=False
-    ):
+        self,
+        model: Any,
+        table: TokenTable,
+        *,
+        n_shared: int,
+        batch_tokens: int,
+        storage_dtype: str,
+        dataset_name: Path | str,
+        pin: bool = False,
+    ) -> None:
         import torch
 
         self.model, self.table, self.starts = model, table, table.starts
@@ -143,7 +157,9 @@ class Forward:
             }
             self.n_prefix = self.n_prefix if self.prefix else 0
 
-    def chunk(self, first, last, progress):
+    def chunk(
+        self, first: int, last: int, progress: Callable[[int], object]
+    ) -> dict[int, np.ndarray]:
         """{layer: (tokens of examples first to last, d_model)} in the storage type; calls
         `progress(n)` as tokens are done."""
         lengths = self.table.lengths[first:last]
@@ -263,7 +279,13 @@ class Forward:
         return error
 
 
-def storable(stream, real, storage_dtype, where, pin=False):
+def storable(
+    stream: Any,
+    real: Sequence[tuple[int, int]],
+    storage_dtype: str,
+    where: Callable[[int], str],
+    pin: bool = False,
+) -> Any:
     """(batch, length, d_model) or (length, d_model) -> the real rows, one after the other, on the
     host in the storage type.
 
@@ -299,7 +321,9 @@ def storable(stream, real, storage_dtype, where, pin=False):
     return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
 
 
-def extract_parts(forward, chunks, folder, plan, world):
+def extract_parts(
+    forward: Forward, chunks: Sequence[tuple[int, int]], folder: Path, plan: str, world: World
+) -> list[Path]:
     """Keep the activations of each chunk in a part file under `folder`; returns the paths in order
     once all are there.
 
@@ -349,7 +373,12 @@ def extract_parts(forward, chunks, folder, plan, world):
     return paths
 
 
-def await_parts(others, n_tokens, world, progress):
+def await_parts(
+    others: dict[int, Path],
+    n_tokens: Sequence[int],
+    world: World,
+    progress: Callable[[int], object],
+) -> None:
     """Return when all parts {number: path} of the other ranks are there; says for whom it waits."""
     waiting = ranks.Waiting()
     while others:
@@ -363,7 +392,7 @@ def await_parts(others, n_tokens, world, progress):
             time.sleep(0.2)
 
 
-def name_parts(folder, by_layer) -> None:
+def name_parts(folder: Path, by_layer: Mapping[int, Mapping[str, Any]]) -> None:
     """Note in a folder of parts which results {layer: metadata} they will make, and by which
     command."""
     path, about = (
@@ -377,7 +406,7 @@ def name_parts(folder, by_layer) -> None:
         artifacts.write_json(path, about)
 
 
-def clear_parts(folder, finished) -> None:
+def clear_parts(folder: Path, finished: Mapping[int, Mapping[str, Any]]) -> None:
     """Remove the parts in `folder`, and others of results that are `finished` {layer: metadata};
     name those of other settings.
 
@@ -403,7 +432,7 @@ def clear_parts(folder, finished) -> None:
             )
 
 
-def split_shards(lengths, shard_tokens: int) -> list[tuple[int, int]]:
+def split_shards(lengths: Sequence[int] | np.ndarray, shard_tokens: int) -> list[tuple[int, int]]:
     """[(first, last)] ranges of consecutive examples of at most `shard_tokens` tokens (a longer
     example has its own)."""
     shards, first, total = [], 0, 0
@@ -418,11 +447,12 @@ def split_shards(lengths, shard_tokens: int) -> list[tuple[int, int]]:
 class RowStream:
     """The rows of one member of the parts, in order, handed out so many at a time."""
 
-    def __init__(self, parts, member):
+    def __init__(self, parts: Sequence[Path], member: str) -> None:
         self.blocks = (artifacts.read_npz(part, [member], made_by=MAKER)[member] for part in parts)
-        self.rest = None
+        self.rest: np.ndarray | None = None
 
-    def take(self, n_rows):
+    def take(self, n_rows: int) -> Iterator[np.ndarray]:
+        """Yield blocks of the next `n_rows` rows."""
         while n_rows:
             if self.rest is None or not len(self.rest):
                 self.rest = next(self.blocks)

@@ -5,6 +5,7 @@ import json
 import mmap
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ PER_EXAMPLE = ("seq_lengths", "example_ids")
 PER_TOKEN = ("token_ids", "token_kind", "token_role")
 
 
-def shard_path(path, number, n_shards):
+def shard_path(path: Path | str, number: int, n_shards: int) -> Path:
     """Where shard `number` (from 1) of `n_shards` of the activations file `path` lies: `path`
     itself if there is only one."""
     path = Path(path)
@@ -30,7 +31,7 @@ def shard_path(path, number, n_shards):
     )
 
 
-def find_shards(path):
+def find_shards(path: Path | str) -> list[Path]:
     """The files that hold the activations of `path`, in order; [] if there are none, or not all."""
     path = Path(path)
     if path.is_file():
@@ -48,13 +49,13 @@ def find_shards(path):
     return expected if all(p.is_file() for p in expected) else []
 
 
-def read_metadata(path):
+def read_metadata(path: Path | str) -> dict[str, Any]:
     """The metadata of the activations file `path`, whole or in shards; all shards must be of one
     run."""
     from fastsae.runtime.artifacts import read_npz_metadata
 
     shards = find_shards(path)
-    metadata = [read_npz_metadata(p) for p in shards or [path]]
+    metadata = [read_npz_metadata(p) for p in shards or [Path(path)]]
     if len({m["fingerprint"] for m in metadata}) > 1 or any(
         m.get("n_shards", 1) != len(shards) for m in metadata if shards
     ):
@@ -62,7 +63,7 @@ def read_metadata(path):
     return metadata[0]
 
 
-def open_activations(path):
+def open_activations(path: Path | str) -> dict[str, Any]:
     """The members of an activations file as a dict, `activations` (n_tokens, d_model) mapped from
     the disk and never loaded whole.
 
@@ -88,7 +89,7 @@ def open_activations(path):
     return data
 
 
-def map_member(path, name):
+def map_member(path: Path | str, name: str) -> np.memmap:
     """An uncompressed member of an .npz as a read-only mapped array, after a CRC check of its bytes
     (numpy cannot: numpy#5976)."""
     with refusing_damage(path, MAKER):
@@ -122,7 +123,7 @@ def map_member(path, name):
         return np.memmap(path, dtype, "r", start + in_member, shape)
 
 
-def release(activations):
+def release(activations: Any) -> None:
     """Let the system take back the memory of mapped rows that were read: it would count as ours."""
     for part in getattr(activations, "parts", [activations]):
         if isinstance(part, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
@@ -132,7 +133,7 @@ def release(activations):
 class ShardedRows:
     """Rows of several mapped arrays under one numbering; indexing gives plain arrays in memory."""
 
-    def __init__(self, parts):
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self.parts = parts
         self.starts = np.concatenate([[0], np.cumsum([len(p) for p in parts])])  # (n_shards + 1,)
         self.shape, self.dtype, self.ndim = (
@@ -141,10 +142,10 @@ class ShardedRows:
             parts[0].ndim,
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> np.ndarray:
         """A slice, a row number, an array of row numbers or a mask."""
         if isinstance(index, (int, np.integer)):
             return self[np.array([index])][0]

@@ -7,9 +7,11 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +69,9 @@ class Example:
     label: str | None = None
 
 
-def read_dataset(path, *, only_lines=None, **how):
+def read_dataset(
+    path: Path | str, *, only_lines: Iterable[int] | None = None, **how: Any
+) -> list[Example]:
     """A list of the examples that `stream_examples` yields, or of those with the given line
     numbers."""
     if only_lines is None:
@@ -81,7 +85,9 @@ def read_dataset(path, *, only_lines=None, **how):
     ]
 
 
-def stream_examples(path, *, sha256=None, **how):
+def stream_examples(
+    path: Path | str, *, sha256: str | None = None, **how: Any
+) -> Iterator[Example]:
     """Yield the examples of a dataset in order. Raises InputError naming file and line for up to
     ten bad rows, at the end.
 
@@ -90,7 +96,7 @@ def stream_examples(path, *, sha256=None, **how):
     looked at.
     """
     if str(path).startswith(HUB):
-        yield from _examples(path, hub_rows(path), **how)
+        yield from _examples(path, hub_rows(str(path)), **how)
         return
     with reading(path, sha256) as file:
         yield from _examples(path, _file_rows(Path(path), file), **how)
@@ -127,19 +133,21 @@ def _examples(
 class BadRows:
     """What is wrong with rows, a line for each kind: its first row, and how many there are."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path | str) -> None:
         self.path, self.kinds, self.n = path, {}, 0
 
-    def add(self, number, message):
+    def add(self, number: int, message: str) -> None:
+        """Count a bad row: its number and `what. remedy.`"""
         kind = re.sub(r"\([^)]*\)|'[^']*'|\[\d+\]|\d+", "", message)
         found = self.kinds.setdefault(kind, [number, message, 0, number])
         found[2:] = found[2] + 1, number
         self.n += 1
 
-    def enough(self):
+    def enough(self) -> bool:
+        """Whether there are so many that no more need be read."""
         return len(self.kinds) > MAX_REPORTED or self.n >= MAX_BAD_ROWS
 
-    def lines(self):
+    def lines(self) -> list[str]:
         """`file:line: what (and so many more). remedy.`"""
         lines = []
         for first, message, n_rows, last in list(self.kinds.values())[:MAX_REPORTED]:
@@ -157,7 +165,7 @@ class BadRows:
         )
 
 
-def place(path, number, *, short=False):
+def place(path: Path | str, number: int, *, short: bool = False) -> str:
     """How errors name a row: its line in a file, its number in a JSON array or on the hub."""
     if str(path).startswith(HUB):
         return f"row {number}" if short else f"{path}: row {number}"
@@ -170,7 +178,8 @@ def place(path, number, *, short=False):
     return f"{path}: item {number}" if is_array else f"{path}:{number}"
 
 
-def require_two(n, path):
+def require_two(n: int, path: Path | str) -> None:
+    """InputError unless there is an example to train on and one to validate."""
     if n < 2:
         raise InputError(
             f"{path}: has {n} example{'s' * (n != 1)}. at least 2 are needed, "
@@ -204,7 +213,7 @@ def _decoded(data, path, lines_before):
         raise not_utf8(path, error, lines_before + 1 + data[: error.start].count(b"\n")) from None
 
 
-def not_utf8(path, error, line):
+def not_utf8(path: Path | str, error: UnicodeDecodeError, line: int) -> InputError:
     """The InputError for bytes that are not UTF-8, with the likely encoding: zeros and a byte order
     mark are UTF-16's or 32's."""
     with open(path, "rb") as file:
@@ -245,7 +254,7 @@ def _parsed(line):
         )
 
 
-def stream_text(path, sha256=None):
+def stream_text(path: Path | str, sha256: str | None = None) -> Iterator[Example]:
     """Yield pieces of a plain UTF-8 text as examples, cut at line ends; `line` counts the pieces.
     sha256: as `stream_examples`."""
     file_kinds.refuse_foreign(path)
@@ -269,13 +278,13 @@ def stream_text(path, sha256=None):
         yield Example(n + 1, [{"role": "user", "content": "".join(piece)}], is_text=True)
 
 
-def identity(path):
+def identity(path: Path | str) -> tuple[str, Path | str]:
     """(what decides a dataset's content, as text; the path to read it by, a hub dataset's revision
     pinned)."""
     if not str(path).startswith(HUB):
         file_kinds.refuse_folder(path)
         return file_sha256(path), path
-    name, _, revision = path.removeprefix(HUB).partition("@")
+    name, _, revision = str(path).removeprefix(HUB).partition("@")
     try:
         import huggingface_hub
 
@@ -298,7 +307,7 @@ def identity(path):
     return f"{HUB}{name}@{sha}", f"{HUB}{name}@{sha}"
 
 
-def hub_rows(path):
+def hub_rows(path: str) -> Iterator[tuple[int, Any]]:
     """(number, row) of the `train` split of a hub dataset, streamed without being stored."""
     try:
         import datasets
@@ -327,12 +336,13 @@ class Deduplicator:
     n-grams are taken for one with a chance of about 1e-11 a look-up among a hundred million.
     """
 
-    def __init__(self, n):
+    def __init__(self, n: int) -> None:
         self.n, self.runs, self.n_dropped = n, [], 0
         # (n,) wraps around, as is meant
         self.powers = np.cumprod(np.full(n, 0x9E3779B97F4A7C15, np.uint64))
 
-    def is_new(self, example):
+    def is_new(self, example: Example) -> bool:
+        """Whether no earlier example shares n words in a row with this one, which is then kept."""
         grams = self._grams(" ".join(message["content"] for message in example.messages).lower())
         if not len(grams):
             return True
@@ -460,8 +470,8 @@ def _messages(turns, name, role_key, content_key, system=None):
         ]
         if calls:
             raise ValueError(
-                f"{name}[{i}] calls a tool ({calls[0]}), which is not text. write the call into its "
-                f"{content_key} and remove {calls[0]}, or remove the row."
+                f"{name}[{i}] calls a tool ({calls[0]}), which is not text. write the call into "
+                f"its {content_key} and remove {calls[0]}, or remove the row."
             )
         if None in keys:
             raise ValueError(f"{name}[{i}] has no {role_key} and {content_key}. write both.")

@@ -127,7 +127,7 @@ MEMBERS = (  # of a zip archive
 )
 
 
-def refuse_foreign(path):
+def refuse_foreign(path: Path | str) -> None:
     """Raise InputError if a file's beginning shows that it is neither JSON nor plain text. Bytes
     that are not UTF-8 pass."""
     with open(path, "rb") as file:
@@ -141,7 +141,7 @@ def _refusal(path, what, remedy):
     return InputError(f"{path}: {what}. {remedy.replace('NAME', name)}.")
 
 
-def encoding_of(head):
+def encoding_of(head: bytes) -> str | None:
     """ "UTF-16" or "UTF-32" if the bytes look so, by a byte order mark or by zeros; else None."""
     if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") or b"\0\0\0" in head[:64]:
         return "UTF-32"
@@ -250,13 +250,13 @@ def _is_json(line):
         return False
 
 
-def refuse_folder(path):
+def refuse_folder(path: Path | str) -> None:
     """Raise InputError if `path` is a folder, with what makes one file of what is in it."""
     if Path(path).is_dir():
         raise InputError("DATASET_PATH: {} {}. {}.".format(path, *folder_advice(path)))
 
 
-def refuse_shape(path):
+def refuse_shape(path: Path | str) -> None:
     """Raise InputError if a file without a good row is JSON in another shape than one object a
     line, or plain text."""
     with open(path, "rb") as file:

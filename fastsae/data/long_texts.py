@@ -11,6 +11,8 @@ compared there.
 import re
 import string
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -25,12 +27,12 @@ class NotLocal(Exception):
     """Two windows disagree on tokens that both have: the tokenizer looks further than assumed."""
 
 
-def is_long(n_characters):
+def is_long(n_characters: int) -> bool:
     """Whether a text is to be tokenised in windows."""
     return n_characters > 2 * WINDOW
 
 
-def in_groups(pieces, *, size=len):
+def in_groups(pieces: Iterable, *, size: Callable[[Any], int] = len) -> Iterator[list]:
     """Lists of consecutive pieces of at most CALL_CHARACTERS together, by `size(piece)`; a long one
     goes alone."""
     group, total = [], 0
@@ -50,7 +52,7 @@ def in_groups(pieces, *, size=len):
         yield group
 
 
-def any_of(strings):
+def any_of(strings: Iterable[str]) -> re.Pattern[str]:
     """A compiled pattern of the given strings, the longest first, in time that their number hardly
     changes."""
     tree = {}
@@ -73,7 +75,7 @@ def _alternatives(node):
     return f"(?:{'|'.join(branches)}){'?' if '' in node else ''}"
 
 
-def joint_pattern(tokenizer):
+def joint_pattern(tokenizer: Any) -> re.Pattern[str] | None:
     """A pattern that matches, with no width, at the joints of a fast tokenizer; None if none can be
     shown."""
     model = tokenizer.backend_tokenizer.model
@@ -130,7 +132,7 @@ def _byte_characters():
     return {**{b: chr(b) for b in shown}, **{b: chr(256 + i) for i, b in enumerate(hidden)}}
 
 
-def windows(text, joints):
+def windows(text: str, joints: re.Pattern[str]) -> Iterator[tuple[int, int, int, int, int]]:
     """Yield (low, start, end, high, middle): the text from `start` to `end`, to be tokenised from
     `low` to `high`.
 
@@ -147,7 +149,9 @@ def windows(text, joints):
     yield low, start, len(text), len(text), len(text)
 
 
-def encode_windows(text, joints, encode):
+def encode_windows(
+    text: str, joints: re.Pattern[str], encode: Callable[[str], tuple[np.ndarray, np.ndarray]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (ids (n,), offsets (n, 2) in the text) of one window after the other. `encode` gives
     both for a piece of text.
 

@@ -8,7 +8,7 @@ import numpy as np
 from fastsae.data.tokenization import ROLES, SHARED_PREFIX
 
 
-def token_norms(activations, block=65536):
+def token_norms(activations: np.ndarray, block: int = 65536) -> np.ndarray:
     """(n_tokens, d) array of any float type -> (n_tokens,) float32 norms, a block at a time."""
     norms = np.empty(len(activations), np.float32)
     for start in range(0, len(activations), block):
@@ -19,8 +19,14 @@ def token_norms(activations, block=65536):
 
 
 def usable_tokens(
-    norms, kind, *, exclude_shared_prefix, max_norm_ratio, max_norm=None, deciding=None
-):
+    norms: np.ndarray,
+    kind: np.ndarray,
+    *,
+    exclude_shared_prefix: bool,
+    max_norm_ratio: float | None,
+    max_norm: float | None = None,
+    deciding: np.ndarray | None = None,
+) -> tuple[np.ndarray, float | None]:
     """((n_tokens,) bool, max_norm): tokens left after dropping the shared prefix and attention
     sinks.
 
@@ -35,7 +41,7 @@ def usable_tokens(
     return (keep if max_norm is None else keep & (norms <= max_norm)), max_norm
 
 
-def chosen_tokens(use, kind, role):
+def chosen_tokens(use: str, kind: np.ndarray, role: np.ndarray) -> np.ndarray:
     """(n_tokens,) bool: all tokens, those not written by the chat template, or those of the
     assistant's own text."""
     return {
@@ -48,7 +54,7 @@ def chosen_tokens(use, kind, role):
 TRAIN, VALIDATION, TEST = 0, 1, 2  # what an example is for
 
 
-def text_numbers(token_ids, offsets):
+def text_numbers(token_ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """(n_examples,) int: examples of one number are the same tokens, numbered in the order they
     come.
 
@@ -62,7 +68,7 @@ def text_numbers(token_ids, offsets):
     return result
 
 
-def split_examples(n_examples, validation_fraction, seed):
+def split_examples(n_examples: int, validation_fraction: float, seed: int) -> np.ndarray:
     """(n_examples,) bool, True for validation: at least one example on each side.
 
     Drawn by the seed alone.
@@ -70,7 +76,9 @@ def split_examples(n_examples, validation_fraction, seed):
     return split_texts(np.arange(n_examples), validation_fraction, 0.0, seed) == VALIDATION
 
 
-def split_texts(texts, validation_fraction, test_fraction, seed):
+def split_texts(
+    texts: np.ndarray, validation_fraction: float, test_fraction: float, seed: int
+) -> np.ndarray:
     """(n_examples,) TRAIN, VALIDATION or TEST, a function of the arguments alone.
 
     Args: texts (n_examples,), numbers from 0 of the examples' texts. Examples with one text go to

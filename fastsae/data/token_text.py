@@ -1,10 +1,13 @@
 """Tokens as people read them: names to count by, texts to show, excerpts, and labels made of a
 feature's own tokens."""
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import numpy as np
 
 
-def token_names(tokenizer, token_ids):
+def token_names(tokenizer: Any, token_ids: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Readable names of token ids (n,): ((n,) number of each one's name, list of names).
 
     Names are decoded tokens without surrounding spaces and in lower case, so that ' We' and 'we'
@@ -34,10 +37,11 @@ class TokenTexts:
     SentencePiece's leading space, which decoding a single token drops, is put back.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.single = tokenizer, {}
 
-    def __call__(self, token_ids):
+    def __call__(self, token_ids: Iterable[int]) -> list[str]:
+        """The texts of the token ids (n,), a list of n."""
         texts, run = [], []
         for token in map(int, token_ids):
             text = self.single.get(token)
@@ -59,7 +63,7 @@ class TokenTexts:
         return texts + ["\ufffd"] * len(run)
 
 
-def with_text(texts):
+def with_text(texts: Sequence[str]) -> np.ndarray:
     """(n,) for each token the position where it is seen: its own, or that of the nearest earlier
     one where its own text is ""."""
     return np.maximum.accumulate(
@@ -67,7 +71,9 @@ def with_text(texts):
     )
 
 
-def seen_values(texts, positions, values):
+def seen_values(
+    texts: Sequence[str], positions: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(positions, values) of activations on tokens, moved to where the tokens are seen; where
     several meet, the largest stays."""
     seen, of = np.unique(with_text(texts)[positions], return_inverse=True)
@@ -76,7 +82,9 @@ def seen_values(texts, positions, values):
     return seen, largest
 
 
-def characteristic_tokens(name_mass, name_count, names, n_top):
+def characteristic_tokens(
+    name_mass: Any, name_count: np.ndarray, names: Sequence[str], n_top: int
+) -> list[list[tuple[str, float]]]:
     """For each feature its most characteristic tokens, [(name, share of the feature's activation),
     ...], best first.
 
@@ -99,7 +107,9 @@ def characteristic_tokens(name_mass, name_count, names, n_top):
     return result
 
 
-def evidence_label(top_tokens, n_named=4, concentrated=0.3):
+def evidence_label(
+    top_tokens: Sequence[tuple[str, float]], n_named: int = 4, concentrated: float = 0.3
+) -> str:
     """A label made of the most characteristic tokens; says so when they carry little of the
     feature's activation."""
     if not top_tokens:

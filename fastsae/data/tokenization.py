@@ -2,7 +2,11 @@
 every token."""
 
 import functools
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,14 +48,14 @@ class ChatTokenizer:
 
     def __init__(
         self,
-        tokenizer,
+        tokenizer: Any,
         *,
-        chat_template=True,
-        max_length=None,
-        date="",
-        dataset_name="dataset",
-        special_tokens=True,
-    ):
+        chat_template: bool = True,
+        max_length: int | None = None,
+        date: str = "",
+        dataset_name: Path | str = "dataset",
+        special_tokens: bool = True,
+    ) -> None:
         # BOS and the like; a template writes its own
         self.special_tokens = special_tokens and not chat_template
         self.tokenizer, self.max_length, self.date, self.dataset_name = (
@@ -81,17 +85,17 @@ class ChatTokenizer:
         self._pieces, self._control_ids = {}, {}
 
     @functools.cached_property
-    def around(self):
+    def around(self) -> tuple[list[int], list[int]]:
         """(ids before, ids after) every example."""
         return added_tokens(self.tokenizer) if self.special_tokens else ([], [])
 
     @functools.cached_property
-    def joints(self):
+    def joints(self) -> re.Pattern[str] | None:
         """Where long texts may be cut (long_texts.joint_pattern); None if this tokenizer has to
         read them whole."""
         return long_texts.joint_pattern(self.tokenizer)
 
-    def __call__(self, examples, batch_size=512):
+    def __call__(self, examples: Sequence[Example], batch_size: int = 512) -> list[Tokens]:
         """A list of Tokens for a list of Examples; tokenises in batches (the tokenizer's own
         threads)."""
         result = []
@@ -145,7 +149,7 @@ class ChatTokenizer:
                     (ids, offsets + start) for (ids, offsets), (start, *_) in zip(encoded, group)
                 )
 
-    def render(self, example):
+    def render(self, example: Example) -> tuple[str, list[tuple[int, int, int]]]:
         """(text, spans): the templated text and the (start, end, role number) of each message's
         content in it."""
         if not self.chat_template:
@@ -316,7 +320,7 @@ def _spans_found(text, messages, roles):
     return spans
 
 
-def added_tokens(tokenizer):
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """(ids before, ids after) that the tokenizer puts around a text: BOS and the like."""
     out = tokenizer("a", return_special_tokens_mask=True)
     own = np.flatnonzero(np.array(out["special_tokens_mask"]) == 0)
@@ -338,12 +342,14 @@ class TokenTable:
     n_control_strings: int = 0
 
     @property
-    def starts(self):
+    def starts(self) -> np.ndarray:
         """(n_examples + 1,) first row of each example, and the number of tokens."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
 
-def tokenise(examples, tokenizer, batch_size=512):
+def tokenise(
+    examples: Iterable[Example], tokenizer: ChatTokenizer, batch_size: int = 512
+) -> TokenTable:
     """A TokenTable of an iterable of examples, by `tokenizer` (a ChatTokenizer), a batch at a time
     so that no text is kept."""
     columns, lengths, lines, counts = ([], [], []), [], [], [0, 0]
@@ -374,7 +380,7 @@ def tokenise(examples, tokenizer, batch_size=512):
     )
 
 
-def cut_blocks(table, block_length):
+def cut_blocks(table: TokenTable, block_length: int) -> tuple[TokenTable, int]:
     """The same tokens as blocks of `block_length` (block training): (TokenTable, tokens left over
     at the end)."""
     n, rest = divmod(len(table.ids), block_length)
@@ -390,7 +396,7 @@ def cut_blocks(table, block_length):
     ), rest
 
 
-def mark_shared_prefix(table):
+def mark_shared_prefix(table: TokenTable) -> int:
     """Set `kind` to SHARED_PREFIX on the leading tokens that all examples have in common; returns
     how many.
 
@@ -409,7 +415,9 @@ def mark_shared_prefix(table):
     return shared
 
 
-def pad_activations(flat, seq_lengths):
+def pad_activations(
+    flat: np.ndarray, seq_lengths: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(n_tokens, d) rows of consecutive examples -> ((n_examples, longest, d) zero-padded,
     (n_examples, longest) mask)."""
     lengths = np.asarray(seq_lengths)
@@ -419,7 +427,9 @@ def pad_activations(flat, seq_lengths):
     return padded, mask
 
 
-def flatten_activations(padded, mask, exclude_padding=True):
+def flatten_activations(
+    padded: np.ndarray, mask: np.ndarray, exclude_padding: bool = True
+) -> np.ndarray:
     """The inverse of `pad_activations`: (n_tokens, d) real rows in order, or all positions if
     `exclude_padding` is False."""
     return padded[mask] if exclude_padding else padded.reshape(-1, padded.shape[-1])

@@ -65,9 +65,9 @@ def load_unembedding(located, *, revision=None, cache_dir=None):
     """The unembedding (vocabulary, d) float32 times the final norm's weights, or None where the
     model's weights are not at hand.
 
-    None too unless the final norm is an RMSNorm: one that subtracts the mean or adds a bias does not
-    fold into the matrix like this. Reads these two tensors only, from a folder or the hub's local
-    cache; nothing is downloaded.
+    None too unless the final norm is an RMSNorm: one that subtracts the mean or adds a bias does
+    not fold into the matrix like this. Reads these two tensors only, from a folder or the hub's
+    local cache; nothing is downloaded.
     """
     folder = _folder(located, revision, cache_dir)
     if folder is None:

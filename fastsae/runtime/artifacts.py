@@ -17,7 +17,9 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,13 +41,15 @@ FORMAT = 1
 CHUNK_BYTES = 1 << 22
 
 
-def fingerprint(stage, settings, inputs):
+def fingerprint(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
     """sha256 (hex) of what decides a stage's output; `settings`, `inputs`: JSON-able dicts."""
     content = {"format": FORMAT, "stage": stage, "settings": settings, "inputs": inputs}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def new_metadata(stage, settings, inputs, **more):
+def new_metadata(
+    stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
     """The metadata block of a new artifact; `more` is recorded but decides nothing."""
     return {
         "format": FORMAT,
@@ -58,14 +62,15 @@ def new_metadata(stage, settings, inputs, **more):
     }
 
 
-def library_versions():
+def library_versions() -> dict[str, str]:
+    """{package: version} of the libraries that decide what a stage computes."""
     from importlib import metadata
 
     names = ("torch", "transformers", "numpy", "hypothesaes")
     return {name: metadata.version(name) for name in names}
 
 
-def difference(old, new):
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first few settings and inputs in which two metadata blocks differ, as 'LAYER_IDX 12 ->
     20, ...'."""
     found = []
@@ -84,7 +89,8 @@ def difference(old, new):
     return ", ".join(found[:5]) or "unknown difference"
 
 
-def file_sha256(path):
+def file_sha256(path: Path | str) -> str:
+    """sha256 (hex) of a file, read CHUNK_BYTES at a time. OSError if it cannot be read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -92,7 +98,9 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
-def matches(path, metadata, read):
+def matches(
+    path: Path | str, metadata: Mapping[str, Any], read: Callable[[Any], Mapping[str, Any]]
+) -> bool:
     """True if the artifact at `path` is already what `metadata` describes. Otherwise says what
     differs, if one is there.
 
@@ -116,7 +124,7 @@ def matches(path, metadata, read):
 # Activations (.npz)
 
 
-def write_npz(path, arrays, *, keep_old=False):
+def write_npz(path: Path | str, arrays: Mapping[str, Any], *, keep_old: bool = False) -> None:
     """Write `{name: array or (shape, dtype, iterator of row blocks)}` as an uncompressed .npz,
     streaming the iterators.
 
@@ -161,7 +169,9 @@ def _aligned(header, offset):
     )
 
 
-def read_npz(path, members=None, *, made_by):
+def read_npz(
+    path: Path | str, members: Sequence[str] | None = None, *, made_by: str
+) -> dict[str, np.ndarray]:
     """Read members of an .npz (all by default) with CRC checks and no pickle; `made_by` is named in
     the remedy.
 
@@ -179,7 +189,7 @@ def read_npz(path, members=None, *, made_by):
 
 
 @contextlib.contextmanager
-def refusing_damage(path, made_by):
+def refusing_damage(path: Path | str, made_by: str) -> Iterator[None]:
     """Whatever reading a damaged or foreign .npz raises becomes one line with the command that
     makes it anew.
 
@@ -213,7 +223,7 @@ def _npz_damage(path, error, made_by):
     return f"{path}: damaged or foreign ({_brief(error)}). run {made_by}."
 
 
-def read_foreign_npz(path):
+def read_foreign_npz(path: Path | str) -> dict[str, np.ndarray]:
     """The arrays of numbers of another project's .npz, its checksums looked at, without pickles.
     EnvironmentFailure if it is damaged."""
     try:
@@ -262,12 +272,16 @@ def _array(archive, info, file_size):
     return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape)
 
 
-def read_npz_metadata(path, *, made_by="extract_activations.py"):
+def read_npz_metadata(
+    path: Path | str, *, made_by: str = "extract_activations.py"
+) -> dict[str, Any]:
     """The `metadata` member of an activations file, as a dict."""
     return metadata_of(read_npz(path, ["metadata"], made_by=made_by), path, made_by)
 
 
-def metadata_of(arrays, path, made_by="extract_activations.py"):
+def metadata_of(
+    arrays: Mapping[str, Any], path: Path | str, made_by: str = "extract_activations.py"
+) -> dict[str, Any]:
     """The metadata among the members that `read_npz` gave."""
     try:
         return _checked_metadata(from_json(str(arrays["metadata"])), path, made_by)
@@ -286,7 +300,9 @@ def _checked_metadata(value, path, made_by):
 # Checkpoints (.pt)
 
 
-def write_checkpoint(path, checkpoint, *, keep_old=True):
+def write_checkpoint(
+    path: Path | str, checkpoint: Mapping[str, Any], *, keep_old: bool = True
+) -> None:
     """`torch.save` of a dict of plain values and tensors. Equal content gives equal bytes."""
     import torch
 
@@ -308,7 +324,7 @@ def _seal(content):
     return struct.pack("<H", 64) + hashlib.sha256(content).hexdigest().encode()
 
 
-def is_sealed(content) -> bool:
+def is_sealed(content: bytes) -> bool:
     """Whether a file, or the last bytes of one, ends as `write_checkpoint` ends its files, true or
     damaged."""
     return (
@@ -317,7 +333,7 @@ def is_sealed(content) -> bool:
     )
 
 
-def read_checkpoint(path, *, made_by="train_sae.py"):
+def read_checkpoint(path: Path | str, *, made_by: str = "train_sae.py") -> Any:
     """A checkpoint's dict, after checking the sha256 of the whole file, and without running pickled
     code."""
     path = Path(path)
@@ -355,7 +371,7 @@ def _load_tensors(content):
         raise pickle.UnpicklingError(_brief(error)) from None
 
 
-def read_foreign_checkpoint(path):
+def read_foreign_checkpoint(path: Path | str) -> Any:
     """What another project saved with `torch.save`, without running pickled code; its checksums,
     which PyTorch ignores, are looked at.
 
@@ -387,7 +403,8 @@ def read_foreign_checkpoint(path):
         ) from None
 
 
-def read_checkpoint_metadata(path):
+def read_checkpoint_metadata(path: Path | str) -> dict[str, Any]:
+    """The `meta` of a checkpoint of train_sae.py, or EnvironmentFailure if it cannot be read."""
     checkpoint = read_checkpoint(path)
     meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
     return _checked_metadata(meta, path, "train_sae.py")

@@ -10,6 +10,8 @@ import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 # Control characters but the tab, line and paragraph separators, what turns or hides text, and
 # halves of surrogate pairs.
@@ -49,7 +51,7 @@ class Console:
     printing; None while it works, and where the reader left, as `| head` does.
     """
 
-    def __init__(self, stream, *, quiet: bool = False, bars: bool = False):
+    def __init__(self, stream: Any, *, quiet: bool = False, bars: bool = False) -> None:
         self.quiet, self._bars, self._line = quiet, bars, ""
         self.failure: OSError | ValueError | None = None
         if stream is None:
@@ -60,6 +62,7 @@ class Console:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Print `text`, made harmless; its length, whether or not it could be printed."""
         if self._bars and (text.startswith("\r") or OF_BARS.fullmatch(text)):
             self._send("write", text[:1] + self._safe(text[1:]) if text.startswith("\r") else text)
             return len(text)
@@ -76,11 +79,13 @@ class Console:
             self._line = "" if end else self._line
         return len(text)
 
-    def writelines(self, lines):
+    def writelines(self, lines: Iterable[str]) -> None:
+        """`write` of each of the lines."""
         for line in lines:
             self.write(line)
 
-    def flush(self):
+    def flush(self) -> None:
+        """Print what is buffered."""
         self._send("flush")
 
     def _safe(self, text):
@@ -108,7 +113,7 @@ class Console:
 
 
 @contextlib.contextmanager
-def installed():
+def installed() -> Iterator[None]:
     """Within, sys.stdout and sys.stderr are Consoles; a stage may put something in their place."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr, bars=True)
@@ -121,7 +126,7 @@ def installed():
         sys.stdout, sys.stderr = before
 
 
-def open_closed_handles():
+def open_closed_handles() -> None:
     """/dev/null at each of the handles 0 to 2 that is closed, or the next file opened would get
     what libraries print."""
     for number in range(3):

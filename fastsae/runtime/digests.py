@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,14 +26,14 @@ REMEMBERED_FROM = 1 << 24  # bytes; smaller files are read each time
 SETTLED = 2.0
 
 
-def state_of(path) -> list[int]:
+def state_of(path: Path | str) -> list[int]:
     """What changes whenever the content of a file does: size, inode, mtime and ctime in ns. OSError
     if there is none."""
     found = os.stat(path)
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def content_sha256(path, memory: Path) -> str:
+def content_sha256(path: Path | str, memory: Path) -> str:
     """sha256 (hex) of a file; that of a large one is remembered in the folder `memory` while its
     state stays the same."""
     path = Path(path).resolve()
@@ -65,7 +65,7 @@ class Held:
     """Files as they are when this is made. `require_unchanged` is for after they were read, to know
     that all was of one time."""
 
-    def __init__(self, paths):
+    def __init__(self, paths: Iterable[Path | str]) -> None:
         self.states = {Path(path): _state_or_none(path) for path in paths}
 
     def require_unchanged(self) -> None:
@@ -92,7 +92,7 @@ class _Hashed(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def reading(path, sha256: str | None = None) -> Iterator[BinaryIO]:
+def reading(path: Path | str, sha256: str | None = None) -> Iterator[BinaryIO]:
     """The file, opened for reading its bytes. EnvironmentFailure at the end of the `with` block if
     they have another digest.
 

@@ -9,7 +9,9 @@ N processes do what one does with the same batch.
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from fastsae.runtime.errors import EnvironmentFailure, InputError
 PATIENCE = timedelta(minutes=30)  # of a process that waits for another one
 
 
-def world():
+def world() -> tuple[int, int]:
     """(rank, number of processes)."""
     return ranks.current()[:2]
 
@@ -135,23 +137,24 @@ def _require_own_devices(store, rank, size, device):
         )
 
 
-def wait_for_all():
+def wait_for_all() -> None:
     """Go on when all processes have come here."""
     if together():
         dist.all_reduce(torch.zeros(1))
 
 
-def together():
+def together() -> bool:
+    """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized()
 
 
-def share(n):
+def share(n: int) -> slice:
     """The slice of n rows that is this process's."""
     rank, size = world()
     return slice(rank * n // size, (rank + 1) * n // size)
 
 
-def total(tensor):
+def total(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all processes, in place; any strides."""
     if together():
         flat = tensor.contiguous()
@@ -160,13 +163,14 @@ def total(tensor):
     return tensor
 
 
-def least(tensor):
+def least(tensor: torch.Tensor) -> torch.Tensor:
+    """The least value over all processes, element by element, in place."""
     if together():
         dist.all_reduce(tensor, dist.ReduceOp.MIN)
     return tensor
 
 
-def anywhere(flags):
+def anywhere(flags: Any) -> Any:
     """Element by element whether it is true in any process: bool in, bool out."""
     if not together():
         return flags
@@ -175,7 +179,7 @@ def anywhere(flags):
     return counts.bool() if isinstance(flags, torch.Tensor) else bool(counts)
 
 
-def joined(values):
+def joined(values: torch.Tensor) -> torch.Tensor:
     """The values (n,) of all processes in one tensor."""
     if not together():
         return values
@@ -189,7 +193,7 @@ def joined(values):
     return torch.cat([part[: int(size)] for part, size in zip(padded, sizes)])
 
 
-def from_rank_0(make):
+def from_rank_0(make: Callable[[], Any]) -> Any:
     """What `make()` returns on rank 0, on every rank."""
     if not together():
         return make()

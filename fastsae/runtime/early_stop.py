@@ -8,7 +8,7 @@ EXIT_CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130}
 MESSAGE = "stopped: what was finished is kept; the same command continues."
 
 
-def listen():
+def listen() -> None:
     """From here on a stop ends the process with one line and its exit code, until `run_stage`
     answers it.
 
@@ -21,7 +21,7 @@ def listen():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
-def end_now(number: int):
+def end_now(number: int) -> None:
     """End the process as a stage ends that was stopped. What is written is whole or not there, as
     after a kill."""
     try:

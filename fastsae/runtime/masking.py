@@ -32,7 +32,7 @@ BEHIND = r"""((?:bearer|basic)\s+|(?:key|token|password|authorization)["']?\s*[:
 class Masking:
     """Replaces secrets in texts, as they are and as servers encode them."""
 
-    def __init__(self, secrets: Iterable[str]):
+    def __init__(self, secrets: Iterable[str]) -> None:
         self.secrets = sorted(
             {secret for secret in secrets if secret and secret != NO_KEY}, key=len, reverse=True
         )

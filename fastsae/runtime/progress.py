@@ -6,6 +6,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from fastsae.runtime import ranks, stage, stops
 from fastsae.runtime.console import Console, OwnLine
@@ -57,48 +59,51 @@ class Task:
         *,
         initial: float = 0,
         at_most: bool = False,
-        bar=None,
-    ):
+        bar: Any = None,
+    ) -> None:
         self.name, self.total, self.unit, self.at_most = name, total, unit, at_most
         self.n, self.initial, self.fraction, self.note, self.bar = initial, initial, 0.0, "", bar
         self.began = time.monotonic()
 
-    def __enter__(self):
+    def __enter__(self) -> "Task":
         _tasks.append(self)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self in _tasks:
             _tasks.remove(self)
         if self.bar is not None:
             self.bar.close()
 
-    def update(self, n: float = 1):
+    def update(self, n: float = 1) -> None:
         """`n` more units are done."""
         self.n, self.fraction = self.n + n, 0.0
         if self.bar is not None:
             self.bar.update(n)
 
-    def part(self, fraction: float):
+    def part(self, fraction: float) -> None:
         """That much of the next unit is done, 0 to 1."""
         self.fraction = fraction
 
-    def already(self, n: float):
+    def already(self, n: float) -> None:
         """`n` units were done by an earlier run; they count for how far it is, not for how fast."""
         self.initial += n
         self.update(n)
 
-    def set_postfix(self, figures: dict):
+    def set_postfix(self, figures: dict) -> None:
+        """Show `figures` {name: value} behind the bar, and in the lines."""
         self.note = ", ".join(f"{name} {value}" for name, value in figures.items())
         if self.bar is not None:
             self.bar.set_postfix(figures)
 
-    def set_postfix_str(self, note: str, **options):
+    def set_postfix_str(self, note: str, **options: Any) -> None:
+        """Show a text behind the bar, and in the lines."""
         self.note = note
         if self.bar is not None:
             self.bar.set_postfix_str(note, **options)
 
-    def refresh(self):
+    def refresh(self) -> None:
+        """Draw the bar now."""
         if self.bar is not None:
             self.bar.refresh()
 
@@ -149,14 +154,14 @@ def _print_lines(over, interval):
             print(_tasks[-1].line(time.monotonic()), file=sys.stderr, flush=True)
 
 
-def step(name: str):
+def step(name: str) -> None:
     """Say what the stage is doing where no bar does, such as "loading the model", for the lines off
     a terminal."""
     _tasks[:1] = [Task(name, None, "")]
 
 
 def bar(
-    total: int, desc: str, unit: str, *, at_most: bool = False, initial: int = 0, **options
+    total: int, desc: str, unit: str, *, at_most: bool = False, initial: int = 0, **options: Any
 ) -> Task:
     """A piece of work with a tqdm bar on stderr at a terminal; elsewhere it has lines. Neither
     where only what matters is printed."""
@@ -182,7 +187,7 @@ def bar(
     )
 
 
-def counted(items, name: str, unit: str, total: int | None = None):
+def counted(items: Iterable, name: str, unit: str, total: int | None = None) -> Iterator:
     """Pass the items on, and count them for the lines off a terminal."""
     with Task(name, total, unit) as task:
         for item in items:
@@ -190,7 +195,7 @@ def counted(items, name: str, unit: str, total: int | None = None):
             task.update()
 
 
-def summary(stage: str, path, started: float, **figures):
+def summary(stage: str, path: object, started: float, **figures: Any) -> None:
     """Print `summary: {"stage", "path", "seconds", ...}`, the last line of a stage on stdout.
     `started` is of `start`."""
     line = {

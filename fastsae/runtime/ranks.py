@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from fastsae.runtime.errors import InputError
@@ -74,7 +74,7 @@ def current(environment: Mapping[str, str] = os.environ) -> Ranks:
     return ranks
 
 
-def listed(numbers) -> str:
+def listed(numbers: Iterable[int]) -> str:
     """`rank 1`, or `ranks 1, 2 and 5`, a dozen of them at most."""
     names = [str(number) for number in sorted(numbers)]
     if len(names) > 12:
@@ -88,7 +88,7 @@ class Waiting:
 
     FIRST_WORD, EVERY = 5.0, 60.0
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.next = time.monotonic() + self.FIRST_WORD
 
     def say(self, whom: str, what: str) -> None:

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from fastsae.runtime.early_stop import STOPS, end_now
 
@@ -15,7 +17,7 @@ SAVE_WITHIN = 16.0  # seconds more for a stage that saves; service managers kill
 
 
 @contextlib.contextmanager
-def watched(saving):
+def watched(saving: Callable[[], bool]) -> Iterator[None]:
     """Within, a process that does not end by itself after a stop is ended: it is in a call that
     handlers wait for.
 
@@ -46,7 +48,9 @@ def _watch(reader, over, saving):
 
 
 @contextlib.contextmanager
-def handled_by(handler, again):
+def handled_by(
+    handler: Callable[[int, Any], object], again: Callable[[Any], bool]
+) -> Iterator[None]:
     """Within, `handler` gets the stops. Exceptions of it that were lost in a destructor are asked
     for once more by `again(number)`."""
     previous = {number: signal.signal(number, handler) for number in STOPS}
@@ -67,7 +71,7 @@ def handled_by(handler, again):
 
 
 @contextlib.contextmanager
-def blocked():
+def blocked() -> Iterator[None]:
     """Within, stops wait. A process started here has them blocked until it calls `listen`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:

@@ -9,7 +9,9 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from fastsae.runtime import console, early_stop, machine_errors, masking, signals, stops, storage
 from fastsae.runtime.errors import (
@@ -28,7 +30,7 @@ def in_pipeline() -> bool:
     return _parent["in_pipeline"]
 
 
-def run_stage(main, *, ends_in_time: bool = True) -> int:
+def run_stage(main: Callable[[], int | None], *, ends_in_time: bool = True) -> int:
     """Call `main()` and return the exit code: 0 done, 1 bug, 2 input, 3 environment, 4 incomplete,
     130/143 interrupted.
 
@@ -100,7 +102,7 @@ def _failure_of(stream):
     return getattr(stream, "failure", None)
 
 
-def require_printed():
+def require_printed() -> None:
     """EnvironmentFailure if what was printed went nowhere, for a command whose printing is its
     work. A reader that left is no failure."""
     sys.stdout.flush()
@@ -111,7 +113,7 @@ def require_printed():
         )
 
 
-def end(code):
+def end(code: int) -> NoReturn:
     """End the process with the exit code; if it failed, at once: threads may still wait for an
     answer that nobody needs."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads, or it is closed
@@ -123,7 +125,7 @@ def end(code):
     sys.exit(code)
 
 
-def end_with_parent():
+def end_with_parent() -> None:
     """Under run_pipeline.py, whose end closes our stdin: stop then as at SIGTERM, even if it was
     killed."""
     _parent["in_pipeline"] = bool(os.environ.pop("FASTSAE_STDIN_ENDS_WITH_PARENT", None))

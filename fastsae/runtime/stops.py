@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from fastsae.runtime.errors import Terminated
 
@@ -61,7 +61,8 @@ def raised() -> int | None:
     return _waiting["raised"]
 
 
-def on_signal(signum, frame):
+def on_signal(signum: int, frame: object) -> None:
+    """The handler of SIGTERM and Ctrl-C: note a stop that was deferred, else end the stage."""
     if time.monotonic() - _waiting["at"] < SAME_STOP:
         return
     _waiting["at"] = time.monotonic()
@@ -73,11 +74,12 @@ def on_signal(signum, frame):
             raise_stop()
 
 
-def raise_stop():
+def raise_stop() -> NoReturn:
+    """Raise what ends the stage: Terminated for SIGTERM, KeyboardInterrupt for Ctrl-C."""
     raise Terminated if _waiting["raised"] == signal.SIGTERM else KeyboardInterrupt
 
 
-def again(lost):
+def again(lost: BaseException | None) -> bool:
     """Whether the exception, which Python could only print, was a stop; then it is asked for once
     more."""
     if not isinstance(lost, (KeyboardInterrupt, Terminated)) or _waiting["raised"] is None:
@@ -90,7 +92,7 @@ def again(lost):
 
 
 @contextlib.contextmanager
-def deferred_stop():
+def deferred_stop() -> Iterator[None]:
     """Within, SIGTERM and Ctrl-C only ask: the loop looks at `stop_asked()` where its state is
     whole, saves, and calls `stop()`."""
     _waiting.update(deferred=True, asked=None)
@@ -100,17 +102,18 @@ def deferred_stop():
         _waiting.update(deferred=False, asked=None)
 
 
-def stop_asked():
+def stop_asked() -> bool:
+    """Whether a stop came that the loop has still to answer."""
     return _waiting["asked"] is not None
 
 
-def stop_if_asked():
+def stop_if_asked() -> None:
     """For work that can be cut short anywhere, unless other processes would wait for this one."""
     if stop_asked() and not _waiting["joined"]:
         stop()
 
 
-def stop():
+def stop() -> NoReturn:
     """End the run as the signal that asked for it would have."""
     _waiting.update(raised=_waiting["asked"], saving=True)
     raise_stop()

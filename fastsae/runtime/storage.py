@@ -18,8 +18,9 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastsae.runtime import ranks, stops
 from fastsae.runtime.errors import EnvironmentFailure
@@ -33,7 +34,7 @@ MAX_LINE = 1 << 26  # bytes of a line that is read
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
 
 
-def watch(operation, path):
+def watch(operation: str, path: object) -> None:
     """Called before each operation."""
 
 
@@ -41,7 +42,7 @@ class _File(io.FileIO):
     """A file whose writes are watched. Python's buffer is in front of it, so these are the writes
     that reach the system."""
 
-    def write(self, data):
+    def write(self, data: Any) -> Any:
         watch("write", self.name)
         try:
             return super().write(data)
@@ -51,7 +52,7 @@ class _File(io.FileIO):
 
 
 @contextlib.contextmanager
-def committed(path, *, keep_old=False):
+def committed(path: Path | str, *, keep_old: bool = False) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` complete, or not at all: temp file, fsync, rename,
     fsync of the folder.
 
@@ -97,7 +98,8 @@ def _sync_folder(folder):
         os.close(handle)
 
 
-def make_folder(folder):
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those around it, unless it is there."""
     if not folder.is_dir():
         watch("mkdir", folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,16 +111,18 @@ def as_utf8(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def write_text(path, text, *, keep_old=False):
+def write_text(path: Path | str, text: str, *, keep_old: bool = False) -> None:
+    """Write a text as `as_utf8` has it, whole or not at all; keep_old: as `committed`."""
     with committed(path, keep_old=keep_old) as file:
         file.write(as_utf8(text))
 
 
-def to_json(value):
+def to_json(value: Any) -> str:
+    """The value as JSON in one line, with characters rather than escapes."""
     return json.dumps(value, ensure_ascii=False)
 
 
-def from_json(text):
+def from_json(text: str | bytes) -> Any:
     """The value of a JSON text or bytes. Raises ValueError for whatever is none, nesting without
     end included."""
     try:
@@ -127,11 +131,12 @@ def from_json(text):
         raise ValueError("is nested too deeply") from None
 
 
-def write_json(path, value):
+def write_json(path: Path | str, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def keep_aside(path):
+def keep_aside(path: Path) -> None:
     """Give the file a second name, `<stem>.old-n<suffix>`."""
     n = 1
     while (target := path.with_name(f"{path.stem}.old-{n}{path.suffix}")).exists():
@@ -152,14 +157,14 @@ def keep_aside(path):
     print(f"the old one is kept as {target}")
 
 
-def set_aside(paths):
+def set_aside(paths: Iterable[Path]) -> None:
     """Rename files to their `.old-n` names."""
     for path in paths:
         keep_aside(path)
         remove(path)
 
 
-def remove(path):
+def remove(path: Path) -> None:
     """Remove a file or a whole folder, if it is there."""
     if path.is_dir():
         watch("rmtree", path)
@@ -170,7 +175,7 @@ def remove(path):
 
 
 @contextlib.contextmanager
-def scratch_folder(root):
+def scratch_folder(root: Path) -> Iterator[str]:
     """A folder under `root` that is gone at the end of the `with` block; so are now those of
     processes that were killed."""
     make_folder(root)
@@ -208,14 +213,14 @@ def _remove_if_abandoned(folder):
             os.close(handle)
 
 
-def put_folder(new, folder):
+def put_folder(new: Path | str, folder: Path) -> None:
     """Move the folder `new` to `folder`, in place of what is there."""
     remove(folder)
     watch("replace", folder)
     os.rename(new, folder)
 
 
-def write_folder(folder, files):
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """A folder of `{name: bytes}`, names with slashes for folders in it, that appears under its
     name complete, or not at all.
 
@@ -238,7 +243,7 @@ def write_folder(folder, files):
         raise
 
 
-def set_folder_aside(folder):
+def set_folder_aside(folder: Path) -> None:
     """Rename a folder to `<name>.old-n`."""
     n = 1
     while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
@@ -251,7 +256,7 @@ def set_folder_aside(folder):
 # Journals: files that grow by lines, each of which counts by itself
 
 
-def append_line(path, value):
+def append_line(path: Path, value: Any) -> None:
     """Append one JSON line and fsync it."""
     make_folder(path.parent)
     is_new = not path.exists()
@@ -267,7 +272,7 @@ def append_line(path, value):
         _sync_folder(path.parent)
 
 
-def read_lines(path):
+def read_lines(path: Path | str) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; [] if there is no file.
 
     A line that is torn, damaged or longer than MAX_LINE is left out.
@@ -301,7 +306,7 @@ def keep_log_in(folder: Path | None) -> None:
     _log["folder"] = folder
 
 
-def claim(path, instead):
+def claim(path: Path, instead: str) -> None:
     """Until this stage ends, no other run may write `path`. EnvironmentFailure if one does;
     `instead` is the flag that avoids it.
 
@@ -330,7 +335,7 @@ def claim(path, instead):
         sweep(path.parent, f"{path.stem}[.-]*")
 
 
-def sweep(folder, names="*"):
+def sweep(folder: Path, names: str = "*") -> None:
     """Remove the temporary files of runs that were killed, of files whose names match. Only for who
     has claimed them."""
     for left in folder.glob(f".{names}.tmp"):
@@ -338,7 +343,7 @@ def sweep(folder, names="*"):
             remove(left)
 
 
-def require_writable(paths):
+def require_writable(paths: Iterable[Path | str]) -> None:
     """Raise now, before slow work, what writing these files would raise after it: no rights, too
     long a name, a folder in its way.
 
@@ -357,7 +362,7 @@ def require_writable(paths):
             raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def temporary_of(path):
+def temporary_of(path: Path) -> Path:
     """The name under which a file or folder is written before it gets its own."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
