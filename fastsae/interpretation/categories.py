@@ -1,7 +1,8 @@
 """Evidence from a dataset's own labels: how well one feature alone separates one category of
 examples from the rest."""
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from scipy import sparse
@@ -10,11 +11,16 @@ from scipy.stats import rankdata
 from fastsae.interpretation.significance import above_chance, rank_sum_p_values
 from fastsae.runtime.errors import InputError
 
+if TYPE_CHECKING:
+    from fastsae.interpretation.statistics import Statistics
+
+Matrix: TypeAlias = np.ndarray | sparse.csr_matrix | sparse.csc_matrix
+
 BLOCK = 1024  # features whose pooled values are dense at a time
 SHUFFLED_FEATURES = 2048  # at most so many features stand for all in the permutation baseline
 
 
-def auc_matrix(pooled, labels, n_categories):
+def auc_matrix(pooled: np.ndarray, labels: np.ndarray, n_categories: int) -> np.ndarray:
     """AUC of every feature for every category against the rest, (n_categories, M); nan where a
     category is empty or is all.
 
@@ -27,7 +33,9 @@ def auc_matrix(pooled, labels, n_categories):
         return (sums - inside * (inside + 1) / 2) / (inside * (len(labels) - inside))
 
 
-def rank_sums(ranks, labels, n_categories):
+def rank_sums(
+    ranks: np.ndarray, labels: np.ndarray, n_categories: int
+) -> tuple[np.ndarray, np.ndarray]:
     """((n_categories, M) sums of the ranks (n_examples, M) of each category's examples,
     (n_categories,) how many these are)."""
     own = np.flatnonzero(labels >= 0)
@@ -37,7 +45,9 @@ def rank_sums(ranks, labels, n_categories):
     return member @ ranks, np.bincount(labels[own], minlength=n_categories)
 
 
-def first_half(labels, n_categories, seed, texts=None):
+def first_half(
+    labels: np.ndarray, n_categories: int, seed: int, texts: np.ndarray | None = None
+) -> np.ndarray:
     """(n_examples,) bool: half of each category, drawn by the seed; odd ones go to either side in
     turn.
 
@@ -55,12 +65,24 @@ def first_half(labels, n_categories, seed, texts=None):
     return side[texts] == 1
 
 
-def best_category(pooled, labels, n_categories, seed, texts=None):
+def best_category(
+    pooled: Matrix,
+    labels: np.ndarray,
+    n_categories: int,
+    seed: int,
+    texts: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """(category number (M,), AUC (M,)), the first two of `category_above_chance`."""
     return category_above_chance(pooled, labels, n_categories, seed, texts)[:2]
 
 
-def category_above_chance(pooled, labels, n_categories, seed, texts=None):
+def category_above_chance(
+    pooled: Matrix,
+    labels: np.ndarray,
+    n_categories: int,
+    seed: int,
+    texts: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(category number (M,), AUC (M,), bool (M,)): chosen on one half of the examples, measured on
     the other, and above chance there.
 
@@ -91,7 +113,7 @@ def category_above_chance(pooled, labels, n_categories, seed, texts=None):
     return np.concatenate(chosen), aucs, above_chance(np.concatenate(p_values)) & (aucs > 0.5)
 
 
-def dense_blocks(pooled):
+def dense_blocks(pooled: Matrix) -> Iterator[np.ndarray]:
     """Dense column blocks of a matrix (n, M), dense or CSR."""
     columns = pooled if isinstance(pooled, np.ndarray) else pooled.tocsc()
     for start in range(0, pooled.shape[1], BLOCK):
@@ -99,7 +121,14 @@ def dense_blocks(pooled):
         yield block if isinstance(block, np.ndarray) else block.toarray()
 
 
-def shuffled_aucs(pooled, labels, n_categories, seed, texts=None, repeats=10):
+def shuffled_aucs(
+    pooled: Matrix,
+    labels: np.ndarray,
+    n_categories: int,
+    seed: int,
+    texts: np.ndarray | None = None,
+    repeats: int = 10,
+) -> tuple[np.ndarray, np.ndarray]:
     """((repeats, n) AUCs, (repeats, n) bool): what `category_above_chance` finds under shuffled
     labels.
 
@@ -124,7 +153,14 @@ def shuffled_aucs(pooled, labels, n_categories, seed, texts=None, repeats=10):
     return aucs, named
 
 
-def shuffled_count(pooled, labels, n_categories, seed, above, repeats=10):
+def shuffled_count(
+    pooled: Matrix,
+    labels: np.ndarray,
+    n_categories: int,
+    seed: int,
+    above: float,
+    repeats: int = 10,
+) -> float:
     """How many features reach an AUC above the bound under shuffled labels, the mean over `repeats`
     shuffles."""
     return float(
@@ -133,7 +169,7 @@ def shuffled_count(pooled, labels, n_categories, seed, above, repeats=10):
     )
 
 
-def number_labels(labels):
+def number_labels(labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(names, (n,) number of each label's name): names that one label alone has are left out, and
     their number is -1."""
     names, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
@@ -156,7 +192,7 @@ class Categories(NamedTuple):
     shuffled: np.ndarray
     shuffled_named: np.ndarray
 
-    def summary(self, bound):
+    def summary(self, bound: float) -> dict[str, Any]:
         """Counts for the tables' first line: of the table's rows, and as many of them as there
         would be under shuffled labels."""
         m, known = len(self.auc), self.auc[~np.isnan(self.auc)]
@@ -172,7 +208,14 @@ class Categories(NamedTuple):
         }
 
 
-def add_categories(rows, statistics, labels, pooling, seed, texts=None):
+def add_categories(
+    rows: list[dict[str, Any]],
+    statistics: "Statistics",
+    labels: Sequence[str | None] | None,
+    pooling: str,
+    seed: int,
+    texts: np.ndarray | None = None,
+) -> Categories | None:
     """Give each row whose feature fires, and separates a category above chance, that category and
     its AUC; `Categories` or None.
 
@@ -204,7 +247,7 @@ def add_categories(rows, statistics, labels, pooling, seed, texts=None):
     return Categories(auc, named, *shuffled_aucs(pooled[pooling], numbers, len(names), seed, texts))
 
 
-def target_numbers(values, field, value):
+def target_numbers(values: Sequence[str], field: str, value: str | None) -> np.ndarray:
     """The target (n,): 1 where a field has the value named and 0 elsewhere, or without a value the
     field's numbers."""
     if value is not None:
@@ -235,7 +278,7 @@ def target_numbers(values, field, value):
     return target
 
 
-def correlations(pooled, target):
+def correlations(pooled: Matrix, target: np.ndarray) -> np.ndarray:
     """Pearson correlation (M,) of each column of a matrix, dense or sparse, with the target; nan
     where either is constant."""
     parts = []

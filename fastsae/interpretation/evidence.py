@@ -2,10 +2,13 @@
 without a language model."""
 
 import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from fastsae.data.datasets import Example
 from fastsae.data.token_text import (
     TokenTexts,
     characteristic_tokens,
@@ -31,7 +34,18 @@ class Evidence:
     "exclude_shared_prefix", "use"} of training.
     """
 
-    def __init__(self, sae, data, examples, tokenizer, bounds, *, n_top, seed=0, progress=None):
+    def __init__(
+        self,
+        sae: Any,
+        data: Mapping[str, Any],
+        examples: Sequence[Example],
+        tokenizer: Any,
+        bounds: Mapping[str, Any],
+        *,
+        n_top: int,
+        seed: int = 0,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
         self.sae, self.data, self.examples, self.tokenizer, self.n_top = (
             sae,
             data,
@@ -59,10 +73,11 @@ class Evidence:
         self._texts = {}
 
     @property
-    def m(self):
+    def m(self) -> int:
+        """The number of features, M."""
         return self.statistics.m
 
-    def token_texts(self, example):
+    def token_texts(self, example: int) -> list[str]:
         """The texts of an example's tokens, one each."""
         if example not in self._texts:
             self._texts[example] = self.texts_of(
@@ -71,7 +86,7 @@ class Evidence:
         return self._texts[example]
 
     @functools.cached_property
-    def text_numbers(self):
+    def text_numbers(self) -> np.ndarray:
         """(n_examples,) numbers; examples of one number are the same tokens."""
         numbers, ids = {}, self.data["token_ids"]
         return np.array(
@@ -81,12 +96,12 @@ class Evidence:
             ]
         )
 
-    def own_start(self, example):
+    def own_start(self, example: int) -> int:
         """Where an example's own tokens begin, after the prefix that all examples share."""
         kind = self.data["token_kind"][self.offsets[example] : self.offsets[example + 1]]
         return int(np.argmax(kind != SHARED_PREFIX)) if (kind != SHARED_PREFIX).any() else 0
 
-    def rows(self, n_top_tokens):
+    def rows(self, n_top_tokens: int) -> list[dict[str, Any]]:
         """One dict per feature: the columns of the tables that need no labels of the dataset and no
         LLM."""
         s = self.statistics
@@ -121,12 +136,14 @@ class Evidence:
             rows.append(row)
         return rows
 
-    def shown_examples(self, features):
+    def shown_examples(
+        self, features: Iterable[int]
+    ) -> dict[int, list[tuple[float | None, int, int]]]:
         """{feature: [(quantile or None for the strongest, example, position of the maximum), ...]},
         strongest first."""
         s, shown = self.statistics, {}
         for j in features:
-            strongest = [
+            strongest: list[tuple[float | None, int, int]] = [
                 (None, int(e), int(p))
                 for e, p in zip(s.top.example[j], s.top.position[j])
                 if e >= 0
@@ -134,7 +151,7 @@ class Evidence:
             taken = {example for _, example, _ in strongest}
             there = np.flatnonzero(s.sample.example[j] >= 0)
             ranked = there[np.argsort(-s.sample.value[j][there], kind="stable")]
-            others = []
+            others: list[tuple[float | None, int, int]] = []
             for quantile in QUANTILES if len(ranked) else ():
                 i = ranked[round((1 - quantile) * (len(ranked) - 1))]
                 if (example := int(s.sample.example[j][i])) not in taken:
@@ -143,7 +160,9 @@ class Evidence:
             shown[j] = strongest + others
         return shown
 
-    def token_values(self, pairs):
+    def token_values(
+        self, pairs: Iterable[tuple[int, int]]
+    ) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
         """{(feature, example): (positions, values)} of a feature's activations in an example, for
         the pairs given.
 
@@ -174,7 +193,7 @@ class Evidence:
                     )
         return result
 
-    def neighbours(self, features):
+    def neighbours(self, features: Sequence[int]) -> dict[int, list[tuple[int, float]]]:
         """{feature: [(other, cosine of the decoder directions), ...]}, nearest first."""
         decoder = torch.nn.functional.normalize(self.sae.decoder.weight.t().float(), dim=1)
         found = {}
@@ -189,7 +208,7 @@ class Evidence:
                 found[j] = list(zip(others, values))
         return found
 
-    def coactive(self, features):
+    def coactive(self, features: Iterable[int]) -> dict[int, list[tuple[int, float]]]:
         """{feature: [(other, Jaccard index of the tokens where they fire), ...]}, closest first."""
         together, counts, found = self.statistics.together.sums, self.statistics.co_count, {}
         for j in features:
@@ -202,7 +221,7 @@ class Evidence:
         return found
 
 
-def level_name(feature, prefixes):
+def level_name(feature: int, prefixes: Sequence[int] | None) -> str:
     """'coarse' for the first Matryoshka prefix, 'fine' for what only the last one holds, 'level i'
     between; '' without prefixes."""
     if not prefixes or len(prefixes) < 2:

@@ -2,7 +2,9 @@
 final norm and unembedding."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,13 +12,23 @@ import torch
 from fastsae.data.token_text import visible
 from fastsae.runtime.machine_errors import cause_in_machine
 
+if TYPE_CHECKING:
+    from fastsae.interpretation.evidence import Evidence
+
 BLOCK = 256  # features at a time
 HEAD = ("lm_head.weight",)
 EMBEDDING = ("embed_tokens.weight", "wte.weight")
 FINAL_NORM = ("model.norm.weight", "language_model.norm.weight", "transformer.ln_f.weight")
 
 
-def add_lens(rows, evidence, located, source, n_top, n_column):
+def add_lens(
+    rows: list[dict[str, Any]],
+    evidence: "Evidence",
+    located: Path | str,
+    source: Mapping[str, Any],
+    n_top: int,
+    n_column: int,
+) -> dict[int, tuple]:
     """Name in each row of a feature that fires the tokens it promotes and suppresses; {feature:
     ([(token, logit)], [...])}.
 
@@ -42,7 +54,9 @@ def add_lens(rows, evidence, located, source, n_top, n_column):
 
 
 @torch.no_grad()
-def promoted_and_suppressed(decoder_rows, unembedding, n_top):
+def promoted_and_suppressed(
+    decoder_rows: torch.Tensor, unembedding: torch.Tensor, n_top: int
+) -> tuple:
     """(ids, values) of the n_top largest and of the n_top smallest logits of each feature, (M,
     n_top) each, strongest first.
 
@@ -61,7 +75,9 @@ def promoted_and_suppressed(decoder_rows, unembedding, n_top):
     return tuple(tuple(np.concatenate(part) for part in side) for side in (up, down))
 
 
-def load_unembedding(located, *, revision=None, cache_dir=None):
+def load_unembedding(
+    located: Path | str, *, revision: str | None = None, cache_dir: Path | str | None = None
+) -> torch.Tensor | None:
     """The unembedding (vocabulary, d) float32 times the final norm's weights, or None where the
     model's weights are not at hand.
 
@@ -86,7 +102,7 @@ def load_unembedding(located, *, revision=None, cache_dir=None):
 
 
 @torch.no_grad()
-def norm_offset(norm):
+def norm_offset(norm: Any) -> int | None:
     """0 where a module computes x / rms(x) * weight, 1 where it computes x / rms(x) * (1 + weight),
     found by trying; else None."""
     if (

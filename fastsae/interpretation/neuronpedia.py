@@ -8,7 +8,9 @@ before a batch is sent.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +18,9 @@ from fastsae.data.token_text import seen_values
 from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import short_name
 from fastsae.runtime import artifacts, storage
+
+if TYPE_CHECKING:
+    from fastsae.interpretation.evidence import Evidence
 
 BATCH = 128  # features per file
 MAX_TOKENS = 1024  # per activation
@@ -116,7 +121,7 @@ TYPES: dict = {
 }
 
 
-def check(value, schema: dict = SCHEMA, where="batch"):
+def check(value: Any, schema: dict = SCHEMA, where: str = "batch") -> None:
     """Raise ValueError, saying where, if `value` breaks the schema."""
     import re
 
@@ -163,7 +168,16 @@ def check(value, schema: dict = SCHEMA, where="batch"):
         )
 
 
-def write_batches(folder, evidence, rows, lens, *, model_id, hook_point: HookPoint, name):
+def write_batches(
+    folder: Path | str,
+    evidence: "Evidence",
+    rows: Sequence[Mapping[str, Any]],
+    lens: Mapping[int, tuple],
+    *,
+    model_id: str,
+    hook_point: HookPoint,
+    name: str,
+) -> list[Path]:
     """Write `batch-000.json`, ... for all features that fire, and return their paths."""
     alive, source, paths = (
         [row["feature"] for row in rows if row["status"] != "dead"],
@@ -202,7 +216,14 @@ def write_batches(folder, evidence, rows, lens, *, model_id, hook_point: HookPoi
     return paths
 
 
-def feature(evidence, row, examples, values, lens):
+def feature(
+    evidence: "Evidence",
+    row: Mapping[str, Any],
+    examples: Sequence[tuple],
+    values: Mapping[tuple[int, int], tuple],
+    lens: Sequence,
+) -> dict[str, Any]:
+    """One feature as SCHEMA has it."""
     j = row["feature"]
     # what a language model wrote has its name
     source = str(row["label_source"] or "").removeprefix("local:")
@@ -221,20 +242,30 @@ def feature(evidence, row, examples, values, lens):
     }
 
 
-def shortened(label, n=512):
+def shortened(label: str, n: int = 512) -> str:
     """The label in at most n UTF-16 units, which is how JavaScript counts characters."""
     return label.encode("utf-16-le", "replace")[: 2 * n].decode("utf-16-le", "ignore")
 
 
-def logits(tokens):
+def logits(tokens: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    """The first N_LOGITS (token, logit) pairs as SCHEMA has them."""
     return [{"token": token or PIECE, "value": figure(value)} for token, value in tokens[:N_LOGITS]]
 
 
-def figure(value):
+def figure(value: float) -> float:
+    """A number with six significant digits."""
     return float(f"{value:.6g}")
 
 
-def activation(evidence, j, quantile, example, peak, positions, strengths):
+def activation(
+    evidence: "Evidence",
+    j: int,
+    quantile: float | None,
+    example: int,
+    peak: int,
+    positions: np.ndarray,
+    strengths: np.ndarray,
+) -> dict[str, Any]:
     """One example, cut to MAX_TOKENS around its strongest token. The quantile interval is the tenth
     of the feature's range that holds its maximum; its fraction, the share of the sampled firing
     examples in that tenth.

@@ -7,7 +7,7 @@ import numpy as np
 LEVEL = 0.05
 
 
-def rank_sum_p_values(ranks, n_inside, rank_sums):
+def rank_sum_p_values(ranks: np.ndarray, n_inside: np.ndarray, rank_sums: np.ndarray) -> np.ndarray:
     """(M,) one-sided p-values of rank sums under a random choice of the examples inside.
 
     Args: ranks (n, M), each column's ranks over n examples, ties averaged; n_inside (M,), how many
@@ -34,7 +34,7 @@ def rank_sum_p_values(ranks, n_inside, rank_sums):
     return np.clip(np.nan_to_num(p, nan=1.0), 0, 1)
 
 
-def smallest_gap(ranks):
+def smallest_gap(ranks: np.ndarray) -> np.ndarray:
     """(M,) least difference between two different ranks of a column; 0 where all are equal."""
     steps = np.diff(np.sort(ranks, axis=0), axis=0)
     return np.where(
@@ -42,7 +42,7 @@ def smallest_gap(ranks):
     )
 
 
-def above_chance(p_values, level=LEVEL):
+def above_chance(p_values: np.ndarray, level: float = LEVEL) -> np.ndarray:
     """(M,) bool: p-values that the Benjamini-Hochberg procedure accepts at this false discovery
     rate; nan never is."""
     p_values = np.asarray(p_values, np.float64)

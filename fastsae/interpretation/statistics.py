@@ -7,6 +7,9 @@ pairs (feature x token name, feature x feature) that are cut back to each featur
 they grow too long. `tests/interpretation/test_interpretation_statistics.py` holds the dense twin.
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import numpy as np
 from scipy import sparse
 
@@ -37,7 +40,7 @@ class Statistics:
     name.
     """
 
-    def __init__(self, m, n_tokens, n_names, *, n_top, n_sampled):
+    def __init__(self, m: int, n_tokens: int, n_names: int, *, n_top: int, n_sampled: int) -> None:
         self.m, self.n_kept = m, 0
         self.count, self.total, self.maximum = (
             np.zeros(m, np.int64),
@@ -56,10 +59,11 @@ class Statistics:
         self.pooled_mean: sparse.csr_matrix
 
     @property
-    def density(self):
+    def density(self) -> np.ndarray:
+        """(M,) each feature's density: the share of the kept tokens on which it fires."""
         return self.count / max(self.n_kept, 1)
 
-    def add_entries(self, column, value, kind_role):
+    def add_entries(self, column: np.ndarray, value: np.ndarray, kind_role: np.ndarray) -> None:
         """Sums over the entries of a block; kind_role (nnz,): kind * 5 + role of each entry's
         token."""
         m, n_groups = self.m, self.kind_role_mass[0].size
@@ -72,22 +76,22 @@ class Statistics:
 
 
 def collect(
-    sae,
-    activations,
-    lengths,
-    token_kind,
-    token_role,
-    name_of_token,
-    n_names,
+    sae: Any,
+    activations: Any,
+    lengths: np.ndarray,
+    token_kind: np.ndarray,
+    token_role: np.ndarray,
+    name_of_token: np.ndarray,
+    n_names: int,
     *,
-    max_norm=None,
-    exclude_shared_prefix=True,
-    use="all",
-    n_top=5,
-    n_sampled=32,
-    seed=0,
-    progress=None,
-):
+    max_norm: float | None = None,
+    exclude_shared_prefix: bool = True,
+    use: str = "all",
+    n_top: int = 5,
+    n_sampled: int = 32,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> Statistics:
     """`Statistics` of the features of `sae` on activations (n_tokens, d), an array or memory map of
     examples one after the other.
 
@@ -162,11 +166,12 @@ def collect(
     result.pooled_max, result.pooled_mean = (
         sparse.vstack(part, format="csr")[has_tokens] for part in zip(*pooled_parts)
     )
-    result.name_mass.fold(), result.together.fold()
+    result.name_mass.fold()
+    result.together.fold()
     return result
 
 
-def example_blocks(offsets):
+def example_blocks(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
     """(first, last) ranges of whole examples of about BLOCK_TOKENS tokens."""
     first = 0
     while first < len(offsets) - 1:
@@ -177,7 +182,7 @@ def example_blocks(offsets):
         first = last
 
 
-def encode_rows(sae, x):
+def encode_rows(sae: Any, x: Any) -> sparse.csr_matrix:
     """Features of activations x (n, d), a float32 CPU tensor, as a CSR matrix (n, M) float32."""
     import torch
 
@@ -199,7 +204,14 @@ def encode_rows(sae, x):
     )
 
 
-def example_pairs(example, column, value, position, n_examples, m):
+def example_pairs(
+    example: np.ndarray,
+    column: np.ndarray,
+    value: np.ndarray,
+    position: np.ndarray,
+    n_examples: int,
+    m: int,
+) -> tuple:
     """The (example, feature) pairs of a block with a positive value: (example, feature, maximum,
     sum, position of the maximum)."""
     flat = example * m + column
@@ -214,7 +226,11 @@ def example_pairs(example, column, value, position, n_examples, m):
     return pair // m, pair % m, largest[pair], total, where[pair]
 
 
-def keep_examples(result, pairs, first, seed):
+def keep_examples(result: Statistics, pairs: tuple, first: int, seed: int) -> None:
+    """Offer a block's pairs to the strongest examples and to the random sample.
+
+    pairs: as `example_pairs` gives them, examples counted from `first`.
+    """
     example, feature, largest, _, position = pairs
     result.top.offer(feature, largest, example + first, position, largest)
     result.sample.offer(
@@ -222,7 +238,7 @@ def keep_examples(result, pairs, first, seed):
     )
 
 
-def lottery(example, feature, seed):
+def lottery(example: np.ndarray, feature: np.ndarray, seed: int) -> np.ndarray:
     """A number in (0, 1] for each pair, the same in every run and block order (splitmix64's mixing
     of the two numbers)."""
     x = (
@@ -235,12 +251,14 @@ def lottery(example, feature, seed):
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / (1 << 53) + 2.0**-54
 
 
-def counts_per_example(chosen, offsets):
+def counts_per_example(chosen: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """(n_examples,) how many of its tokens are chosen, bool (n_tokens,)."""
     return np.diff(np.concatenate([[0], np.cumsum(chosen)])[offsets])
 
 
-def choose_pooled(lengths, examples, m, k, seed):
+def choose_pooled(
+    lengths: np.ndarray, examples: np.ndarray, m: int, k: int, seed: int
+) -> np.ndarray:
     """Numbers of the examples whose pooled features are held: all of `examples`, or a random
     choice of as many as POOLED_ENTRIES allows.
 
@@ -252,7 +270,9 @@ def choose_pooled(lengths, examples, m, k, seed):
     return np.sort(np.random.default_rng((seed, 2)).permutation(examples)[:n])
 
 
-def pooled_rows(pairs, is_pooled, lengths, example_of_token, m):
+def pooled_rows(
+    pairs: tuple, is_pooled: np.ndarray, lengths: np.ndarray, example_of_token: np.ndarray, m: int
+) -> tuple:
     """(maximum, mean) over the kept tokens of each pooled example of a block, two CSR matrices
     (n_pooled in the block, M)."""
     example, feature, largest, total, _ = pairs
@@ -271,11 +291,11 @@ class Histogram:
     """Counts of positive values per feature in N_BINS equal bins from 0 to a power of two that
     doubles when a value exceeds it."""
 
-    def __init__(self, m):
+    def __init__(self, m: int) -> None:
         self.counts = np.zeros((m, N_BINS), np.int64)
         self.exponent = np.full(m, -127, np.int32)  # bins span 2 ** exponent
 
-    def add(self, column, value, maximum):
+    def add(self, column: np.ndarray, value: np.ndarray, maximum: np.ndarray) -> None:
         """Count values (nnz,) of features (nnz,); maximum (M,): the largest so far, with these."""
         needed = np.frexp(maximum)[1]  # smallest e with maximum < 2 ** e
         for feature in np.flatnonzero((needed > self.exponent) & (maximum > 0)):
@@ -292,7 +312,7 @@ class Histogram:
             self.counts.shape
         )
 
-    def bars(self, feature):
+    def bars(self, feature: int) -> tuple[np.ndarray, float]:
         """(counts, upper end): the bins up to the one that holds the maximum, merged in pairs."""
         counts = self.counts[feature].reshape(-1, 2).sum(1)
         filled = np.flatnonzero(counts)
@@ -307,11 +327,18 @@ class Kept:
     Unused places have key 0 and example -1.
     """
 
-    def __init__(self, m, n):
+    def __init__(self, m: int, n: int) -> None:
         self.key, self.value = np.zeros((m, n)), np.zeros((m, n), np.float32)
         self.example, self.position = np.full((m, n), -1, np.int64), np.zeros((m, n), np.int64)
 
-    def offer(self, feature, key, example, position, value):
+    def offer(
+        self,
+        feature: np.ndarray,
+        key: np.ndarray,
+        example: np.ndarray,
+        position: np.ndarray,
+        value: np.ndarray,
+    ) -> None:
         """Candidates (n,) with positive keys, in the order of their examples; of equal keys the
         earlier stays."""
         n = self.key.shape[1]
@@ -350,14 +377,15 @@ class PairSums:
     late from small parts.
     """
 
-    def __init__(self, m, n_others):
+    def __init__(self, m: int, n_others: int) -> None:
         self.sums, self.exact = sparse.csr_matrix((m, n_others), dtype=np.float32), True
         self.waiting, self.n_waiting = [], 0
 
-    def add_entries(self, feature, other, value):
+    def add_entries(self, feature: np.ndarray, other: np.ndarray, value: np.ndarray) -> None:
+        """Add values (n,) to the sums of pairs (feature, other), each (n,)."""
         self._wait((feature.astype(np.int32), other.astype(np.int32), value))
 
-    def add_product(self, fired):
+    def add_product(self, fired: sparse.csr_matrix) -> None:
         """Count the pairs of features that fire together; fired: CSR (n_tokens, M) of ones."""
         product = (fired.T.tocsr() @ fired).tocoo()
         self._wait((product.row, product.col, product.data))
@@ -368,7 +396,7 @@ class PairSums:
         if self.n_waiting > PAIR_LIMIT:
             self.fold()
 
-    def fold(self):
+    def fold(self) -> None:
         """Add what is waiting to `sums`, and cut these back if they are too many."""
         if self.waiting:
             feature, other, value = (np.concatenate(part) for part in zip(*self.waiting))

@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import EnvironmentFailure
@@ -35,7 +37,7 @@ BEFORE_FORMULA = re.compile(
 OCCASIONAL = ("hypotheses.csv", "hypotheses.json")  # written by some runs only
 
 
-def csv_text(rows: list[dict], columns) -> str:
+def csv_text(rows: list[dict], columns: Sequence[str]) -> str:
     """CSV of dicts; numbers with six digits.
 
     Where a spreadsheet could begin a cell with a formula, which is at the start of a text and after
@@ -59,7 +61,13 @@ def _cell(value):
     return BEFORE_FORMULA.sub("'", value)
 
 
-def write_outputs(folder, texts, jsonl_path, rows, metadata):
+def write_outputs(
+    folder: Path,
+    texts: Mapping[str, str],
+    jsonl_path: Path,
+    rows: list[dict],
+    metadata: Mapping[str, Any],
+) -> None:
     """Write the named texts, then the JSONL whose first line names their checksums: while that is
     missing, nothing counts as done."""
     for name, text in texts.items():
@@ -85,7 +93,7 @@ def sealed(about: dict, rows: list[dict]) -> str:
     return artifacts.to_json({**about, SEAL: digest}) + "\n" + text
 
 
-def read_sealed(path) -> list[dict]:
+def read_sealed(path: Path | str) -> list[dict]:
     """The lines of a file that holds what `sealed` gave. EnvironmentFailure if a byte of it was
     lost, added or changed."""
     content = Path(path).read_bytes()
@@ -102,7 +110,7 @@ def read_sealed(path) -> list[dict]:
     )
 
 
-def read_labels(jsonl_path, checkpoint_fingerprint: str) -> dict[int, str]:
+def read_labels(jsonl_path: Path | str, checkpoint_fingerprint: str) -> dict[int, str]:
     """{feature: label} of interpretations.jsonl; {} if it is missing, damaged, or about another
     checkpoint."""
     try:

@@ -4,13 +4,24 @@ what needs no features."""
 import contextlib
 import io
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.sparse import csc_matrix, csr_matrix
 
 from fastsae.activations.files import release
-from fastsae.interpretation.categories import auc_matrix, correlations, dense_blocks, first_half
+from fastsae.interpretation.categories import (
+    Matrix,
+    auc_matrix,
+    correlations,
+    dense_blocks,
+    first_half,
+)
 from fastsae.runtime.stops import stop_if_asked
+
+if TYPE_CHECKING:
+    from fastsae.interpretation.evidence import Evidence
 
 # of the selection; 1 was HypotheSAEs' own separation_score, without a least support
 METHOD_VERSION = 2
@@ -20,7 +31,7 @@ COMPARED_EXAMPLES = 4000  # ridge regressions see at most so many, drawn at rand
 PENALTIES = np.logspace(-1, 5, 13)  # of the ridge regressions, on columns of unit variance
 
 
-def finding_half(target, seed, texts=None):
+def finding_half(target: np.ndarray, seed: int, texts: np.ndarray | None = None) -> np.ndarray:
     """(n,) bool: the half on which features are chosen; of each value for a target of 0 and 1.
     Copies of a text share a side."""
     texts = np.arange(len(target)) if texts is None else texts
@@ -29,11 +40,12 @@ def finding_half(target, seed, texts=None):
     return np.random.default_rng(seed).permutation(texts.max() + 1)[texts] % 2 == 0
 
 
-def is_binary(target):
+def is_binary(target: np.ndarray) -> bool:
+    """Whether a target (n,) holds only 0 and 1."""
     return set(np.unique(target)) <= {0, 1}
 
 
-def least_support(target):
+def least_support(target: np.ndarray) -> int:
     """In how many texts a feature must fire, or be silent, before these count as evidence.
 
     LEAST_SUPPORT, less where the smaller side of a target of 0 and 1, or a tenth of the texts, is
@@ -43,14 +55,14 @@ def least_support(target):
     return max(3, int(min(LEAST_SUPPORT, smaller, len(target) // 10)))
 
 
-def supported(pooled, least, silence):
+def supported(pooled: Any, least: int, silence: bool) -> np.ndarray:
     """(M,) bool: whether each column of sparse `pooled` (n_texts, M) fires in `least` rows; with
     `silence`, is also 0 in as many."""
     fires = np.asarray((pooled > 0).sum(0)).ravel()
     return (fires >= least) & ((pooled.shape[0] - fires >= least) | (not silence))
 
 
-def without_few_silent(pooled, least):
+def without_few_silent(pooled: Any, least: int) -> csc_matrix:
     """CSC `pooled` (n_texts, M) where 0 counts as a column's mean over the others if fewer than
     `least` rows are 0.
 
@@ -68,7 +80,7 @@ def without_few_silent(pooled, least):
     return (pooled + csc_matrix((np.concatenate(values), where), shape=pooled.shape)).tocsc()
 
 
-def separation_scores(pooled, target, n_top):
+def separation_scores(pooled: Matrix, target: np.ndarray, n_top: int) -> np.ndarray:
     """(M,) mean target of the n_top rows where each column is largest and above 0, less the mean of
     the rows where it is 0.
 
@@ -88,7 +100,14 @@ def separation_scores(pooled, target, n_top):
     return np.concatenate(scores)
 
 
-def select_features(pooled, target, n_select, method, seed, texts=None):
+def select_features(
+    pooled: Any,
+    target: np.ndarray,
+    n_select: int,
+    method: str,
+    seed: int,
+    texts: np.ndarray | None = None,
+) -> list[dict[str, Any]]:
     """Features that predict a target, best first: dicts of feature, score, held-out correlation and
     AUC, n_firing.
 
@@ -146,7 +165,9 @@ def select_features(pooled, target, n_select, method, seed, texts=None):
     ]
 
 
-def lasso_coefficients(pooled, target, n_select, binary):
+def lasso_coefficients(
+    pooled: np.ndarray, target: np.ndarray, n_select: int, binary: bool
+) -> np.ndarray:
     """(p,) coefficients of HypotheSAEs' lasso with n_select of them, 0 for the others."""
     # it prints, and warns of convergence
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -161,11 +182,14 @@ def lasso_coefficients(pooled, target, n_select, binary):
     return coefficients
 
 
-def finite(value):
+def finite(value: float | None) -> float | None:
+    """The number, or None for nan, infinity and None."""
     return None if value is None or not np.isfinite(value) else float(value)
 
 
-def mean_activations(activations, offsets, kept, examples):
+def mean_activations(
+    activations: Any, offsets: np.ndarray, kept: np.ndarray, examples: Sequence[int] | np.ndarray
+) -> np.ndarray:
     """(n, d) float32: the mean activation over the kept tokens of each of `examples`."""
     means = np.empty((len(examples), activations.shape[1]), np.float32)
     for row, example in enumerate(examples):
@@ -176,7 +200,9 @@ def mean_activations(activations, offsets, kept, examples):
     return means
 
 
-def held_out_scores(sources, target, first):
+def held_out_scores(
+    sources: Mapping[str, Matrix], target: np.ndarray, first: np.ndarray
+) -> dict[str, dict[str, Any]]:
     """{name: {"n_columns", "held_out"}}: ridge regression on each source's columns, fitted on one
     half, measured on the other.
 
@@ -204,7 +230,7 @@ def held_out_scores(sources, target, first):
     return result
 
 
-def word_counts(texts, first):
+def word_counts(texts: Sequence[str], first: np.ndarray) -> csr_matrix:
     """CSR (n, words): 1 + log of how often each text holds each word that at least two texts of the
     finding half hold."""
     from sklearn.feature_extraction.text import CountVectorizer
@@ -219,7 +245,15 @@ def word_counts(texts, first):
     return found
 
 
-def compare(pooled, found, target, examples, evidence, seed, texts):
+def compare(
+    pooled: Any,
+    found: Sequence[Mapping[str, Any]],
+    target: np.ndarray,
+    examples: np.ndarray,
+    evidence: "Evidence",
+    seed: int,
+    texts: np.ndarray,
+) -> dict[str, Any] | None:
     """What the selected features explain of the target on the held-out half, beside all features
     and what needs none.
 

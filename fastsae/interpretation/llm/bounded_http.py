@@ -19,6 +19,7 @@ import urllib.request
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 MAX_BYTES = 2 << 20  # of a reply's body, as sent and as unpacked
@@ -32,7 +33,7 @@ CUT_OFF = "the reply breaks off"
 class ExchangeFailed(Exception):
     """No reply came. `again`: another try may help. `fatal`: every call would fail alike."""
 
-    def __init__(self, reason: str, *, again: bool = False, fatal: bool = False):
+    def __init__(self, reason: str, *, again: bool = False, fatal: bool = False) -> None:
         super().__init__(reason)
         self.reason, self.again, self.fatal = reason, again, fatal
 
@@ -74,7 +75,7 @@ class _Wire(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         self.sock.settimeout(self.deadline.left())
         n = self.sock.recv_into(buffer)
         self.n_left -= n

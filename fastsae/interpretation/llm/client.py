@@ -15,6 +15,7 @@ import re
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def endpoint() -> tuple[str, str | None] | None:
     return (key or masking.NO_KEY, base_url or None) if key or base_url else None
 
 
-def check_url(base_url):
+def check_url(base_url: str) -> None:
     """Raise InputError for other than an http address; it is not shown, since it may hold a
     password."""
     remedy = "set it to an address such as http://localhost:8000/v1, or unset it."
@@ -91,7 +92,7 @@ def check_url(base_url):
         raise InputError(f"OPENAI_BASE_URL: there is no port 0. {remedy}")
 
 
-def public_url(base_url):
+def public_url(base_url: str | None) -> str | None:
     """A base URL without user, password and query, fit for files."""
     if not base_url:
         return None
@@ -100,7 +101,7 @@ def public_url(base_url):
     return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
 
 
-def choose_backend(model, *, timeout, device, cache_dir=None):
+def choose_backend(model: str, *, timeout: float, device: str, cache_dir: str | None = None) -> Any:
     """The interpreter that INTERPRETER_MODEL and the environment name; None without one."""
     if model.startswith(LOCAL):
         return LocalModel(model.removeprefix(LOCAL), device, cache_dir)
@@ -111,7 +112,7 @@ def choose_backend(model, *, timeout, device, cache_dir=None):
 class CallFailed(Exception):
     """No reply came; `fatal` if every further call would fail alike."""
 
-    def __init__(self, reason, fatal=False):
+    def __init__(self, reason: str, fatal: bool = False) -> None:
         super().__init__(reason)
         self.reason, self.fatal = reason, fatal
 
@@ -121,7 +122,7 @@ class ChatEndpoint:
 
     parallel = True
 
-    def __init__(self, key, base_url, model, *, timeout):
+    def __init__(self, key: str, base_url: str | None, model: str, *, timeout: float) -> None:
         """timeout: seconds for the requests of one call, repeated ones included."""
         self.key, self.base_url, self.model, self.timeout = key, base_url, model, timeout
         # model, base URL and parameters: what a reply depends on besides the prompt
@@ -137,7 +138,7 @@ class ChatEndpoint:
         path = parts.path.rstrip("/") + "/chat/completions"
         return parts._replace(path=path, fragment="").geturl()
 
-    def complete(self, prompt):
+    def complete(self, prompt: str) -> tuple[str | None, str | None, dict[str, int]]:
         """(text or None, why there is none, usage) of one reply; raises CallFailed."""
         answer = self._answer(prompt)
         if not 200 <= answer.status < 300:
@@ -209,10 +210,11 @@ class ChatEndpoint:
             place = public_url(urljoin(self.url, answer.headers.get("location", "")))
         except ValueError:
             return "an address that cannot be read"
-        return ascii("".join(self.masked(cleaned(place)).split()))[1:-1][:MAX_MESSAGE]
+        return ascii("".join(self.masked(cleaned(place or "")).split()))[1:-1][:MAX_MESSAGE]
 
 
 def is_redirect(answer: Reply) -> bool:
+    """Whether an answer sends the client to another address."""
     return 300 <= answer.status < 400
 
 
@@ -246,16 +248,18 @@ class LocalModel:
 
     parallel = False
 
-    def __init__(self, name, device, cache_dir=None):
+    def __init__(self, name: str, device: str, cache_dir: str | None = None) -> None:
         if not name:
             raise InputError(
                 "INTERPRETER_MODEL: local: names no model. write for example "
                 "local:SmolLM2-135M-Instruct."
             )
-        self.model, self.device, self.cache_dir, self.loaded = LOCAL + name, device, cache_dir, None
+        self.model, self.device, self.cache_dir = LOCAL + name, device, cache_dir
+        self.loaded: tuple[Any, Any] | None = None  # tokenizer, model
         self.scope = [self.model, None, {"max_new_tokens": LOCAL_NEW_TOKENS, "do_sample": False}]
 
-    def complete(self, prompt):
+    def complete(self, prompt: str) -> tuple[str | None, str | None, dict[str, int]]:
+        """(text, why there is none, tokens used): the model's own continuation, greedy."""
         import torch
 
         tokenizer, model = self._load()
@@ -314,19 +318,27 @@ class LocalModel:
 class Journal:
     """Replies on disk, one JSON line each, found by model, base URL, parameters and prompt."""
 
-    def __init__(self, path, scope):
+    def __init__(self, path: Path, scope: Sequence) -> None:
         self.path, self.scope, self.lock = path, scope, threading.Lock()
         lines = map(_checked, artifacts.read_lines(path))
         self.replies = {line["key"]: line for line in lines if line}
 
-    def key(self, prompt):
+    def key(self, prompt: str) -> str:
+        """sha256 (hex) of the scope and the prompt."""
         return hashlib.sha256(json.dumps([*self.scope, prompt]).encode()).hexdigest()
 
-    def get(self, prompt):
+    def get(self, prompt: str) -> dict[str, Any] | None:
         """The journalled line of a prompt, {"reply", "unusable", ...}, or None."""
         return self.replies.get(self.key(prompt))
 
-    def add(self, prompt, reply, unusable=None, usage=None):
+    def add(
+        self,
+        prompt: str,
+        reply: str | None,
+        unusable: str | None = None,
+        usage: dict[str, int] | None = None,
+    ) -> None:
+        """Append a reply, or why there is none, to the file."""
         line = {
             "key": self.key(prompt),
             "model": self.scope[0],
@@ -357,23 +369,30 @@ class Asker:
     """Asks prompts through a backend and a journal. `stop_reason` is set once nothing more should
     be asked."""
 
-    def __init__(self, backend, journal_path, *, n_workers, retry_unusable=False):
+    def __init__(
+        self, backend: Any, journal_path: Path, *, n_workers: int, retry_unusable: bool = False
+    ) -> None:
         self.backend, self.n_workers, self.retry_unusable = (
             backend,
             n_workers if backend.parallel else 1,
             retry_unusable,
         )
         self.journal = Journal(journal_path, backend.scope)
-        self.stop_reason, self.failures_in_a_row, self.lock = None, 0, threading.Lock()
+        self.stop_reason: str | None = None
+        self.failures_in_a_row, self.lock = 0, threading.Lock()
         self.spent = {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
 
-    def open(self, prompts, usable=lambda reply: True):
+    def open(
+        self, prompts: Iterable[str], usable: Callable[[str], bool] = lambda reply: True
+    ) -> list[str]:
         """Those of the prompts that are still to be asked, each once."""
         return [
             prompt for prompt in dict.fromkeys(prompts) if self.answered(prompt, usable) is None
         ]
 
-    def answered(self, prompt, usable=lambda reply: True):
+    def answered(
+        self, prompt: str, usable: Callable[[str], bool] = lambda reply: True
+    ) -> dict[str, Any] | None:
         """The journalled line of a prompt that needs no (second) try, or None."""
         line = self.journal.get(prompt)
         if line is None or (
@@ -382,7 +401,9 @@ class Asker:
             return None
         return line
 
-    def ask(self, prompts, what, usable=lambda reply: True):
+    def ask(
+        self, prompts: Sequence[str], what: str, usable: Callable[[str], bool] = lambda reply: True
+    ) -> dict[str, tuple[str | None, str | None]]:
         """{prompt: (reply or None, reason if None)}; `usable(reply)` says which replies need no
         second try."""
         failed, waiting = {}, self.open(prompts, usable)
@@ -411,7 +432,7 @@ class Asker:
                 raise
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-        result = {}
+        result: dict[str, tuple[str | None, str | None]] = {}
         for prompt in prompts:
             line = self.journal.get(prompt)
             if prompt in failed or line is None:

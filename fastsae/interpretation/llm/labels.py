@@ -13,12 +13,19 @@ half only.
 import contextlib
 import io
 import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastsae.data.token_text import seen_values, with_text
 from fastsae.data.tokenization import CONTENT, ROLES
 from fastsae.interpretation.llm.replies import fits, parse_fast, parse_label, parse_yes_no
+
+if TYPE_CHECKING:
+    from fastsae.data.datasets import Example
+    from fastsae.interpretation.evidence import Evidence
+    from fastsae.interpretation.llm.client import Asker
 
 # of an example in a prompt, HypotheSAEs' 256 words; longer ones are cut around the feature's
 # strongest token
@@ -60,7 +67,7 @@ class Shown:
     its label is tested on.
     """
 
-    def __init__(self, evidence, texts, seed):
+    def __init__(self, evidence: "Evidence", texts: Sequence[str], seed: int) -> None:
         self.evidence, self.texts, self.seed = evidence, texts, seed
         metadata = evidence.data.get("metadata")
         self.max_length = (
@@ -83,7 +90,7 @@ class Shown:
         self.first = np.zeros(len(self.examples), bool)
         self.first[first] = True
 
-    def ranked(self, feature, shown):
+    def ranked(self, feature: int, shown: bool) -> tuple[np.ndarray, np.ndarray]:
         """(rows, values): pooled rows of the shown or of the held-out texts, strongest first, ties
         by number."""
         column = self.pooled[:, feature].toarray().ravel()
@@ -91,7 +98,7 @@ class Shown:
         rows = rows[np.argsort(-column[rows], kind="stable")]
         return rows, column[rows]
 
-    def contrast(self, feature, n, shown):
+    def contrast(self, feature: int, n: int, shown: bool) -> tuple[np.ndarray, np.ndarray]:
         """(positive, negative) example numbers, at most n // 2 each: the strongest, and at random
         those where the feature is silent."""
         rows, values = self.ranked(feature, shown)
@@ -99,7 +106,7 @@ class Shown:
         negative = np.random.default_rng((self.seed, feature)).permutation(silent)[: n // 2]
         return self.examples[rows[values > 0][: n // 2]], self.examples[np.sort(negative)]
 
-    def text(self, feature, example):
+    def text(self, feature: int, example: int) -> str:
         """An example as the labeller reads it: its text, or what the model read of it if that is
         long or was cut by MAX_LENGTH.
 
@@ -153,7 +160,7 @@ class Shown:
         return self.max_length is None or self._n_tokens(example) < self.max_length
 
 
-def contrastive_prompts(shown, features):
+def contrastive_prompts(shown: Shown, features: Iterable[int]) -> dict[int, str]:
     """{feature: HypotheSAEs' contrastive prompt} for the features that fire in MIN_HELD_OUT
     examples that may be shown."""
     # it prints a warning for every feature with few examples
@@ -180,11 +187,11 @@ def contrastive_prompts(shown, features):
 class _Firing:
     """Stands for the (n, M) activations where HypotheSAEs only asks whether a feature fires."""
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: object) -> np.ndarray:
         return np.ones(1)
 
 
-def fast_prompts(shown, features):
+def fast_prompts(shown: Shown, features: Iterable[int]) -> dict[int, str]:
     """{feature: FAST prompt} for the features that fire in five examples that may be shown."""
     chosen = {}
     for j in features:
@@ -205,7 +212,7 @@ def fast_prompts(shown, features):
     }
 
 
-def can_score(shown, feature):
+def can_score(shown: Shown, feature: int) -> bool:
     """Whether a feature fires in as many examples that may be shown as FAST's prompt needs."""
     return bool((shown.ranked(feature, True)[1][:FAST_EXAMPLES] > 0).sum() == FAST_EXAMPLES)
 
@@ -235,7 +242,9 @@ def _figure(value):
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def fidelity_prompts(shown, labels, n_examples):
+def fidelity_prompts(
+    shown: Shown, labels: Mapping[int, str], n_examples: int
+) -> dict[int, list[tuple[str, bool]]]:
     """{feature: [(prompt, should it be yes), ...]} over held-out examples; features that
     `untestable` names are left out.
 
@@ -256,7 +265,7 @@ def fidelity_prompts(shown, labels, n_examples):
     return result
 
 
-def untestable(shown, feature, n_examples):
+def untestable(shown: Shown, feature: int, n_examples: int) -> str | None:
     """Why a label of the feature cannot be tested on held-out examples, or None."""
     positive, negative = shown.contrast(feature, n_examples, shown=False)
     if n_examples // 2 < MIN_HELD_OUT:
@@ -270,7 +279,7 @@ def untestable(shown, feature, n_examples):
     )
 
 
-def fidelity(answers):
+def fidelity(answers: Sequence[tuple[bool | None, bool]]) -> dict[str, float] | None:
     """{fidelity_precision, fidelity_recall, fidelity_f1, n_held_out} of [(said yes or None,
     fires)], or None if too few are clear."""
     clear = [(said, fires) for said, fires in answers if said is not None]
@@ -293,7 +302,8 @@ def fidelity(answers):
     }
 
 
-def plain_text(example):
+def plain_text(example: "Example") -> str:
+    """An example as one text: itself, or its turns with `role: ` before each."""
     return (
         example.messages[0]["content"]
         if example.is_text
@@ -305,7 +315,17 @@ class Labelling:
     """The calls that label `labelled` features and score `scored` ones: their plan, and their
     outcome."""
 
-    def __init__(self, shown, asker, *, protocol, labelled, candidates, n_scored, n_fidelity):
+    def __init__(
+        self,
+        shown: Shown,
+        asker: "Asker",
+        *,
+        protocol: str,
+        labelled: Sequence[int],
+        candidates: Sequence[int],
+        n_scored: int,
+        n_fidelity: int,
+    ) -> None:
         """candidates: features in random order, of which the first `n_scored` that fire in five
         examples are scored."""
         self.shown, self.asker, self.n_fidelity = shown, asker, n_fidelity
@@ -322,7 +342,7 @@ class Labelling:
             protocol,
         )
 
-    def plan(self, count_tokens):
+    def plan(self, count_tokens: Callable[[str], int]) -> list[tuple[str, int, int]]:
         """[(what, calls, prompt tokens)] still to be paid for; validation is counted with the
         label, where it is there already."""
         parts = [
@@ -339,7 +359,8 @@ class Labelling:
     def _open_validation(self):
         """Prompts of the validation still to be asked; a label that is yet to come has the ordinary
         length."""
-        labels, to_come = {}, []
+        labels: dict[int, Any] = {}
+        to_come: list[int] = []
         for j in self.labelled:
             for prompts, parse in ((self.contrastive, parse_label), (self.fast, parse_fast)):
                 if j in prompts:
@@ -364,7 +385,7 @@ class Labelling:
             *(p for pairs in unknown for p, _ in pairs),
         ]
 
-    def print_plan(self, tokenizer):
+    def print_plan(self, tokenizer: Any) -> None:
         """Say what would be asked, in calls and prompt tokens as the examined model's own tokenizer
         counts them."""
         parts = self.plan(lambda prompt: len(tokenizer.encode(prompt, add_special_tokens=False)))
@@ -376,7 +397,7 @@ class Labelling:
             "nothing was asked or written."
         )
 
-    def run(self):
+    def run(self) -> dict[int, dict[str, Any]]:
         """{feature: {label, label_protocol, score, score_name, fidelity_..., problems}} of every
         feature asked about."""
         outcome: dict[int, dict] = {

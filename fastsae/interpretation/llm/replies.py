@@ -4,6 +4,8 @@ be used."""
 import json
 import re
 import unicodedata
+from collections.abc import Callable
+from typing import Any
 
 MAX_LABEL = 300  # characters
 MAX_ANSWER = 20_000  # characters after the thinking; a longer answer follows no form
@@ -67,7 +69,7 @@ def one_line(text: str) -> str:
 class NoCompletion(Exception):
     """A reply other than a chat completion. `paid`: it may have been paid for all the same."""
 
-    def __init__(self, reason: str, *, paid: bool):
+    def __init__(self, reason: str, *, paid: bool) -> None:
         super().__init__(reason)
         self.reason, self.paid = reason, paid
 
@@ -134,7 +136,7 @@ def error_message(body: bytes) -> str:
     return one_line(answer if isinstance(answer, str) else text)
 
 
-def joined(content):
+def joined(content: Any) -> str:
     """The text of a message whose content is a text or a list of parts; "" if it is neither."""
     parts = content if isinstance(content, list) else [{"text": content}]
     return "".join(
@@ -146,7 +148,7 @@ def joined(content):
     )
 
 
-def as_count(value):
+def as_count(value: Any) -> int:
     """A count of tokens as a server gave it; 0 if it is none."""
     try:
         count = int(value)
@@ -155,7 +157,7 @@ def as_count(value):
     return count if 0 < count <= MOST_TOKENS else 0
 
 
-def without_thinking(reply):
+def without_thinking(reply: str) -> str | None:
     """The reply after its <think> part; None if there is no more, or far too much."""
     if "</think" in reply:
         reply = re.split(r"</think(?:ing)?>", reply)[-1]
@@ -164,7 +166,7 @@ def without_thinking(reply):
     return reply.strip() if len(reply) <= MAX_ANSWER else None
 
 
-def parse_label(reply):
+def parse_label(reply: str) -> str | None:
     """The label of a contrastive reply, or None if there is none (empty, markup, far too long, a
     preamble, a refusal).
 
@@ -216,7 +218,7 @@ def _unquoted(line):
     return line[:-1] if line.endswith(('"', "”")) and len(re.findall('["“”]', line)) % 2 else line
 
 
-def parse_fast(reply):
+def parse_fast(reply: str) -> tuple[int, str] | None:
     """(score, name) of a FAST reply, or None: the score must be one whole number from 1 to 5.
 
     The line that the prompt asks for counts, the last one for the name; all of them must agree on
@@ -257,7 +259,7 @@ def _to_closing(text):
     return ""
 
 
-def parse_yes_no(reply):
+def parse_yes_no(reply: str) -> bool | None:
     """True, False, or None if the reply begins with neither yes nor no."""
     match = re.match(
         r"[\W_]*(?:(?:output|answer|response)[^\w:]*:[\W_]*)?(yes|no)\b(?![\s\"'”)*]*(?:/|or\b))",
@@ -267,6 +269,6 @@ def parse_yes_no(reply):
     return match and match[1].lower() == "yes"
 
 
-def fits(parse):
+def fits(parse: Callable[[str], Any]) -> Callable[[str], bool]:
     """A test of replies: whether there is something to `parse`."""
     return lambda reply: parse(reply) is not None

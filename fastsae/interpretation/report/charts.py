@@ -2,13 +2,16 @@
 escaped."""
 
 import math
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 170, 40, 22
 
 
-def chart(title, note, body):
+def chart(title: str, note: str, body: Sequence[str]) -> dict[str, Any]:
+    """{title, note, svg} of SVG elements."""
     return {
         "title": title,
         "note": note,
@@ -18,16 +21,18 @@ def chart(title, note, body):
     }
 
 
-def text(x, y, content, anchor="middle", key=False):
+def text(x: float, y: float, content: object, anchor: str = "middle", key: bool = False) -> str:
+    """An SVG text at (x, y), escaped; key: in the colour of figures."""
     kind = ' class="key"' if key else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(content)}</text>'
 
 
-def line(x1, y1, x2, y2, kind="axis"):
+def line(x1: float, y1: float, x2: float, y2: float, kind: str = "axis") -> str:
+    """An SVG line of the style sheet's class `kind`."""
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def compact(value):
+def compact(value: float) -> str:
     """A number in few characters: 1,200 -> 1.2k, 0.01234 -> 0.012."""
     if value and abs(value) >= 1000:
         for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -36,7 +41,16 @@ def compact(value):
     return f"{value:.2g}" if abs(value) < 10 else f"{value:.3g}"
 
 
-def bars(title, note, counts, labels, *, shown=None, cool=(), outline=()):
+def bars(
+    title: str,
+    note: str,
+    counts: Sequence[float],
+    labels: Sequence[str | None],
+    *,
+    shown: Sequence[str] | None = None,
+    cool: Collection[int] = (),
+    outline: Sequence[float] = (),
+) -> dict[str, Any]:
     """One bar per count; `labels` under them (None = no label), `shown` above them; numbers in
     `cool` take the second colour.
 
@@ -67,7 +81,9 @@ def bars(title, note, counts, labels, *, shown=None, cool=(), outline=()):
     return chart(title, note, body)
 
 
-def log_bars(title, note, values, *, guide=None, guide_name=""):
+def log_bars(
+    title: str, note: str, values: Any, *, guide: float | None = None, guide_name: str = ""
+) -> dict[str, Any] | None:
     """A histogram of positive values on a logarithmic axis; `guide` is a value marked by a dashed
     line, bars beyond it stand out."""
     import numpy as np
@@ -83,7 +99,7 @@ def log_bars(title, note, values, *, guide=None, guide_name=""):
     high = max(high, low + 0.25)
     edges = np.logspace(low, high, 41)
     counts = np.histogram(values, edges)[0]
-    labels = [None] * len(counts)
+    labels: list[str | None] = [None] * len(counts)
     for power in range(math.ceil(low), math.floor(high) + 1):
         labels[min(int((power - low) / (high - low) * 40), 39)] = compact(10.0**power)
     if sum(label is not None for label in labels) < 2:
@@ -109,7 +125,7 @@ def log_bars(title, note, values, *, guide=None, guide_name=""):
     return result
 
 
-def curves(title, note, series):
+def curves(title: str, note: str, series: Sequence[tuple[str, Sequence[float]]]) -> dict[str, Any]:
     """Lines over epochs: series [(name, [values])], the first two coloured; y begins at 0."""
     n, top = (
         max(len(values) for _, values in series),

@@ -10,19 +10,30 @@ no text of the dataset could act even if it were not escaped.
 import base64
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastsae.data.token_text import seen_values, with_text
 from fastsae.data.tokenization import ROLES
 
+if TYPE_CHECKING:
+    from fastsae.interpretation.evidence import Evidence
+
 # of an example kept in the report; longer ones are cut around the place shown
 DIALOGUE_TOKENS = 1024
 KIND_LETTERS = "ctp"  # content, chat template, prefix shared by all examples
 
 
-def render(evidence, rows, shown, lens, run):
+def render(
+    evidence: "Evidence",
+    rows: Sequence[Mapping[str, Any]],
+    shown: Sequence[int],
+    lens: Mapping[int, tuple],
+    run: Mapping[str, Any],
+) -> str:
     """The report as text.
 
     rows: one dict per feature (all of them); shown: numbers of the features to include; lens:
@@ -73,7 +84,7 @@ def render(evidence, rows, shown, lens, run):
     )
 
 
-def template_sha256():
+def template_sha256() -> str:
     """Checksum of the report's template, style and script; new ones make the report anew."""
     folder = Path(__file__).parent
     return hashlib.sha256(
@@ -81,11 +92,12 @@ def template_sha256():
     ).hexdigest()
 
 
-def csp_hash(text):
+def csp_hash(text: str) -> str:
+    """A text's hash as a content security policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
 
 
-def embed(value):
+def embed(value: Any) -> str:
     """JSON that is safe inside a <script> block: no <, >, & and no line separators that old parsers
     take for line ends."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -94,7 +106,14 @@ def embed(value):
     return text
 
 
-def report_data(evidence, rows, shown, lens, order, chance):
+def report_data(
+    evidence: "Evidence",
+    rows: Sequence[Mapping[str, Any]],
+    shown: Sequence[int],
+    lens: Mapping[int, tuple],
+    order: str,
+    chance: Any,
+) -> dict[str, Any]:
     """What the script works from: token texts, the dialogues that are shown, and one dict per
     feature."""
     examples = evidence.shown_examples(shown)
@@ -131,7 +150,15 @@ def report_data(evidence, rows, shown, lens, order, chance):
     }
 
 
-def feature_data(evidence, row, entries, lens, near, together):
+def feature_data(
+    evidence: "Evidence",
+    row: Mapping[str, Any],
+    entries: list[dict[str, Any]],
+    lens: Sequence,
+    near: Sequence,
+    together: Sequence,
+) -> dict[str, Any]:
+    """One feature as report.js reads it."""
     s, j = evidence.statistics, row["feature"]
     histogram, end = s.histogram.bars(j)
     by_llm = row["label_source"] not in ("", "tokens")
@@ -170,7 +197,7 @@ def feature_data(evidence, row, entries, lens, near, together):
     }
 
 
-def token_groups(kind_role_mass):
+def token_groups(kind_role_mass: np.ndarray) -> list[list]:
     """[[name, share], ...] of a feature's activation: content by role, the template's own tokens,
     the shared prefix."""
     total = max(kind_role_mass.sum(), 1e-30)
@@ -190,11 +217,12 @@ def token_groups(kind_role_mass):
     ]
 
 
-def pairs(items):
+def pairs(items: Sequence[tuple]) -> list[list]:
+    """[[name, JSON number], ...] of (name, number) pairs."""
     return [[name, number(value)] for name, value in items]
 
 
-def number(value, digits=4):
+def number(value: Any, digits: int = 4) -> float | None:
     """A JSON number of few significant digits, or None for nothing."""
     return None if value is None or not np.isfinite(value) else float(f"{value:.{digits}g}")
 
@@ -202,10 +230,10 @@ def number(value, digits=4):
 class Dialogues:
     """The examples that the report shows, each once, their tokens' texts numbered in `strings`."""
 
-    def __init__(self, evidence):
+    def __init__(self, evidence: "Evidence") -> None:
         self.evidence, self.list, self.strings, self.places, self.numbers = evidence, [], [], {}, {}
 
-    def place(self, example, peak):
+    def place(self, example: int, peak: int) -> tuple[int, int, int]:
         """(number in `list`, first token, token after the last) of the example, or of the part of a
         long one that holds `peak`."""
         length = int(self.evidence.data["seq_lengths"][example])

@@ -2,7 +2,9 @@
 provenance."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +15,9 @@ from fastsae.interpretation.report import charts
 from fastsae.interpretation.significance import LEVEL
 from fastsae.lm.names import described, short_name
 from fastsae.sae.metrics import measured_on
+
+if TYPE_CHECKING:
+    from fastsae.interpretation.evidence import Evidence
 
 METRICS = (
     ("normalized_mse", "normalised MSE"),
@@ -36,7 +41,13 @@ MEASURED = {
 }
 
 
-def describe_run(features: Features, metadata, scored, settings, n_shown):
+def describe_run(
+    features: Features,
+    metadata: Mapping[str, Any],
+    scored: Any,
+    settings: Mapping[str, Any],
+    n_shown: int,
+) -> dict[str, Any]:
     """What `report.render` needs besides the features: title, story, charts and tables."""
     evidence, sae_meta, source, rows = (
         features.evidence,
@@ -88,7 +99,7 @@ def describe_run(features: Features, metadata, scored, settings, n_shown):
     }
 
 
-def left_out(sae_meta, n_tokens):
+def left_out(sae_meta: Mapping[str, Any], n_tokens: int) -> str:
     """Which tokens the figures leave out, as the end of a sentence that counts the others."""
     settings = sae_meta["settings"]
     parts = [
@@ -108,11 +119,12 @@ def left_out(sae_meta, n_tokens):
     )
 
 
-def who_labelled(rows, llm):
+def who_labelled(rows: Sequence[Mapping[str, Any]], llm: Mapping[str, Any] | None) -> str:
     """A sentence on who wrote the labels; llm: the settings of the language model, None where none
     was asked."""
     n_llm = sum(row["label_source"] not in ("", "tokens") for row in rows)
     if n_llm:
+        assert llm is not None  # or no label would be a language model's
         return (
             f"{n_llm} labels were written by {llm['INTERPRETER_MODEL']}, "
             "the others are the features' own tokens."
@@ -125,7 +137,7 @@ def who_labelled(rows, llm):
     return f"{asked}: every label is made of the feature's own tokens."
 
 
-def target_table(comparison):
+def target_table(comparison: Mapping[str, Any]) -> tuple:
     """How well the target is predicted, with and without features, as a table of the run page."""
     note = (
         f"{comparison['measure']} of ridge regressions, fitted on {comparison['n_finding']:,} "
@@ -146,7 +158,13 @@ def target_table(comparison):
     )
 
 
-def run_tables(sae_meta, source, metadata, settings, comparison=None):
+def run_tables(
+    sae_meta: Mapping[str, Any],
+    source: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    comparison: Mapping[str, Any] | None = None,
+) -> list[tuple]:
     """[(name, note, [(key, value)], open)] of figures, provenance and settings."""
     metrics = sae_meta.get("metrics", {})
     figures = [
@@ -209,7 +227,7 @@ def run_tables(sae_meta, source, metadata, settings, comparison=None):
     ]
 
 
-def named(value):
+def named(value: Any) -> Any:
     """`value`; of a path on this machine only its last part: the report is made to be sent on, the
     tables' first line has it all."""
     return short_name(value) if isinstance(value, str) and Path(value).is_absolute() else value
@@ -223,10 +241,12 @@ def _shown(value):
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
 
 
-def run_charts(evidence, history, max_norm, categories, scored):
+def run_charts(
+    evidence: "Evidence", history: Any, max_norm: float | None, categories: Any, scored: Any
+) -> list[dict[str, Any] | None]:
     """The charts of the run page; what has no data is left out."""
     s = evidence.statistics
-    result = []
+    result: list[dict[str, Any] | None] = []
     if history:
         result.append(
             charts.curves(
