@@ -7,7 +7,9 @@ or its padding. Works on any model that `decoder_stack` knows.
 """
 
 import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,10 +17,13 @@ import torch
 from fastsae.activations.extraction import split_batches
 from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.residual import decoder_stack
+from fastsae.sae import Autoencoder
 from fastsae.sae.autoencoder import decode, encode
 
 # rows of logits that are turned into losses at a time: 512 x 49,152 floats are 100 MB
 LOGIT_ROWS = 512
+# what can take the stream's place: (x (n, d_model), token (n,)) -> (n, d_model)
+Replacement: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -33,7 +38,9 @@ class Losses:
 
 
 @contextlib.contextmanager
-def replaced(model, layer, function):
+def replaced(
+    model: Any, layer: int, function: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
     """Within, the residual stream after `layer` blocks is what `function` makes of it, (batch,
     length, d_model) both."""
 
@@ -50,7 +57,7 @@ def replaced(model, layer, function):
 
 
 @contextlib.contextmanager
-def continued(model, layer, stream):
+def continued(model: Any, layer: int, stream: torch.Tensor) -> Iterator[None]:
     """Within, the first `layer` blocks do not run: what they would have given is `stream` (batch,
     length, d_model).
 
@@ -67,7 +74,15 @@ def continued(model, layer, stream):
 
 
 @torch.inference_mode()
-def next_token_losses(model, layer, examples, replacements, *, batch_tokens=1024, progress=None):
+def next_token_losses(
+    model: Any,
+    layer: int,
+    examples: Sequence[np.ndarray],
+    replacements: Mapping[str, Replacement],
+    *,
+    batch_tokens: int = 1024,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Losses]:
     """{name: Losses} of the model as it is, under "clean", and with each of `replacements` in the
     place of the residual stream.
 
@@ -109,7 +124,9 @@ def next_token_losses(model, layer, examples, replacements, *, batch_tokens=1024
     return result
 
 
-def padded(examples, batch, starts, device):
+def padded(
+    examples: Sequence[np.ndarray], batch: Sequence[int], starts: np.ndarray, device: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(ids (batch, longest) int64, real (batch, longest) bool, token (n_real,) int64) of the
     examples numbered in `batch`."""
     longest = max(len(examples[i]) for i in batch)
@@ -124,7 +141,15 @@ def padded(examples, batch, starts, device):
     return ids.to(device), real.to(device), token.to(device)
 
 
-def write_losses(losses, clean, logits, ids, batch, examples, starts):
+def write_losses(
+    losses: Losses,
+    clean: torch.Tensor,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    batch: Sequence[int],
+    examples: Sequence[np.ndarray],
+    starts: np.ndarray,
+) -> None:
     """Put the losses of a batch where its tokens are: clean (batch, length, vocabulary)
     log-probabilities, logits of the same shape."""
     for row, i in enumerate(batch):
@@ -141,21 +166,21 @@ def write_losses(losses, clean, logits, ids, batch, examples, starts):
             )
 
 
-def loss_recovered(clean, spliced, ablated):
+def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
     """(ablated - spliced) / (ablated - clean) of three mean losses: 1 if nothing is lost, 0 if it
     is no better than the ablation."""
     return (ablated - spliced) / (ablated - clean)
 
 
-# What can take the stream's place: functions (x (n, d_model), token (n,)) -> (n, d_model)
+# Replacements
 
 
-def only(where, function):
+def only(where: np.ndarray, function: Replacement) -> Replacement:
     """`function` on the tokens where `where` (n_tokens,) is true; the others stay as they are."""
-    where = torch.as_tensor(where)
+    flags = torch.as_tensor(where)
 
     def apply(x, token):
-        chosen = where[token.cpu()].to(x.device)
+        chosen = flags[token.cpu()].to(x.device)
         if not bool(chosen.any()):
             return x
         new = x.clone()
@@ -165,7 +190,7 @@ def only(where, function):
     return apply
 
 
-def reconstruction(sae):
+def reconstruction(sae: Autoencoder) -> Replacement:
     """The autoencoder's reconstruction, in float32 on its own device."""
 
     def apply(x, token):
@@ -175,12 +200,12 @@ def reconstruction(sae):
     return apply
 
 
-def constant(vector):
+def constant(vector: Any) -> Replacement:
     """The same vector (d_model,) for every token: zeros, or the mean."""
     return lambda x, token: torch.as_tensor(vector).to(x).expand_as(x)
 
 
-def without_feature(sae, feature):
+def without_feature(sae: Autoencoder, feature: int) -> Replacement:
     """x - f_k d_k: the stream without what feature k adds to it, and with all that the autoencoder
     does not explain."""
 
@@ -200,11 +225,14 @@ class _Seen(Exception):
 
 
 @torch.inference_mode()
-def residual_stream(model, layer, examples, *, batch_tokens=1024):
+def residual_stream(
+    model: Any, layer: int, examples: Sequence[np.ndarray], *, batch_tokens: int = 1024
+) -> torch.Tensor:
     """(n_tokens, d_model) float32 on the CPU: the stream after `layer` blocks, later blocks left
     out."""
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
-    rows, seen = None, []
+    rows: torch.Tensor | None = None
+    seen = []
 
     def see(stream):
         seen.append(stream)
@@ -217,10 +245,13 @@ def residual_stream(model, layer, examples, *, batch_tokens=1024):
         part = seen.pop()[real].float().cpu()
         rows = torch.empty((int(starts[-1]), part.shape[1])) if rows is None else rows
         rows[token.cpu()] = part
+    assert rows is not None
     return rows
 
 
-def steering(direction, alphas, *, answer_only=False):
+def steering(
+    direction: Any, alphas: Any, *, answer_only: bool = False
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function for `replaced`: z + alpha * direction, one alpha for each row of the batch (FAST,
     section on steering).
 
@@ -242,7 +273,15 @@ def steering(direction, alphas, *, answer_only=False):
 
 
 @torch.inference_mode()
-def generate(model, prompts, *, n_new, stop_ids, layer=None, function=None):
+def generate(
+    model: Any,
+    prompts: torch.Tensor,
+    *,
+    n_new: int,
+    stop_ids: Sequence[int],
+    layer: int | None = None,
+    function: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> list[list[int]]:
     """Greedy continuations of prompts (batch, length), with a key-value cache: a list of lists of
     token ids, one per row.
 
@@ -251,7 +290,11 @@ def generate(model, prompts, *, n_new, stop_ids, layer=None, function=None):
     """
     ids, cache = prompts.to(model.device), None
     written, running = [[] for _ in prompts], [True] * len(prompts)
-    with contextlib.nullcontext() if function is None else replaced(model, layer, function):
+    steered: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if function is not None:
+        assert layer is not None  # the layer that `function` acts on
+        steered = replaced(model, layer, function)
+    with steered:
         for _ in range(n_new):
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
             cache, best = out.past_key_values, out.logits[:, -1].float().argmax(-1)  # (batch,)

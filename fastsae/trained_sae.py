@@ -3,6 +3,7 @@ text with its model run as in stage 1."""
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,14 @@ import torch
 
 from fastsae.data.token_masks import chosen_tokens, usable_tokens
 from fastsae.data.token_text import TokenTexts, visible
-from fastsae.data.tokenization import CONTENT, SHARED_PREFIX, TEMPLATE, ChatTokenizer, Example
+from fastsae.data.tokenization import (
+    CONTENT,
+    SHARED_PREFIX,
+    TEMPLATE,
+    ChatTokenizer,
+    Example,
+    Tokens,
+)
 from fastsae.formats import load
 from fastsae.formats.load import (
     architecture_of,
@@ -26,14 +34,14 @@ from fastsae.lm.names import described
 from fastsae.lm.residual import ResidualModel
 from fastsae.lm.sources import require_same
 from fastsae.runtime.errors import InputError
-from fastsae.sae import autoencoder
-from fastsae.sae.sparse_step import Entries
+from fastsae.sae import Autoencoder, autoencoder
+from fastsae.sae.sparse_step import SparseActivations
 
 N_TOP = 3  # features per token in a printed text
 
 
 def load_sae(
-    path,
+    path: Path | str,
     *,
     model_name: str | None = None,
     layer: int | None = None,
@@ -78,19 +86,23 @@ class TrainedSae:
     """`encode`, `decode` and `features_of`; `sae` is the HypotheSAEs module underneath, `meta` what
     its checkpoint says of itself."""
 
-    def __init__(self, sae, meta: dict, *, device: str = "cpu", cache_dir: str | None = None):
+    def __init__(
+        self, sae: Autoencoder, meta: dict, *, device: str = "cpu", cache_dir: str | None = None
+    ) -> None:
         self.sae, self.meta, self.device, self.cache_dir = sae, meta, device, cache_dir
         self._reader: tuple[ChatTokenizer, ResidualModel, dict] | None = None
 
     @property
     def d(self) -> int:
+        """Dimensions of an activation, d_in."""
         return self.sae.input_bias.numel()
 
     @property
     def n_features(self) -> int:
+        """The number of features, d_sae."""
         return self.sae.m_total_neurons
 
-    def encode(self, x) -> torch.Tensor:
+    def encode(self, x: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Features (..., M) of activations x (..., d), array or tensor, as they come from the
         model."""
         # arrays of files are read-only
@@ -105,15 +117,17 @@ class TrainedSae:
         dense[entries.row.long(), entries.column.long()] = entries.value
         return dense.reshape(*x.shape[:-1], self.n_features)
 
-    def decode(self, features) -> torch.Tensor:
+    def decode(self, features: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Reconstructions (..., d) of features (..., M)."""
         features = torch.as_tensor(features).to(self.sae.input_bias)
         flat = features.reshape(-1, self.n_features)
         row, column = flat.nonzero(as_tuple=True)
-        entries = Entries(row.int(), column.int(), flat[row, column], len(flat), self.n_features)
+        entries = SparseActivations(
+            row.int(), column.int(), flat[row, column], len(flat), self.n_features
+        )
         return autoencoder.decode(self.sae, entries).reshape(*features.shape[:-1], self.d)
 
-    def features_of(self, text, n_top: int = 5) -> list[TokenFeatures]:
+    def features_of(self, text: str | list[dict], n_top: int = 5) -> list[TokenFeatures]:
         """The tokens of a text (one user turn), or of messages [{"role", "content"}, ...], with the
         `n_top` strongest features of each.
 
@@ -146,7 +160,7 @@ class TrainedSae:
             )
         return result
 
-    def read(self, text):
+    def read(self, text: str | list[dict]) -> tuple[Tokens, torch.Tensor]:
         """(Tokens, activations (n_tokens, d)) of a text or of messages, rounded as the activations
         file stores them."""
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
@@ -167,7 +181,7 @@ class TrainedSae:
             getattr(torch, source["settings"].get("STORAGE_DTYPE", "float32"))
         )
 
-    def reader(self):
+    def reader(self) -> tuple[ChatTokenizer, ResidualModel, dict[str, Any]]:
         """(tokenizer, model, metadata of the activations) that belong to this autoencoder; loaded
         once."""
         if self._reader is None:
@@ -183,7 +197,10 @@ class TrainedSae:
                 "this autoencoder does not name its model and layer. give them (--model-name, "
                 "or model_name= and layer=), or call encode(activations)."
             )
-        origin: dict[str, Any] = {"revision": source.get("model_revision"), "cache_dir": self.cache_dir}
+        origin: dict[str, Any] = {
+            "revision": source.get("model_revision"),
+            "cache_dir": self.cache_dir,
+        }
         if recorded := (source.get("inputs") or {}).get("model"):
             require_same(
                 name,
@@ -240,7 +257,9 @@ class TrainedSae:
         return "\n".join(filter(None, [what, where, ", ".join(figures)]))
 
 
-def describe_text(text, path, labels_path, *, device: str, **options) -> str:
+def describe_text(
+    text: str, path: Path | str, labels_path: Path | str, *, device: str, **options: Any
+) -> str:
     """What the autoencoder at `path` is, and the strongest features of each token of a text, with
     their labels where there are any."""
     sae = load_sae(path, device=choose_device(device), **options)

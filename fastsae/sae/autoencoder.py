@@ -1,13 +1,16 @@
 """Autoencoders: HypotheSAEs' `SparseAutoencoder`, laid out for fast steps; its checkpoints; its
 features of given activations."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure
-from fastsae.sae import architectures
+from fastsae.sae import Autoencoder, architectures
 from fastsae.sae.normalisation import Normalisation, inference_weights
-from fastsae.sae.sparse_step import TINY, Entries, active_entries, update_threshold
+from fastsae.sae.sparse_step import TINY, SparseActivations, active_entries, update_threshold
 from fastsae.settings.architectures import ARCHITECTURES, DENSE
 
 CONFIG_NAMES = (
@@ -34,7 +37,7 @@ def checkpoint_name(
     return f"SAE_matryoshka_M={m}_K={k}_prefixes={'-'.join(map(str, prefixes))}.pt"
 
 
-def new_sae(config: dict, device: str | torch.device = "cpu"):
+def new_sae(config: dict, device: str | torch.device = "cpu") -> Autoencoder:
     """A `hypothesaes.sae.SparseAutoencoder` from its config dict, its decoder stored as the
     transpose of (M, d) rows.
 
@@ -54,7 +57,7 @@ def new_sae(config: dict, device: str | torch.device = "cpu"):
     return sae
 
 
-def inference_form(sae, normalisation):
+def inference_form(sae: Autoencoder, normalisation: Normalisation) -> Autoencoder:
     """`sae`, trained on normalised activations, as one that takes them as they are; `sae` itself if
     there is nothing to change."""
     architecture = ARCHITECTURES[sae.architecture].form
@@ -65,7 +68,7 @@ def inference_form(sae, normalisation):
     return form
 
 
-def config_of(sae):
+def config_of(sae: Autoencoder) -> dict[str, Any]:
     """The dict that rebuilds `sae`. It names the architecture only where HypotheSAEs has none that
     computes the same: a standard one is BatchTopK with a threshold of 0 to it."""
     config = {name: getattr(sae, name) for name in CONFIG_NAMES}
@@ -74,7 +77,7 @@ def config_of(sae):
     return {**config, "architecture": sae.architecture}
 
 
-def with_architecture(config, meta):
+def with_architecture(config: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's config with the architecture, where `config_of` left it out though HypotheSAEs
     has no name for it."""
     trained = ARCHITECTURES.get(meta.get("settings", {}).get("ARCHITECTURE"))
@@ -85,7 +88,9 @@ def with_architecture(config, meta):
     return {**config, "architecture": kept.name} if left_out else config
 
 
-def reference_step(sae, x, dead, *, aux_coef):
+def reference_step(
+    sae: Autoencoder, x: torch.Tensor, dead: torch.Tensor, *, aux_coef: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The slow twin of `sparse_step`: HypotheSAEs' own forward and loss and autograd, with the same
     corrections to aux-k."""
     sae.zero_grad(set_to_none=True)
@@ -115,19 +120,19 @@ def reference_step(sae, x, dead, *, aux_coef):
 
 
 @torch.no_grad()
-def encode(sae, x: torch.Tensor) -> Entries:
-    """Features of activations x (n, d) as inference has them: an `Entries` of the positive ones."""
+def encode(sae: Autoencoder, x: torch.Tensor) -> SparseActivations:
+    """The positive features of activations x (n, d), as inference has them."""
     entries = active_entries(sae, x - sae.input_bias, training=False)
     return entries.keep(entries.value > 0)
 
 
 @torch.no_grad()
-def decode(sae, entries: Entries) -> torch.Tensor:
+def decode(sae: Autoencoder, entries: SparseActivations) -> torch.Tensor:
     """Reconstructions (n, d) of features."""
     return entries.times(sae.decoder.weight.t()) + sae.input_bias
 
 
-def save_sae(path, sae, meta: dict) -> None:
+def save_sae(path: Path | str, sae: Autoencoder, meta: dict) -> None:
     """Write `{"config", "state_dict", "meta"}`, which `hypothesaes.sae.load_model` reads (see
     `config_of`); never NaN or infinity."""
     state = {
@@ -141,7 +146,9 @@ def save_sae(path, sae, meta: dict) -> None:
     artifacts.write_checkpoint(path, {"config": config_of(sae), "state_dict": state, "meta": meta})
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(
+    path: Path | str, device: str | torch.device = "cpu"
+) -> tuple[Autoencoder, dict[str, Any]]:
     """(sae, meta) of a checkpoint that `save_sae` wrote, its checksum looked at. Raises
     EnvironmentFailure if it is damaged."""
     checkpoint = artifacts.read_checkpoint(path)

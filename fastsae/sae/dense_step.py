@@ -7,15 +7,16 @@ the same only for activations of the same length: see `normalisation.Normalisati
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from fastsae.runtime import distributed
-from fastsae.sae import architectures
+from fastsae.sae import Autoencoder, architectures
 
 
 def dense_step(
-    sae,
+    sae: Autoencoder,
     x: torch.Tensor,
     dead: torch.Tensor | None,
     *,
@@ -39,7 +40,7 @@ def dense_step(
 
 
 @torch.no_grad()
-def validation_loss(sae, x_blocks: Iterable[torch.Tensor], **options) -> float:
+def validation_loss(sae: Autoencoder, x_blocks: Iterable[torch.Tensor], **options: Any) -> float:
     """The loss on the tokens of `x_blocks`, (B, d) each, normalised as in training; `options` as
     for `dense_step`."""
     total, n = 0.0, 0

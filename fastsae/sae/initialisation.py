@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastsae.sae import architectures
+from fastsae.sae import Autoencoder, architectures
 
 LEAN = 0.25  # of mixed directions towards a token each, against 1 at random
 MEDIAN_COLUMNS = 512  # sorted at a time
@@ -13,7 +13,15 @@ GEOMETRIC_MEDIAN_CHANGE = 1e-8  # relative change of the summed distances at whi
 
 
 @torch.no_grad()
-def initialise(sae, sample, seed, *, directions="xavier", centre="median", encoder_scale=1.0):
+def initialise(
+    sae: Autoencoder,
+    sample: torch.Tensor,
+    seed: int,
+    *,
+    directions: str = "xavier",
+    centre: str = "median",
+    encoder_scale: float | None = 1.0,
+) -> None:
     """Set the weights of `sae` from a sample of activations (n, d); the defaults are HypotheSAEs'
     initialisation.
 
@@ -46,7 +54,7 @@ def initialise(sae, sample, seed, *, directions="xavier", centre="median", encod
     sae.threshold.mul_(encoder_scale)
 
 
-def draw_directions(kind, m, sample, seed):
+def draw_directions(kind: str, m: int, sample: torch.Tensor, seed: int) -> torch.Tensor:
     """(M, d) rows of any length from a centred sample (n, d), drawn on the CPU so that every device
     starts from the same numbers."""
     d = sample.shape[1]
@@ -72,7 +80,7 @@ def draw_directions(kind, m, sample, seed):
         return torch.nn.init.xavier_uniform_(torch.empty(d, m)).t().to(sample.device)
 
 
-def best_scale(sae, sample):
+def best_scale(sae: Autoencoder, sample: torch.Tensor) -> float:
     """The factor that brings the reconstructions of `sample` (n, d) closest to it, by least
     squares; 1 where nothing fires."""
     from fastsae.sae.sparse_step import active_entries
@@ -98,7 +106,7 @@ def median(x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def geometric_median(x):
+def geometric_median(x: torch.Tensor) -> torch.Tensor:
     """The point with the least sum of distances to the rows of x (n, d), by Weiszfeld's iteration
     (FAST, section on b_dec)."""
     guess, last = x.mean(0), math.inf

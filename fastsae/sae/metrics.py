@@ -1,11 +1,15 @@
 """How well an autoencoder reconstructs activations, summed over whole sets of tokens (never a mean
 of batch ratios)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 
 from fastsae.activations.files import release
 from fastsae.runtime.stops import stop_if_asked
+from fastsae.sae import Autoencoder
 from fastsae.sae.autoencoder import decode, encode
 
 BATCH = 4096
@@ -13,7 +17,14 @@ IN_ALL = ("mse", "normalized_mse", "explained_variance", "l0", "mse_template_tok
 
 
 @torch.no_grad()
-def evaluate(sae, activations, rows, example_of_row, special, errors=None):
+def evaluate(
+    sae: Autoencoder,
+    activations: Any,
+    rows: np.ndarray,
+    example_of_row: np.ndarray,
+    special: np.ndarray,
+    errors: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Metrics of `sae` on the given rows of `activations`.
 
     Args: activations (n_tokens, d) CPU tensor or (mapped) array; rows (n,) the tokens to use;
@@ -93,6 +104,6 @@ def _per_example_mean(values, example):
     return float(np.mean(np.bincount(inverse, values) / counts))
 
 
-def measured_on(metrics):
+def measured_on(metrics: Mapping[str, Any]) -> str:
     """The part of the examples that the figures are of; without a test part: validation."""
     return metrics.get("measured_on", "validation")

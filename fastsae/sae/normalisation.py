@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastsae.sae import architectures
+from fastsae.sae import Autoencoder, architectures
 
 
 @dataclass
@@ -17,6 +17,7 @@ class Normalisation:
     scale: float = 1.0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(x - mean) * scale of activations x (n, d)."""
         if self.mean is not None:
             x = x - self.mean
         return x if self.scale == 1 else x * self.scale
@@ -33,7 +34,7 @@ def choose_normalisation(kind: str, sample: torch.Tensor) -> Normalisation:
 
 
 @torch.no_grad()
-def inference_weights(sae, normalisation: Normalisation) -> dict[str, torch.Tensor]:
+def inference_weights(sae: Autoencoder, normalisation: Normalisation) -> dict[str, torch.Tensor]:
     """The state dict of an autoencoder that takes activations as they are, and whose features are
     those of `sae` / scale.
 

@@ -3,11 +3,12 @@
 HypotheSAEs computes the loss with dense (batch, M) matrices of which K entries per row are not
 zero. Here the forward pass, the loss and every gradient use those entries alone, as sparse (CSR)
 products; the encoder's own product is the one dense product left, a block of rows at a time so that
-its result is still in the cache when the largest K are picked from it. The outcome equals autograd
-through HypotheSAEs' `forward` and `compute_loss` (tests/sae/test_training_step.py), except for three
-corrections: aux-k ranks dead features by their pre-activation and applies no ReLU, so that it
-reaches features whose pre-activation is negative; it is left out while nothing is dead; and a batch
-without variance gives 0 instead of NaN.
+its result is still in the cache when the largest K are picked from it.
+
+The outcome equals autograd through HypotheSAEs' `forward` and `compute_loss`
+(tests/sae/test_training_step.py), except for three corrections: aux-k ranks dead features by their
+pre-activation and applies no ReLU, so that it reaches features whose pre-activation is negative; it
+is left out while nothing is dead; and a batch without variance gives 0 instead of NaN.
 
 Shapes: x (B, d), encoder weight (M, d), decoder rows (M, d), one entry per active feature, sorted
 by row and column.
@@ -15,12 +16,14 @@ by row and column.
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fastsae.runtime import distributed
+from fastsae.sae import Autoencoder
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -32,9 +35,9 @@ BLOCK_ROWS = 512  # rows of pre-activations at a time on a CPU: 512 x 4,608 floa
 
 
 @dataclass
-class Entries:
-    """The non-zero entries of a sparse (n_rows, M) matrix of features, sorted by row and within a
-    row by column.
+class SparseActivations:
+    """The non-zero entries of a sparse (n_rows, M) matrix of feature activations, sorted by row and
+    within a row by column.
 
     Indices are int32, which the sparse products take as they are (int64 would be converted by each
     of them).
@@ -47,7 +50,8 @@ class Entries:
     n_columns: int
     pointers: torch.Tensor | None = None  # (n_rows + 1,) int32, where each row begins
 
-    def crow(self):
+    def crow(self) -> torch.Tensor:
+        """(n_rows + 1,) int32: where each row begins, and the number of entries."""
         if self.pointers is None:
             self.pointers = _pointers(self.row, self.n_rows)
         return self.pointers
@@ -57,17 +61,19 @@ class Entries:
             self.crow(), self.column, value, (self.n_rows, self.n_columns), check_invariants=False
         )
 
-    def times(self, dense):
+    def times(self, dense: torch.Tensor) -> torch.Tensor:
         """(n_rows, M) @ (M, d) -> (n_rows, d)."""
         return self._csr(self.value) @ dense
 
-    def dots(self, left, right):
+    def dots(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """<left[row], right[column]> for each entry, (nnz,): left (n_rows, d), right (M, d)."""
         return torch.sparse.sampled_addmm(
             self._csr(torch.zeros_like(self.value)), left, right.t(), beta=0.0
         ).values()
 
-    def transposed_times(self, pairs):
+    def transposed_times(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    ) -> list[torch.Tensor]:
         """For each (row, value, dense) of `pairs`, the product (M, n) @ (n, d) -> (M, d) over the
         entries of this pattern.
 
@@ -84,9 +90,9 @@ class Entries:
             for row, value, dense in pairs
         ]
 
-    def keep(self, mask):
+    def keep(self, mask: torch.Tensor) -> "SparseActivations":
         """The entries where `mask` (nnz,) is true, or whose numbers it lists in rising order."""
-        return Entries(
+        return SparseActivations(
             self.row[mask], self.column[mask], self.value[mask], self.n_rows, self.n_columns
         )
 
@@ -113,12 +119,14 @@ def _full_rows(n, k, device):
 
 
 def _full(column, value, n_columns):
-    """Entries with equally many in each row, from (B, k) columns and values."""
+    """SparseActivations with equally many in each row, from (B, k) columns and values."""
     row, pointers = _full_rows(*column.shape, column.device)
-    return Entries(row, column.flatten().int(), value.flatten(), len(column), n_columns, pointers)
+    return SparseActivations(
+        row, column.flatten().int(), value.flatten(), len(column), n_columns, pointers
+    )
 
 
-def top_columns(pre, k):
+def top_columns(pre: torch.Tensor, k: int) -> torch.Tensor:
     """Columns of the k largest entries of each row of `pre` (rows, M), (rows, k) in any order.
 
     For large M in two exact rounds: columns fall into groups, the k largest lie in the k groups
@@ -148,7 +156,7 @@ def _blocks(sae, x_centred, dtype):
         yield first, linear(x[first : first + size], weight, bias)
 
 
-def linear(x, weight, bias):
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x @ weight.T + bias. On a CPU by oneDNN where PyTorch has it, twice as fast as MKL on
     processors that are not Intel's."""
     if x.device.type != "cpu" or not HAS_ONEDNN or (x.dtype == torch.bfloat16 and not HAS_BFLOAT16):
@@ -156,7 +164,13 @@ def linear(x, weight, bias):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def active_entries(sae, x_centred, *, training, select=torch.float32):
+def active_entries(
+    sae: Autoencoder,
+    x_centred: torch.Tensor,
+    *,
+    training: bool,
+    select: torch.dtype = torch.float32,
+) -> SparseActivations:
     """The active features of a batch as HypotheSAEs chooses them, ReLU applied; zeros may remain
     among them.
 
@@ -200,7 +214,7 @@ def _above(sae, x_centred, bound):
         rows.append((row + first).int())
         columns.append(column.int())
         values.append(pre[row, column])
-    return Entries(
+    return SparseActivations(
         torch.cat(rows), torch.cat(columns), torch.cat(values), len(x_centred), sae.m_total_neurons
     )
 
@@ -239,7 +253,14 @@ def _first_bound(sae, x_centred):
 
 
 @torch.no_grad()
-def sparse_step(sae, x, dead, *, aux_coef, select=torch.float32):
+def sparse_step(
+    sae: Autoencoder,
+    x: torch.Tensor,
+    dead: torch.Tensor,
+    *,
+    aux_coef: float,
+    select: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Fill `.grad` of all four parameters of a `hypothesaes.sae.SparseAutoencoder` for one batch.
 
     Args: x (B, d) float32; dead (M,) bool, the features that aux-k should revive; aux_coef, the
@@ -338,7 +359,7 @@ def _by_level(active, prefixes):
     if len(prefixes) == 1:
         return active
     level = sum((active.column >= end).int() for end in prefixes[:-1])
-    return Entries(
+    return SparseActivations(
         active.row * len(prefixes) + level,
         active.column,
         active.value,
@@ -366,7 +387,7 @@ def _aux_loss(sae, x_centred, decoder, residual, dead, aux_coef):
     return aux, loss, error * (2 * aux_coef / (numel * variance))
 
 
-def update_threshold(sae, values, rate=1e-2):
+def update_threshold(sae: Autoencoder, values: torch.Tensor, rate: float = 1e-2) -> None:
     """BatchTopK's threshold for later use: a running mean of the smallest positive activation,
     starting at the first one.
 

@@ -3,6 +3,9 @@ through a mixing buffer from the disk."""
 
 import json
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,16 +40,16 @@ class Tokens:
 
     def __init__(
         self,
-        path,
+        path: Path | str,
         *,
-        validation_fraction,
-        seed,
-        exclude_shared_prefix,
-        max_norm_ratio,
-        use,
-        test_fraction=0.0,
-        max_train_tokens=None,
-    ):
+        validation_fraction: float,
+        seed: int,
+        exclude_shared_prefix: bool,
+        max_norm_ratio: float | None,
+        use: str,
+        test_fraction: float = 0.0,
+        max_train_tokens: int | None = None,
+    ) -> None:
         data = open_activations(path)
         lengths, kind = data["seq_lengths"], data["token_kind"]
         # (n_tokens, d) on the disk
@@ -104,12 +107,12 @@ class Tokens:
                 "or longer ones."
             )
 
-    def examples_of(self, part):
+    def examples_of(self, part: int) -> list[int]:
         """Numbers of the examples of a part, a list."""
         return np.flatnonzero(self.part == part).tolist()
 
     @property
-    def has_test(self):
+    def has_test(self) -> bool:
         """Whether the test part has tokens of which figures can be made."""
         return len(self.test) >= 2
 
@@ -118,7 +121,7 @@ class Tokens:
             yield np.asarray(self.activations[start : start + size])
             release(self.activations)
 
-    def rows(self, rows):
+    def rows(self, rows: np.ndarray) -> torch.Tensor:
         """(n, d) float32 tensor of the rows numbered."""
         out = torch.empty(len(rows), self.activations.shape[1])
         # the system maps 64 KiB around each row that is read
@@ -139,7 +142,9 @@ class TrainingRows:
     buffer. Under torchrun each process has such a buffer and takes its slice of every batch.
     """
 
-    def __init__(self, activations, rows, *, batch_size, buffer_tokens, seed):
+    def __init__(
+        self, activations: Any, rows: np.ndarray, *, batch_size: int, buffer_tokens: int, seed: int
+    ) -> None:
         self.activations, self.rows, self.batch_size, self.seed = (
             activations,
             rows,
@@ -152,10 +157,11 @@ class TrainingRows:
         if self.part is None:
             self._read(rows, np.arange(size))
 
-    def n_batches(self):
+    def n_batches(self) -> int:
+        """Batches in an epoch."""
         return len(batch_ends(len(self.rows), self.batch_size))
 
-    def batches(self, epoch, first=0):
+    def batches(self, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
         """(batch, d) float32 tensors of one epoch, from batch number `first` on."""
         ends = [0, *batch_ends(len(self.rows), self.batch_size)]
         if self.part is None:
@@ -167,7 +173,7 @@ class TrainingRows:
             torch.from_numpy(piece[distributed.share(len(piece))]).float() for piece in pieces
         )
 
-    def order(self, epoch):
+    def order(self, epoch: int) -> np.ndarray:
         """The rows of one epoch as they are served."""
         if self.part is None:
             return self.rows[np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))]
@@ -177,6 +183,7 @@ class TrainingRows:
 
     def _served(self, epoch, skip):
         """Arrays of activations in the order of the epoch, less the first `skip` rows."""
+        assert self.part is not None  # only what does not fit into memory comes through a pool
         slot_of = np.full(len(self.activations), -1, np.int32)  # where in the buffer a row lies
         free = None
         for pool, n_served, new in mixed(self.rows, self.part, self.seed, epoch):
@@ -216,7 +223,7 @@ class TrainingRows:
             release(self.activations)
 
 
-def batch_ends(n, size):
+def batch_ends(n: int, size: int) -> list[int]:
     """Where batches of `size` of n rows end; a last row left alone joins the batch before: it has
     no variance to divide its loss by."""
     ends = [*range(size, n, size), n]
@@ -225,7 +232,9 @@ def batch_ends(n, size):
     return ends
 
 
-def mixed(rows, part, seed, epoch):
+def mixed(
+    rows: np.ndarray, part: int, seed: int, epoch: int
+) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
     """The mixing buffer in row numbers alone: (shuffled pool, how many of it are served, the rows
     that then come in), step by step.
 

@@ -1,6 +1,10 @@
 """Training that starts from an autoencoder that is there already, of this project or another
 library."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from fastsae.formats.load import architecture_of, check_fit
@@ -8,11 +12,15 @@ from fastsae.formats.parts import Parts
 from fastsae.formats.source import locate
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import EnvironmentFailure, InputError
-from fastsae.sae import architectures
+from fastsae.sae import Autoencoder, architectures
+from fastsae.sae.normalisation import Normalisation
 from fastsae.settings.architectures import ARCHITECTURES
+from fastsae.training.run import TrainingRun
 
 
-def check_start(path, source, architecture, *, d, m, k):
+def check_start(
+    path: Path | str, source: Autoencoder, architecture: str, *, d: int, m: int, k: int
+) -> None:
     """InputError if training `architecture` with M = m on activations of d dimensions cannot start
     from `source`; all at once.
 
@@ -52,7 +60,14 @@ def check_start(path, source, architecture, *, d, m, k):
         raise InputError(*problems)
 
 
-def begin(run, path, sha256, activations_path, activations_meta, test_examples=()):
+def begin(
+    run: TrainingRun,
+    path: Path | str,
+    sha256: str,
+    activations_path: Path | str,
+    activations_meta: Mapping[str, Any],
+    test_examples: Sequence[int] = (),
+) -> None:
     """Let the TrainingRun `run`, before its first step, begin with the autoencoder at `path`;
     InputError if it does not belong here.
 
@@ -85,7 +100,9 @@ def begin(run, path, sha256, activations_path, activations_meta, test_examples=(
         )
 
 
-def seen_before(meta, activations_meta, test_examples):
+def seen_before(
+    meta: Mapping[str, Any], activations_meta: Mapping[str, Any], test_examples: Sequence[int]
+) -> int:
     """How many test examples trained, or chose the epoch of, the autoencoder that `meta` is of.
 
     0 where that cannot be known: it is of other data, or of another choice of their examples.
@@ -98,7 +115,7 @@ def seen_before(meta, activations_meta, test_examples):
 
 
 @torch.no_grad()
-def start_from(sae, source, normalisation):
+def start_from(sae: Autoencoder, source: Autoencoder, normalisation: Normalisation) -> None:
     """Set `sae`, which is trained on normalised activations, to compute what `source` computes on
     activations as they are.
 

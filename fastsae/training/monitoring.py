@@ -4,6 +4,9 @@ for."""
 import importlib.util
 import io
 import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
@@ -11,7 +14,7 @@ from fastsae.runtime.errors import EnvironmentFailure, InputError
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
-def write_beside(path, meta, beside):
+def write_beside(path: Path, meta: Mapping[str, Any], beside: Callable[[str], Path]) -> None:
     """What stands beside the checkpoint at `path`, where it is of another one or of an earlier
     time; an unfinished state goes.
 
@@ -32,7 +35,7 @@ def write_beside(path, meta, beside):
     storage.remove(path.with_suffix(".resume.pt"))
 
 
-def of_other_settings(state_path, fingerprint):
+def of_other_settings(state_path: Path, fingerprint: str) -> bool:
     """Whether the state of an unfinished run is whole, and of another run than the one with this
     fingerprint."""
     try:
@@ -44,11 +47,12 @@ def of_other_settings(state_path, fingerprint):
         return False
 
 
-def lines_of(history):
+def lines_of(history: Sequence[Mapping[str, Any]]) -> str:
+    """JSON lines, one for each epoch of the history."""
     return "".join(json.dumps(line) + "\n" for line in history)
 
 
-def write_if_different(metrics_path, figures):
+def write_if_different(metrics_path: Path, figures: Mapping[str, Any]) -> None:
     """Write `figures` to metrics.json unless they are there: it may speak of another checkpoint, or
     of an older one."""
     right = json.loads(artifacts.to_json(figures))
@@ -61,7 +65,7 @@ def write_if_different(metrics_path, figures):
         artifacts.write_json(metrics_path, right)
 
 
-def write_figure(path, history):
+def write_figure(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """The curves of `history` (one dict per epoch) as a PNG: loss, normalised MSE of each prefix,
     L0, dead features."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -96,7 +100,7 @@ def write_figure(path, history):
     save_figure(path, figure)
 
 
-def save_figure(path, figure):
+def save_figure(path: Path, figure: Any) -> None:
     """A matplotlib figure as a PNG, whole or not at all."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
@@ -104,7 +108,9 @@ def save_figure(path, figure):
         file.write(content.getvalue())
 
 
-def open_logger(name, folder, run_name, settings):
+def open_logger(
+    name: str, folder: Path, run_name: str, settings: Mapping[str, Any]
+) -> Callable[[Mapping[str, Any]], Any]:
     """A function that takes the line of an epoch; `name` is none, tensorboard or wandb. InputError
     if that is not installed."""
     if name == "none":

@@ -4,10 +4,11 @@ import torch
 
 from fastsae.sae import architectures
 from fastsae.sae.autoencoder import decode, encode
+from fastsae.training.run import TrainingRun
 
 
 @torch.no_grad()
-def resample(run, x, *, dead_after, seed):
+def resample(run: TrainingRun, x: torch.Tensor, *, dead_after: int, seed: int) -> int:
     """Re-initialise the dead features of a TrainingRun from the batch x (B, d) of raw activations;
     returns how many there were.
 
