@@ -93,13 +93,11 @@ def next_token_losses(
     with the tokens done.
     """
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
-    kept, result = (
-        [],
-        {
-            name: Losses(*(np.full(starts[-1], np.nan, np.float32) for _ in range(2)))
-            for name in ("clean", *replacements)
-        },
-    )
+    kept = []
+    result = {
+        name: Losses(*(np.full(starts[-1], np.nan, np.float32) for _ in range(2)))
+        for name in ("clean", *replacements)
+    }
 
     def keep(stream):
         kept.append(stream)
@@ -130,10 +128,8 @@ def padded(
     """(ids (batch, longest) int64, real (batch, longest) bool, token (n_real,) int64) of the
     examples numbered in `batch`."""
     longest = max(len(examples[i]) for i in batch)
-    ids, real = (
-        torch.zeros((len(batch), longest), dtype=torch.long),
-        torch.zeros((len(batch), longest), dtype=torch.bool),
-    )
+    ids = torch.zeros((len(batch), longest), dtype=torch.long)
+    real = torch.zeros((len(batch), longest), dtype=torch.bool)
     for row, i in enumerate(batch):
         ids[row, : len(examples[i])] = torch.from_numpy(np.asarray(examples[i], np.int64))
         real[row, : len(examples[i])] = True

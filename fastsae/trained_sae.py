@@ -59,10 +59,8 @@ def load_sae(
     sae, meta = load.load_sae(path, "cpu" if device == "mps" else device)
     if "source" in meta:  # of another library
         source = meta["activations"]
-        source["model_name"], source["settings"]["LAYER_IDX"] = (
-            model_name or source["model_name"],
-            source["settings"]["LAYER_IDX"] or layer,
-        )
+        source["model_name"] = model_name or source["model_name"]
+        source["settings"]["LAYER_IDX"] = source["settings"]["LAYER_IDX"] or layer
     return TrainedSae(sae, meta, device=device, cache_dir=cache_dir)
 
 
@@ -135,10 +133,8 @@ class TrainedSae:
         precision. The first call loads it.
         """
         tokens, activations = self.read(text)
-        features, kinds = (
-            self.encode(activations),
-            {CONTENT: "content", TEMPLATE: "template", SHARED_PREFIX: "shared prefix"},
-        )
+        features = self.encode(activations)
+        kinds = {CONTENT: "content", TEMPLATE: "template", SHARED_PREFIX: "shared prefix"}
         own, result = self.meta["settings"], []
         used, _ = usable_tokens(
             activations.float().norm(dim=1).numpy(force=True),

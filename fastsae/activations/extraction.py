@@ -23,9 +23,9 @@ from fastsae.runtime.machine_errors import is_out_of_memory
 
 NOTE = "run.json"  # in a folder of parts: what they are of
 MAKER = "extract_activations.py"
-# of one part in memory, all layers together; two are alive at a time
+# bytes of one part in memory, all layers together; two parts are held at a time
 PART_BYTES = 192 << 20
-# on a CPU larger batches leave its caches; measured in bench_extract.json
+# padded tokens of a batch; on a CPU larger batches leave its caches (bench_extract.json)
 BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 # tokens below which reusing the prefix saves nothing
 SHORTEST_CACHED_PREFIX = 4
@@ -138,11 +138,9 @@ class Forward:
         import torch
 
         self.model, self.table, self.starts = model, table, table.starts
-        self.batch_tokens, self.storage_dtype, self.dataset_name = (
-            batch_tokens,
-            storage_dtype,
-            dataset_name,
-        )
+        self.batch_tokens = batch_tokens
+        self.storage_dtype = storage_dtype
+        self.dataset_name = dataset_name
         self.pin = pin
         self.n_prefix = n_shared if SHORTEST_CACHED_PREFIX <= n_shared < table.lengths.min() else 0
         self.prefix = None
@@ -395,13 +393,11 @@ def await_parts(
 def name_parts(folder: Path, by_layer: Mapping[int, Mapping[str, Any]]) -> None:
     """Note in a folder of parts which results {layer: metadata} they will make, and by which
     command."""
-    path, about = (
-        folder / NOTE,
-        {
-            "fingerprints": [metadata["fingerprint"] for metadata in by_layer.values()],
-            "command": shlex.join(["python", *sys.argv]),
-        },
-    )
+    path = folder / NOTE
+    about = {
+        "fingerprints": [metadata["fingerprint"] for metadata in by_layer.values()],
+        "command": shlex.join(["python", *sys.argv]),
+    }
     if not path.exists():
         artifacts.write_json(path, about)
 

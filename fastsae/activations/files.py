@@ -136,11 +136,9 @@ class ShardedRows:
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self.parts = parts
         self.starts = np.concatenate([[0], np.cumsum([len(p) for p in parts])])  # (n_shards + 1,)
-        self.shape, self.dtype, self.ndim = (
-            (int(self.starts[-1]), *parts[0].shape[1:]),
-            parts[0].dtype,
-            parts[0].ndim,
-        )
+        self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
+        self.dtype = parts[0].dtype
+        self.ndim = parts[0].ndim
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -97,10 +97,8 @@ def characteristic_tokens(
     result = []
     for j in range(name_mass.shape[0]):
         row = slice(name_mass.indptr[j], name_mass.indptr[j + 1])
-        column, share = (
-            name_mass.indices[row],
-            name_mass.data[row] / max(name_mass.data[row].sum(), 1e-30),
-        )
+        column = name_mass.indices[row]
+        share = name_mass.data[row] / max(name_mass.data[row].sum(), 1e-30)
         score = share * np.log(np.maximum(share, 1e-30) / base[column])
         order = np.lexsort((column, -score))[:n_top]
         result.append([(names[column[i]], float(share[i])) for i in order if score[i] > 0])

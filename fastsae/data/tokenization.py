@@ -18,9 +18,9 @@ from fastsae.runtime.errors import InputError
 
 CONTENT, TEMPLATE, SHARED_PREFIX = 0, 1, 2  # values of token_kind
 BATCH_CHARACTERS = 1 << 22  # of the examples tokenised together
-# characters in which a content is looked for when others were missing
+# characters searched for a content when others were missing
 NEIGHBOURHOOD = 1 << 16
-# of dialogues whose template text is kept for the next one
+# turns of the longest dialogues whose template text is kept for the next one
 REMEMBERED_TURNS = 100
 # values of token_role; none = the template itself, or plain text
 ROLES = ("none", "system", "user", "assistant", "tool")
@@ -58,12 +58,10 @@ class ChatTokenizer:
     ) -> None:
         # BOS and the like; a template writes its own
         self.special_tokens = special_tokens and not chat_template
-        self.tokenizer, self.max_length, self.date, self.dataset_name = (
-            tokenizer,
-            max_length,
-            date,
-            dataset_name,
-        )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.date = date
+        self.dataset_name = dataset_name
         self.chat_template = chat_template
         if chat_template and not tokenizer.chat_template:
             raise InputError(

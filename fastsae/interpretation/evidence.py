@@ -19,7 +19,7 @@ from fastsae.data.token_text import (
 from fastsae.data.tokenization import SHARED_PREFIX
 from fastsae.interpretation.statistics import collect, encode_rows, example_blocks
 
-# of the strongest activation per example, over the examples where a feature fires
+# quantiles of the strongest activation per example, over the examples where a feature fires
 QUANTILES = (0.9, 0.7, 0.5, 0.3, 0.1)
 # random firing examples per feature from which the quantiles are read
 N_SAMPLED = 32
@@ -46,13 +46,11 @@ class Evidence:
         seed: int = 0,
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        self.sae, self.data, self.examples, self.tokenizer, self.n_top = (
-            sae,
-            data,
-            examples,
-            tokenizer,
-            n_top,
-        )
+        self.sae = sae
+        self.data = data
+        self.examples = examples
+        self.tokenizer = tokenizer
+        self.n_top = n_top
         self.offsets = np.concatenate([[0], np.cumsum(data["seq_lengths"], dtype=np.int64)])
         name_of_token, self.names = token_names(tokenizer, data["token_ids"])
         self.statistics = collect(

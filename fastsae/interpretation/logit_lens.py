@@ -65,9 +65,8 @@ def promoted_and_suppressed(
     """
     up, down = ([], []), ([], [])
     for start in range(0, len(decoder_rows), BLOCK):
-        logits = (
-            decoder_rows[start : start + BLOCK].float() @ unembedding.t()
-        )  # (block, vocabulary)
+        block = decoder_rows[start : start + BLOCK].float()
+        logits = block @ unembedding.t()  # (block, vocabulary)
         for largest, (ids, values) in ((True, up), (False, down)):
             best = logits.topk(min(n_top, logits.shape[1]), dim=1, largest=largest)
             ids.append(best.indices.cpu().numpy())

@@ -179,11 +179,9 @@ def write_batches(
     name: str,
 ) -> list[Path]:
     """Write `batch-000.json`, ... for all features that fire, and return their paths."""
-    alive, source, paths = (
-        [row["feature"] for row in rows if row["status"] != "dead"],
-        hook_point.neuronpedia_source(name),
-        [],
-    )
+    alive = [row["feature"] for row in rows if row["status"] != "dead"]
+    source = hook_point.neuronpedia_source(name)
+    paths = []
     if beyond := [j for j in alive if j > MAX_INDEX]:
         print(
             f"warning: {len(beyond):,} features beyond number {MAX_INDEX:,} are left out: "
@@ -196,6 +194,7 @@ def write_batches(
         values = evidence.token_values(
             [(j, example) for j in chosen for _, example, _ in examples[j]]
         )
+        # a feature without an activation would be refused
         batch = {
             "modelId": model_id,
             "source": source,
@@ -204,7 +203,7 @@ def write_batches(
                 for j in chosen
                 if examples[j]
             ],
-        }  # a feature without an activation is refused
+        }
         check(batch)
         paths.append(Path(folder) / source / f"batch-{start // BATCH:03}.json")
         artifacts.write_text(

@@ -18,7 +18,7 @@ from fastsae.data.tokenization import ROLES
 
 BLOCK_TOKENS = 8192  # about so many tokens of whole examples are worked on at a time
 PRE_ACTIVATIONS = 1 << 24  # at most so many encoder outputs at a time (64 MiB)
-# of a histogram while it grows; its upper half always holds the maximum
+# bins of a histogram while it grows; its upper half always holds the maximum
 N_BINS = 64
 PAIR_LIMIT = 1 << 22  # pairs (feature, token name) held, and as many (feature, feature)
 # pairs of features counted for co-activation; beyond, every n-th token is taken
@@ -42,11 +42,9 @@ class Statistics:
 
     def __init__(self, m: int, n_tokens: int, n_names: int, *, n_top: int, n_sampled: int) -> None:
         self.m, self.n_kept = m, 0
-        self.count, self.total, self.maximum = (
-            np.zeros(m, np.int64),
-            np.zeros(m),
-            np.zeros(m, np.float32),
-        )
+        self.count = np.zeros(m, np.int64)
+        self.total = np.zeros(m)
+        self.maximum = np.zeros(m, np.float32)
         self.histogram = Histogram(m)
         self.top, self.sample = Kept(m, n_top), Kept(m, n_sampled)
         self.kind_role_mass = np.zeros((m, 3, len(ROLES)))
@@ -188,11 +186,9 @@ def encode_rows(sae: Any, x: Any) -> sparse.csr_matrix:
 
     from fastsae.sae.autoencoder import encode
 
-    indices, data, counts = (
-        [np.zeros(0, np.int32)],
-        [np.zeros(0, np.float32)],
-        [np.zeros(1, np.int64)],
-    )
+    indices = [np.zeros(0, np.int32)]
+    data = [np.zeros(0, np.float32)]
+    counts = [np.zeros(1, np.int64)]
     for part in x.split(max(64, min(BLOCK_TOKENS, PRE_ACTIVATIONS // sae.m_total_neurons))):
         entries = encode(sae, part.to(sae.input_bias.device))
         indices.append(entries.column.to(torch.int32).cpu().numpy())

@@ -23,7 +23,7 @@ from fastsae.runtime.stops import stop_if_asked
 if TYPE_CHECKING:
     from fastsae.interpretation.evidence import Evidence
 
-# of the selection; 1 was HypotheSAEs' own separation_score, without a least support
+# version of the selection; 1 was HypotheSAEs' own separation_score, without a least support
 METHOD_VERSION = 2
 LASSO_FEATURES = 4096  # lasso sees at most so many, those of largest correlation
 LEAST_SUPPORT = 10  # fewer texts of the finding half, firing or silent, are no evidence
@@ -265,18 +265,14 @@ def compare(
     some = np.sort(np.random.default_rng((seed, 6)).permutation(len(target))[:COMPARED_EXAMPLES])
     if min(len(np.unique(target[some][side])) for side in (first[some], ~first[some])) < 2:
         return None
-    read = [
-        "".join(
-            evidence.token_texts(e)[i]
-            for i in np.flatnonzero(
-                evidence.statistics.kept[
-                    # the text that the model read
-                    evidence.offsets[e] : evidence.offsets[e + 1]
-                ]
-            )
-        )
-        for e in examples[some]
-    ]
+
+    def text_read(example):
+        """The text of the tokens that count, as the model read it."""
+        tokens = slice(evidence.offsets[example], evidence.offsets[example + 1])
+        texts = evidence.token_texts(example)
+        return "".join(texts[i] for i in np.flatnonzero(evidence.statistics.kept[tokens]))
+
+    read = [text_read(example) for example in examples[some]]
     features = pooled[some].toarray()
     sources = {
         "selected features": features[:, [entry["feature"] for entry in found]],

@@ -53,11 +53,9 @@ def start(device: str) -> None:
 
 def _meet(rank, size):
     """The store that all processes share, once all have come to it."""
-    store, deadline, waiting = (
-        _store(rank, size),
-        time.monotonic() + PATIENCE.total_seconds(),
-        ranks.Waiting(),
-    )
+    store = _store(rank, size)
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    waiting = ranks.Waiting()
     store.set(f"here/{rank}", "")
     missing = set(range(size))
     while missing := {other for other in missing if not store.check([f"here/{other}"])}:

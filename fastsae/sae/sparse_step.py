@@ -308,11 +308,9 @@ def sparse_step(
         to_decoder, to_encoder = aux.transposed_times(
             [(aux.row, aux.value, aux_grad_out), (aux.row, aux_grad_value, x_centred)]
         )
-        loss, grad_decoder, grad_encoder = (
-            loss + aux_loss,
-            grad_decoder + to_decoder,
-            grad_encoder + to_encoder,
-        )
+        loss = loss + aux_loss
+        grad_decoder = grad_decoder + to_decoder
+        grad_encoder = grad_encoder + to_encoder
         grad_neuron_bias.index_add_(0, aux.column, aux_grad_value)
 
     # b_dec also enters through x - b_dec: minus the sum over the batch of d loss / d pre, times the

@@ -86,10 +86,8 @@ class Tokens:
         self.train = np.flatnonzero(chosen & (part == TRAIN))[:max_train_tokens]
         self.validation = np.flatnonzero(chosen & (part == VALIDATION))
         self.test = np.flatnonzero(chosen & (part == TEST))
-        self.all_validation, self.all_test = (
-            np.flatnonzero(part == VALIDATION),
-            np.flatnonzero(part == TEST),
-        )
+        self.all_validation = np.flatnonzero(part == VALIDATION)
+        self.all_test = np.flatnonzero(part == TEST)
         if use != "all" and not chosen.any():
             raise InputError(
                 f"USE_TOKENS: {path} has no token that is {use}. set --use-tokens all."
@@ -145,12 +143,10 @@ class TrainingRows:
     def __init__(
         self, activations: Any, rows: np.ndarray, *, batch_size: int, buffer_tokens: int, seed: int
     ) -> None:
-        self.activations, self.rows, self.batch_size, self.seed = (
-            activations,
-            rows,
-            batch_size,
-            seed,
-        )
+        self.activations = activations
+        self.rows = rows
+        self.batch_size = batch_size
+        self.seed = seed
         self.part = None if len(rows) <= buffer_tokens else max(1, buffer_tokens // 3)
         size = len(rows) if self.part is None else 3 * self.part
         self.buffer = np.empty((size, activations.shape[1]), activations.dtype)

@@ -142,10 +142,8 @@ def start_from(sae: Autoencoder, source: Autoencoder, normalisation: Normalisati
             )
     mean = 0 if normalisation.mean is None else normalisation.mean
     assert parts.threshold is not None  # it was given above
-    bias, threshold = (
-        parts.b_enc * normalisation.scale,
-        parts.threshold.clamp_min(0) * normalisation.scale,
-    )
+    bias = parts.b_enc * normalisation.scale
+    threshold = parts.threshold.clamp_min(0) * normalisation.scale
     sae.encoder.weight.copy_(parts.w_enc)
     sae.decoder.weight.copy_(parts.w_dec.t())
     # a feature that was taken out, and that has no direction

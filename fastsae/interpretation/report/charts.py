@@ -92,10 +92,8 @@ def log_bars(
     values = values[values > 0]
     if not len(values):
         return None
-    low, high = (
-        math.floor(4 * math.log10(values.min())) / 4,
-        math.ceil(4 * math.log10(values.max()) + 1e-9) / 4,
-    )
+    low = math.floor(4 * math.log10(values.min())) / 4
+    high = math.ceil(4 * math.log10(values.max()) + 1e-9) / 4
     high = max(high, low + 0.25)
     edges = np.logspace(low, high, 41)
     counts = np.histogram(values, edges)[0]
@@ -127,10 +125,8 @@ def log_bars(
 
 def curves(title: str, note: str, series: Sequence[tuple[str, Sequence[float]]]) -> dict[str, Any]:
     """Lines over epochs: series [(name, [values])], the first two coloured; y begins at 0."""
-    n, top = (
-        max(len(values) for _, values in series),
-        max(max(values) for _, values in series) * 1.05,
-    )
+    n = max(len(values) for _, values in series)
+    top = max(max(values) for _, values in series) * 1.05
     body = [
         line(LEFT, HEIGHT, WIDTH, HEIGHT),
         text(LEFT, HEIGHT + 15, "1"),

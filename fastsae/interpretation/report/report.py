@@ -22,7 +22,7 @@ from fastsae.data.tokenization import ROLES
 if TYPE_CHECKING:
     from fastsae.interpretation.evidence import Evidence
 
-# of an example kept in the report; longer ones are cut around the place shown
+# tokens of an example that the report holds; longer ones are cut around the place shown
 DIALOGUE_TOKENS = 1024
 KIND_LETTERS = "ctp"  # content, chat template, prefix shared by all examples
 

@@ -49,12 +49,10 @@ def describe_run(
     n_shown: int,
 ) -> dict[str, Any]:
     """What `report.render` needs besides the features: title, story, charts and tables."""
-    evidence, sae_meta, source, rows = (
-        features.evidence,
-        features.sae_meta,
-        features.source,
-        features.rows,
-    )
+    evidence = features.evidence
+    sae_meta = features.sae_meta
+    source = features.source
+    rows = features.rows
     s, m = evidence.statistics, len(rows)
     n_alive = sum(row["status"] != "dead" for row in rows)
     model, layer = described(source["model_name"]), source["settings"]["LAYER_IDX"]
