@@ -4,16 +4,20 @@ step and go on from there."""
 import copy
 import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastsae.runtime import artifacts, distributed
 from fastsae.runtime.errors import EnvironmentFailure
+from fastsae.sae import Autoencoder
 from fastsae.sae.autoencoder import inference_form, new_sae
 from fastsae.sae.initialisation import initialise
 from fastsae.sae.metrics import IN_ALL, evaluate
 from fastsae.sae.normalisation import choose_normalisation
+from fastsae.training.data import Tokens
 from fastsae.training.dead_features import considered
 
 
@@ -25,7 +29,17 @@ class TrainingRun:
     exactly. `start` goes to `initialise`.
     """
 
-    def __init__(self, config, sample, *, seed, device, learning_rate, normalise="none", **start):
+    def __init__(
+        self,
+        config: dict[str, Any],
+        sample: torch.Tensor,
+        *,
+        seed: int,
+        device: str | torch.device,
+        learning_rate: float,
+        normalise: str = "none",
+        **start: Any,
+    ) -> None:
         self.sae, sample = new_sae(config, device).eval(), sample.to(device)
         # a function of the sample, so it needs no saving
         self.normalisation = choose_normalisation(normalise, sample)
@@ -36,10 +50,20 @@ class TrainingRun:
         )
         self.loss_sum = torch.zeros((), device=device)  # over the tokens of this epoch
         self.epoch, self.batch, self.trained_tokens, self.seconds = 1, 0, 0, 0.0
-        self.history, self.best_epoch, self.best_state = [], None, None
+        self.history: list[dict[str, Any]] = []
+        self.best_epoch: int | None = None
+        self.best_state: dict[str, torch.Tensor] | None = None
         self._since = time.perf_counter()
 
-    def step(self, fill_gradients, x, *, learning_rate, dead_after, clip_grad):
+    def step(
+        self,
+        fill_gradients: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        x: torch.Tensor,
+        *,
+        learning_rate: float,
+        dead_after: int,
+        clip_grad: float | None,
+    ) -> None:
         """One step on the batch x (B, d): `fill_gradients(sae, x, dead) -> (loss, fired)`, Adam,
         decoder rows kept at length 1.
 
@@ -67,24 +91,24 @@ class TrainingRun:
         self.trained_tokens += n_tokens
         self.batch += 1
 
-    def result(self):
+    def result(self) -> Autoencoder:
         """The autoencoder in the form in which it is measured and saved: it takes activations as
         they are."""
         return inference_form(self.sae, self.normalisation)
 
-    def best(self):
+    def best(self) -> Autoencoder:
         """The same of the weights that were best on validation; the run itself stays as it is."""
         sae = copy.deepcopy(self.sae)
         sae.load_state_dict(self.best_state)
         return inference_form(sae, self.normalisation)
 
-    def elapsed(self):
+    def elapsed(self) -> float:
         """Seconds of training, those before an interruption included."""
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
         return self.seconds
 
-    def end_epoch(self, line):
+    def end_epoch(self, line: dict[str, Any]) -> None:
         """Append the epoch's line to the history and keep the weights if they are the best on
         validation."""
         self.history.append(line)
@@ -94,7 +118,7 @@ class TrainingRun:
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sum.zero_()
 
-    def save(self, path, fingerprint):
+    def save(self, path: Path, fingerprint: str) -> None:
         """Write the whole state; it takes the place of the one before when it is complete. Rank 0
         writes for all: theirs are equal."""
         if distributed.world()[0]:
@@ -151,7 +175,7 @@ class TrainingRun:
         return True
 
 
-def best_epoch(history):
+def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
     """The first epoch with the least validation loss (normalised MSE for the TopK family, whose
     number of features is given).
 
@@ -164,7 +188,9 @@ def best_epoch(history):
     )
 
 
-def final_metrics(sae, tokens, history):
+def final_metrics(
+    sae: Autoencoder, tokens: Tokens, history: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """What metrics.json says, less the timing.
 
     The figures are of the test part, which decided nothing, on the tokens that training would use;
@@ -202,7 +228,9 @@ def _contiguous(state):
     return {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
 
-def learning_rate_factor(step, *, n_steps, warmup_steps, schedule, decay_fraction):
+def learning_rate_factor(
+    step: int, *, n_steps: int, warmup_steps: int, schedule: str, decay_fraction: float
+) -> float:
     """What multiplies the learning rate at `step` (from 0) of `n_steps`: a linear warm-up, then
     constant, linear or cosine decay.
 

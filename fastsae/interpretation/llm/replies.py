@@ -63,6 +63,7 @@ def _kept(character):
 
 
 def one_line(text: str) -> str:
+    """The text as `cleaned`, with one space in place of white space."""
     return " ".join(cleaned(text).split())
 
 
