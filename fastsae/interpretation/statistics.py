@@ -31,13 +31,18 @@ class Statistics:
     """Per-feature results of `collect`: M features, kept tokens = those that the autoencoder is
     meant for.
 
-    count (M,) tokens on which it fires; total (M,) its summed activation; maximum (M,); `top` and
-    `sample` (Kept: strongest examples, random ones among those where it fires); kind_role_mass (M,
-    3, 5), its activation by token kind and role; name_mass, the activation by token name, and
-    together, co-firing counts with co_count (M,) (PairSums); pooled_max and pooled_mean, CSR
-    (n_pooled, M) of the examples `pooled_examples`, all of which have kept tokens; norms
-    (n_tokens,) of all tokens, kept (n_tokens,) bool; name_count (n_names,), kept tokens of each
-    name.
+    Of each feature:
+    count (M,): tokens on which it fires; total (M,): its summed activation; maximum (M,).
+    top, sample: `LargestExamples`, its strongest examples, and random ones where it fires.
+    kind_role_mass (M, 3, 5): its activation by token kind and role.
+    name_mass: `PairSums`, its activation by token name.
+    together: `PairSums`, tokens on which two features fire, of every n-th token where there are
+    many; co_count (M,): of these tokens, those on which it fires.
+    pooled_max, pooled_mean: CSR (n_pooled, M), of the examples `pooled_examples`, all of which
+    have kept tokens.
+
+    Of the tokens: norms (n_tokens,) of all; kept (n_tokens,) bool; name_count (n_names,), the kept
+    tokens of each name.
     """
 
     def __init__(self, m: int, n_tokens: int, n_names: int, *, n_top: int, n_sampled: int) -> None:
@@ -46,7 +51,7 @@ class Statistics:
         self.total = np.zeros(m)
         self.maximum = np.zeros(m, np.float32)
         self.histogram = Histogram(m)
-        self.top, self.sample = Kept(m, n_top), Kept(m, n_sampled)
+        self.top, self.sample = LargestExamples(m, n_top), LargestExamples(m, n_sampled)
         self.kind_role_mass = np.zeros((m, 3, len(ROLES)))
         self.name_mass, self.together = PairSums(m, n_names), PairSums(m, m)
         self.co_count = np.zeros(m, np.int64)
@@ -230,11 +235,11 @@ def keep_examples(result: Statistics, pairs: tuple, first: int, seed: int) -> No
     example, feature, largest, _, position = pairs
     result.top.offer(feature, largest, example + first, position, largest)
     result.sample.offer(
-        feature, lottery(example + first, feature, seed), example + first, position, largest
+        feature, random_keys(example + first, feature, seed), example + first, position, largest
     )
 
 
-def lottery(example: np.ndarray, feature: np.ndarray, seed: int) -> np.ndarray:
+def random_keys(example: np.ndarray, feature: np.ndarray, seed: int) -> np.ndarray:
     """A number in (0, 1] for each pair, the same in every run and block order (splitmix64's mixing
     of the two numbers)."""
     x = (
@@ -316,7 +321,7 @@ class Histogram:
         return counts[:last], last * float(np.exp2(self.exponent[feature])) / (N_BINS // 2)
 
 
-class Kept:
+class LargestExamples:
     """For each feature the n examples of largest key: key, value, example and position of the
     maximum, (M, n) each, best first.
 

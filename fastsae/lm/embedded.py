@@ -80,7 +80,7 @@ def ready_folder(cache_dir: str | None) -> Path:
         try:
             # otherwise another process was quicker, here or below
             if not is_complete(folder, cache_dir):
-                storage.put_folder(new, folder)
+                storage.replace_folder(new, folder)
         except OSError:
             if not is_complete(folder, cache_dir):
                 raise

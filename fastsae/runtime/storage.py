@@ -213,7 +213,7 @@ def _remove_if_abandoned(folder):
             os.close(handle)
 
 
-def put_folder(new: Path | str, folder: Path) -> None:
+def replace_folder(new: Path | str, folder: Path) -> None:
     """Move the folder `new` to `folder`, in place of what is there."""
     remove(folder)
     watch("replace", folder)

@@ -10,7 +10,13 @@ from fastsae.data import token_text
 from fastsae.interpretation import statistics
 from fastsae.interpretation.evidence import Evidence, level_name
 from fastsae.interpretation.logit_lens import promoted_and_suppressed
-from fastsae.interpretation.statistics import Histogram, Kept, PairSums, collect, lottery
+from fastsae.interpretation.statistics import (
+    Histogram,
+    LargestExamples,
+    PairSums,
+    collect,
+    random_keys,
+)
 from fastsae.sae.autoencoder import new_sae
 
 
@@ -179,7 +185,7 @@ def check_examples(s, features, keep, example):
             inside = features[example == i, j]
             assert inside[position] == inside.max()
         fired = np.flatnonzero(pooled[:, j] > 0)
-        drawn = fired[np.argsort(-lottery(fired, np.full(len(fired), j), 0))][:6]
+        drawn = fired[np.argsort(-random_keys(fired, np.full(len(fired), j), 0))][:6]
         assert [i for i in s.sample.example[j] if i >= 0] == drawn.tolist()
 
 
@@ -210,7 +216,7 @@ def test_histogram_doubles_by_hand():
 
 def test_kept_examples_stay_within_their_places():
     generator = np.random.default_rng(1)
-    kept, everything = Kept(3, 2), []
+    kept, everything = LargestExamples(3, 2), []
     for block in range(10):
         feature, key = generator.integers(0, 3, 8), generator.random(8) + 1e-3
         example = np.arange(8) + 8 * block
