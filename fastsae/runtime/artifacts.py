@@ -412,6 +412,5 @@ def read_checkpoint_metadata(path: Path | str) -> dict[str, Any]:
 
 def _brief(error):
     text = (str(error) or type(error).__name__).splitlines()[0][:120]
-    return (
-        text if text.isprintable() else repr(text)[1:-1]
-    )  # it may name a damaged archive's member
+    # it may name a damaged archive's member
+    return text if text.isprintable() else repr(text)[1:-1]

@@ -191,7 +191,7 @@ def quick(body, prefix="", **options):
     """A stage in a process of its own, started through a shell that closes or fills its handles:
     (exit code, stderr)."""
     code = (
-        "import sys; from fastsae import stage; from fastsae.runtime.stage import run_stage; "
+        "import sys; from fastsae.runtime import stage; from fastsae.runtime.stage import run_stage; "
         f"stage.end(run_stage(lambda: {body}))"
     )
     env = {

@@ -93,7 +93,7 @@ def test_a_stop_is_answered_wherever_it_comes(busy, number, code):
     """Also where the exception is caught, lost in a destructor, or turned into another one."""
     body = (
         "import threading, time\n"
-        "from fastsae import signals, stage\n"
+        "from fastsae.runtime import signals, stage\n"
         "signals.ANSWER_WITHIN = 0.3\n"
         "lock = threading.Lock(); lock.acquire()\n"
         "def swallow():\n"
@@ -118,7 +118,7 @@ def test_a_call_that_no_handler_interrupts_is_ended(number, code):
     """A thread sees the signal while the main thread is in foreign code that does not return."""
     body = (
         "import ctypes\n"
-        "from fastsae import signals, stage\n"
+        "from fastsae.runtime import signals, stage\n"
         "signals.ANSWER_WITHIN = 0.3\n"
         "def pause():\n"
         "    print('ready')\n"
