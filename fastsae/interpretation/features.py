@@ -43,9 +43,8 @@ class Features:
 
     def __init__(self, settings: Settings, checkpoint_path: Path, sae_meta: dict[str, Any]):
         self.settings, self.checkpoint_path = settings, checkpoint_path
-        self.comparison: dict[str, Any] | None = (
-            None  # of the hypotheses with what needs no features
-        )
+        # of the hypotheses with what needs no features
+        self.comparison: dict[str, Any] | None = None
         data = files.open_activations(settings.activations_path)
         self.source = artifacts.metadata_of(data, settings.activations_path)
         self.example_ids = data["example_ids"]
