@@ -225,7 +225,7 @@ def _text(path, head):
 
 def _separator(text, path):
     """What separates the columns of a table with a header of names and rows of as many cells; None
-    if it is no table."""
+    if it is not a table."""
     lines = text.splitlines()[:50]
     suffix = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
     for separator in filter(None, (suffix, "\t", ",", ";", "|")):

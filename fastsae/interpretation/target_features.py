@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # version of the selection; 1 was HypotheSAEs' own separation_score, without a least support
 METHOD_VERSION = 2
 LASSO_FEATURES = 4096  # lasso sees at most so many, those of largest correlation
-LEAST_SUPPORT = 10  # fewer texts of the finding half, firing or silent, are no evidence
+LEAST_SUPPORT = 10  # texts of the finding half, firing or silent; fewer are not evidence
 COMPARED_EXAMPLES = 4000  # ridge regressions see at most so many, drawn at random
 PENALTIES = np.logspace(-1, 5, 13)  # of the ridge regressions, on columns of unit variance
 

@@ -30,7 +30,7 @@ class Ranks(NamedTuple):
 def current(environment: Mapping[str, str] = os.environ) -> Ranks:
     """The Ranks that `environment` describes; 0 of 1 where it holds none of the variables.
 
-    InputError for values that are no whole numbers, for half a set, and for a rank that is not
+    InputError for values other than whole numbers, for half a set, and for a rank that is not
     below its size. A lone RANK=0 is refused like any half: whoever set it meant several processes,
     and each of them would take the whole work for its own.
     """

@@ -154,7 +154,7 @@ class ChatEndpoint:
             return None, f"unusable: {problem}", {"prompt_tokens": 0, "completion_tokens": 0}
         return (None if text is None else self.masked(text)), reason, usage
 
-    def _answer(self, prompt) -> Reply:
+    def _answer(self, prompt: str) -> Reply:
         """The server's reply, asked for again after failures that pass; raises CallFailed.
 
         Nothing is asked again once a reply began, or after a time-out: it may have been paid for.

@@ -2,6 +2,7 @@
 
 import importlib
 
+from fastsae.sae import Autoencoder
 from fastsae.sae.architectures.base import Architecture
 from fastsae.settings.architectures import NAMES
 
@@ -10,6 +11,6 @@ REGISTRY: dict[str, Architecture] = {
 }
 
 
-def of(sae) -> Architecture:
+def of(sae: Autoencoder) -> Architecture:
     """The architecture of an autoencoder that `autoencoder.new_sae` built."""
     return REGISTRY[sae.architecture]

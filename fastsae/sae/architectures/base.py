@@ -8,6 +8,7 @@ largest pre-activations of a token or every pre-activation above the threshold (
 
 import torch
 
+from fastsae.sae import Autoencoder
 from fastsae.settings.architectures import About
 
 State = dict[str, torch.Tensor]  # of `sae.state_dict()`
@@ -19,18 +20,24 @@ class Architecture:
 
     about: About
 
-    def prepare(self, sae) -> None:
+    def prepare(self, sae: Autoencoder) -> None:
         """Give a fresh `hypothesaes.sae.SparseAutoencoder` the parameters of its own, if any."""
 
-    def start(self, sae, sample: torch.Tensor) -> None:
+    def start(self, sae: Autoencoder, sample: torch.Tensor) -> None:
         """Set these parameters from a sample (n, d), the encoder's rows being of length 1."""
 
-    def constrain(self, sae) -> None:
+    def constrain(self, sae: Autoencoder) -> None:
         """Bring parameters back into their range, before each step and before the loss is
         measured."""
 
     def loss(
-        self, sae, x: torch.Tensor, *, sparsity: float, bandwidth: float, target_l0: int | None
+        self,
+        sae: Autoencoder,
+        x: torch.Tensor,
+        *,
+        sparsity: float,
+        bandwidth: float,
+        target_l0: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, features (B, M)) of a batch x (B, d), for autograd.
 
@@ -43,25 +50,25 @@ class Architecture:
         """The weights of the architecture `about.form` that computes the same."""
         return state
 
-    def begin_at(self, sae, bias: torch.Tensor, threshold: torch.Tensor) -> None:
+    def begin_at(self, sae: Autoencoder, bias: torch.Tensor, threshold: torch.Tensor) -> None:
         """Set the parameters of its own so that `sae` fires where W h + bias (M,) is above
         `threshold` (M,) or 0-d; the weights and neuron_bias stand already."""
 
-    def saelens(self, sae, state: State) -> tuple[State, dict]:
+    def saelens(self, sae: Autoencoder, state: State) -> tuple[State, dict]:
         """(tensors, settings) that SAELens has for `about.saelens` besides weights and biases."""
         return {}, {}
 
 
-def pre_activations(sae, x: torch.Tensor) -> torch.Tensor:
+def pre_activations(sae: Autoencoder, x: torch.Tensor) -> torch.Tensor:
     """(B, M) of a batch x (B, d)."""
     return sae.encoder(x - sae.input_bias) + sae.neuron_bias
 
 
-def squared_error(sae, features: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def squared_error(sae: Autoencoder, features: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Of the reconstruction from features (B, M): summed over dimensions, mean over tokens."""
     return (sae.decoder(features) + sae.input_bias - x).square().sum(1).mean()
 
 
-def saelens_threshold(sae, state: State) -> State:
+def saelens_threshold(sae: Autoencoder, state: State) -> State:
     """A pre-activation counts above max(threshold, 0) here, and above both in SAELens."""
     return {"threshold": torch.relu(state["threshold"]).expand(sae.m_total_neurons)}
