@@ -60,9 +60,10 @@ def new_sae(config: dict, device: str | torch.device = "cpu") -> Autoencoder:
 def inference_form(sae: Autoencoder, normalisation: Normalisation) -> Autoencoder:
     """`sae`, trained on normalised activations, as one that takes them as they are; `sae` itself if
     there is nothing to change."""
-    architecture = ARCHITECTURES[sae.architecture].form
-    if normalisation == Normalisation() and sae.architecture == architecture:
+    its = ARCHITECTURES[sae.architecture]
+    if normalisation == Normalisation() and its.saved_as is None:
         return sae
+    architecture = its.saved_as or sae.architecture  # the same object: see `sae_config`
     form = new_sae({**config_of(sae), "architecture": architecture}, sae.input_bias.device).eval()
     form.load_state_dict(inference_weights(sae, normalisation))
     return form

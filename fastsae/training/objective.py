@@ -32,7 +32,8 @@ def sae_config(d_in: int, values: Values) -> dict[str, Any]:
         "k_active_neurons": values["K"],
         "prefix_lengths": prefixes,
         "aux_k": min(2 * values["K"], values["M"]) if aux_k is None else aux_k,
-        "architecture": about(values).name,
+        # the settings' own object, as in the metadata: a checkpoint's bytes depend on that
+        "architecture": trained_architecture(values),
         "dead_neuron_threshold_steps": -(-values["DEAD_AFTER_TOKENS"] // values["BATCH_SIZE"]),
     }
 
