@@ -378,6 +378,6 @@ def test_nothing_but_its_own_file_names_an_architecture():
     own = {f"fastsae/sae/architectures/{name}.py" for name in ARCHITECTURES}
     registry = {"fastsae/settings/architectures.py"}
     formats = {"fastsae/formats/readers.py"}
-    # USE_BATCH_TOPK says the same twice
+    # USE_BATCH_TOPK says the same twice: none of these once it is gone
     twice = {"fastsae/settings/rules.py", "fastsae/formats/load.py", "fastsae/sae/autoencoder.py"}
-    assert found - own == registry | formats | twice
+    assert registry | formats <= found - own <= registry | formats | twice
