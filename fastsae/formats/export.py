@@ -8,7 +8,9 @@ what it has besides these four tensors.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fastsae.formats.load import architecture_of, architecture_text, meant_tokens
 from fastsae.lm.hook_points import HookPoint
@@ -22,7 +24,7 @@ FORMATS = ("saelens", "sparsify")
 SAELENS_VERSION = "6.54.12"
 
 
-def export(path, kinds):
+def export(path: str | Path, kinds: Iterable[str]) -> None:
     """Write the checkpoint at `path` beside itself as `<stem>.saelens/` and
     `<stem>.sparsify/layers.<block>/`.
 
@@ -43,7 +45,7 @@ def export(path, kinds):
             print(f"wrote {folder}")
 
 
-def bring_up_to_date(path, kinds):
+def bring_up_to_date(path: str | Path, kinds: Iterable[str]) -> None:
     """`export`, also to the formats of an earlier run: a folder with other weights must not stand
     beside the checkpoint.
 
@@ -61,7 +63,7 @@ def bring_up_to_date(path, kinds):
         export(path, (*kinds, *earlier))
 
 
-def holds(folder, files):
+def holds(folder: Path, files: dict[str, bytes]) -> bool:
     """True if the folder has exactly these `{name: bytes}`."""
     there = (
         {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
@@ -74,7 +76,7 @@ def holds(folder, files):
     )
 
 
-def folder_of(path, kind):
+def folder_of(path: str | Path, kind: str) -> Path:
     """Where the export of the checkpoint at `path` goes."""
     return Path(path).with_suffix(f".{kind}")
 
@@ -95,7 +97,7 @@ def can_hold(kind: str, architecture: str) -> bool:
     return getattr(ARCHITECTURES[architecture], kind) is not None
 
 
-def saelens_files(sae, meta):
+def saelens_files(sae: Any, meta: dict) -> dict[str, bytes]:
     """{name: bytes} of a folder that `sae_lens.SAE.load_from_disk` reads."""
     from safetensors.torch import save
 
@@ -127,7 +129,7 @@ def saelens_files(sae, meta):
     return {"cfg.json": _json(config), "sae_weights.safetensors": weights}
 
 
-def saelens_metadata(meta):
+def saelens_metadata(meta: dict) -> dict[str, Any]:
     """What SAELens keeps of where an autoencoder belongs. Local files and folders are named without
     their path."""
     source = meta["activations"]
@@ -147,7 +149,7 @@ def saelens_metadata(meta):
     }
 
 
-def own_metadata(meta):
+def own_metadata(meta: dict) -> dict[str, Any]:
     """What no other library has a field for: the architecture, the weights of the model, the tokens
     it is for."""
     about = {
@@ -159,8 +161,8 @@ def own_metadata(meta):
     return {f"fastsae_{name}": value for name, value in about.items()}
 
 
-def sparsify_files(sae, meta):
-    """{name: bytes} of a folder whose `layers.<block>` `sparsify.SparseCoder.load_from_disk` reads."""
+def sparsify_files(sae: Any, meta: dict) -> dict[str, bytes]:
+    """{name: bytes} of a folder whose `layers.<block>` sparsify's `load_from_disk` reads."""
     from safetensors.torch import save
 
     state = {name: value.detach().cpu().float() for name, value in sae.state_dict().items()}
@@ -187,7 +189,7 @@ def sparsify_files(sae, meta):
     return {f"{layer}/cfg.json": _json(config), f"{layer}/sae.safetensors": weights}
 
 
-def dataset_name(path):
+def dataset_name(path: str) -> str:
     """owner/name of a hub dataset, the file's name of a local one."""
     return path.removeprefix("hf:").split("@")[0] if path.startswith("hf:") else short_name(path)
 

@@ -4,6 +4,7 @@ stages and experiments ask of a checkpoint.
 Importing this module loads no torch, so that an up-to-date run ends quickly.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ MAX_NORM_RATIO = 10.0  # as train_sae.py leaves attention sinks out
 MEASURED_TOKENS = 32768
 
 
-def start_of(init_from, output) -> Path | None:
+def start_of(init_from: str | None, output: str | Path) -> Path | None:
     """The autoencoder that INIT_FROM stands for when `output` is to be written; None without one.
 
     `output` itself, or its folder (whose metrics.json will name it), stands for what `output` was
@@ -51,7 +52,7 @@ def load_sae(path: str | Path, device: str = "cpu") -> tuple[Any, dict]:
     return locate(path).load(device)
 
 
-def architecture_of(sae) -> str:
+def architecture_of(sae: Any) -> str:
     """What the module computes, by its name in the registry.
 
     The answer lies in the module: `new_sae` and `load_sae` put it there. A saved one computes the
@@ -60,25 +61,25 @@ def architecture_of(sae) -> str:
     return sae.architecture
 
 
-def trained_architecture(settings) -> str:
-    """The architecture that the settings of a training name; USE_BATCH_TOPK makes topk batchtopk."""
+def trained_architecture(settings: Mapping[str, Any]) -> str:
+    """The architecture that a training's settings name; USE_BATCH_TOPK makes topk batchtopk."""
     return "batchtopk" if settings.get("USE_BATCH_TOPK") else settings.get("ARCHITECTURE", "topk")
 
 
-def architecture_text(settings) -> str:
+def architecture_text(settings: Mapping[str, Any]) -> str:
     """What an autoencoder trained with `settings` computes, and as what it was trained if that
     differs."""
     trained = trained_architecture(settings)
     return ARCHITECTURES[trained].text if trained in ARCHITECTURES else trained
 
 
-def nested_prefixes(settings) -> list[int]:
+def nested_prefixes(settings: Mapping[str, Any]) -> list[int]:
     """The Matryoshka prefixes of a training with `settings`; [] without any."""
     prefixes = settings.get("MATRYOSHKA_PREFIXES") if settings.get("USE_MATRYOSHKA", True) else None
     return list(prefixes) if prefixes and len(prefixes) > 1 else []
 
 
-def target_k(settings) -> int | None:
+def target_k(settings: Mapping[str, Any]) -> int | None:
     """How many features per token the training aimed at; None where nothing fixes their number."""
     about = ARCHITECTURES.get(trained_architecture(settings))
     if about is None:
@@ -94,13 +95,15 @@ def check_fit(path, sae, meta, activations_path, activations_meta, d, setting):
     problems = []
     if sae.input_dim != d:
         problems.append(
-            f"{setting}: {path} takes activations of {sae.input_dim} dimensions, {activations_path} has {d}. "
+            f"{setting}: {path} takes activations of {sae.input_dim} dimensions, "
+            f"{activations_path} has {d}. "
             "give an autoencoder of this model, or extract with the model it was trained on."
         )
     its_layer = meta["activations"]["settings"]["LAYER_IDX"]
     if its_layer is not None and its_layer != layer:
         problems.append(
-            f"{setting}: {path} was trained after {its_layer} blocks, {activations_path} holds layer {layer}. "
+            f"{setting}: {path} was trained after {its_layer} blocks, "
+            f"{activations_path} holds layer {layer}. "
             f"give --layer-idx {its_layer} here and to extract_activations.py."
         )
     if problems:
@@ -108,19 +111,20 @@ def check_fit(path, sae, meta, activations_path, activations_meta, d, setting):
     its_model, model = meta["activations"].get("model_name"), activations_meta["model_name"]
     if its_model and short_name(its_model) != short_name(model):
         print(
-            f"note: {path} was trained on {short_name(its_model)}; the activations are of {short_name(described(model))}."
+            f"note: {path} was trained on {short_name(its_model)}; "
+            f"the activations are of {short_name(described(model))}."
         )
     if its_layer is None:
         print(f"note: {path} does not say which layer it was trained on; taken for layer {layer}.")
 
 
-def is_plain_text(source):
+def is_plain_text(source: dict) -> bool:
     """Whether the activations are of a .txt, which has no turns and so no chat template, whatever
     USE_CHAT_TEMPLATE says."""
     return str(source.get("dataset_path") or "").endswith(".txt")
 
 
-def meant_tokens(meta) -> dict:
+def meant_tokens(meta: dict) -> dict[str, Any]:
     """Which tokens the autoencoder is for, as exports say it: no format that others read has a
     mask.
 
@@ -141,8 +145,10 @@ def meant_tokens(meta) -> dict:
     sentence = "It is for all tokens."
     if left_out:
         sentence = (
-            f"It was not trained on {', '.join(left_out)}. No mask is part of this format: leave these tokens out when you "
-            "encode activations or build dashboards. There, most features above a threshold or ReLU fire without meaning, "
+            f"It was not trained on {', '.join(left_out)}. No mask is part of this format: "
+            "leave these tokens out when you "
+            "encode activations or build dashboards. "
+            "There, most features above a threshold or ReLU fire without meaning, "
             "and strongest of all tokens."
         )
     return {
@@ -158,7 +164,7 @@ def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
     there, and complete `meta` by that.
 
     max_norm and K are found where the files do not say them, and metrics where there are none: over
-    at most MEASURED_TOKENS tokens by lot, those that training would use. Returns the metrics.
+    at most MEASURED_TOKENS random tokens, those that training would use. Returns the metrics.
     Raises InputError if it does not fit.
     """
     import numpy as np
@@ -188,7 +194,8 @@ def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
     )
     if not len(rows):
         raise InputError(
-            f"SAE_PATH: {path} was trained on tokens of other norms than those here. give one of this model and layer."
+            f"SAE_PATH: {path} was trained on tokens of other norms than those here. "
+            "give one of this model and layer."
         )
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MEASURED_TOKENS])
     example = np.repeat(np.arange(len(data["seq_lengths"])), data["seq_lengths"])
@@ -196,12 +203,14 @@ def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
         sae, data["activations"], rows, example, np.asarray(data["token_kind"]) != CONTENT
     )
     print(
-        f"{path} ({architecture_of(sae)}, {sae.m_total_neurons:,} features): normalised MSE {metrics['normalized_mse']:.4f}, "
+        f"{path} ({architecture_of(sae)}, {sae.m_total_neurons:,} features): "
+        f"normalised MSE {metrics['normalized_mse']:.4f}, "
         f"L0 {metrics['l0']:.1f} on {len(rows):,} tokens"
     )
     if metrics["normalized_mse"] >= 1:
         print(
-            "warning: normalised MSE is not below 1: worse than the mean activation. is it of this model, layer and scale?"
+            "warning: normalised MSE is not below 1: worse than the mean activation. "
+            "is it of this model, layer and scale?"
         )
     meta["metrics"] = meta["metrics"] or {**metrics, "n_validation_tokens": metrics["n_tokens"]}
     if meta["settings"]["K"] is None:

@@ -9,6 +9,8 @@ anything. No such name goes into a table or a command.
 import hashlib
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 from fastsae.formats.export import dataset_name, folder_of
 from fastsae.formats.load import (
@@ -36,12 +38,14 @@ METRICS = (
 )
 
 MEASURED = {
-    "test": "On {0[n_test_tokens]:,} tokens of test examples, which decided neither the weights nor the best epoch.",
-    "validation": "On {0[n_validation_tokens]:,} tokens of validation examples: not trained on, but they chose the best epoch.",
+    "test": "On {0[n_test_tokens]:,} tokens of test examples, "
+    "which decided neither the weights nor the best epoch.",
+    "validation": "On {0[n_validation_tokens]:,} tokens of validation examples: "
+    "not trained on, but they chose the best epoch.",
 }
 
 
-def write_card(folder, metas):
+def write_card(folder: Path, metas: dict[Path, dict]) -> None:
     """Write README.md for checkpoints {path: metadata}, all of one run, unless somebody has worked
     on the one that is there."""
     text = as_utf8(card(list(metas.items()))).decode()  # as it is read back
@@ -59,7 +63,7 @@ def write_card(folder, metas):
 SIGNATURE = re.compile(r"^# as written by train_sae\.py: [0-9a-f]{64}\n", re.M)
 
 
-def signed(text):
+def signed(text: str) -> str:
     """A card with the checksum of the rest in its header, by which an edited one is known."""
     return text.replace(
         "---\n",
@@ -68,8 +72,8 @@ def signed(text):
     )
 
 
-def card(entries):
-    """The text for [(path of the checkpoint, its metadata)], which share model, layer and dataset."""
+def card(entries: list[tuple[Path, dict]]) -> str:
+    """The text for [(a checkpoint's path, its metadata)], of one model, layer and dataset."""
     source = entries[0][1]["activations"]
     hook_point, model = HookPoint.of_activations(source), source["model_name"]
     layer = hook_point.layer
@@ -109,18 +113,20 @@ def card(entries):
             "",
             "## Before publishing",
             "",
-            "Nothing is uploaded by itself. State a `license:` in the header above, and mind that the `.pt` files "
+            "Nothing is uploaded by itself. "
+            "State a `license:` in the header above, and mind that the `.pt` files "
             "hold the paths of your data. In this folder:",
             "",
             "```bash",
-            'hf upload your-name/your-sae . . --exclude "*.resume.pt" --exclude "*.jsonl" --exclude "*.log" --exclude "*.old-*" --exclude ".*"',
+            'hf upload your-name/your-sae . . --exclude "*.resume.pt" --exclude "*.jsonl" '
+            '--exclude "*.log" --exclude "*.old-*" --exclude ".*"',
             "```",
             "",
         ]
     )
 
 
-def header(entries):
+def header(entries: list[tuple[Path, dict]]) -> list[str]:
     """Lines of YAML; every value that is not of this project is a JSON string."""
     source = entries[0][1]["activations"]
     base, dataset = hub_id(source["model_name"]), source["dataset_path"]
@@ -178,7 +184,8 @@ def provenance(meta):
         else []
     )
     return [
-        f"- Data: {source['n_examples']:,} examples of {code(dataset_name(source['dataset_path']))}, {how}, {rendered}; "
+        f"- Data: {source['n_examples']:,} examples of "
+        f"{code(dataset_name(source['dataset_path']))}, {how}, {rendered}; "
         f"{meta['metrics']['n_train_tokens']:,} tokens for training.",
         f"- Left out of training: {' and '.join(left_out) or 'nothing'}.",
         f"- Dataset sha256 `{source['inputs']['dataset'][:64]}`; versions: "
@@ -186,7 +193,7 @@ def provenance(meta):
     ]
 
 
-def figures(entries):
+def figures(entries: list[tuple[Path, dict]]) -> list[str]:
     """A table of what was measured on held-out examples; all names in it are this project's."""
     lines = [
         "| file | architecture | M | K | " + " | ".join(shown for _, shown in METRICS) + " |",
@@ -198,9 +205,8 @@ def figures(entries):
             map(str, nested_prefixes(s))
         )
         lines.append(
-            f"| `{path.name}` | {architecture_text(s)}{prefixes} | {s['M']} | {target_k(s) or ''} | "
-            + " | ".join(f"{meta['metrics'][name]:.4g}" for name, _ in METRICS)
-            + " |"
+            f"| `{path.name}` | {architecture_text(s)}{prefixes} | {s['M']} | {target_k(s) or ''} "
+            "| " + " | ".join(f"{meta['metrics'][name]:.4g}" for name, _ in METRICS) + " |"
         )
     metrics = entries[0][1]["metrics"]
     kinds = sorted({trained_architecture(meta["settings"]) for _, meta in entries})
@@ -214,7 +220,7 @@ def figures(entries):
     ]
 
 
-def loading(entries):
+def loading(entries: list[tuple[Path, dict]]) -> list[str]:
     """Code for each library that can hold the architecture faithfully."""
     path, meta = entries[0]
     kind = trained_architecture(meta["settings"])
@@ -251,7 +257,8 @@ def loading(entries):
             "top_acts, top_indices, _ = sae.encode(activations)",
         )
         lines += [
-            "sparsify with a CUDA build of PyTorch on a machine without a GPU: set `SPARSIFY_DISABLE_TRITON=1` before it is "
+            "sparsify with a CUDA build of PyTorch on a machine without a GPU: "
+            "set `SPARSIFY_DISABLE_TRITON=1` before it is "
             "imported, or its decoder fails.",
             "",
         ]
@@ -272,7 +279,8 @@ def with_export(path, kind, name, *code_lines):
     if folder_of(path, kind).is_dir():
         return [f"With {name}:", *block_of(*code_lines)]
     return [
-        f"With {name}: the same training command with `--export {kind}` writes what it reads, without training again.",
+        f"With {name}: the same training command with `--export {kind}` writes what it reads, "
+        "without training again.",
         "",
     ]
 
@@ -289,16 +297,16 @@ def settings_of(meta):
     }
 
 
-def clean(text):
+def clean(text: Any) -> str:
     """One line of at most 200 characters that print: no control, no direction marks, no halves of
     characters."""
     return "".join(c if c.isprintable() else " " for c in str(text))[:200]
 
 
-def quoted(text):
+def quoted(text: Any) -> str:
     return json.dumps(clean(text), ensure_ascii=False)
 
 
-def code(text):
+def code(text: Any) -> str:
     """A code span; a backtick, which could end it, becomes an apostrophe."""
     return f"`{clean(text).replace('`', chr(39)).strip() or '?'}`"

@@ -64,12 +64,12 @@ class Parts:
         sae.load_state_dict(values)
         return sae
 
-    def centre_input(self):
+    def centre_input(self) -> "Parts":
         """From w_enc x + b_enc, without b_dec in front, to the form above."""
         self.b_enc = (self.b_enc.double() + self.w_enc.double() @ self.b_dec.double()).float()
         return self
 
-    def unit_rows(self):
+    def unit_rows(self) -> "Parts":
         """Decoder rows of length 1, their lengths moved into the features. For topk this can change
         which are the k largest."""
         length = torch.linalg.vector_norm(self.w_dec, dim=1).clamp_min(1e-8)  # (M,)
@@ -86,17 +86,19 @@ class Parts:
 class Tensors:
     """The tensors of a file by name, handed out once each with their shapes checked."""
 
-    def __init__(self, path, values):
+    def __init__(self, path: Path, values: dict[str, torch.Tensor]):
         self.path, self.values = path, dict(values)
 
-    def __contains__(self, name):
+    def __contains__(self, name: str) -> bool:
         return name in self.values
 
-    def take(self, name, *shape):
-        """float32 tensor `name`; a None in `shape` is any size."""
+    def take(self, name: str, *shape: int | None) -> torch.Tensor:
+        """float32 tensor `name`; a None in `shape` is any size. InputError if it is missing, of
+        another shape or not finite."""
         if name not in self.values:
             raise InputError(
-                f"{self.path}: {name} is missing; there are {', '.join(sorted(self.values)) or 'no tensors'}. "
+                f"{self.path}: {name} is missing; "
+                f"there are {', '.join(sorted(self.values)) or 'no tensors'}. "
                 "give the folder that the library wrote."
             )
         value = self.values.pop(name)
@@ -105,7 +107,8 @@ class Tensors:
         ):
             wanted = tuple("any" if size is None else size for size in shape)
             raise InputError(
-                f"{self.path}: {name} has shape {tuple(value.shape)}, not {wanted}. the file is not what its config says."
+                f"{self.path}: {name} has shape {tuple(value.shape)}, not {wanted}. "
+                "the file is not what its config says."
             )
         value = value.to(torch.float32).contiguous()
         if not bool(value.isfinite().all()):
@@ -114,14 +117,17 @@ class Tensors:
             )
         return value
 
-    def drop(self, *names):
+    def drop(self, *names: str) -> None:
+        """Leave out tensors that inference does not use."""
         for name in names:
             self.values.pop(name, None)
 
-    def finish(self):
+    def finish(self) -> None:
+        """InputError if a tensor was not taken: it may change what the autoencoder computes."""
         if self.values:
             raise InputError(
-                f"{self.path}: {', '.join(sorted(self.values))}: unknown, so the autoencoder cannot be read faithfully. "
+                f"{self.path}: {', '.join(sorted(self.values))}: "
+                "unknown, so the autoencoder cannot be read faithfully. "
                 "convert it with SAELens and save it there."
             )
 
@@ -148,7 +154,8 @@ class Config:
         )
         if wrong or not isinstance(value, kind):
             raise InputError(
-                f"{self.path}: {name} is {str(value)[:60]!r}, no {kind.__name__}. get another copy of the file."
+                f"{self.path}: {name}: expected {kind.__name__}, got {str(value)[:60]!r}. "
+                "get another copy of the file."
             )
         return value
 
@@ -164,7 +171,7 @@ class Config:
         raise InputError(f"{self.path}: {name} {str(self.values.get(name))[:60]!r} {why}.")
 
 
-def read_config(path):
+def read_config(path: Path) -> Config:
     """`Config` of a JSON file, which must hold an object."""
     try:
         values = from_json(Path(path).read_bytes())
@@ -177,7 +184,9 @@ def read_config(path):
     return Config(path, values)
 
 
-def read_safetensors(path):
+def read_safetensors(path: Path) -> Tensors:
+    """`Tensors` of a safetensors file. InputError if there is none, EnvironmentFailure if it is
+    damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

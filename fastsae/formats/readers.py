@@ -51,7 +51,7 @@ def layer_of_hook(name: str | None, where: Path) -> int | None:
     )
 
 
-def read_saelens(path):
+def read_saelens(path: Path) -> Parts:
     """`Parts` of SAELens' sae_weights.safetensors and cfg.json, version 6 or before, of an
     inference or a training module."""
     cfg, weights = read_config(path.with_name("cfg.json")), read_safetensors(path)
@@ -67,7 +67,8 @@ def read_saelens(path):
         cfg.refuse("architecture", f"is none of {', '.join(SAELENS)}. choose another autoencoder")
     if function not in ("relu", "topk"):
         raise InputError(
-            f"{cfg.path}: activation_fn {function[:60]!r} is not relu or topk. choose another autoencoder."
+            f"{cfg.path}: activation_fn {function[:60]!r} is not relu or topk. "
+            "choose another autoencoder."
         )
     check_input_form(cfg)
     d, m = cfg.need("d_in", int), cfg.need("d_sae", int)
@@ -93,7 +94,10 @@ def read_saelens(path):
         None,
     )
     if hook is not None and not isinstance(hook, str):
-        raise InputError(f"{cfg.path}: hook_name is no text. get another copy of the file.")
+        raise InputError(
+            f"{cfg.path}: hook_name: expected str, got {str(hook)[:60]!r}. "
+            "get another copy of the file."
+        )
     parts.about = {
         "format": "saelens",
         "layer": layer_of_hook(hook, cfg.path),
@@ -103,19 +107,21 @@ def read_saelens(path):
     return parts
 
 
-def check_input_form(cfg):
+def check_input_form(cfg: Config) -> None:
     """Refuse inputs that are changed token by token, or by numbers that are not in the folder."""
     kind = cfg.values.get("normalize_activations")
     if kind in ("expected_average_only_in", True, "covariance_whitening"):
         cfg.refuse(
             "normalize_activations",
-            "needs numbers that are not in the folder. load it with SAELens' from_pretrained, which folds "
+            "needs numbers that are not in the folder. "
+            "load it with SAELens' from_pretrained, which folds "
             "them into the weights, and save it with save_model",
         )
     if kind not in (None, False, "none"):
         cfg.refuse(
             "normalize_activations",
-            "scales each token by its own norm, which no linear encoder holds. choose another autoencoder",
+            "scales each token by its own norm, which no linear encoder holds. "
+            "choose another autoencoder",
         )
     if cfg.get("reshape_activations", str, "none") != "none":
         cfg.refuse(
@@ -148,7 +154,8 @@ def read_activation(parts, weights, cfg, kwargs):
     if architecture == "topk":
         if kwargs.get("signed"):
             raise InputError(
-                f"{cfg.path}: activation_fn_kwargs signed: features may be negative. choose another autoencoder."
+                f"{cfg.path}: activation_fn_kwargs signed: features may be negative. "
+                "choose another autoencoder."
             )
         parts.k = Config(cfg.path, {"k": cfg.values.get("k", kwargs.get("k"))}).need("k", int)
         check_k(parts, cfg)
@@ -167,7 +174,8 @@ def read_activation(parts, weights, cfg, kwargs):
 def check_k(parts, cfg):
     if not 1 <= parts.k <= len(parts.w_enc):
         raise InputError(
-            f"{cfg.path}: k {parts.k} is not from 1 to {len(parts.w_enc)}. get another copy of the file."
+            f"{cfg.path}: k {parts.k} is not from 1 to {len(parts.w_enc)}. "
+            "get another copy of the file."
         )
 
 
@@ -181,7 +189,8 @@ def prefixes_of(widths, m, where, name="matryoshka_widths"):
         a >= b for a, b in zip(widths, widths[1:])
     ):
         raise InputError(
-            f"{where.path}: {name} {str(widths)[:60]} do not rise to {m}. get another copy of the file."
+            f"{where.path}: {name} {str(widths)[:60]} do not rise to {m}. "
+            "get another copy of the file."
         )
     return widths
 
@@ -192,7 +201,7 @@ def gates_as_jumprelu(parts, gate_bias, log_magnitude):
     parts.architecture = "jumprelu"
 
 
-def read_sparsify(path):
+def read_sparsify(path: Path) -> Parts:
     """`Parts` of sparsify's sae.safetensors and cfg.json (TopK only); the layer is the folder's
     name."""
     cfg, weights, folder = (
@@ -228,7 +237,7 @@ def read_sparsify(path):
     return parts
 
 
-def read_gemma_scope(path):
+def read_gemma_scope(path: Path) -> Parts:
     """`Parts` of Gemma Scope's params.npz (JumpReLU without b_dec in front, arXiv 2408.05147); the
     layer stands in the folders' names."""
     weights = Tensors(
@@ -259,13 +268,14 @@ def read_gemma_scope(path):
     return parts.centre_input()
 
 
-def read_torch(path):
+def read_torch(path: Path) -> Parts:
     """`Parts` of a file of torch.save: HypotheSAEs' `{"config", "state_dict"}`, or
     dictionary_learning's tensors by name."""
     values = artifacts.read_foreign_checkpoint(path)
     if isinstance(values, dict) and isinstance(values.get("meta"), dict) and "config" in values:
         raise EnvironmentFailure(
-            f"{path}: is a checkpoint of this project without its checksum: damaged, or saved again. get another "
+            f"{path}: is a checkpoint of this project without its checksum: "
+            "damaged, or saved again. get another "
             "copy, or run train_sae.py."
         )
     if isinstance(values, dict) and {"config", "state_dict"} <= set(values):
@@ -276,13 +286,14 @@ def read_torch(path):
         or not all(isinstance(value, torch.Tensor) for value in values.values())
     ):
         raise InputError(
-            f"{path}: holds {type(values).__name__}, not an autoencoder of HypotheSAEs or the named tensors of "
+            f"{path}: holds {type(values).__name__}, "
+            "not an autoencoder of HypotheSAEs or the named tensors of "
             "dictionary_learning. give the file that the library wrote."
         )
     return read_dictionary_learning(path, values)
 
 
-def read_hypothesaes(path, values):
+def read_hypothesaes(path: Path, values: dict) -> Parts:
     """`Parts` of what HypotheSAEs' `SparseAutoencoder.save` writes: TopK or BatchTopK, with
     prefixes or without.
 
@@ -297,11 +308,13 @@ def read_hypothesaes(path, values):
         or not all(isinstance(value, torch.Tensor) for value in state.values())
     ):
         raise InputError(
-            f"{path}: is not as HypotheSAEs saves: a dict of settings and one of tensors. give the file that it wrote."
+            f"{path}: is not as HypotheSAEs saves: a dict of settings and one of tensors. "
+            "give the file that it wrote."
         )
     if unknown := sorted(map(str, set(config) - set(HYPOTHESAES_CONFIG))):
         raise InputError(
-            f"{path}: config holds {', '.join(unknown)[:80]}, which HypotheSAEs does not write. convert it with SAELens."
+            f"{path}: config holds {', '.join(unknown)[:80]}, which HypotheSAEs does not write. "
+            "convert it with SAELens."
         )
     cfg, weights = Config(path, config), Tensors(path, state)
     d, m, k = (cfg.need(name, int) for name in ("input_dim", "m_total_neurons", "k_active_neurons"))
@@ -324,7 +337,7 @@ def read_hypothesaes(path, values):
     return parts
 
 
-def read_dictionary_learning(path, values):
+def read_dictionary_learning(path: Path, values: dict) -> Parts:
     """`Parts` of dictionary_learning's state dict (ae.pt), with its config.json beside it where
     there is one."""
     weights, config_path = Tensors(path, values), path.with_name("config.json")
@@ -352,7 +365,7 @@ def read_dictionary_learning(path, values):
     return parts
 
 
-def class_of_tensors(weights):
+def class_of_tensors(weights: Tensors) -> str:
     """The class whose tensors these are, where they tell."""
     if "gate_bias" in weights:
         return "GatedAutoEncoder"
@@ -361,7 +374,8 @@ def class_of_tensors(weights):
     if "k" in weights:
         if "threshold" in weights:
             raise InputError(
-                f"{weights.path}: may be AutoEncoderTopK or BatchTopKSAE, whose tensors are alike. put config.json beside it."
+                f"{weights.path}: may be AutoEncoderTopK or BatchTopKSAE, whose tensors are alike. "
+                "put config.json beside it."
             )
         return "AutoEncoderTopK"
     if "W_enc" in weights:
@@ -369,7 +383,7 @@ def class_of_tensors(weights):
     return "AutoEncoderNew" if "decoder.bias" in weights else "AutoEncoder"
 
 
-def dictionary_parts(kind, weights, trainer):
+def dictionary_parts(kind: str, weights: Tensors, trainer: Config) -> Parts:
     """`Parts` of one of the DICTIONARY_CLASSES."""
     if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
         w_enc = weights.take("W_enc", None, None).t().contiguous()

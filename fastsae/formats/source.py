@@ -1,5 +1,4 @@
-"""What a path given as an autoencoder stands for: which format, which files; how they are loaded and
-known again.
+"""What a path given as an autoencoder stands for: its format and files, loaded and hashed.
 
 Known are checkpoints of this project, folders of SAELens (cfg.json and sae_weights.safetensors), of
 sparsify (cfg.json and sae.safetensors) and of dictionary_learning (ae.pt, config.json), Gemma

@@ -663,7 +663,7 @@ REFUSED = [
     ),
     ({"architecture": "topk"}, "cfg.json: k is missing"),
     ({"architecture": "topk", "k": 41}, "k 41 is not from 1 to 40"),
-    ({"architecture": "topk", "k": "many"}, "k is 'many', no int"),
+    ({"architecture": "topk", "k": "many"}, "k: expected int, got 'many'"),
     ({"d_in": 13}, r"W_enc has shape \(12, 40\), not \(13, 40\)"),
     ({"d_sae": "absent"}, "d_sae is missing"),
     ({"architecture": "jumprelu"}, "threshold is missing"),
@@ -689,7 +689,9 @@ def test_numbers_of_a_config_are_finite(tmp_path, architecture, name, value):
         keys=threshold.items(),
         **{"architecture": architecture, name: value},
     )
-    with pytest.raises(InputError, match=rf"cfg.json: {name} is '(nan|inf)', no (int|float)"):
+    with pytest.raises(
+        InputError, match=rf"cfg.json: {name}: expected (int|float), got '(nan|inf)'"
+    ):
         load_sae(folder)
 
 
