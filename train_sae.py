@@ -2,7 +2,7 @@
 Matryoshka objective).
 
     python train_sae.py --m 512 --k 8 --matryoshka-prefixes 64,512
-    python train_sae.py --seeds 0,1,2 --k-list 4,8,16          # nine from one reading of the data
+    python train_sae.py --seeds 0,1,2 --k 4,8,16          # nine from one reading of the data
 
 Reads `activations/activations_layer{LAYER_IDX}.npz`. Writes `checkpoints/<run>/SAE_....pt` (which
 `hypothesaes.sae.load_model` reads), `metrics.json` with the final figures, `metrics.jsonl` with one
@@ -34,7 +34,9 @@ from fastsae.training.limits import require_memory
 # Main settings:
 ARCHITECTURE: str = "topk"    # how features become active; standard: ReLU and L1
 M: int = 256                  # [1..2**26] features
-K: int = 8                    # [1..] active features per token
+K: int | tuple[int, ...] = 8  # [1..] active features per token; batchtopk: on average. Several
+                              # values here, of L1_COEFFICIENT or SEEDS: an autoencoder for each
+                              # combination, from one reading of the data
 N_EPOCHS: int = 100           # [1..] at most; see PATIENCE
 LEARNING_RATE: float = 5e-4   # (0..1e38] of Adam
 
@@ -43,9 +45,8 @@ USE_MATRYOSHKA: bool | None = None  # nested prefixes of features (arXiv 2503.17
                                     # none = on for topk and batchtopk
 MATRYOSHKA_PREFIXES: tuple[int, ...] | None = None  # lengths of the prefixes, rising, the last = M;
                                                     # none = M / 4 and M
-USE_BATCH_TOPK: bool | None = None  # K active features per token on average over a batch;
-                                    # none = as ARCHITECTURE says
-L1_COEFFICIENT: float = 5.0         # [0..1e38] standard, gated, aligned: weight of the L1 penalty
+L1_COEFFICIENT: float | tuple[float, ...] = 5.0  # [0..1e38] standard, gated, aligned: weight of the
+                                                 # L1 penalty
 JUMPRELU_LOSS: str = "target"       # {target, step} target: (L0 - K) squared * 2 / K; step: L0
 L0_COEFFICIENT: float = 6.0         # [0..1e38] jumprelu: weight of that
 SPARSITY_WARMUP_STEPS: int = 0      # [0..] steps over which L1_COEFFICIENT and L0_COEFFICIENT rise
@@ -86,10 +87,7 @@ MAX_NORM_RATIO: float | None = 10.0  # (1..] leave out attention sinks: norms ab
 
 # Several at once, and output:
 SEEDS: tuple[int, ...] | None = None   # [0..] several autoencoders from one reading of the data, by
-                                       # the seed of their first weights
-K_LIST: tuple[int, ...] | None = None  # [1..] the same for several K ...
-L1_COEFFICIENT_LIST: tuple[float, ...] | None = None  # [0..1e38] ... and for several
-                                                      # L1_COEFFICIENT; all combinations are trained
+                                       # the seed of their first weights; SEED still splits the data
 EXPORT: tuple[str, ...] | None = None  # {saelens, sparsify} also write folders for these; works for
                                        # a trained one too; none = no
 LOGGER: str = "none"                   # {none, tensorboard, wandb} where the figures of each epoch

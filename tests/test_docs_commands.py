@@ -41,7 +41,6 @@ SMALL = {  # flags whose values are made small
     "--init-from": "gemma/layer_0/width_16/average_l0_4",
     "--m": "16",
     "--k": "4",
-    "--k-list": "2,4",
     "--matryoshka-prefixes": "4,16",
     "--batch-size": "64",
     "--buffer-tokens": "200",
@@ -95,7 +94,8 @@ def in_miniature(command: str, model: str) -> tuple[str, dict[str, str | None]]:
         if word.startswith("--"):
             flags[name := word] = None
         else:
-            flags[name] = SMALL.get(name, word).replace("MODEL", model)
+            small = "2,4" if name == "--k" and "," in word else SMALL.get(name, word)
+            flags[name] = small.replace("MODEL", model)
     for name in ("--preset", "--output-dir"):
         flags.pop(name, None)
     if (flags.get("--interpreter-model") or "").startswith("local:"):

@@ -190,7 +190,7 @@ def write_activations(folder, x, tokens_per_example):
 
 def train_flags(settings, site, architecture, m):
     """The flags of train_sae.py for all autoencoders of one architecture and size."""
-    sparsities = ["--k", 1, "--l1-coefficient-list"] if architecture == "standard" else ["--k-list"]
+    sparsities = ["--k", 1, "--l1-coefficient"] if architecture == "standard" else ["--k"]
     values = settings.L1_COEFFICIENTS if architecture == "standard" else settings.KS
     return [
         "--output-dir",
@@ -206,7 +206,7 @@ def train_flags(settings, site, architecture, m):
         "--m",
         m,
         *sparsities,
-        joined(values),
+        f"{joined(values)},",  # several, also where it is one
         "--seeds",
         joined(settings.SEEDS),
         "--no-use-matryoshka",

@@ -118,8 +118,8 @@ def train_flags(settings, work, architecture):
         "--architecture",
         name,
         *prefixes,
-        f"--{config.flag_name(how)}",
-        listed(settings.values[how]),
+        f"--{config.flag_name(how.removesuffix('_LIST'))}",
+        f"{listed(settings.values[how])},",  # several, also where it is one
         "--seeds",
         listed(settings.SEEDS),
         "--m",

@@ -103,8 +103,8 @@ def train_flags(settings, m):
         settings.ARCHITECTURE,
         "--m",
         m,
-        "--k-list",
-        ",".join(map(str, settings.KS)),
+        "--k",
+        ",".join(map(str, settings.KS)) + ",",  # several, also where it is one
         "--seeds",
         ",".join(map(str, settings.SEEDS)),
         "--no-use-matryoshka",

@@ -30,6 +30,14 @@ CORE = (
 )
 CONSTANT = r"[A-Z][A-Z0-9_]*"
 REGISTERED = {"ARCHITECTURE": Limits(choices=tuple(ARCHITECTURES))}  # not on the setting's line
+# {what has all values of a setting that may have several: the setting}
+SEVERAL = {"K_LIST": "K", "L1_COEFFICIENT_LIST": "L1_COEFFICIENT"}
+# {former setting: (the one in its place, what to give it for example)}
+RENAMED: dict[str, tuple[str, Any]] = {
+    "K_LIST": ("K", (8, 16)),
+    "L1_COEFFICIENT_LIST": ("L1_COEFFICIENT", (1.0, 5.0)),
+    "USE_BATCH_TOPK": ("ARCHITECTURE", "batchtopk"),
+}
 LARGEST_EXPONENT = 64
 ARITHMETIC: dict[type, Any] = {
     ast.Add: operator.add,
@@ -381,6 +389,13 @@ def strangers(source: Source, path: str | Path) -> list[str]:
     file, problems = Path(path).name, []
     known = shipped().get(file, {})
     for name, line in names_set(source.tree):
+        if name in RENAMED and file in CORE:
+            now, example = RENAMED[name]
+            problems.append(
+                f"{file}:{line}: {name} is not a setting any more. "
+                f"write for example {now} = {example!r} in {home_of(now)}."
+            )
+            continue
         home = home_of(name.upper()) if file in CORE else file * (name.upper() in known)
         if name in known or (name != name.upper() and not home):
             continue

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastsae.settings import kinds
-from fastsae.settings.declarations import home_of
+from fastsae.settings.declarations import RENAMED, SEVERAL, home_of
 from fastsae.settings.suggestions import listed, nearest
 
 
@@ -123,6 +123,9 @@ def no_such_flag(flag: str, declared: dict[str, dict], script: str | Path) -> st
     """What to say of a flag that the script does not have."""
     word = flag.strip("-").lower().replace("_", "-")
     name = word.upper().replace("-", "_")
+    now = RENAMED.get(name) or RENAMED.get(name.removeprefix("NO_"))
+    if now:
+        return f"{flag}: no such setting any more. give {as_flags(*now)}."
     home = home_of(name) or home_of(name.removeprefix("NO_"))
     if home and name not in declared and name.removeprefix("NO_") not in declared:
         return (
@@ -146,4 +149,5 @@ def as_flags(name: str, value: Any) -> str:
     """A setting's value as one argument of a command line."""
     if isinstance(value, bool):
         return f"--{'' if value else 'no-'}{flag_name(name)}"
-    return f"--{flag_name(name)}={kinds.as_typed(value)}"
+    alone = name in SEVERAL.values() and isinstance(value, tuple) and len(value) == 1
+    return f"--{flag_name(name)}={kinds.as_typed(value)}" + "," * alone

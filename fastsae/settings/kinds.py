@@ -18,15 +18,20 @@ LONGEST = 60  # characters of a value that a message repeats
 
 def is_known(kind: str) -> bool:
     """Whether `kind` is a type that settings can have."""
-    return (
-        re.fullmatch(r"(bool|((int|float|str)|tuple\[(int|float|str), \.\.\.\]))( \| None)?", kind)
-        is not None
-    )
+    one = r"(int|float|str)"
+    forms = rf"bool|{one}|tuple\[{one}, \.\.\.\]|(?P<it>{one}) \| tuple\[(?P=it), \.\.\.\]"
+    return re.fullmatch(rf"({forms})( \| None)?", kind) is not None
 
 
 def base_of(kind: str) -> str:
     """The type less its `| None`."""
     return kind.removesuffix(" | None")
+
+
+def one_or_several(kind: str) -> tuple[str, str] | None:
+    """("int", "tuple[int, ...]") of `int | tuple[int, ...]`; None of any other type."""
+    one, _, several = base_of(kind).partition(" | ")
+    return (one, several) if several else None
 
 
 def item_of(kind: str) -> str:
@@ -40,8 +45,10 @@ def parse(text: str, kind: str) -> Any:
         if text.lower() == "none":
             return None
         kind = base_of(kind)
+    if both := one_or_several(kind):  # a comma at the end makes a tuple of one
+        return parse(text, both["," in text])
     if kind.startswith("tuple["):
-        return tuple(parse(part, item_of(kind)) for part in text.split(","))
+        return tuple(parse(part, item_of(kind)) for part in text.removesuffix(",").split(","))
     return {"int": int, "float": float, "str": str}[kind](text)
 
 
@@ -49,6 +56,8 @@ def has_type(value: Any, kind: str) -> bool:
     """Whether a value is of type `kind`; an int passes for a float, a list for a tuple."""
     if kind.endswith(" | None"):
         return value is None or has_type(value, base_of(kind))
+    if both := one_or_several(kind):
+        return any(has_type(value, each) for each in both)
     if kind.startswith("tuple["):
         return isinstance(value, (tuple, list)) and all(
             has_type(each, item_of(kind)) for each in value
@@ -63,6 +72,8 @@ def as_type(value: Any, kind: str) -> Any:
     """A value of type `kind` in its one form: a float for 1, a tuple for a list."""
     if value is None:
         return None
+    if both := one_or_several(kind):
+        return as_type(value, both[isinstance(value, (tuple, list))])
     if base_of(kind).startswith("tuple["):
         return tuple(as_type(each, item_of(base_of(kind))) for each in value)
     return float(value) if base_of(kind) == "float" else value
@@ -71,12 +82,16 @@ def as_type(value: Any, kind: str) -> Any:
 def expectation(kind: str) -> str:
     """The type in a message: `int`, `float or none`, `a tuple of int`."""
     base = base_of(kind)
+    if both := one_or_several(base):
+        return f"{both[0]} or {expectation(both[1])}"
     words = f"a tuple of {item_of(base)}" if base.startswith("tuple[") else base
     return words + " or none" * kind.endswith(" | None")
 
 
 def metavar(kind: str) -> str:
     """What `--help` shows for a flag's value: `INT`, `INT,INT,...|none`."""
+    if both := one_or_several(kind):
+        return f"{both[0]}[,{both[0]}...]".upper()
     base = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1,\1,...", base_of(kind)).upper()
     return base + "|none" * kind.endswith(" | None")
 

@@ -73,14 +73,17 @@ def resolve(project: Path, presets: Any, scripts: tuple, argv: list[str] | None 
         {name: setting["limits"] for name, setting in declared.items()},
     )
     refuse(problems)
-    for name, value in (completed := complete(right)).items():
-        source[name] = source[name] if value == right[name] else "follows"
+    completed = complete(right)
+    for name, value in right.items():
+        if not isinstance(value, tuple) and completed[name] != value:
+            source[name] = "follows"
     return Settings(
         completed,
         source,
         {name: each["file"] for name, each in declared.items()},
         complete(defaults_of(declared, project)),
         project,
+        right,
     )
 
 

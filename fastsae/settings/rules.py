@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsae.settings.architectures import ARCHITECTURES, DENSE
-from fastsae.settings.declarations import shipped_limits
+from fastsae.settings.declarations import SEVERAL, shipped_limits
 from fastsae.settings.flags import flag_name
 from fastsae.settings.folders import folder_advice
 from fastsae.settings.kinds import shown
@@ -23,17 +23,23 @@ Require = Callable[[Any, str, str, str], None]  # (what must hold, NAME, what is
 
 
 def complete(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with what follows from others where it is None: BatchTopK, Matryoshka, the prefixes.
+    """`values` with what follows from them, under the names by which results record it.
 
-    USE_BATCH_TOPK follows ARCHITECTURE, USE_MATRYOSHKA is on for the TopK family and wherever
-    prefixes are given, and MATRYOSHKA_PREFIXES are a quarter of M and M.
+    USE_MATRYOSHKA is on for the TopK family and wherever prefixes are given, and
+    MATRYOSHKA_PREFIXES are a quarter of M and M. Of several values, K_LIST has all and K the first.
     """
-    if not {"ARCHITECTURE", "USE_BATCH_TOPK", *FEATURES} <= set(values):
+    values = dict(values)
+    trains = bool({"USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES"} & set(values))  # as only stage 2 does
+    for several, name in SEVERAL.items():
+        value = values.get(name)
+        if isinstance(value, tuple):
+            values[name] = value[0] if value else None
+        if trains and name in values:
+            values[several] = value if isinstance(value, tuple) else None
+    if not {"ARCHITECTURE", *FEATURES} <= set(values):
         return values
     architecture, m, prefixes = values["ARCHITECTURE"], values["M"], values["MATRYOSHKA_PREFIXES"]
-    values = dict(values)
-    if values["USE_BATCH_TOPK"] is None:
-        values["USE_BATCH_TOPK"] = architecture == "batchtopk"
+    values["USE_BATCH_TOPK"] = architecture == "batchtopk"
     if values["USE_MATRYOSHKA"] is None:
         values["USE_MATRYOSHKA"] = architecture not in DENSE or prefixes is not None
     if values["USE_MATRYOSHKA"] and prefixes is None and architecture not in DENSE:
@@ -50,7 +56,8 @@ def check_values(values: dict[str, Any], limits: dict[str, Limits] | None = None
     problems = [
         problem
         for name, value in values.items()
-        for problem in problems_with(name, value, limits.get(name, Limits()))
+        for own in [SEVERAL.get(name, name) if name not in limits else name]
+        for problem in problems_with(own, value, limits.get(own, Limits()))
     ]
 
     def require(ok: Any, name: str, what: str, remedy: str) -> None:
@@ -85,7 +92,7 @@ def check_values(values: dict[str, Any], limits: dict[str, Limits] | None = None
         check_features(values, require)
         check_architecture(values, require)
     check_interpretation(values, require)
-    return problems
+    return list(dict.fromkeys(problems))
 
 
 def check_paths(values: dict[str, Any], require: Require) -> None:
@@ -156,27 +163,26 @@ def check_features(values: dict[str, Any], require: Require) -> None:
         "lower --test-fraction",
     )
     m, prefixes = values["M"], values["MATRYOSHKA_PREFIXES"]
-    for name in ("K", "K_LIST"):
-        k = max(each(values.get(name)), default=0)
-        require(
-            k <= m,
-            name,
-            f"{shown(k)} active features of only M={shown(m)}",
-            f"lower --{flag_name(name)} or raise --m to at least {shown(k)}",
-        )
+    k = max(each(values.get("K_LIST") or values["K"]), default=0)
+    require(
+        k <= m,
+        "K",
+        f"{shown(k)} active features of only M={shown(m)}",
+        f"lower --k or raise --m to at least {shown(k)}",
+    )
     require(
         (values["AUX_K"] or 0) <= m,
         "AUX_K",
         f"{shown(values['AUX_K'])} is more than M={shown(m)}",
         "lower --aux-k",
     )
-    for name in ("SEEDS", "K_LIST", "L1_COEFFICIENT_LIST"):
-        several = values.get(name)
+    for several_name, name in {**SEVERAL, "SEEDS": "SEEDS"}.items():
+        several = values.get(several_name)
         require(
             several is None or 0 < len(several) == len(set(several)),
             name,
             f"{several} are not different values",
-            "name each once, or give none",
+            "name each once",
         )
     require(
         not (values.get("INIT_FROM") and values.get("SEEDS")),
@@ -208,7 +214,7 @@ def check_features(values: dict[str, Any], require: Require) -> None:
 def check_architecture(values: dict[str, Any], require: Require) -> None:
     """What only some architectures have."""
     architecture = values.get("ARCHITECTURE")
-    dense, batch_topk = architecture in DENSE, values.get("USE_BATCH_TOPK")
+    dense = architecture in DENSE
     which = "USE_MATRYOSHKA" if values["MATRYOSHKA_PREFIXES"] is None else "MATRYOSHKA_PREFIXES"
     require(
         not (dense and values["USE_MATRYOSHKA"]),
@@ -217,19 +223,7 @@ def check_architecture(values: dict[str, Any], require: Require) -> None:
         "give --no-use-matryoshka, or --architecture topk",
     )
     require(
-        not (dense and batch_topk),
-        "USE_BATCH_TOPK",
-        f"{architecture} picks no largest K",
-        "give --no-use-batch-topk, or --architecture batchtopk",
-    )
-    require(
-        architecture != "batchtopk" or batch_topk is not False,
-        "USE_BATCH_TOPK",
-        "off contradicts ARCHITECTURE batchtopk",
-        "leave it out, or give --architecture topk",
-    )
-    require(
-        values.get("SELECT_DTYPE") != "bfloat16" or (architecture == "topk" and not batch_topk),
+        values.get("SELECT_DTYPE") != "bfloat16" or architecture == "topk",
         "SELECT_DTYPE",
         "only topk can choose from bfloat16",
         "set it to float32, or give --architecture topk",
@@ -239,15 +233,14 @@ def check_architecture(values: dict[str, Any], require: Require) -> None:
     for name, plays_a_part in (("L1_COEFFICIENT_LIST", by_l1), ("K_LIST", not by_l1)):
         require(
             plays_a_part or not values.get(name),
-            name,
+            SEVERAL[name],
             f"{architecture} does not use it, so all would be alike",
-            "leave it out, or give another --architecture",
+            "give one value, or another --architecture",
         )
-    other = "batchtopk" if batch_topk else architecture
     require(
-        "sparsify" not in each(values.get("EXPORT")) or other == "topk",
+        "sparsify" not in each(values.get("EXPORT")) or architecture == "topk",
         "EXPORT",
-        f"sparsify holds topk only, not {other}",
+        f"sparsify holds topk only, not {architecture}",
         "leave sparsify out, or give --architecture topk",
     )
 

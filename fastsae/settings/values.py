@@ -42,7 +42,8 @@ class Settings:
     """The settings of one run, frozen: `settings.M`, `settings.source["M"]`, `settings.values`.
 
     `source` is "flag", "preset demo" or the file's name, `owner` the file that declares a setting,
-    `defaults` the values that the project ships.
+    `defaults` the values that the project ships, `typed` the values as they were given: `values`
+    has in addition what follows from them, and the first of several.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Settings:
         owner: dict[str, str],
         defaults: dict[str, Any] | None = None,
         project: Path = PROJECT,
+        typed: dict[str, Any] | None = None,
     ):
         self.__dict__.update(
+            typed=MappingProxyType(dict(values if typed is None else typed)),
             values=MappingProxyType(dict(values)),
             source=MappingProxyType(dict(source)),
             owner=MappingProxyType(dict(owner)),
@@ -69,6 +72,7 @@ class Settings:
             dict(self.owner),
             dict(self.defaults),
             self.project,
+            dict(self.typed),
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -88,6 +92,7 @@ class Settings:
             dict(self.owner),
             dict(self.defaults),
             self.project,
+            {**self.typed, **values},
         )
 
     def select(self, names: Iterable[str]) -> dict[str, Any]:
@@ -110,8 +115,8 @@ class Settings:
         """The flags of this run that `script` understands, as command-line arguments."""
         return [
             as_flags(name, value)
-            for name, value in self.values.items()
-            if self.source[name] == "flag" and self.owner[name] in ("config.py", script)
+            for name, value in self.typed.items()
+            if self.source.get(name) == "flag" and self.owner[name] in ("config.py", script)
         ]
 
     def show(self) -> None:
@@ -122,7 +127,8 @@ class Settings:
     def describe(self) -> str:
         """What differs from the defaults, and where to find the rest: three lines at most."""
         by_source: dict[str, list[str]] = {}
-        for name, value in self.values.items():
+        for name in self.source:
+            value = self.typed[name] if isinstance(self.typed[name], tuple) else self.values[name]
             if name not in self.defaults or value != self.defaults[name]:
                 by_source.setdefault(self.source[name], []).append(f"{name}={brief(value)}")
         rest = "--help lists all; what decides a result is recorded in it"

@@ -947,7 +947,7 @@ def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main
     assert run_main("train_sae", *flags, "--n-epochs", 1) == 0
     for folder in ("SAE_M=48_K=3.saelens", "SAE_M=48_K=3.sparsify/layers.11"):
         assert_same(dense(load_sae(run / folder)[0], x), dense(load_sae(run)[0], x))
-    assert run_main("train_sae", *flags, "--n-epochs", 1, "--use-batch-topk") == 0
+    assert run_main("train_sae", *flags, "--n-epochs", 1, "--architecture=batchtopk") == 0
     assert_same(dense(load_sae(run / "SAE_M=48_K=3.saelens")[0], x), dense(load_sae(run)[0], x))
     assert (
         not (run / "SAE_M=48_K=3.sparsify").exists()
@@ -963,7 +963,7 @@ def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main
             "EXPORT: sparsify holds topk only, not jumprelu.",
         ),
         (
-            ["--export", "sparsify", "--use-batch-topk"],
+            ["--export", "sparsify", "--architecture", "batchtopk"],
             "EXPORT: sparsify holds topk only, not batchtopk.",
         ),
         (["--init-from", "x", "--seeds", "0,1"], "SEEDS: all would start alike, from INIT_FROM."),

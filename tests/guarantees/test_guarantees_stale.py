@@ -35,7 +35,6 @@ CHANGES = {
         "K": 3,
         "USE_MATRYOSHKA": False,
         "MATRYOSHKA_PREFIXES": "6,24",
-        "USE_BATCH_TOPK": True,
         "L1_COEFFICIENT": 4,
         "JUMPRELU_LOSS": "step",
         "L0_COEFFICIENT": 5,
@@ -66,8 +65,6 @@ CHANGES = {
         "SELECT_DTYPE": "bfloat16",
         "SEED": 5,
         "SEEDS": "1,2",
-        "K_LIST": "3,4",
-        "L1_COEFFICIENT_LIST": "1,2 --architecture standard --no-use-matryoshka",
         "INIT_FROM": None,
         "MAX_TRAIN_TOKENS": 200,
     },
@@ -116,8 +113,6 @@ OTHER_FILE = (
     "USE_MATRYOSHKA",
     "MATRYOSHKA_PREFIXES",
     "SEEDS",
-    "K_LIST",
-    "L1_COEFFICIENT_LIST",
 )
 GROUPED = {
     "llm": (

@@ -345,7 +345,6 @@ def test_hypothesaes_reads_a_standard_one(tmp_path, write_activations, run_main)
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        (["--use-batch-topk", "--architecture", "gated", "--no-use-matryoshka"], "USE_BATCH_TOPK"),
         (["--architecture", "standard", "--use-matryoshka"], "USE_MATRYOSHKA"),
         (["--architecture", "relu"], "ARCHITECTURE"),
     ],

@@ -111,9 +111,9 @@ def test_the_list_of_what_is_shipped_is_right():
         ("train_sae.py", "L1_COEFFICIENT", "L1_COEFFICIENT = -(-3) / 2", 1.5),
         ("train_sae.py", "CLIP_GRAD", "CLIP_GRAD = None", None),
         ("train_sae.py", "USE_MATRYOSHKA", "USE_MATRYOSHKA = False", False),
-        ("train_sae.py", "K_LIST", "K_LIST = (8, 16)", (8, 16)),
-        ("train_sae.py", "K_LIST", "K_LIST = [8, 16]", (8, 16)),
-        ("train_sae.py", "K_LIST", "K_LIST = 8, 16", (8, 16)),
+        ("extract_activations.py", "LAYERS", "LAYERS = (8, 16)", (8, 16)),
+        ("extract_activations.py", "LAYERS", "LAYERS = [8, 16]", (8, 16)),
+        ("extract_activations.py", "LAYERS", "LAYERS = 8, 16", (8, 16)),
         ("train_sae.py", "EXPORT", "EXPORT = ('saelens',)", ("saelens",)),
         ("interpret_sae.py", "LLM_TIMEOUT", "LLM_TIMEOUT = 5", 5.0),
         ("interpret_sae.py", "TARGET_FIELD", "TARGET_FIELD = 'stars'", "stars"),
@@ -130,12 +130,12 @@ def test_its_flag_still_has_the_type_that_was_declared(project):
     """None, and an int for a float, say nothing of what a flag may be given."""
     project.edit("train_sae.py", "CLIP_GRAD", "CLIP_GRAD = None")
     project.edit("train_sae.py", "LEARNING_RATE", "LEARNING_RATE = 1")
-    project.edit("train_sae.py", "K_LIST", "K_LIST = None")
+    project.edit("extract_activations.py", "LAYERS", "LAYERS = None")
     project.edit("config.py", "MAX_EXAMPLES", "MAX_EXAMPLES = 100")
     settings = project.read(
-        "--clip-grad", "0.5", "--learning-rate", "1e-3", "--k-list", "4,8", "--max-examples", "none"
+        "--clip-grad", "0.5", "--learning-rate", "1e-3", "--layers", "4,8", "--max-examples", "none"
     )
-    assert (settings.CLIP_GRAD, settings.LEARNING_RATE, settings.K_LIST, settings.MAX_EXAMPLES) == (
+    assert (settings.CLIP_GRAD, settings.LEARNING_RATE, settings.LAYERS, settings.MAX_EXAMPLES) == (
         0.5,
         1e-3,
         (4, 8),
@@ -232,11 +232,11 @@ def test_names_inside_functions_are_their_own(project):
             "M: expected int, got 512.0. edit it in train_sae.py, for example 512.",
         ),
         (
-            "train_sae.py",
-            "K_LIST",
-            "K_LIST = 8",
-            "K_LIST: expected a tuple of int or none, got 8. "
-            "edit it in train_sae.py, for example `(8,)`.",
+            "extract_activations.py",
+            "LAYERS",
+            "LAYERS = 8",
+            "LAYERS: expected a tuple of int or none, got 8. "
+            "edit it in extract_activations.py, for example `(8,)`.",
         ),
         (
             "train_sae.py",
@@ -507,12 +507,7 @@ def test_settings_can_be_copied():
         (["--architecture", "standard"], (False, None, False)),
         (["--architecture", "gated", "--m", "512"], (False, None, False)),
         (["--architecture", "batchtopk"], (True, (64, 256), True)),
-        (["--use-batch-topk"], (True, (64, 256), True)),
-        (["--architecture", "batchtopk", "--use-batch-topk"], (True, (64, 256), True)),
-        (
-            ["--architecture", "gated", "--no-use-matryoshka", "--no-use-batch-topk"],
-            (False, None, False),
-        ),
+        (["--architecture", "gated", "--no-use-matryoshka"], (False, None, False)),
     ],
 )
 def test_what_follows_from_m_and_the_architecture(flags, expected):
@@ -529,8 +524,6 @@ def test_what_follows_from_m_and_the_architecture(flags, expected):
     [
         (["--architecture", "jumprelu", "--use-matryoshka"], "USE_MATRYOSHKA"),
         (["--architecture", "gated", "--matryoshka-prefixes", "64,256"], "MATRYOSHKA_PREFIXES"),
-        (["--architecture", "standard", "--use-batch-topk"], "USE_BATCH_TOPK"),
-        (["--architecture", "batchtopk", "--no-use-batch-topk"], "USE_BATCH_TOPK"),
     ],
 )
 def test_what_contradicts_the_architecture(refused, flags, name):
@@ -604,11 +597,11 @@ def test_a_flag_of_another_stage_says_whose_it_is(refused):
         ["--batch-tokens", "-" + "9" * 40],
         ["--seed", str(2**63 - 1)],
         ["--seeds", f"1,{2**60}"],
-        ["--k-list", f"1,{2**60}"],
+        ["--k", f"1,{2**60}"],
         ["--l1-coefficient", "1e39"],
         ["--l0-coefficient", "1e39"],
         ["--aux-coef", "1e300"],
-        ["--l1-coefficient-list", "1,1e39"],
+        ["--l1-coefficient", "1,1e39"],
         ["--learning-rate", "1e39"],
         ["--learning-rate", "1e-300"],
         ["--jumprelu-bandwidth", "1e-40"],
@@ -634,7 +627,7 @@ def test_absurd_values_are_refused_by_name(refused, flags):
 def test_every_number_has_an_upper_bound():
     settings = config.resolve(*STAGES, argv=[])
     values = settings.values
-    for name in values:
+    for name in settings.typed:
         kind = declarations.shipped()[settings.owner[name]][name]["type"]
         if "int" in kind or "float" in kind:
             huge = 10**19 if "int" in kind else 1e200
@@ -656,8 +649,7 @@ def test_a_start_prints_what_differs_from_the_defaults():
     assert described("--k", "4")[0] == "settings: (flag) K=4"
     first = described("--m", "512", "--architecture", "batchtopk")[0]
     assert first == (
-        "settings: (flag) ARCHITECTURE=batchtopk, M=512, "
-        "(follows) MATRYOSHKA_PREFIXES=128,512, USE_BATCH_TOPK=on"
+        "settings: (flag) ARCHITECTURE=batchtopk, M=512, (follows) MATRYOSHKA_PREFIXES=128,512"
     )
     first = "".join(
         described("--preset", "llama-3.1-8b", "--dataset-path", "tests/conftest.py")[:-1]
@@ -736,3 +728,61 @@ def test_every_script_explains_a_slip_before_it_imports_config(script):
         i for i, line in enumerate(lines) if line.startswith("    startup.explain_slips()")
     )
     assert lines.index('if __name__ == "__main__":') < guard < lines.index("import config")
+
+
+@pytest.mark.parametrize(
+    "flags, several",
+    [
+        (["--k", "8"], {}),
+        (["--k", "4,8"], {"K_LIST": (4, 8)}),
+        (["--k=8,"], {"K_LIST": (8,)}),
+        (
+            ["--l1-coefficient", "1,0.5", "--architecture", "gated"],
+            {"L1_COEFFICIENT_LIST": (1, 0.5)},
+        ),
+    ],
+)
+def test_one_value_or_several(flags, several):
+    """Results record the first under the setting's name; the stages are given all of them."""
+    settings = config.resolve(*STAGES, argv=flags)
+    for all_of_them, name in declarations.SEVERAL.items():
+        assert settings.values[all_of_them] == several.get(all_of_them)
+        one = settings.values[name]
+        assert isinstance(one, (int, float)) and one == several.get(all_of_them, (one,))[0]
+    again = config.resolve(STAGES[1], argv=settings.flags_for("train_sae.py"))
+    assert {n: again.values[n] for n in declarations.SEVERAL} == {
+        n: settings.values[n] for n in declarations.SEVERAL
+    }
+
+
+def test_several_values_in_a_file(project):
+    project.edit("train_sae.py", "K", "K = (4, 8)")
+    settings = project.read()
+    assert (settings.K, settings.K_LIST) == (4, (4, 8))
+    assert settings.describe().startswith("settings: (train_sae.py) K=4,8\n")
+
+
+@pytest.mark.parametrize("name", declarations.RENAMED)
+def test_a_former_setting_is_refused_with_the_one_in_its_place(project, refused, name):
+    now, example = declarations.RENAMED[name]
+    flag = f"--{config.flag_name(name)}"
+    (line,) = refused(flag, "1")
+    assert line.startswith(
+        f"error: {flag}: no such setting any more. give --{config.flag_name(now)}="
+    )
+    remedy = re.search(r"give (\S+)\.$", line)[1]
+    more = ["--architecture", "standard"] if name.startswith("L1") else []
+    assert project.read(remedy, *more).typed[now] == example
+    project.add("train_sae.py", f"\n{name} = {example!r}\n")
+    (line,) = refused()
+    assert line.endswith(f"write for example {now} = {example!r} in {declarations.home_of(now)}.")
+
+
+def test_whatever_train_sae_declares_is_recorded_or_decides_nothing():
+    """What decides an autoencoder is listed in the order in which results record it."""
+    import train_sae
+
+    free = {"ENGINE", "SAVE_EVERY", "LOGGER", "SEEDS", "EXPORT", "INIT_FROM"}
+    assert (
+        set(train_sae.DECISIVE) - {"USE_BATCH_TOPK"} == set(config.read_settings(STAGES[1])) - free
+    )

@@ -67,7 +67,7 @@ def test_planted_dictionary_is_recovered(tmp_path, write_activations, run_main, 
             256,
             "--max-norm-ratio",
             "none",
-            "--use-batch-topk" if batch_topk else "--no-use-batch-topk",
+            "--architecture=batchtopk" if batch_topk else "--architecture=topk",
         )
         == 0
     )
@@ -326,7 +326,7 @@ def test_checkpoints_hold_no_time(tmp_path, write_activations, run_main):
 
 @pytest.mark.parametrize(
     "variant",
-    [[], ["--use-batch-topk", "--lr-schedule", "linear", "--lr-warmup-steps", 7]],
+    [[], ["--architecture=batchtopk", "--lr-schedule", "linear", "--lr-warmup-steps", 7]],
     ids=["topk", "batchtopk, schedule"],
 )
 def test_an_interrupted_run_ends_in_the_same_bytes(
@@ -444,7 +444,7 @@ def test_several_autoencoders_in_one_pass_equal_those_trained_alone(
     for k in (1, 2):
         assert run_main("train_sae", *flags, "--k", k) == 0
         alone[k] = load_sae(checkpoint_of(tmp_path))[0].state_dict(), metrics_of(tmp_path)
-    assert run_main("train_sae", *flags, "--seeds", "0,5", "--k-list", "1,2") == 0
+    assert run_main("train_sae", *flags, "--seeds", "0,5", "--k", "1,2") == 0
     folder = tmp_path / "checkpoints" / "test"
     saes = {path.stem: load_sae(path)[0].state_dict() for path in folder.glob("*_seed=*.pt")}
     assert sorted(saes) == [f"SAE_M=16_K={k}_seed={seed}" for k in (1, 2) for seed in (0, 5)]
@@ -474,7 +474,7 @@ def test_several_autoencoders_in_one_pass_equal_those_trained_alone(
         meta = load_sae(path)[1]
         assert len(meta["history"]) == meta["metrics"]["epochs"]
     capsys.readouterr()
-    assert run_main("train_sae", *flags, "--seeds", "0,5,6", "--k-list", "1,2") == 0
+    assert run_main("train_sae", *flags, "--seeds", "0,5,6", "--k", "1,2") == 0
     assert capsys.readouterr().out.count("up to date") == 4  # only the new seed is trained
 
 
@@ -498,7 +498,7 @@ def test_what_stands_beside_a_checkpoint_is_its_own(tmp_path, write_activations,
     "more",
     [
         ["--architecture", "batchtopk"],
-        ["--architecture", "batchtopk", "--k-list", "2,4"],
+        ["--architecture", "batchtopk", "--k", "2,4"],
         ["--architecture", "topk"],
         ["--architecture", "standard"],
     ],
@@ -531,7 +531,7 @@ def test_of_several_the_good_ones_are_handed_over(tmp_path, write_activations, r
         *SMALL,
         "--architecture",
         "standard",
-        "--l1-coefficient-list",
+        "--l1-coefficient",
         "0.5,1e38",
         "--export",
         "saelens",
@@ -558,7 +558,7 @@ def test_coefficients_that_look_alike_have_names_of_their_own(
             *SMALL,
             "--architecture",
             "standard",
-            "--l1-coefficient-list",
+            "--l1-coefficient",
             "1.0000001,1.0000002,2",
         )
         == 0
@@ -679,7 +679,7 @@ def test_an_interrupted_pass_of_several_ends_in_the_same_bytes(
         *SMALL,
         "--architecture",
         "standard",
-        "--l1-coefficient-list",
+        "--l1-coefficient",
         "0.5,2.5",
         "--n-epochs",
         4,
@@ -723,7 +723,7 @@ def test_one_of_several_that_fails_stops_no_other(tmp_path, write_activations, r
         "--batch-size",
         50,
     ]
-    assert run_main("train_sae", *flags, "--l1-coefficient-list", "1e38,0.5") == 2
+    assert run_main("train_sae", *flags, "--l1-coefficient", "1e38,0.5") == 2
     name = "SAE_standard_M=16_K=2_L1={}.pt"
     assert (
         f"error: L1_COEFFICIENT: the loss of {name.format('1e+38')} is not a number after epoch 1"
@@ -735,7 +735,7 @@ def test_one_of_several_that_fails_stops_no_other(tmp_path, write_activations, r
 
 
 def test_lists_that_change_nothing_are_refused(run_main, capsys):
-    for architecture, flag in (("topk", "--l1-coefficient-list"), ("standard", "--k-list")):
+    for architecture, flag in (("topk", "--l1-coefficient"), ("standard", "--k")):
         with pytest.raises(SystemExit):
             run_main(
                 "train_sae", "--architecture", architecture, "--no-use-matryoshka", flag, "1,2"
@@ -743,7 +743,7 @@ def test_lists_that_change_nothing_are_refused(run_main, capsys):
         name = flag[2:].upper().replace("-", "_")
         assert capsys.readouterr().err == (
             f"error: {name}: {architecture} does not use it, so all would be alike. "
-            "leave it out, or give another --architecture.\n"
+            "give one value, or another --architecture.\n"
         )
 
 
@@ -754,16 +754,16 @@ def test_lists_are_checked_before_anything_loads(run_main, capsys):
             "--m",
             16,
             "--no-use-matryoshka",
-            "--k-list",
+            "--k",
             "4,99",
             "--seeds",
             "1,1",
-            "--l1-coefficient-list",
+            "--l1-coefficient",
             "1,x",
         )
     errors = capsys.readouterr().err
     assert (
-        "K_LIST: 99 active features of only M=16" in errors
+        "K: 99 active features of only M=16" in errors
         and "SEEDS: (1, 1) are not different" in errors
     )
-    assert "L1_COEFFICIENT_LIST: expected a tuple of float or none, got '1,x'" in errors
+    assert "L1_COEFFICIENT: expected float or a tuple of float, got '1,x'" in errors

@@ -71,7 +71,7 @@ def test_two_processes_train_what_one_does(tmp_path, write_activations):
     flags = [
         *write_activations(tokens, [15] * 100),
         *FLAGS,
-        "--use-batch-topk",
+        "--architecture=batchtopk",
         "--use-matryoshka",
         "--matryoshka-prefixes",
         "16,64",
