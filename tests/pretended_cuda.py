@@ -290,7 +290,8 @@ class PretendedCuda(TorchFunctionMode):
             indices = [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor)]
             if device_of(args[0]) == CPU and any(device_of(t) != CPU for t in indices):
                 raise Refused(
-                    f"{name}: indices should be on cpu or on the same device as the indexed tensor (cpu)"
+                    f"{name}: indices should be on cpu or on the same device as the indexed "
+                    f"tensor (cpu)"
                 )
             others = [t for t in tensors if t is not args[0] and not any(t is i for i in indices)]
             if name == "__getitem__" or not indices:
@@ -305,7 +306,8 @@ class PretendedCuda(TorchFunctionMode):
             }
             if len(sized) > 1 or (sized == {CPU} and len(devices) > 1) or len(devices - {CPU}) > 1:
                 raise Refused(
-                    f"{name}: Expected all tensors to be on the same device, but found {', '.join(sorted(map(str, devices)))}"
+                    f"{name}: Expected all tensors to be on the same device, but found "
+                    f"{', '.join(sorted(map(str, devices)))}"
                 )
         return (
             next((device for device in devices if device.type == "cuda"), next(iter(devices), None))

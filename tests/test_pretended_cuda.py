@@ -29,7 +29,10 @@ from fastsae.sae.sparse_step import sparse_step
 from fastsae.training import loop
 from fastsae.training.run import TrainingRun
 
-WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()
+WORDS = (
+    "the bread rose twice while rain fell and we chose a longer road home past seven "
+    "quiet houses".split()
+)
 TRAINING = [
     "--m",
     24,
@@ -530,14 +533,16 @@ def test_a_device_beyond_those_seen(setting):
 def test_a_device_that_cannot_be_used(outcome, monkeypatch):
     def refuse(device):
         raise RuntimeError(
-            "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be ..."
+            "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors "
+            "might be ..."
         )
 
     with pretended():
         monkeypatch.setattr(torch.cuda, "set_device", refuse)
         code, lines = outcome(lambda: devices.choose_device("auto"))
     assert code == 3 and lines == [
-        "error: DEVICE: cuda:0 cannot be used (CUDA error: all CUDA-capable devices are busy or unavailable). "
+        "error: DEVICE: cuda:0 cannot be used (CUDA error: all CUDA-capable devices are busy "
+        "or unavailable). "
         "look at nvidia-smi, choose another --device, or --device cpu."
     ]
 

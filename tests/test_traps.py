@@ -8,27 +8,66 @@ import torch
 from conftest import PROJECT, planted_tokens
 
 TRAPS = {
-    "fit gives NaN when one row is left over for the last batch": "test_training.test_sizes_that_leave_one_row_over",
-    "aux-k gives dead features with negative pre-activation no gradient": "test_training_step.test_dead_features_with_negative_pre_activation_get_a_gradient",
-    "without dead features the aux loss adds a constant": "test_training_step.test_without_dead_features_the_aux_loss_adds_nothing",
-    "early stopping keeps the last weights": "test_training.test_the_best_weights_are_kept",
-    "a run cannot be continued": "test_training.test_an_interrupted_run_ends_in_the_same_bytes",
-    "dead counters change while features are computed": "test_traps.test_encoding_changes_nothing",
-    "load_model runs code of a crafted file": "test_guarantees_damage.test_no_pickle_is_loaded",
-    "a damaged checkpoint loads as other weights": "test_guarantees_damage.test_no_flipped_bit_gives_other_numbers",
-    "a checkpoint is reused for its name": "test_training.test_only_a_checkpoint_of_the_same_settings_is_reused",
-    "the whole matrix goes to the device for a median": "test_traps.test_initialisation_takes_a_sample",
-    "the Responses API is used, which local servers lack": "test_interpretation_llm.test_labels_scores_and_validation_end_to_end",
-    "failures and refusals become labels": "test_guarantees_llm.test_a_failure_is_a_status_and_never_a_label",
-    "a torn cache loses every label": "test_interpretation_llm.test_a_torn_journal_loses_one_line_only",
-    "only OPENAI_KEY_SAE is read": "test_traps.test_either_key_variable_will_do",
-    "negative, zero or falling prefixes and K = 0 train silently": "test_config.test_one_bad_flag_is_one_line",
+    "fit gives NaN when one row is left over for the last batch": (
+        "test_training",
+        "test_sizes_that_leave_one_row_over",
+    ),
+    "aux-k gives dead features with negative pre-activation no gradient": (
+        "test_training_step",
+        "test_dead_features_with_negative_pre_activation_get_a_gradient",
+    ),
+    "without dead features the aux loss adds a constant": (
+        "test_training_step",
+        "test_without_dead_features_the_aux_loss_adds_nothing",
+    ),
+    "early stopping keeps the last weights": ("test_training", "test_the_best_weights_are_kept"),
+    "a run cannot be continued": (
+        "test_training",
+        "test_an_interrupted_run_ends_in_the_same_bytes",
+    ),
+    "dead counters change while features are computed": (
+        "test_traps",
+        "test_encoding_changes_nothing",
+    ),
+    "load_model runs code of a crafted file": (
+        "test_guarantees_damage",
+        "test_no_pickle_is_loaded",
+    ),
+    "a damaged checkpoint loads as other weights": (
+        "test_guarantees_damage",
+        "test_no_flipped_bit_gives_other_numbers",
+    ),
+    "a checkpoint is reused for its name": (
+        "test_training",
+        "test_only_a_checkpoint_of_the_same_settings_is_reused",
+    ),
+    "the whole matrix goes to the device for a median": (
+        "test_traps",
+        "test_initialisation_takes_a_sample",
+    ),
+    "the Responses API is used, which local servers lack": (
+        "test_interpretation_llm",
+        "test_labels_scores_and_validation_end_to_end",
+    ),
+    "failures and refusals become labels": (
+        "test_guarantees_llm",
+        "test_a_failure_is_a_status_and_never_a_label",
+    ),
+    "a torn cache loses every label": (
+        "test_interpretation_llm",
+        "test_a_torn_journal_loses_one_line_only",
+    ),
+    "only OPENAI_KEY_SAE is read": ("test_traps", "test_either_key_variable_will_do"),
+    "negative, zero or falling prefixes and K = 0 train silently": (
+        "test_config",
+        "test_one_bad_flag_is_one_line",
+    ),
 }
 
 
 @pytest.mark.parametrize("trap", TRAPS)
 def test_every_trap_has_its_test(trap):
-    module, name = TRAPS[trap].split(".")
+    module, name = TRAPS[trap]
     (path,) = (PROJECT / "tests").rglob(f"{module}.py")
     functions = [
         n.name

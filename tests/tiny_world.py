@@ -14,7 +14,10 @@ import pytest
 from forking import Stages
 from loopback import Endpoint, completion
 
-WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()
+WORDS = (
+    "the bread rose twice while rain fell and we chose a longer road home past seven "
+    "quiet houses".split()
+)
 # a run that was killed just before it wrote them has none
 TIMES = ("seconds", "tokens_per_second", "device")
 N_WORKERS = min(

@@ -488,7 +488,10 @@ def test_template_dates_are_pinned(smol_tokenizer):
     import copy
 
     tokenizer = copy.copy(smol_tokenizer)
-    tokenizer.chat_template = "{{ date_string }}: {% for m in messages %}<|im_start|>{{ m.content | trim }}<|im_end|>{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ date_string }}: {% for m in messages %}<|im_start|>{{ "
+        "m.content | trim }}<|im_end|>{% endfor %}"
+    )
     (tokens,) = ChatTokenizer(tokenizer, max_length=512, date="26 Jul 2024")(
         [text_example("  hello ")]
     )
@@ -503,7 +506,10 @@ def test_a_template_that_refuses_names_the_line(smol_tokenizer):
     from fastsae.runtime.errors import InputError
 
     tokenizer = copy.copy(smol_tokenizer)
-    tokenizer.chat_template = "{% if messages[0].role == 'assistant' %}{{ raise_exception('must begin with user') }}{% endif %}x"
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'assistant' %}{{ "
+        "raise_exception('must begin with user') }}{% endif %}x"
+    )
     with pytest.raises(InputError, match=r"d.jsonl:7: .*must begin with user"):
         ChatTokenizer(tokenizer, max_length=512, dataset_name="d.jsonl")([Example(7, DIALOGUE[1:])])
 

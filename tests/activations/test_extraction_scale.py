@@ -22,7 +22,10 @@ from fastsae.lm import cpu_kernels, residual
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
-WORDS = "the bread rose twice while rain fell and we chose a longer road home past seven quiet houses".split()
+WORDS = (
+    "the bread rose twice while rain fell and we chose a longer road home past seven "
+    "quiet houses".split()
+)
 
 
 @pytest.fixture
@@ -512,7 +515,8 @@ def test_hub_datasets(tmp_path, extract, monkeypatch, capsys):
     assert extract(data="hf:owner/name", out="other") == 3
     assert (
         capsys.readouterr().err
-        == "error: DATASET_PATH: hf:owner/name@def needs the datasets package. run: pip install datasets.\n"
+        == "error: DATASET_PATH: hf:owner/name@def needs the datasets package. run: pip "
+        "install datasets.\n"
     )
 
 

@@ -310,7 +310,8 @@ def test_dialogues_of_other_tools_are_read(row, messages):
     [
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
-            "messages[0] calls a tool (tool_calls), which is not text. write the call into its content",
+            "messages[0] calls a tool (tool_calls), which is not text. write the call into "
+            "its content",
         ),
         (
             {

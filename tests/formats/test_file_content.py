@@ -469,7 +469,8 @@ def test_the_kind_is_known_without_torch(tmp_path):
     "content", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b"\xff{", b"", b"[1]", b"5"]
 )
 def test_json_that_was_edited_ends_in_one_line(tmp_path, outcome, content):
-    """metrics.json of a run, cfg.json of SAELens and sparsify, config.json of dictionary_learning."""
+    """metrics.json of a run, cfg.json of SAELens and sparsify, config.json of
+    dictionary_learning."""
     saelens, run = saelens_folder(tmp_path / "s", trained("standard")), tmp_path / "run"
     learned = dictionary_folder(tmp_path / "ae", "AutoEncoder")
     run.mkdir()

@@ -391,7 +391,8 @@ def test_configs_from_before_version_6(tmp_path):
 
 
 def from_sae_lens(library, kind):
-    """A module of sae-lens with random weights; the inference ones, and those that training keeps."""
+    """A module of sae-lens with random weights; the inference ones, and those that training
+    keeps."""
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.saes.matryoshka_batchtopk_sae import (
         MatryoshkaBatchTopKTrainingSAE as Matryoshka,
@@ -450,7 +451,8 @@ def test_what_sae_lens_saves_computes_the_same_here(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
 def test_what_sae_lens_is_still_training(tmp_path, kind):
-    """Its own inference form of the same weights must agree with our reading of the training form."""
+    """Its own inference form of the same weights must agree with our reading of the training
+    form."""
     library = sae_lens()
     module = from_sae_lens(library, kind)
     module.topk_threshold.fill_(4.0)
@@ -889,7 +891,8 @@ def test_a_start_that_does_not_follow_is_refused():
     ],
 )
 def test_which_architecture_it_is(tmp_path, kind, settings, said):
-    """The module, what is printed of it, the model card and an export that comes back say the same."""
+    """The module, what is printed of it, the model card and an export that comes back say the
+    same."""
     sae, settings = trained(kind), {"M": M, "K": K, **settings}
     metadata = artifacts.new_metadata("sae", settings, {}, activations=SOURCE)
     save_sae(tmp_path / "a.pt", sae, metadata)

@@ -37,7 +37,8 @@ SMALL = [
 
 def reduce(module, name, *arguments):
     """A pickle, written by hand, that calls `module.name(*arguments)` when it is loaded."""
-    return f"c{module}\n{name}\n({''.join(f'V{argument}' + chr(10) for argument in arguments)}tR.".encode()
+    given = "".join(f"V{argument}\n" for argument in arguments)
+    return f"c{module}\n{name}\n({given}tR.".encode()
 
 
 PAYLOADS = {  # what each would do: make a folder at the path

@@ -370,7 +370,8 @@ def test_impossible_settings_are_reported_at_once_before_anything_runs(run_scrip
     )
     assert (done.returncode, done.stdout, snapshot(tmp_path)) == (2, "", {})
     assert sorted(done.stderr.splitlines()) == [
-        f"error: DATASET_PATH: {tmp_path / 'nowhere.jsonl'} is not a file. give your data with --dataset-path FILE.jsonl.",
+        f"error: DATASET_PATH: {tmp_path / 'nowhere.jsonl'} is not a file. give your data with "
+        f"--dataset-path FILE.jsonl.",
         "error: DEVICE: 'tpu' is unknown. choose auto, cpu, mps, cuda or cuda:0.",
         "error: K: 999 active features of only M=256. lower --k or raise --m to at least 999.",
         "error: LAYER_IDX: 0 is below 1. give 1 or more.",
@@ -644,7 +645,8 @@ def test_a_mistaken_model_name_leaves_the_activations_where_they_are(
     before = snapshot(tmp_path)
     assert run_main("extract_activations", *flags, "--model-name", "./nowhere") == 2
     assert capsys.readouterr().err == (
-        f"error: MODEL_NAME: {os.path.abspath('nowhere')} does not exist. give a folder, a .gguf file, a hub id or "
+        f"error: MODEL_NAME: {os.path.abspath('nowhere')} does not exist. give a folder, a "
+        f".gguf file, a hub id or "
         "SmolLM2-135M-Instruct.\n"
     )
     assert snapshot(tmp_path) == before

@@ -352,7 +352,8 @@ def test_a_bug_leaves_its_traceback_in_a_file(tmp_path, capsys, monkeypatch):
     err = capsys.readouterr().err
     (log,) = tmp_path.iterdir()
     assert err.startswith("Traceback") and err.splitlines()[-1] == (
-        f"error: this is a bug. report it with {log}; the same command goes on from what is finished."
+        f"error: this is a bug. report it with {log}; the same command goes on from what is "
+        f"finished."
     )
     assert "KeyError" in log.read_text() and "sk-secret" not in log.read_text() + err
 

@@ -347,7 +347,8 @@ def test_the_schema_refuses():
 
 
 def refused_by_neuronpedia(batch):
-    """What its rules have against a batch; written from the rules, not from this project's schema."""
+    """What its rules have against a batch; written from the rules, not from this project's
+    schema."""
     found = []
 
     def need(ok, what):

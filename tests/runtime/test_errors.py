@@ -224,7 +224,8 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_model_loads(monkeypatch,
             FileExistsError(errno.EEXIST, "File exists", "/o/activations"),
             3,
             [
-                "error: /o/activations: File exists. move away what is there, or choose another --output-dir; nothing that was complete is lost."
+                "error: /o/activations: File exists. move away what is there, or choose "
+                "another --output-dir; nothing that was complete is lost."
             ],
         ),
         (
@@ -289,7 +290,10 @@ def test_a_second_signal_does_not_disturb_the_ending(outcome):
 
 
 def test_torchs_allocator_is_out_of_memory(outcome):
-    text = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    text = (
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate "
+        "memory: you tried to allocate 9 bytes."
+    )
     code, lines = outcome(fail_with(RuntimeError(text)))
     assert code == 3 and lines[0].startswith("error: memory: ")
 
@@ -312,7 +316,10 @@ def test_a_bug_is_not_hidden(outcome, error, tmp_path, monkeypatch):
 
 
 def stage_process(body, stdout):
-    code = f"import sys; from fastsae.runtime.stage import run_stage; sys.exit(run_stage(lambda: {body}))"
+    code = (
+        f"import sys; from fastsae.runtime.stage import run_stage; "
+        f"sys.exit(run_stage(lambda: {body}))"
+    )
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
         [sys.executable, "-c", code],

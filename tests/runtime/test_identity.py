@@ -301,7 +301,8 @@ def test_what_is_not_needed_of_a_dataset_is_looked_at_as_well(tmp_path, how):
 def test_activations_that_are_replaced_while_they_are_opened(
     tmp_path, write_activations, monkeypatch
 ):
-    """Their members are read one after the other: they must not come from two files of equal sizes."""
+    """Their members are read one after the other: they must not come from two files of equal
+    sizes."""
     write_activations(np.zeros((6, 4), np.float16), [2, 4])
     path, plain = tmp_path / "activations" / "activations_layer12.npz", files.read_npz
     assert len(files.open_activations(path)["token_ids"]) == 6

@@ -191,7 +191,8 @@ def quick(body, prefix="", **options):
     """A stage in a process of its own, started through a shell that closes or fills its handles:
     (exit code, stderr)."""
     code = (
-        "import sys; from fastsae.runtime import stage; from fastsae.runtime.stage import run_stage; "
+        "import sys; from fastsae.runtime import stage; from fastsae.runtime.stage import "
+        "run_stage; "
         f"stage.end(run_stage(lambda: {body}))"
     )
     env = {
@@ -207,7 +208,10 @@ def quick(body, prefix="", **options):
     return done.returncode, done.stderr.decode()
 
 
-LOST = "warning: stdout: No space left on device. what was to be printed is lost; the work itself is done.\n"
+LOST = (
+    "warning: stdout: No space left on device. what was to be printed is lost; the work "
+    "itself is done.\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +235,8 @@ LOST = "warning: stdout: No space left on device. what was to be printed is lost
             "print('a') or stage.require_printed()",
             (
                 3,
-                "error: stdout: No space left on device. print to a terminal, or to a file on a disk with free space.\n",
+                "error: stdout: No space left on device. print to a terminal, or to a file on "
+                "a disk with free space.\n",
             ),
         ),
         (
@@ -239,7 +244,8 @@ LOST = "warning: stdout: No space left on device. what was to be printed is lost
             "print('a') or stage.require_printed()",
             (
                 3,
-                "error: stdout: closed. print to a terminal, or to a file on a disk with free space.\n",
+                "error: stdout: closed. print to a terminal, or to a file on a disk with free "
+                "space.\n",
             ),
         ),
     ],
@@ -265,7 +271,8 @@ def test_help_that_cannot_be_printed_is_an_error(script):
 def test_a_terminal_that_lacks_characters_gets_escapes(encoding):
     code = (
         "import sys; from fastsae.runtime.stage import run_stage, end\n"
-        "end(run_stage(lambda: [print('größe 日本 \\u202e'), print('größe 日本', file=sys.stderr)] and 0))"
+        "end(run_stage(lambda: [print('größe 日本 \\u202e'), print('größe 日本', "
+        "file=sys.stderr)] and 0))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,5 @@
-"""Lines off a terminal: what, how far, how fast and how long still; none where nobody wants them."""
+"""Lines off a terminal: what, how far, how fast and how long still; none where nobody wants
+them."""
 
 import io
 import re
@@ -53,7 +54,8 @@ def test_part_of_an_epoch_counts():
     task.set_postfix({"loss": "0.25"})
     assert (
         after(3600, task)
-        == "progress: training: 0.5 of 100 epochs (0 %), 0.5 epochs/h, at most 199.0 h left, loss 0.25"
+        == "progress: training: 0.5 of 100 epochs (0 %), 0.5 epochs/h, at most 199.0 h left, "
+        "loss 0.25"
     )
     task.update()
     assert after(3600, task).startswith(

@@ -120,7 +120,8 @@ def test_the_pipeline_and_stage_3_are_one_process_work(tmp_path, monkeypatch, ru
         timeout=60,
     )
     assert done.returncode == 2 and done.stderr == (
-        "error: WORLD_SIZE: 2 processes were started, but run_pipeline.py is the work of one. give torchrun the stages one by one.\n"
+        "error: WORLD_SIZE: 2 processes were started, but run_pipeline.py is the work of one. "
+        "give torchrun the stages one by one.\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -292,8 +292,8 @@ def test_parts_of_other_settings_are_named_and_those_of_finished_work_go(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == [".parts-c", ".parts-earlier"]
     one, other = capsys.readouterr().out.splitlines()
     assert (
-        f"unfinished: {tmp_path / '.parts-c'} (3.0 MB) is of a run with other settings. finish it with: python "
-        in one
+        f"unfinished: {tmp_path / '.parts-c'} (3.0 MB) is of a run with other settings. finish "
+        f"it with: python " in one
     )
     assert f"{tmp_path / '.parts-earlier'} (0.0 MB)" in other
 

@@ -88,7 +88,8 @@ def test_resampled_features_point_at_what_is_left_over(architecture):
 
 
 def test_resampling_revives_what_would_stay_dead():
-    """Three quarters of the features are out of reach, and nothing but resampling looks after them."""
+    """Three quarters of the features are out of reach, and nothing but resampling looks after
+    them."""
     x = torch.from_numpy(planted_tokens(2000, 32, 48, 2)[0])
     errors = {}
     for every in (None, 60):

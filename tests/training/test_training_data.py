@@ -123,7 +123,8 @@ def test_only_the_chosen_tokens_train(tmp_path, write_activations, run_main, cap
 def test_a_buffer_of_an_eighth_trains_as_well_as_a_full_shuffle(
     tmp_path, write_activations, run_main
 ):
-    """Tokens of an example resemble each other, so an order that does not mix examples would show."""
+    """Tokens of an example resemble each other, so an order that does not mix examples would
+    show."""
     random = np.random.default_rng(0)
     tokens = random.standard_normal((40_000, 32)) * np.linspace(0.1, 1, 32)
     tokens += 0.3 * np.repeat(random.standard_normal((2000, 32)), 20, axis=0)

@@ -1,4 +1,5 @@
-"""What a run cannot do is said before it starts, or with the name of the setting that is to blame."""
+"""What a run cannot do is said before it starts, or with the name of the setting that is to
+blame."""
 
 import pytest
 from conftest import planted_tokens
@@ -66,8 +67,8 @@ def test_a_huge_coefficient_is_named(write_activations, run_main, capsys, flags,
     assert run_main("train_sae", *given, *flags) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert (
-        line
-        == f"error: {name}: the loss is not a number after epoch 1. lower --{name.lower().replace('_', '-')}."
+        line == f"error: {name}: the loss is not a number after epoch 1. lower "
+        f"--{name.lower().replace('_', '-')}."
     )
 
 

@@ -16,7 +16,10 @@ from fastsae.interpretation.llm.client import Asker
 from fastsae.interpretation.llm.labels import MAX_TOKENS, MIN_HELD_OUT, Labelling, Shown, plain_text
 
 CJK = "今天天气很好我们去公园散步看见了许多花和树"
-WORDS = "bread rose while rain fell on seven quiet houses and nobody chose the longer road home past them".split()
+WORDS = (
+    "bread rose while rain fell on seven quiet houses and nobody chose the longer road "
+    "home past them".split()
+)
 
 
 def user(line, text):
