@@ -4,36 +4,36 @@ principal, of a Fourier basis."""
 import numpy as np
 
 
-def unit(rows):
+def unit(rows: np.ndarray) -> np.ndarray:
     """Rows (n, d) of length 1; rows of zeros stay zeros."""
     rows = np.asarray(rows, np.float64)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def cosines(a, b):
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(n, m) cosines of rows (n, d) and (m, d)."""
     return unit(a) @ unit(b).T
 
 
-def absolute_cosines(a, b):
+def absolute_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(n, m) |cosine| of rows (n, d) and (m, d): for directions whose sign means nothing, as those
     of PCA or of a sine."""
     return np.abs(cosines(a, b))
 
 
-def absolute_correlations(a, b):
+def absolute_correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(n, m) |Pearson correlation| of columns of (tokens, n) and (tokens, m); 0 for a column that
     does not vary."""
     return absolute_cosines((a - a.mean(0)).T, (b - b.mean(0)).T)
 
 
-def mean_max(similarity):
+def mean_max(similarity: np.ndarray) -> float:
     """Mean over the rows of (n, m) of their largest entry: each row may take a column that another
     one takes too."""
     return float(similarity.max(1, initial=0).mean())
 
 
-def matched_mean(similarity):
+def matched_mean(similarity: np.ndarray) -> float:
     """Mean entry of the best one-to-one matching of rows and columns (Hungarian algorithm): the MCC
     of identifiability studies.
 
@@ -45,7 +45,7 @@ def matched_mean(similarity):
     return float(similarity[rows, columns].sum() / len(similarity))
 
 
-def found_by_all(sets, threshold):
+def found_by_all(sets: list[np.ndarray], threshold: float) -> float:
     """Share of the directions of one set that have one with a cosine above `threshold` in every
     other set; mean over the sets."""
     shares = []
@@ -55,19 +55,19 @@ def found_by_all(sets, threshold):
     return float(np.mean(shares))
 
 
-def random_directions(m, d, seed):
+def random_directions(m: int, d: int, seed: int) -> np.ndarray:
     """(m, d) unit rows, all directions equally likely."""
     return unit(np.random.default_rng(seed).standard_normal((m, d)))
 
 
-def random_like(x, m, seed):
+def random_like(x: np.ndarray, m: int, seed: int) -> np.ndarray:
     """(m, d) unit rows drawn from the normal distribution with the covariance of the rows of x (n,
     d): they crowd where x does."""
     generator = np.random.default_rng(seed)
     return unit(generator.standard_normal((m, len(x))) @ (x - x.mean(0)))
 
 
-def principal_directions(x, m):
+def principal_directions(x: np.ndarray, m: int) -> np.ndarray:
     """(min(m, d), d) principal directions of the rows of x (n, d), the widest first."""
     centred = np.asarray(x, np.float64) - x.mean(0)
     values, vectors = np.linalg.eigh(centred.T @ centred)

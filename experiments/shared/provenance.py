@@ -7,29 +7,36 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULTS = Path(os.environ.get("FASTSAE_RESULTS") or PROJECT / "experiments" / "results").absolute()
 
 
-def run_stage(script, *flags):
+def run_stage(script: str, *flags: Any) -> None:
     """Run one of the project's scripts as a user would."""
     run_to_its_end([sys.executable, str(PROJECT / script), "--no-print-settings", *map(str, flags)])
 
 
-def module_command(name, *flags):
+def module_command(name: str, *flags: Any) -> list[str]:
     """The command that runs one of the project's modules, for `subprocess` with `environment()`."""
     return [sys.executable, "-m", name, *map(str, flags)]
 
 
-def environment():
+def environment() -> dict[str, str]:
     """This process's environment, with the project where `python -m` finds it from any folder."""
     paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def run_to_its_end(command, text=None, env=None):
+def run_to_its_end(
+    command: list[str], text: str | None = None, env: dict[str, str] | None = None
+) -> None:
     """Run a command, `text` on its stdin; if it fails, which it has explained, this process ends
     with its exit code.
 
@@ -51,7 +58,7 @@ def run_to_its_end(command, text=None, env=None):
         sys.exit(code if code > 0 else 128 - code)
 
 
-def machine():
+def machine() -> dict[str, Any]:
     """The CPU's name, the number of cores and the versions that decide speed."""
     import torch
     import transformers
@@ -74,7 +81,7 @@ def machine():
     }
 
 
-def commit():
+def commit() -> str:
     """The commit the result was made from, with '+' when the work tree differed from it."""
     try:
         sha = subprocess.check_output(
@@ -88,7 +95,7 @@ def commit():
         return "unknown"
 
 
-def write_result(name, settings, result):
+def write_result(name: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
     """Write experiments/results/<name>.json and say so. Of folders of this machine only the last
     name stays."""
     from fastsae.runtime import artifacts
@@ -104,7 +111,7 @@ def write_result(name, settings, result):
     print(f"wrote {path}")
 
 
-def without_folders(value):
+def without_folders(value: Any) -> Any:
     """`value`, JSON-able, with the file's name in the place of every absolute path in it."""
     if isinstance(value, dict):
         return {name: without_folders(each) for name, each in value.items()}
@@ -115,7 +122,7 @@ def without_folders(value):
     return value
 
 
-def write_figure(path, figure):
+def write_figure(path: Path, figure: "Figure") -> None:
     """A matplotlib figure as a PNG, and say so."""
     from fastsae.training.monitoring import save_figure
 
@@ -124,7 +131,7 @@ def write_figure(path, figure):
 
 
 @functools.cache
-def code_version():
+def code_version() -> str:
     """sha256 (hex) of the project's Python files: what other code computed is not remembered."""
     digest = hashlib.sha256()
     for path in sorted(
@@ -138,7 +145,7 @@ def code_version():
     return digest.hexdigest()
 
 
-def remembered(path, key, compute):
+def remembered(path: str | Path, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
     """What `compute()` returned, JSON-able, when this code was asked for `key` before, from the
     journal at `path`; else that, appended."""
     from fastsae.runtime import artifacts

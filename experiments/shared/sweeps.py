@@ -16,12 +16,17 @@ import io
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from experiments.shared import provenance
 
+if TYPE_CHECKING:
+    from fastsae.settings.values import Settings
 
-def run_many(script, jobs):
+
+def run_many(script: str, jobs: Iterable[Iterable[Any]]) -> None:
     """Run one of the project's scripts once for each list of flags in `jobs`, all in one other
     process; if one fails, this one ends too."""
     lines = "".join(json.dumps([str(flag) for flag in job]) + "\n" for job in jobs)
@@ -29,7 +34,7 @@ def run_many(script, jobs):
     provenance.run_to_its_end(command, lines, provenance.environment())
 
 
-def quick_settings(settings, quick):
+def quick_settings(settings: "Settings", quick: dict[str, Any]) -> "Settings":
     """`settings`, if QUICK is on with the values of `quick` wherever no flag was given."""
     import config
 
@@ -45,7 +50,7 @@ def quick_settings(settings, quick):
     )
 
 
-def passed_on(settings, names):
+def passed_on(settings: "Settings", names: Iterable[str]) -> list[str]:
     """The flags given to an experiment that its stages know too, of the settings named."""
     given = {name: settings.values[name] for name in names if settings.source[name] == "flag"}
     return [
@@ -54,7 +59,7 @@ def passed_on(settings, names):
     ]
 
 
-def recorded(settings):
+def recorded(settings: "Settings") -> dict[str, Any]:
     """The settings of an experiment for its result: of a path only the file's name, which says
     nothing of the machine."""
     paths = ("DATASET_PATH", "LABELLED_PATH", "PLAIN_TEXT", "MODEL_NAME")
@@ -65,7 +70,7 @@ def recorded(settings):
     }
 
 
-def rounded(value, digits=6):
+def rounded(value: Any, digits: int = 6) -> Any:
     """`value` with every float in its lists and dicts rounded to so many significant digits."""
     if isinstance(value, dict):
         return {name: rounded(each, digits) for name, each in value.items()}
@@ -74,7 +79,7 @@ def rounded(value, digits=6):
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def main():
+def main() -> int:
     from fastsae.runtime.stage import run_stage
 
     if sys.argv[1:] in (["-h"], ["--help"]):
