@@ -106,7 +106,7 @@ def train(plans: list[Plan], tokens: Tokens, settings: Settings, device: str) ->
         except (KeyboardInterrupt, Terminated):
             # between steps, or while measuring, which changes nothing of the runs
             if saver.stopping or stop_asked():
-                saver.save(runs)
+                saver.keep(runs)
             raise
     return failed
 
@@ -117,7 +117,7 @@ class Saver:
     def __init__(self, seconds: float):
         self.seconds, self.last, self.stopping = seconds, time.monotonic(), False
 
-    def save(self, runs: Iterable[PlannedRun]) -> None:
+    def keep(self, runs: Iterable[PlannedRun]) -> None:
         for run in runs:
             run.save(run.state_path, run.fingerprint)
 
@@ -127,7 +127,7 @@ class Saver:
         if self.stopping:
             stop()
         if time.monotonic() - self.last > self.seconds:
-            self.save(runs)
+            self.keep(runs)
             self.last = time.monotonic()
 
 

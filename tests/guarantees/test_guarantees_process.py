@@ -70,8 +70,10 @@ ALLOWED = {  # (path, call): why
     ("fastsae/runtime/artifacts.py", "torch.save"): "into memory",
     ("fastsae/training/monitoring.py", "figure.savefig"): "into memory",
     ("fastsae/formats/export.py", "save"): "into memory",
-    ("train_sae.py", "run.save"): "TrainingRun.save, which calls artifacts.write_checkpoint",
-    ("train_sae.py", "save"): "that, for each run",
+    (
+        "fastsae/training/loop.py",
+        "run.save",
+    ): "TrainingRun.save, which calls artifacts.write_checkpoint",
     (
         "fastsae/runtime/artifacts.py",
         "archive.open",
