@@ -11,6 +11,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent.parent / "sae" / "architectures"
 # the registry: a file of FOLDER each, in the order in which --help names them
 NAMES = ("topk", "batchtopk", "standard", "jumprelu", "gated", "aligned")
+FORMER_SWITCHES = {"USE_BATCH_TOPK": "batchtopk"}  # settings that became an architecture
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastsae.settings import kinds
-from fastsae.settings.architectures import ARCHITECTURES
+from fastsae.settings.architectures import ARCHITECTURES, FORMER_SWITCHES
 from fastsae.settings.limits import Limits, limits_of
 from fastsae.settings.suggestions import nearest_name
 
@@ -36,7 +36,7 @@ SEVERAL = {"K_LIST": "K", "L1_COEFFICIENT_LIST": "L1_COEFFICIENT"}
 RENAMED: dict[str, tuple[str, Any]] = {
     "K_LIST": ("K", (8, 16)),
     "L1_COEFFICIENT_LIST": ("L1_COEFFICIENT", (1.0, 5.0)),
-    "USE_BATCH_TOPK": ("ARCHITECTURE", "batchtopk"),
+    **{name: ("ARCHITECTURE", now) for name, now in FORMER_SWITCHES.items()},
 }
 LARGEST_EXPONENT = 64
 ARITHMETIC: dict[type, Any] = {
