@@ -3,9 +3,10 @@
     python run_pipeline.py                               # the demo
     python run_pipeline.py --dataset-path my.jsonl --k 16
 
-Checks the settings of all stages first, hands each flag to the stages that know it, and returns the exit code of the stage
-that failed. A stage whose output is up to date says so and returns at once.
+Checks the settings of all stages first, hands each flag to the stages that know it, and returns the
+exit code of the stage that failed. A stage whose output is up to date says so and returns at once.
 """
+
 from fastsae.runtime import early_stop
 from fastsae.settings import startup
 
@@ -45,10 +46,16 @@ def check_chain(settings):
     """What each stage could do by itself, but the next one could not go on from."""
     problems = []
     if settings.LAYERS and settings.LAYER_IDX not in settings.LAYERS:
-        problems.append(f"LAYERS: {settings.LAYERS} are without LAYER_IDX={settings.LAYER_IDX}, on which the later stages work. give "
-                        f"--layer-idx {settings.LAYERS[0]}, or add {settings.LAYER_IDX} to --layers.")
+        problems.append(
+            f"LAYERS: {settings.LAYERS} are without LAYER_IDX={settings.LAYER_IDX}, on which the "
+            "later stages work. give "
+            f"--layer-idx {settings.LAYERS[0]}, or add {settings.LAYER_IDX} to --layers."
+        )
     if settings.PROCESSING == "block":
-        problems.append("PROCESSING: stage 3 needs examples and refuses blocks. run extract_activations.py and train_sae.py by themselves.")
+        problems.append(
+            "PROCESSING: stage 3 needs examples and refuses blocks. run extract_activations.py and "
+            "train_sae.py by themselves."
+        )
     return problems
 
 
@@ -62,15 +69,20 @@ def folders_that_take_no_files(settings):
         while not os.path.lexists(nearest) and os.path.dirname(nearest) != nearest:
             nearest = os.path.dirname(nearest)
         if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
-            problems.append(f"{nearest}: takes no files. check its rights, or choose another --output-dir or --run-name.")
+            problems.append(
+                f"{nearest}: takes no files. check its rights, or choose another --output-dir or "
+                "--run-name."
+            )
     return list(dict.fromkeys(problems))
 
 
 def run(script, flags):
-    """The stage's exit code. A stage gets the signals that end this process, each once, so that none is left running.
+    """The stage's exit code. A stage gets the signals that end this process, each once, so that
+    none is left running.
 
-    (In a session of its own: Ctrl-C at a terminal would otherwise reach it twice, and twice means at once, without saving.) Its
-    stdin is a pipe that closes when this process ends, also by a kill: it then stops as well.
+    (In a session of its own: Ctrl-C at a terminal would otherwise reach it twice, and twice means
+    at once, without saving.) Its stdin is a pipe that closes when this process ends, also by a
+    kill: it then stops as well.
     """
     asked = []
 
@@ -80,8 +92,12 @@ def run(script, flags):
             stage.send_signal(signum)
 
     with signals.blocked():  # until both are there: the stage, and who passes signals on to it
-        stage = subprocess.Popen([sys.executable, str(script), *flags], stdin=subprocess.PIPE, start_new_session=True,
-                                 env={**os.environ, "FASTSAE_STDIN_ENDS_WITH_PARENT": "1"})
+        stage = subprocess.Popen(
+            [sys.executable, str(script), *flags],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, "FASTSAE_STDIN_ENDS_WITH_PARENT": "1"},
+        )
         previous = {number: signal.signal(number, stop) for number in signals.STOPS}
     try:
         code = stage.wait()

@@ -106,14 +106,7 @@ HARMLESS = {  # what decides nothing
     },
 }
 # by its name
-OTHER_FILE = (
-    "ARCHITECTURE",
-    "M",
-    "K",
-    "USE_MATRYOSHKA",
-    "MATRYOSHKA_PREFIXES",
-    "SEEDS",
-)
+OTHER_FILE = ("ARCHITECTURE", "M", "K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES", "SEEDS")
 GROUPED = {
     "llm": (
         "INTERPRETER_MODEL",
