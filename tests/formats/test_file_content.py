@@ -100,12 +100,12 @@ def test_one_saved_before_batchtopk(tmp_path):
     ("change", "message"),
     [
         ({"k_active_neurons": 41}, "k 41 is not from 1 to 40"),
-        ({"k_active_neurons": "4"}, "k_active_neurons is '4'"),
+        ({"k_active_neurons": "4"}, "k_active_neurons: expected int, got '4'"),
         ({"input_dim": 13}, r"encoder.weight has shape \(40, 12\), not \(40, 13\)"),
         ({"m_total_neurons": None}, "m_total_neurons is missing"),
         ({"prefix_lengths": [10, 5]}, "prefix_lengths .* do not rise to 40"),
         ({"power": 2}, "config holds power, which HypotheSAEs does not write"),
-        ({"use_batch_topk": 1}, "use_batch_topk is '1'"),
+        ({"use_batch_topk": 1}, "use_batch_topk: expected bool, got '1'"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):

@@ -478,7 +478,7 @@ def study(tmp_path, tiny, run_main, monkeypatch):
             "--label-field",
             "kind",
             "--name",
-            module.__name__,
+            module.__name__.rpartition(".")[2],
             "--m",
             16,
             "--n-epochs",
@@ -489,7 +489,9 @@ def study(tmp_path, tiny, run_main, monkeypatch):
         ]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         module.main()
-        return json.loads((tmp_path / f"{module.__name__}.json").read_text()), stages
+        return json.loads(
+            (tmp_path / f"{module.__name__.rpartition('.')[2]}.json").read_text()
+        ), stages
 
     return run
 
