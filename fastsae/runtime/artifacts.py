@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import json
+import lzma
 import pickle
 import re
 import struct
@@ -39,6 +40,21 @@ from fastsae.runtime.storage import (  # noqa: F401
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 22
+# What zipfile, its decompressors and NumPy raise for bytes that make no archive or no array. Of an
+# OSError it is damage only where the machine is not its cause (bz2 raises one without a number).
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    KeyError,
+    ValueError,
+    OverflowError,
+    NotImplementedError,
+    RuntimeError,
+    OSError,
+)
 
 
 def fingerprint(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
@@ -206,17 +222,16 @@ def refusing_damage(path: Path | str, made_by: str) -> Iterator[None]:
         raise EnvironmentFailure(
             f"{path}: has no member {name}, so it is not a file of this project. run {made_by}."
         ) from None
-    except (
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        if cause_in_machine(error, missing=False):
+    except DAMAGE as error:
+        if _is_of_machine(error):
             raise
         raise EnvironmentFailure(_npz_damage(path, error, made_by)) from None
+
+
+def _is_of_machine(error):
+    """Whether the machine, not the file's content, is the cause of one of DAMAGE."""
+    of_content = getattr(error, "errno", None) in (None, errno.EINVAL)
+    return not of_content or cause_in_machine(error, missing=False) is not None
 
 
 def _npz_damage(path, error, made_by):
@@ -235,16 +250,8 @@ def read_foreign_npz(path: Path | str) -> dict[str, np.ndarray]:
         if text := [name for name, value in found.items() if value.dtype.kind not in "fiu"]:
             raise ValueError(f"{text[0]} holds no numbers")
         return found
-    except (
-        ValueError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        if cause_in_machine(error, missing=False):
+    except DAMAGE as error:
+        if _is_of_machine(error):
             raise
         raise EnvironmentFailure(
             f"{path}: damaged, or not a plain .npz ({_brief(error)}). get another copy."
@@ -383,14 +390,9 @@ def read_foreign_checkpoint(path: Path | str) -> Any:
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 if (bad := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {bad}")
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
+    except DAMAGE as error:
+        if _is_of_machine(error):
+            raise
         raise EnvironmentFailure(
             f"{path}: damaged, or a part of a file ({_brief(error)}). get another copy."
         ) from None

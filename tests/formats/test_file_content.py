@@ -3,9 +3,11 @@ machine are no damage."""
 
 import errno
 import io
+import lzma
 import os
 import pickle
 import resource
+import struct
 import zipfile
 from pathlib import Path
 
@@ -382,6 +384,30 @@ def test_no_more_files_can_be_opened(tmp_path, outcome):
             and "damaged" not in line
             and "ulimit -n" in line
         )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OverflowError("Python int too large to convert to C ssize_t"),
+        lzma.LZMAError("Corrupt input data"),
+        struct.error("unpack requires a buffer of 16 bytes"),
+        OSError("Invalid data stream"),
+    ],
+)
+def test_whatever_a_decompressor_raises_is_damage(tmp_path, monkeypatch, error):
+    """As a mutated archive made zipfile raise; an OSError with a number is the machine's."""
+
+    def fail(archive):
+        raise error
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(EnvironmentFailure, match="a.pt: damaged"):
+        artifacts.read_foreign_checkpoint(tmp_path / "a.pt")
+    error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Input/output"):
+        artifacts.read_foreign_checkpoint(tmp_path / "a.pt")
 
 
 def test_out_of_memory_is_no_damage(tmp_path, outcome, monkeypatch):
