@@ -213,10 +213,6 @@ def refusing_damage(path: Path | str, made_by: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (None, errno.EINVAL):
-            raise
-        raise EnvironmentFailure(_npz_damage(path, error, made_by)) from None
     except KeyError as error:
         name = str(error).split("'")[1] if "'" in str(error) else error
         raise EnvironmentFailure(
