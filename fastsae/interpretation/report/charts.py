@@ -1,35 +1,76 @@
-"""Small inline SVG charts for the report's run page, coloured by its style sheet. Texts in them are
-escaped."""
+"""Small charts for the report's Run page: bars, bars on a logarithmic axis, and curves.
+
+Here is where everything in a chart stands. `charts.svg.j2` writes it as inline SVG, which the
+report's style sheet colours.
+"""
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from markupsafe import Markup, escape
-
+# of a chart in SVG units: the plot, the room at its left for figures and below it for labels
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 170, 40, 22
+TOP = 20  # room above the highest value
 
 
-def chart(title: str, note: str, body: Sequence[str]) -> dict[str, Any]:
-    """{title, note, svg} of SVG elements."""
-    return {
-        "title": title,
-        "note": note,
-        "svg": Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-            WIDTH, HEIGHT + BOTTOM, title, Markup("".join(body))
-        ),
-    }
+@dataclass(frozen=True)
+class Text:
+    """A text at (x, y); `anchor` is start, middle or end; key: in the colour of figures."""
+
+    x: float
+    y: float
+    content: object
+    anchor: str = "middle"
+    key: bool = False
+    tag: ClassVar[str] = "text"
 
 
-def text(x: float, y: float, content: object, anchor: str = "middle", key: bool = False) -> str:
-    """An SVG text at (x, y), escaped; key: in the colour of figures."""
-    kind = ' class="key"' if key else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(content)}</text>'
+@dataclass(frozen=True)
+class Line:
+    """A straight line of the style sheet's class `kind`: axis or guide."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    kind: str = "axis"
+    tag: ClassVar[str] = "line"
 
 
-def line(x1: float, y1: float, x2: float, y2: float, kind: str = "axis") -> str:
-    """An SVG line of the style sheet's class `kind`."""
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+@dataclass(frozen=True)
+class Bar:
+    """A bar with (x, y) at its upper left; cool: in the second colour."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    cool: bool = False
+    tag: ClassVar[str] = "rect"
+
+
+@dataclass(frozen=True)
+class Path:
+    """A line through `points` [(x, y)], of the class `kind`: line, line second, or guide."""
+
+    points: Sequence[tuple[float, float]]
+    kind: str = "line"
+    tag: ClassVar[str] = "polyline"
+
+
+Mark = Text | Line | Bar | Path
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What the Run page shows as one figure: `marks` in the order in which they are drawn."""
+
+    title: str
+    note: str  # what is counted, in a sentence
+    marks: Sequence[Mark]
+    width: int = WIDTH
+    height: int = HEIGHT + BOTTOM
 
 
 def compact(value: float) -> str:
@@ -50,42 +91,30 @@ def bars(
     shown: Sequence[str] | None = None,
     cool: Collection[int] = (),
     outline: Sequence[float] = (),
-) -> dict[str, Any]:
+) -> Chart:
     """One bar per count; `labels` under them (None = no label), `shown` above them; numbers in
     `cool` take the second colour.
 
     `outline`: other counts to compare with, drawn as dashed steps.
     """
-    top, step = max([*counts, *outline, 1e-12]), (WIDTH - LEFT) / len(counts)
-    body = [line(LEFT, HEIGHT, WIDTH, HEIGHT), text(LEFT - 6, 18, compact(top), "end")]
-    for i, count in enumerate(counts):
-        x, height = LEFT + i * step, (HEIGHT - 20) * count / top
-        height = max(height, 1.5) if count else 0
-        kind = "bar cool" if i in cool else "bar"
-        body.append(
-            f'<rect class="{kind}" x="{x + step * 0.08:.1f}" y="{HEIGHT - height:.1f}" '
-            f'width="{step * 0.84:.1f}" height="{height:.1f}" rx="1.5"/>'
-        )
-        if labels[i] is not None:
-            body.append(text(x + step / 2, HEIGHT + 15, labels[i]))
-        if shown and count:
-            body.append(text(x + step / 2, HEIGHT - height - 5, shown[i], key=True))
+    top = max([*counts, *outline, 1e-12])
+    marks = _bar_marks(counts, labels, top, compact(top), shown=shown, cool=cool)
     if len(outline):
-        heights = [HEIGHT - (HEIGHT - 20) * count / top for count in outline]
-        points = " ".join(
-            f"{LEFT + (i + side) * step:.1f},{y:.1f}"
-            for i, y in enumerate(heights)
+        step = (WIDTH - LEFT) / len(counts)
+        steps = [
+            (LEFT + (i + side) * step, _y(count, top))
+            for i, count in enumerate(outline)
             for side in (0, 1)
-        )
-        body.append(f'<polyline class="guide" fill="none" points="{points}"/>')
-    return chart(title, note, body)
+        ]
+        marks.append(Path(steps, "guide"))
+    return Chart(title, note, marks)
 
 
 def log_bars(
     title: str, note: str, values: Any, *, guide: float | None = None, guide_name: str = ""
-) -> dict[str, Any] | None:
+) -> Chart | None:
     """A histogram of positive values on a logarithmic axis; `guide` is a value marked by a dashed
-    line, bars beyond it stand out."""
+    line, bars beyond it stand out. None without positive values."""
     import numpy as np
 
     values = np.asarray(values, float)
@@ -104,47 +133,69 @@ def log_bars(
         labels[0], labels[-1] = compact(10**low), compact(10**high)
     # a root keeps the few attention sinks visible beside many thousand others
     heights = np.sqrt(counts)
-    result = bars(
-        title,
-        note,
+    marks = _bar_marks(
         heights.tolist(),
         labels,
+        float(heights.max()),
+        compact(int(counts.max())),
         cool={i for i in range(40) if guide and edges[i] >= guide},
-    )
-    result["svg"] = Markup(
-        str(result["svg"]).replace(
-            f">{compact(heights.max())}</text>", f">{compact(int(counts.max()))}</text>", 1
-        )
     )
     if guide and low <= math.log10(guide) <= high:
         x = LEFT + (WIDTH - LEFT) * (math.log10(guide) - low) / (high - low)
-        extra = line(x, 14, x, HEIGHT, "guide") + text(x - 4, 12, guide_name, "end")
-        result["svg"] = Markup(str(result["svg"]).replace("</svg>", extra + "</svg>"))
-    return result
+        marks += [Line(x, 14, x, HEIGHT, "guide"), Text(x - 4, 12, guide_name, "end")]
+    return Chart(title, note, marks)
 
 
-def curves(title: str, note: str, series: Sequence[tuple[str, Sequence[float]]]) -> dict[str, Any]:
+def curves(title: str, note: str, series: Sequence[tuple[str, Sequence[float]]]) -> Chart:
     """Lines over epochs: series [(name, [values])], the first two coloured; y begins at 0."""
     n = max(len(values) for _, values in series)
     top = max(max(values) for _, values in series) * 1.05
-    body = [
-        line(LEFT, HEIGHT, WIDTH, HEIGHT),
-        text(LEFT, HEIGHT + 15, "1"),
-        text(WIDTH, HEIGHT + 15, f"epoch {n}", "end"),
+    marks: list[Mark] = [
+        Line(LEFT, HEIGHT, WIDTH, HEIGHT),
+        Text(LEFT, HEIGHT + 15, "1"),
+        Text(WIDTH, HEIGHT + 15, f"epoch {n}", "end"),
     ]
     for part in (0.5, 1):
-        y = HEIGHT - (HEIGHT - 20) * part
-        body += [line(LEFT, y, WIDTH, y), text(LEFT - 6, y + 4, compact(top * part), "end")]
+        y = _y(part, 1)
+        marks += [Line(LEFT, y, WIDTH, y), Text(LEFT - 6, y + 4, compact(top * part), "end")]
     for i, (name, values) in enumerate(series):
         points = [
-            (LEFT + (WIDTH - LEFT) * j / max(n - 1, 1), HEIGHT - (HEIGHT - 20) * v / top)
-            for j, v in enumerate(values)
+            (LEFT + (WIDTH - LEFT) * j / max(n - 1, 1), _y(value, top))
+            for j, value in enumerate(values)
         ]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        body.append(f'<polyline class="line{" second" if i else ""}" points="{path}"/>')
+        marks.append(Path(points, "line second" if i else "line"))
         x, y = points[-1]
         highest = values[-1] >= max(other[-1] for _, other in series)
-        body.append(
-            text(x, y - 8 if highest else y + 16, f"{name} {compact(values[-1])}", "end", key=True)
-        )
-    return chart(title, note, body)
+        name_y = y - 8 if highest else y + 16
+        marks.append(Text(x, name_y, f"{name} {compact(values[-1])}", "end", key=True))
+    return Chart(title, note, marks)
+
+
+def _y(value: float, top: float) -> float:
+    """The height at which `value` stands, where `top` is the highest value of the plot."""
+    return HEIGHT - (HEIGHT - TOP) * value / top
+
+
+def _bar_marks(
+    counts: Sequence[float],
+    labels: Sequence[str | None],
+    top: float,
+    top_name: str,
+    *,
+    shown: Sequence[str] | None = None,
+    cool: Collection[int] = (),
+) -> list[Mark]:
+    """An axis, `top_name` at the height of `top`, and the bars with what stands under and above
+    them."""
+    step = (WIDTH - LEFT) / len(counts)
+    marks: list[Mark] = [Line(LEFT, HEIGHT, WIDTH, HEIGHT), Text(LEFT - 6, 18, top_name, "end")]
+    for i, count in enumerate(counts):
+        x = LEFT + i * step
+        # a count that is not 0 is seen, however small
+        height = max((HEIGHT - TOP) * count / top, 1.5) if count else 0
+        marks.append(Bar(x + step * 0.08, HEIGHT - height, step * 0.84, height, i in cool))
+        if labels[i] is not None:
+            marks.append(Text(x + step / 2, HEIGHT + 15, labels[i]))
+        if shown and count:
+            marks.append(Text(x + step / 2, HEIGHT - height - 5, shown[i], key=True))
+    return marks

@@ -1,10 +1,10 @@
 """interpretations.html: one file that explains the features to people, opens from disk, and asks
 for nothing else.
 
-The page is a Jinja2 template (report.html.j2) with its style and script inlined. Its data are one
-JSON block from which the script builds index and feature panel; the run page is written here. A
-content security policy allows this style and this script by their hashes and nothing else, so that
-no text of the dataset could act even if it were not escaped.
+The page is a Jinja2 template (report.html.j2) with its style and script inlined; charts.svg.j2
+draws the charts. Its data are one JSON block from which the script builds index and feature panel;
+the run page is written here. A content security policy allows this style and this script by their
+hashes and nothing else, so that no text of the dataset could act even if it were not escaped.
 """
 
 import base64
@@ -20,8 +20,11 @@ from fastsae.data.token_text import seen_values, with_text
 from fastsae.data.tokenization import ROLES
 
 if TYPE_CHECKING:
+    import jinja2
+
     from fastsae.interpretation.evidence import Evidence
 
+FOLDER = Path(__file__).parent
 # tokens of an example that the report holds; longer ones are cut around the place shown
 DIALOGUE_TOKENS = 1024
 KIND_LETTERS = "ctp"  # content, chat template, prefix shared by all examples
@@ -38,19 +41,14 @@ def render(
 
     rows: one dict per feature (all of them); shown: numbers of the features to include; lens:
     {feature: (promoted, suppressed)} of [(token, value)]; run: what the run page says, see
-    `report_run.describe_run`.
+    `run_page.describe_run`.
     """
-    import jinja2
     from markupsafe import Markup
 
-    folder = Path(__file__).parent
     style, script = (
-        (folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
+        (FOLDER / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
     )
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
+    template = templates().get_template("report.html.j2")
     alive = [rows[j] for j in shown if rows[j]["status"] != "dead"]
     has = {
         name: any(row.get(key) not in (None, "") for row in alive)
@@ -84,12 +82,23 @@ def render(
     )
 
 
+def templates() -> "jinja2.Environment":
+    """The templates beside this module; whatever they are given is escaped."""
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
 def template_sha256() -> str:
-    """Checksum of the report's template, style and script; new ones make the report anew."""
-    folder = Path(__file__).parent
-    return hashlib.sha256(
-        b"".join((folder / f"report.{kind}").read_bytes() for kind in ("html.j2", "css", "js"))
-    ).hexdigest()
+    """Checksum of the report's templates, style and script; new ones make the report anew."""
+    files = sorted(file for file in FOLDER.iterdir() if file.suffix in (".j2", ".css", ".js"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def csp_hash(text: str) -> str:

@@ -241,10 +241,10 @@ def _shown(value):
 
 def run_charts(
     evidence: "Evidence", history: Any, max_norm: float | None, categories: Any, scored: Any
-) -> list[dict[str, Any] | None]:
-    """The charts of the run page; what has no data is left out."""
+) -> list[charts.Chart | None]:
+    """The charts of the run page; None, or nothing, where there are no data."""
     s = evidence.statistics
-    result: list[dict[str, Any] | None] = []
+    result: list[charts.Chart | None] = []
     if history:
         result.append(
             charts.curves(

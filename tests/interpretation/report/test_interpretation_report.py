@@ -112,7 +112,7 @@ def test_the_story_says_what_was_done():
         "gpt was asked and gave no usable label: every label is made of the feature's own tokens."
     )
     # no norm lies beyond 9
-    assert "line" not in run["charts"][0]["note"] and "bound" not in run["charts"][0]["svg"]
+    assert "line" not in run["charts"][0].note and "bound" not in svg(run["charts"][0])
     assert run["tables"][0][1] == "On tokens of this dataset, drawn at random."
     del about["source"]
     about.update(metrics={"l0": 1234.4}, max_norm=3.5)
@@ -128,7 +128,7 @@ def test_the_story_says_what_was_done():
         "No language model was asked: every" in run["story"]
         and "not trained on" in run["tables"][0][1]
     )
-    assert "beyond the line" in run["charts"][0]["note"] and ">bound<" in run["charts"][0]["svg"]
+    assert "beyond the line" in run["charts"][0].note and ">bound<" in svg(run["charts"][0])
 
 
 def test_what_is_left_out_and_who_labelled():
@@ -193,6 +193,11 @@ def test_long_dialogues_are_cut_around_what_is_shown():
         assert start <= peak < stop and stop - start == 1024
 
 
+def svg(chart):
+    """A chart as the report has it."""
+    return str(report.templates().get_template("charts.svg.j2").module.svg(chart))
+
+
 def test_charts_are_well_formed():
     from xml.etree import ElementTree
 
@@ -211,8 +216,24 @@ def test_charts_are_well_formed():
         charts.curves("t", "n", [("a", [3.0, 1.0]), ("b", [4.0, 2.0])]),
     ]
     for chart in made:
-        ElementTree.fromstring(str(chart["svg"]))
+        ElementTree.fromstring(svg(chart))
     assert charts.log_bars("t", "n", [0.0]) is None
+    assert "&lt;t&gt;" in svg(made[0]) and ">&lt;b&gt;</text>" in svg(made[0])
+
+
+def test_where_a_bar_and_its_texts_stand():
+    """Two bars of 2 and 4 in a plot of 380 x 150 that begins at (40, 20)."""
+    made = charts.bars("t", "n", [2, 4], ["a", None], shown=["two", "four"], cool={1})
+    assert made.marks == [
+        charts.Line(40, 170, 420, 170),
+        charts.Text(34, 18, "4", "end"),
+        charts.Bar(pytest.approx(55.2), 95.0, pytest.approx(159.6), 75.0, cool=False),
+        charts.Text(135.0, 185, "a"),
+        charts.Text(135.0, 90.0, "two", key=True),
+        charts.Bar(pytest.approx(245.2), 20.0, pytest.approx(159.6), 150.0, cool=True),
+        charts.Text(325.0, 15.0, "four", key=True),
+    ]
+    assert '<rect class="bar cool" x="245.2" y="20.0" width="159.6" height="150.0"' in svg(made)
 
 
 @pytest.fixture
