@@ -23,21 +23,13 @@ if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
     startup.explain_slips()  # of config.py, which is imported below
 
-import sys
 from pathlib import Path
 
-import numpy as np
-
 import config
-from fastsae.activations import files as activations_file
-from fastsae.formats.source import locate
-from fastsae.interpretation import tables
-from fastsae.interpretation.features import N_TOP_EXAMPLES, Features
-from fastsae.interpretation.llm import client
-from fastsae.lm.hook_points import HookPoint
-from fastsae.lm.names import short_name
+from fastsae.interpretation import inputs, outputs
+from fastsae.interpretation.features import Features
+from fastsae.interpretation.llm.client import choose_backend
 from fastsae.runtime import artifacts, progress, ranks, storage
-from fastsae.runtime.errors import EXIT_INCOMPLETE, EnvironmentFailure, InputError
 from fastsae.runtime.stage import end, require_printed, run_stage
 
 # fmt: off
@@ -89,62 +81,18 @@ POOLING: str = "max"                    # {max, mean} of a feature over an examp
 TARGET_POOLING: str = "mean"            # {max, mean} the same for the target
 # fmt: on
 
-COLUMNS = (
-    "feature",
-    "label",
-    "label_source",
-    "status",
-    "density",
-    "max_activation",
-    "top_tokens",
-    *(f"top_example_{i}" for i in range(1, N_TOP_EXAMPLES + 1)),
-    "best_category",
-    "category_auc",
-    "score",
-    "fidelity_f1",
-    "matryoshka_level",
-    "promoted_tokens",
-    "suppressed_tokens",
-    "special_token_share",
-)
-HYPOTHESIS_COLUMNS = (
-    "rank",
-    "feature",
-    "hypothesis",
-    "source",
-    "target",
-    "method",
-    "score",
-    "held_out_correlation",
-    "held_out_auc",
-    "fidelity_f1",
-    "top_tokens",
-    "pooling",
-    "n_firing",
-)
+# What decides the results; of the labels and the target only where there are any.
 DECISIVE = (
-    "POOLING",
-    "LABEL_FIELD",
-    "TEXT_FIELD",
-    "SEED",
-    "N_REPORT_FEATURES",
-    "NEURONPEDIA_SET",
+    "POOLING", "LABEL_FIELD", "TEXT_FIELD", "SEED", "N_REPORT_FEATURES", "NEURONPEDIA_SET",
     "NEURONPEDIA_MODEL",
-)
+)  # fmt: skip
 LLM_SETTINGS = (
-    "INTERPRETER_MODEL",
-    "LLM_PROTOCOL",
-    "N_TOP_NEURONS",
-    "N_SCORED_FEATURES",
+    "INTERPRETER_MODEL", "LLM_PROTOCOL", "N_TOP_NEURONS", "N_SCORED_FEATURES",
     "N_FIDELITY_EXAMPLES",
-)
+)  # fmt: skip
 TARGET_SETTINGS = (
-    "TARGET_FIELD",
-    "TARGET_VALUE",
-    "TARGET_POOLING",
-    "SELECTION_METHOD",
-    "N_HYPOTHESES",
-)
+    "TARGET_FIELD", "TARGET_VALUE", "TARGET_POOLING", "SELECTION_METHOD", "N_HYPOTHESES",
+)  # fmt: skip
 
 
 def main():
@@ -153,121 +101,73 @@ def main():
     ranks.require_one_process("interpret_sae.py", "start it once, without torchrun.")
     settings.show()
     if settings.TEXT is not None:
-        from fastsae.trained_sae import describe_text
+        return print_features_of_text(settings)
 
-        # else the model that the file names
-        named = settings.MODEL_NAME if settings.source["MODEL_NAME"] == "flag" else None
-        found = describe_text(
-            settings.TEXT,
-            settings.SAE_PATH or named_checkpoint(settings.run_dir),
-            settings.output_dir / "interpretations.jsonl",
-            device=settings.DEVICE,
-            model_name=named,
-            layer=settings.LAYER_IDX,
-            cache_dir=settings.CACHE_DIR,
-        )
-        print(*found.split("\n"), sep="\n")
-        return require_printed()
     progress.step("looking at what is there")
-    checkpoint_path, sae_meta = chosen_sae(settings)
-    backend = None
-    if settings.N_TOP_NEURONS:
-        backend = client.choose_backend(
-            settings.INTERPRETER_MODEL,
-            timeout=settings.LLM_TIMEOUT,
-            device=settings.DEVICE,
-            cache_dir=settings.CACHE_DIR,
-        )
+    checkpoint_path, sae_meta = inputs.chosen_sae(settings)
+    backend = chosen_backend(settings)
     metadata = describe(settings, checkpoint_path, sae_meta, backend)
-    folder, jsonl_path = settings.output_dir, settings.output_dir / "interpretations.jsonl"
+    folder = settings.output_dir
     if not settings.DRY_RUN:
-        storage.claim(jsonl_path, "--output-dir")
-        if done(folder, jsonl_path, metadata):
-            print_summary(folder, artifacts.read_lines(jsonl_path)[1:], started, "unchanged")
+        storage.claim(folder / outputs.JSONL, "--output-dir")
+        if outputs.up_to_date(folder, metadata):
+            outputs.print_summary(folder, outputs.read_rows(folder), started, "unchanged")
             return 0
-        require_writable(settings, folder, backend)
+        outputs.require_writable(settings, with_replies=backend is not None)
 
     progress.step("reading the examples")
     features = Features(settings, checkpoint_path, sae_meta)
-    require_described(features.source, metadata, settings)
+    inputs.require_described(features.source, metadata, settings)
     labelled = features.choose(settings.N_TOP_NEURONS)
     hypotheses = features.hypotheses()
-    work = None
+
+    work, scored = None, []
     if backend or settings.DRY_RUN:
-        work = labelling(
-            features,
-            backend,
-            list(dict.fromkeys([*labelled, *(h["feature"] for h in hypotheses)])),
-            settings,
-        )
+        from fastsae.interpretation.llm.work import add_labels, plan_work
+
+        labelled += [hypothesis["feature"] for hypothesis in hypotheses]
+        work = plan_work(features, backend, labelled, settings)
         if settings.DRY_RUN:
             work.print_plan(features.evidence.tokenizer)
             return require_printed()
-    scored = add_llm_labels(features.rows, work.run(), work) if work else []
+        scored = add_labels(features.rows, work)
+
     progress.step("writing the report and the tables")
-    write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settings)
-    print_results(features, work, folder)
-    print_summary(
-        folder,
-        features.rows,
-        started,
-        "incomplete" if incomplete_rows(features.rows) else "written",
+    outputs.write(features, hypotheses, scored, metadata, settings)
+    outputs.print_results(features, work, folder)
+    outputs.print_summary(folder, features.rows, started)
+    return outputs.exit_code(features.rows)
+
+
+def print_features_of_text(settings):
+    """Print the strongest features of each token of TEXT, and nothing else."""
+    from fastsae.trained_sae import describe_text
+
+    # else the model that the file names
+    named = settings.MODEL_NAME if settings.source["MODEL_NAME"] == "flag" else None
+    found = describe_text(
+        settings.TEXT,
+        settings.SAE_PATH or inputs.named_checkpoint(settings.run_dir),
+        settings.output_dir / outputs.JSONL,
+        device=settings.DEVICE,
+        model_name=named,
+        layer=settings.LAYER_IDX,
+        cache_dir=settings.CACHE_DIR,
     )
-    return incomplete(features.rows) if work else 0
+    print(*found.split("\n"), sep="\n")
+    return require_printed()
 
 
-def require_writable(settings, folder, backend):
-    """Sweep what killed runs left of the outputs, and raise what writing them would raise at the
-    end, when calls were paid for."""
-    storage.sweep(folder, "hypotheses.csv.*")
-    for left in folder.glob("neuronpedia/*"):
-        storage.sweep(left)
-    names = ["interpretations.jsonl", "interpretations.csv", "interpretations.html"]
-    names += ["hypotheses.csv"] * bool(settings.TARGET_FIELD or settings.TARGET_VALUE)
-    names += [
-        f"neuronpedia/{settings.LAYER_IDX - 1}-{settings.NEURONPEDIA_SET}/batch-000.json"
-    ] * bool(settings.NEURONPEDIA_SET)
-    replies = [settings.run_dir / "llm_replies.jsonl"] if backend else []
-    storage.require_writable([*(folder / name for name in names), *replies])
-
-
-def print_summary(folder, rows, started, status):
-    progress.summary(
-        "interpret_sae",
-        folder / "interpretations.html",
-        started,
-        status=status,
-        n_features=len(rows),
-        n_dead=sum(row["status"] == "dead" for row in rows),
-        n_labelled_by_llm=sum(row["label_source"] not in ("", "tokens") for row in rows),
+def chosen_backend(settings):
+    """What answers as INTERPRETER_MODEL; None without one, or where nothing is to be asked."""
+    if not settings.N_TOP_NEURONS:
+        return None
+    return choose_backend(
+        settings.INTERPRETER_MODEL,
+        timeout=settings.LLM_TIMEOUT,
+        device=settings.DEVICE,
+        cache_dir=settings.CACHE_DIR,
     )
-
-
-def chosen_sae(settings):
-    """(path, metadata) of the run's checkpoint, or of SAE_PATH: of the latter only what decides
-    whether the work is done."""
-    if settings.SAE_PATH is None:
-        path = named_checkpoint(settings.run_dir)
-        return path, artifacts.read_checkpoint_metadata(path)
-    source = activations_file.read_metadata(settings.activations_path)
-    return Path(settings.SAE_PATH), {
-        "fingerprint": locate(settings.SAE_PATH).fingerprint(),
-        "activations": source,
-        "inputs": {"activations": source["fingerprint"]},
-    }
-
-
-def named_checkpoint(run_dir):
-    """The checkpoint that the run's metrics.json names."""
-    path = run_dir / "metrics.json"
-    try:
-        return run_dir / artifacts.from_json(path.read_bytes())["checkpoint"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{path}: not found. run train_sae.py first, or check --run-name and --output-dir."
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise EnvironmentFailure(f"{path}: damaged. run train_sae.py again.") from None
 
 
 def describe(settings, checkpoint_path, sae_meta, backend):
@@ -285,235 +185,13 @@ def describe(settings, checkpoint_path, sae_meta, backend):
         {**settings.select(DECISIVE), "llm": llm, "target": target},
         {
             "checkpoint": sae_meta["fingerprint"],
-            **inputs_now(settings, sae_meta),
+            **inputs.inputs_now(settings, sae_meta),
             "report": template_sha256(),
             # a folder's name can say the layer
             **({"sae_path": Path(settings.SAE_PATH).name} if settings.SAE_PATH else {}),
         },
         checkpoint=str(checkpoint_path),
     )
-
-
-def inputs_now(settings, sae_meta):
-    """Activations and dataset as they are; one that is gone, or on the hub, counts as the one that
-    the autoencoder was trained on."""
-    activations, dataset = (
-        sae_meta["inputs"]["activations"],
-        sae_meta["activations"]["inputs"]["dataset"],
-    )
-    if activations_file.find_shards(settings.activations_path):
-        activations = activations_file.read_metadata(settings.activations_path)["fingerprint"]
-    if Path(settings.DATASET_PATH).is_file():
-        dataset = artifacts.file_sha256(settings.DATASET_PATH)
-    return {"activations": activations, "dataset": dataset}
-
-
-def require_described(source, metadata, settings):
-    """EnvironmentFailure if the activations and the dataset that were read are not those that
-    `metadata` names."""
-    read = {"activations": source["fingerprint"], "dataset": source["inputs"]["dataset"]}
-    for name, value in read.items():
-        if metadata["inputs"][name] != value:
-            path = settings.activations_path if name == "activations" else settings.DATASET_PATH
-            raise EnvironmentFailure(f"{path}: was replaced while this run began. run again.")
-
-
-def done(folder, jsonl_path, metadata):
-    """True if all outputs are there, complete, and made from the same inputs."""
-
-    def read(path):
-        lines = tables.read_sealed(path)
-        for name, digest in lines[0].get("files", {"interpretations.csv": None}).items():
-            if not (folder / name).exists() or artifacts.file_sha256(folder / name) != digest:
-                raise EnvironmentFailure(
-                    f"{folder / name}: was changed by hand or is missing. it will be made anew."
-                )
-        if not lines[0]["complete"]:
-            raise EnvironmentFailure(
-                f"{path}: some features are unlabelled. only these are asked again."
-            )
-        return lines[0]
-
-    return artifacts.matches(jsonl_path, metadata, read)
-
-
-def labelling(features, backend, labelled, settings):
-    """The LLM's work on these features, and on a random sample of those that can be scored."""
-    from fastsae.interpretation.llm.labels import Labelling, Shown, plain_text
-
-    # of a dry run without a key
-    backend = backend or client.ChatEndpoint("none", None, settings.INTERPRETER_MODEL, timeout=1)
-    asker = client.Asker(
-        backend,
-        settings.run_dir / "llm_replies.jsonl",
-        n_workers=settings.N_LLM_WORKERS,
-        retry_unusable=settings.RETRY_UNUSABLE,
-    )
-    alive = [row["feature"] for row in features.rows if row["status"] != "dead"]
-    sample = [alive[i] for i in np.random.default_rng((settings.SEED, 4)).permutation(len(alive))]
-    asked = settings.N_TOP_NEURONS > 0  # else a dry run has nothing to count
-    return Labelling(
-        Shown(
-            features.evidence, [plain_text(example) for example in features.examples], settings.SEED
-        ),
-        asker,
-        protocol=settings.LLM_PROTOCOL,
-        labelled=labelled if asked else [],
-        candidates=sample,
-        n_scored=settings.N_SCORED_FEATURES if asked else 0,
-        n_fidelity=settings.N_FIDELITY_EXAMPLES,
-    )
-
-
-def add_llm_labels(rows, outcome, work):
-    """Put labels, scores and validation into the rows of the features asked about; returns the
-    scores of the random sample."""
-    for j, result in outcome.items():
-        row, problems = rows[j], result.pop("problems")
-        row.update(result)
-        if "label" in result:
-            row["label_source"] = work.asker.backend.model
-        if problems:
-            row["status"] = f"llm {'; '.join(problems)}"
-    return [rows[j]["score"] for j in work.scored if rows[j]["score"] is not None]
-
-
-def write_all(features, hypotheses, scored, folder, jsonl_path, metadata, settings):
-    """All outputs; the JSONL, which vouches for them, comes last."""
-    from fastsae.interpretation.report.report import render
-    from fastsae.interpretation.report.run_page import describe_run
-    from fastsae.interpretation.target_features import METHOD_VERSION
-
-    rows, evidence = features.rows, features.evidence
-    # an LLM's labels were paid for
-    shown = sorted(
-        features.choose(len(rows)), key=lambda j: rows[j]["label_source"] in ("", "tokens")
-    )
-    shown = shown[: settings.N_REPORT_FEATURES]
-    dead = [row["feature"] for row in rows if row["status"] == "dead"][
-        : settings.N_REPORT_FEATURES - len(shown)
-    ]
-    run = describe_run(features, metadata, scored, settings.values, len(shown))
-    texts = {
-        "interpretations.csv": tables.csv_text(rows, COLUMNS),
-        "interpretations.html": render(evidence, rows, sorted([*shown, *dead]), features.lens, run),
-    }
-    if hypotheses:
-        filled = [
-            {
-                **h,
-                "hypothesis": row["label"],
-                "source": row["label_source"],
-                **{name: row[name] for name in ("fidelity_f1", "top_tokens")},
-            }
-            for h in hypotheses
-            for row in (rows[h["feature"]],)
-        ]
-        texts["hypotheses.csv"] = tables.csv_text(filled, HYPOTHESIS_COLUMNS)
-        about = {name: hypotheses[0][name] for name in ("target", "method", "pooling")}
-        texts["hypotheses.json"] = (
-            artifacts.to_json(
-                {**about, "method_version": METHOD_VERSION, **(features.comparison or {})}
-            )
-            + "\n"
-        )
-    files = {}
-    if settings.NEURONPEDIA_SET:
-        from fastsae.interpretation.neuronpedia import write_batches
-
-        model = settings.NEURONPEDIA_MODEL or short_name(features.source["model_name"]).lower()
-        paths = write_batches(
-            folder / "neuronpedia",
-            evidence,
-            rows,
-            features.lens,
-            model_id=model,
-            name=settings.NEURONPEDIA_SET,
-            hook_point=HookPoint.of_activations(features.source),
-        )
-        files = {str(path.relative_to(folder)): artifacts.file_sha256(path) for path in paths}
-    tables.write_outputs(
-        folder,
-        texts,
-        jsonl_path,
-        rows,
-        {
-            **metadata,
-            "complete": not incomplete_rows(rows),
-            "summary": features.summary(),
-            "files": files,
-        },
-    )
-
-
-def incomplete_rows(rows):
-    return [row for row in rows if row["status"].startswith("llm ")]
-
-
-def incomplete(rows):
-    """Exit code 4, and a line that says why, if the LLM left something open."""
-    if failed := incomplete_rows(rows):
-        unlabelled, reasons = (
-            sum(row["label_source"] == "tokens" for row in failed),
-            sorted({row["status"] for row in failed}),
-        )
-        print(
-            f"incomplete: {len(failed)} features, {unlabelled} of them without an LLM's label "
-            f"({'; '.join(reasons[:3])}). mend it and "
-            "run again: what was answered is not asked twice (--retry-unusable asks again what "
-            "gave no usable reply).",
-            file=sys.stderr,
-        )
-        return EXIT_INCOMPLETE
-    return 0
-
-
-def print_results(features, work, folder):
-    counts, rows = features.summary(), features.rows
-    alive = [row for row in rows if row["status"] != "dead"]
-    print(
-        f"features: {counts['n_features']}, {counts['n_dead']} dead on these tokens; "
-        f"labelled by an LLM: {sum(row['label_source'] not in ('', 'tokens') for row in rows)}"
-    )
-    if work:
-        spent = work.asker.spent
-        print(
-            f"LLM: {spent['calls']:,} calls now, {spent['prompt_tokens']:,} tokens in, "
-            f"{spent['completion_tokens']:,} out"
-        )
-    if features.categories is not None:
-        print(
-            f"categories: {counts['n_with_category']} features separate one better than chance, "
-            f"{counts['n_above_auc_bound']} with an AUC above {counts['auc_bound']}; with shuffled "
-            "labels "
-            f"{counts['n_with_category_shuffled']:.1f} and "
-            f"{counts['n_above_auc_bound_shuffled']:.1f} on average"
-        )
-    elif any(example.label is not None for example in features.examples):
-        print(
-            "category AUC: none, for too few examples share a value of "
-            f"{features.settings.LABEL_FIELD}"
-        )
-    if features.comparison:
-        print(
-            "the target on the other half, by ridge regression "
-            f"({features.comparison['measure']}): "
-            + ", ".join(
-                f"{name} {entry['held_out']:.3f}"
-                for name, entry in features.comparison["sources"].items()
-                if entry["held_out"] is not None
-            )
-        )
-    for row in sorted(alive, key=lambda row: (-(row["category_auc"] or 0), -row["max_activation"]))[
-        :5
-    ]:
-        category = (
-            f" ({row['best_category']}, AUC {row['category_auc']:.2f})"
-            if row["best_category"]
-            else ""
-        )
-        print(f"  {row['feature']}: {row['label'][:90]}{category}")
-    print(f"wrote {folder / 'interpretations.html'}, interpretations.csv and interpretations.jsonl")
 
 
 if __name__ == "__main__":

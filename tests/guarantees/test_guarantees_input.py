@@ -14,11 +14,11 @@ from conftest import line_of, snapshot
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from sampling import points
 
-import interpret_sae
 from fastsae.activations import extraction, files
 from fastsae.data.datasets import stream_examples, stream_text
 from fastsae.data.tokenization import ChatTokenizer, Example, read_dataset, tokenise
 from fastsae.formats.load import load_sae
+from fastsae.interpretation.inputs import named_checkpoint
 from fastsae.interpretation.llm.client import Journal
 from fastsae.lm import devices, hub, loading, residual
 from fastsae.runtime import artifacts
@@ -587,7 +587,7 @@ def readers(folder, write_activations, smol_tokenizer):
 
     def metrics(path):
         (path.parent / "metrics.json").write_bytes(path.read_bytes())
-        interpret_sae.named_checkpoint(path.parent)
+        named_checkpoint(path.parent)
 
     lines = "".join(
         json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(ROWS)

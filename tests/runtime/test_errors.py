@@ -17,8 +17,8 @@ import pytest
 import torch
 from conftest import PROJECT, line_of, snapshot
 
-import interpret_sae
 from fastsae.activations import extraction
+from fastsae.interpretation.inputs import named_checkpoint
 from fastsae.runtime import artifacts, stops, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
@@ -78,7 +78,7 @@ def test_stages_out_of_order(run_script, tmp_path):
 )
 def test_damaged_metrics(tmp_path, outcome, content):
     (tmp_path / "metrics.json").write_bytes(content)
-    assert outcome(lambda: interpret_sae.named_checkpoint(tmp_path)) == (
+    assert outcome(lambda: named_checkpoint(tmp_path)) == (
         3,
         [f"error: {tmp_path / 'metrics.json'}: damaged. run train_sae.py again."],
     )

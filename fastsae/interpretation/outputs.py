@@ -1,0 +1,284 @@
+"""What stage 3 writes and prints: the tables, the report, the upload batches, the summary.
+
+Importing this module loads no torch, so that an up-to-date run ends quickly.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsae.interpretation import tables
+from fastsae.interpretation.features import N_TOP_EXAMPLES, Features
+from fastsae.lm.hook_points import HookPoint
+from fastsae.lm.names import short_name
+from fastsae.runtime import artifacts, progress, storage
+from fastsae.runtime.errors import EXIT_INCOMPLETE, EnvironmentFailure
+from fastsae.settings.values import Settings
+
+if TYPE_CHECKING:
+    from fastsae.interpretation.llm.labels import Labelling
+
+CSV, HTML, JSONL = "interpretations.csv", "interpretations.html", "interpretations.jsonl"
+HYPOTHESES = "hypotheses.csv"
+COLUMNS = (  # of interpretations.csv
+    "feature",
+    "label",
+    "label_source",
+    "status",
+    "density",
+    "max_activation",
+    "top_tokens",
+    *(f"top_example_{i}" for i in range(1, N_TOP_EXAMPLES + 1)),
+    "best_category",
+    "category_auc",
+    "score",
+    "fidelity_f1",
+    "matryoshka_level",
+    "promoted_tokens",
+    "suppressed_tokens",
+    "special_token_share",
+)
+HYPOTHESIS_COLUMNS = (
+    "rank",
+    "feature",
+    "hypothesis",
+    "source",
+    "target",
+    "method",
+    "score",
+    "held_out_correlation",
+    "held_out_auc",
+    "fidelity_f1",
+    "top_tokens",
+    "pooling",
+    "n_firing",
+)
+N_PRINTED = 5  # features named at the end
+
+
+def up_to_date(folder: Path, metadata: Mapping[str, Any]) -> bool:
+    """True if all outputs are there, complete, and made from the same inputs."""
+
+    def read(path):
+        about = tables.read_sealed(path)[0]
+        for name, digest in about.get("files", {CSV: None}).items():
+            if not (folder / name).exists() or artifacts.file_sha256(folder / name) != digest:
+                raise EnvironmentFailure(
+                    f"{folder / name}: was changed by hand or is missing. it will be made anew."
+                )
+        if not about["complete"]:
+            raise EnvironmentFailure(
+                f"{path}: some features are unlabelled. only these are asked again."
+            )
+        return about
+
+    return artifacts.matches(folder / JSONL, metadata, read)
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the features that an earlier run wrote."""
+    return artifacts.read_lines(folder / JSONL)[1:]
+
+
+def require_writable(settings: Settings, with_replies: bool) -> None:
+    """Sweep what killed runs left of the outputs, and raise what writing them would raise at the
+    end, when calls were paid for."""
+    folder = settings.output_dir
+    storage.sweep(folder, f"{HYPOTHESES}.*")
+    for left in folder.glob("neuronpedia/*"):
+        storage.sweep(left)
+    names = [JSONL, CSV, HTML]
+    if settings.TARGET_FIELD or settings.TARGET_VALUE:
+        names.append(HYPOTHESES)
+    if settings.NEURONPEDIA_SET:
+        source = f"{settings.LAYER_IDX - 1}-{settings.NEURONPEDIA_SET}"
+        names.append(f"neuronpedia/{source}/batch-000.json")
+    replies = [settings.run_dir / "llm_replies.jsonl"] if with_replies else []
+    storage.require_writable([*(folder / name for name in names), *replies])
+
+
+def write(
+    features: Features,
+    hypotheses: Sequence[Mapping[str, Any]],
+    scored: Sequence[float],
+    metadata: Mapping[str, Any],
+    settings: Settings,
+) -> None:
+    """All outputs; the JSONL, which vouches for them, comes last.
+
+    scored: the scores of a random sample of features.
+    """
+    folder, rows = settings.output_dir, features.rows
+    texts = {
+        CSV: tables.csv_text(rows, COLUMNS),
+        HTML: report(features, scored, metadata, settings),
+        **hypothesis_texts(features, hypotheses),
+    }
+    files = {
+        str(path.relative_to(folder)): artifacts.file_sha256(path)
+        for path in write_neuronpedia(features, folder, settings)
+    }
+    about = {
+        **metadata,
+        "complete": not incomplete_rows(rows),
+        "summary": features.summary(),
+        "files": files,
+    }
+    tables.write_outputs(folder, texts, folder / JSONL, rows, about)
+
+
+def report(
+    features: Features, scored: Sequence[float], metadata: Mapping[str, Any], settings: Settings
+) -> str:
+    """The HTML of the report, with at most N_REPORT_FEATURES features."""
+    from fastsae.interpretation.report.report import render
+    from fastsae.interpretation.report.run_page import describe_run
+
+    rows, limit = features.rows, settings.N_REPORT_FEATURES
+    # an LLM's labels were paid for
+    shown = sorted(
+        features.choose(len(rows)), key=lambda j: rows[j]["label_source"] in ("", "tokens")
+    )[:limit]
+    dead = [row["feature"] for row in rows if row["status"] == "dead"][: limit - len(shown)]
+    run = describe_run(features, metadata, scored, settings.values, len(shown))
+    return render(features.evidence, rows, sorted([*shown, *dead]), features.lens, run)
+
+
+def hypothesis_texts(features: Features, hypotheses: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """{file name: text} of the features that predict the target; {} without hypotheses."""
+    if not hypotheses:
+        return {}
+    from fastsae.interpretation.target_features import METHOD_VERSION
+
+    filled = []
+    for hypothesis in hypotheses:
+        row = features.rows[hypothesis["feature"]]
+        filled.append(
+            {
+                **hypothesis,
+                "hypothesis": row["label"],
+                "source": row["label_source"],
+                "fidelity_f1": row["fidelity_f1"],
+                "top_tokens": row["top_tokens"],
+            }
+        )
+    about = {
+        **{name: hypotheses[0][name] for name in ("target", "method", "pooling")},
+        "method_version": METHOD_VERSION,
+        **(features.comparison or {}),
+    }
+    return {
+        HYPOTHESES: tables.csv_text(filled, HYPOTHESIS_COLUMNS),
+        "hypotheses.json": artifacts.to_json(about) + "\n",
+    }
+
+
+def write_neuronpedia(features: Features, folder: Path, settings: Settings) -> list[Path]:
+    """Write the upload batches of NEURONPEDIA_SET; returns their paths, [] without a set."""
+    if not settings.NEURONPEDIA_SET:
+        return []
+    from fastsae.interpretation.neuronpedia import write_batches
+
+    return write_batches(
+        folder / "neuronpedia",
+        features.evidence,
+        features.rows,
+        features.lens,
+        model_id=settings.NEURONPEDIA_MODEL or short_name(features.source["model_name"]).lower(),
+        name=settings.NEURONPEDIA_SET,
+        hook_point=HookPoint.of_activations(features.source),
+    )
+
+
+def incomplete_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of features of which the language model left something open."""
+    return [row for row in rows if row["status"].startswith("llm ")]
+
+
+def exit_code(rows: Sequence[Mapping[str, Any]]) -> int:
+    """0, or 4 and a line that says why if the language model left something open."""
+    failed = incomplete_rows(rows)
+    if not failed:
+        return 0
+    unlabelled = sum(row["label_source"] == "tokens" for row in failed)
+    reasons = sorted({row["status"] for row in failed})
+    print(
+        f"incomplete: {len(failed)} features, {unlabelled} of them without an LLM's label "
+        f"({'; '.join(reasons[:3])}). mend it and "
+        "run again: what was answered is not asked twice (--retry-unusable asks again what "
+        "gave no usable reply).",
+        file=sys.stderr,
+    )
+    return EXIT_INCOMPLETE
+
+
+def print_results(features: Features, work: "Labelling | None", folder: Path) -> None:
+    """Counts over all features, and the five with the best category or the most activation."""
+    counts, rows = features.summary(), features.rows
+    alive = [row for row in rows if row["status"] != "dead"]
+    print(
+        f"features: {counts['n_features']}, {counts['n_dead']} dead on these tokens; "
+        f"labelled by an LLM: {n_labelled_by_llm(rows)}"
+    )
+    if work:
+        spent = work.asker.spent
+        print(
+            f"LLM: {spent['calls']:,} calls now, {spent['prompt_tokens']:,} tokens in, "
+            f"{spent['completion_tokens']:,} out"
+        )
+    print_categories(features, counts)
+    if features.comparison:
+        sources = [
+            f"{name} {entry['held_out']:.3f}"
+            for name, entry in features.comparison["sources"].items()
+            if entry["held_out"] is not None
+        ]
+        print(
+            "the target on the other half, by ridge regression "
+            f"({features.comparison['measure']}): {', '.join(sources)}"
+        )
+    best = sorted(alive, key=lambda row: (-(row["category_auc"] or 0), -row["max_activation"]))
+    for row in best[:N_PRINTED]:
+        category = ""
+        if row["best_category"]:
+            category = f" ({row['best_category']}, AUC {row['category_auc']:.2f})"
+        print(f"  {row['feature']}: {row['label'][:90]}{category}")
+    print(f"wrote {folder / HTML}, {CSV} and {JSONL}")
+
+
+def print_categories(features: Features, counts: Mapping[str, Any]) -> None:
+    """How many features separate a category, beside shuffled labels; or why none is named."""
+    if features.categories is not None:
+        print(
+            f"categories: {counts['n_with_category']} features separate one better than chance, "
+            f"{counts['n_above_auc_bound']} with an AUC above {counts['auc_bound']}; with shuffled "
+            "labels "
+            f"{counts['n_with_category_shuffled']:.1f} and "
+            f"{counts['n_above_auc_bound_shuffled']:.1f} on average"
+        )
+    elif any(example.label is not None for example in features.examples):
+        print(
+            "category AUC: none, for too few examples share a value of "
+            f"{features.settings.LABEL_FIELD}"
+        )
+
+
+def n_labelled_by_llm(rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many features have a label from a language model."""
+    return sum(row["label_source"] not in ("", "tokens") for row in rows)
+
+
+def print_summary(
+    folder: Path, rows: Sequence[Mapping[str, Any]], started: float, status: str | None = None
+) -> None:
+    """The summary line; the status is "written" or "incomplete" unless one is given."""
+    progress.summary(
+        "interpret_sae",
+        folder / HTML,
+        started,
+        status=status or ("incomplete" if incomplete_rows(rows) else "written"),
+        n_features=len(rows),
+        n_dead=sum(row["status"] == "dead" for row in rows),
+        n_labelled_by_llm=n_labelled_by_llm(rows),
+    )
