@@ -18,6 +18,7 @@ from fastsae.interpretation.categories import (
     dense_blocks,
     first_half,
 )
+from fastsae.runtime.packages import postpone_init
 from fastsae.runtime.stops import stop_if_asked
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def lasso_coefficients(
     # it prints, and warns of convergence
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        postpone_init("hypothesaes")
         from hypothesaes.select_neurons import select_neurons
 
         chosen, scores = select_neurons(

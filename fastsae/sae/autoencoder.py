@@ -8,6 +8,7 @@ import torch
 
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure
+from fastsae.runtime.packages import postpone_init
 from fastsae.sae import Autoencoder, architectures
 from fastsae.sae.normalisation import Normalisation, inference_weights
 from fastsae.sae.sparse_step import TINY, SparseActivations, active_entries, update_threshold
@@ -43,6 +44,7 @@ def new_sae(config: dict, device: str | torch.device = "cpu") -> Autoencoder:
 
     `architecture` in the config is ours: without it TopK, or BatchTopK if it says use_batch_topk.
     """
+    postpone_init("hypothesaes")
     from hypothesaes.sae import SparseAutoencoder
 
     config = dict(config)

@@ -21,6 +21,7 @@ import numpy as np
 from fastsae.data.token_text import seen_values, with_text
 from fastsae.data.tokenization import CONTENT, ROLES
 from fastsae.interpretation.llm.replies import fits, parse_fast, parse_label, parse_yes_no
+from fastsae.runtime.packages import postpone_init
 
 if TYPE_CHECKING:
     from fastsae.data.datasets import Example
@@ -165,6 +166,7 @@ def contrastive_prompts(shown: Shown, features: Iterable[int]) -> dict[int, str]
     examples that may be shown."""
     # it prints a warning for every feature with few examples
     with contextlib.redirect_stdout(io.StringIO()):
+        postpone_init("hypothesaes")
         from hypothesaes.interpret_neurons import InterpretConfig, NeuronInterpreter
 
         def sample(neuron_idx, **_):
@@ -251,6 +253,7 @@ def fidelity_prompts(
     There are no more positive than negative ones, so that an annotator who always says yes gets an
     F1 of at most 2/3.
     """
+    postpone_init("hypothesaes")
     from hypothesaes.utils import load_prompt
 
     template, result = load_prompt("annotate"), {}
