@@ -7,6 +7,7 @@ import os
 import zipfile
 from pathlib import Path
 
+from fastsae.formats.readers import LIBRARIES
 from fastsae.runtime.artifacts import is_sealed
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
@@ -18,7 +19,6 @@ NO_WEIGHTS = {  # first bytes of files that are often taken for weights
     b"%PDF": "is a PDF. give the file that the library wrote",
     b"\x1f\x8b": "is compressed with gzip. unpack it first",
 }
-LIBRARIES = "of SAELens, sparsify, dictionary_learning or HypotheSAEs"
 
 
 def kind_of(path) -> str:
@@ -86,6 +86,6 @@ def _what_instead(head, size):
     if _is_text(head):
         return (
             "is a text, not the weights of an autoencoder. "
-            f"give a file {LIBRARIES}, or of this project"
+            f"give a file of {LIBRARIES}, or of this project"
         )
-    return f"is not a file that is known. give one {LIBRARIES}, or of this project"
+    return f"is not a file that is known. give one of {LIBRARIES}, or of this project"

@@ -9,11 +9,18 @@ file and the key.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 
+from fastsae.lm.hook_points import HookPoint
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.runtime.storage import from_json
+from fastsae.sae import Autoencoder
+from fastsae.sae.architectures import gated
+from fastsae.sae.autoencoder import new_sae
+
+T = TypeVar("T", int, float, str, bool, list, dict)
 
 # active features where a format does not say how many, until they are counted
 ASSUMED_K = 32
@@ -39,10 +46,8 @@ class Parts:
     prefixes: list | None = None
     about: dict = field(default_factory=dict)
 
-    def as_module(self, device: str = "cpu"):
+    def as_module(self, device: str = "cpu") -> Autoencoder:
         """The autoencoder that this project would have trained, for inference."""
-        from fastsae.sae.autoencoder import new_sae
-
         m, d = self.w_enc.shape
         sae = new_sae(
             {
@@ -81,6 +86,21 @@ class Parts:
         if self.threshold is not None and self.threshold.ndim:
             self.threshold = self.threshold * length
         return self
+
+    def apply_gates(self, gate_bias: torch.Tensor, log_magnitude: torch.Tensor) -> None:
+        """A gated encoder as the JumpReLU one it equals; `b_enc` is its b_mag."""
+        self.w_enc, self.threshold = gated.as_jumprelu(
+            self.w_enc, self.b_enc, gate_bias, log_magnitude
+        )
+        self.architecture = gated.ARCHITECTURE.about.form
+
+    def require_k(self, where: Path) -> None:
+        """InputError that names the file `where` if k is not from 1 to M."""
+        if self.k is None or not 1 <= self.k <= len(self.w_enc):
+            raise InputError(
+                f"{where}: k {self.k} is not from 1 to {len(self.w_enc)}. "
+                "get another copy of the file."
+            )
 
 
 class Tensors:
@@ -135,10 +155,17 @@ class Tensors:
 class Config:
     """A JSON file's object; values are read with their type."""
 
-    def __init__(self, path, values):
+    def __init__(self, path: Path, values: dict[str, Any]):
         self.path, self.values = path, values
 
-    def get(self, name, kind, default=None):
+    @overload
+    def get(self, name: str, kind: type[T], default: T) -> T: ...
+    @overload
+    def get(self, name: str, kind: type[T], default: None = None) -> T | None: ...
+
+    def get(self, name: str, kind: type[T], default: T | None = None) -> T | None:
+        """The value of type `kind`, or `default` where it is left out or null; a whole float counts
+        as an int. InputError if it is of another type."""
         value = self.values.get(name)
         if value is None:
             return default
@@ -159,7 +186,8 @@ class Config:
             )
         return value
 
-    def need(self, name, kind):
+    def need(self, name: str, kind: type[T]) -> T:
+        """The value, which must be there."""
         value = self.get(name, kind)
         if value is None:
             raise InputError(
@@ -167,7 +195,8 @@ class Config:
             )
         return value
 
-    def refuse(self, name, why):
+    def refuse(self, name: str, why: str) -> NoReturn:
+        """InputError that shows the value."""
         raise InputError(f"{self.path}: {name} {str(self.values.get(name))[:60]!r} {why}.")
 
 
@@ -198,3 +227,61 @@ def read_safetensors(path: Path) -> Tensors:
         raise EnvironmentFailure(
             f"{path}: damaged ({str(error)[:100]}). get another copy."
         ) from None
+
+
+def layer_of_hook(name: str | None, where: Path) -> int | None:
+    """LAYER_IDX of a hook's name; None if there is no name. InputError if it is another place than
+    the residual stream."""
+    if not name:
+        return None
+    if hook_point := HookPoint.parse(name):
+        return hook_point.layer
+    raise InputError(
+        f"{where}: was trained on {name[:80]!r}, not on the residual stream. "
+        "only residual-stream autoencoders fit here."
+    )
+
+
+def refuse_other_inputs(cfg: Config) -> None:
+    """Refuse inputs that are changed token by token, or by numbers that are not in the folder."""
+    kind = cfg.values.get("normalize_activations")
+    if kind in ("expected_average_only_in", True, "covariance_whitening"):
+        cfg.refuse(
+            "normalize_activations",
+            "needs numbers that are not in the folder. "
+            "load it with SAELens' from_pretrained, which folds "
+            "them into the weights, and save it with save_model",
+        )
+    if kind not in (None, False, "none"):
+        cfg.refuse(
+            "normalize_activations",
+            "scales each token by its own norm, which no linear encoder holds. "
+            "choose another autoencoder",
+        )
+    if cfg.get("reshape_activations", str, "none") != "none":
+        cfg.refuse(
+            "reshape_activations",
+            "is for attention heads, not for the residual stream. choose another autoencoder",
+        )
+    if cfg.values.get("transcode") or cfg.values.get("skip_connection"):
+        cfg.refuse(
+            "transcode" if cfg.values.get("transcode") else "skip_connection",
+            "makes it a transcoder. choose an autoencoder",
+        )
+
+
+def prefixes_of(
+    widths: list[int] | None, m: int, where: Path, name: str = "matryoshka_widths"
+) -> list[int] | None:
+    """Matryoshka prefixes from a list of lengths, the whole appended where it is left out; None
+    without any."""
+    if not widths:
+        return None
+    widths = [*widths, m] if widths[-1] != m else list(widths)
+    if not all(isinstance(n, int) and n > 0 for n in widths) or any(
+        a >= b for a, b in zip(widths, widths[1:])
+    ):
+        raise InputError(
+            f"{where}: {name} {str(widths)[:60]} do not rise to {m}. get another copy of the file."
+        )
+    return widths

@@ -1,9 +1,7 @@
 """What a path given as an autoencoder stands for: its format and files, loaded and hashed.
 
-Known are checkpoints of this project, folders of SAELens (cfg.json and sae_weights.safetensors), of
-sparsify (cfg.json and sae.safetensors) and of dictionary_learning (ae.pt, config.json), Gemma
-Scope's params.npz, and files of HypotheSAEs. Importing this module loads no torch, so that an
-up-to-date run ends quickly.
+Known are checkpoints of this project and the formats in `readers.FORMATS`. Importing this module
+loads no torch, so that an up-to-date run ends quickly.
 """
 
 import hashlib
@@ -11,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsae.formats import detect
+from fastsae.formats import detect, readers
 from fastsae.runtime import artifacts
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import InputError
@@ -19,15 +17,7 @@ from fastsae.runtime.errors import InputError
 if TYPE_CHECKING:
     from fastsae.formats.parts import Parts
 
-FILES = {
-    "saelens": ("sae_weights.safetensors", "cfg.json"),
-    "sparsify": ("sae.safetensors", "cfg.json"),
-    # the first one tells the format
-    "dictionary_learning": ("ae.pt", "config.json"),
-    "gemma scope": ("params.npz",),
-}
-# of the content of a single file
-FORMAT_OF = {"fastsae": "fastsae", "torch": "torch", "npz": "gemma scope"}
+FOLDERS = {name: form for name, form in readers.FORMATS.items() if form.files}
 
 
 @dataclass(frozen=True)
@@ -35,7 +25,7 @@ class Source:
     """An autoencoder on the disk, not read yet. `files`: its weights first, then its settings."""
 
     path: Path  # as it was given
-    kind: str  # fastsae, torch, saelens, sparsify or gemma scope
+    kind: str  # fastsae; a name in `readers.FORMATS`, or torch or npz where the content tells
     files: tuple[Path, ...]
 
     def sha256(self) -> str:
@@ -66,10 +56,8 @@ class Source:
             from fastsae.sae.autoencoder import load_checkpoint
 
             return load_checkpoint(self.files[0], device)
-        from fastsae.formats import readers
-
         held = Held(self.files)
-        parts = readers.READERS[self.kind](self.files[0])
+        parts = readers.read(self.kind, self.files[0])
         found = parts.as_module(device), self._metadata(parts)
         held.require_unchanged()
         return found
@@ -103,9 +91,9 @@ class Source:
 def locate(path: str | Path) -> Source:
     """The autoencoder at `path`, a folder or one of its files.
 
-    A file is judged by its content, unless its name and its neighbours make it one of FILES;
-    "torch" is what torch.save wrote elsewhere. A run's folder stands for the checkpoint that its
-    metrics.json names. Raises InputError where nothing is known.
+    A file is judged by its content, unless its name and its neighbours tell the format. A run's
+    folder stands for the checkpoint that its metrics.json names. Raises InputError where nothing is
+    known.
     """
     path = Path(path)
     if not path.exists():
@@ -113,15 +101,13 @@ def locate(path: str | Path) -> Source:
             f"{path}: not found. give a checkpoint (.pt) or the folder of an autoencoder."
         )
     folder = path.parent if path.is_file() else path
-    if path.is_file() and not _is_of_folder(path):
-        return Source(path, FORMAT_OF[detect.kind_of(path)], _with_neighbours(path))
-    for kind, names in FILES.items():
-        weights = folder / names[0]
-        if weights.is_file() and (folder == path or path.name in names):
-            if kind in ("dictionary_learning", "gemma scope"):
-                return Source(path, FORMAT_OF[detect.kind_of(weights)], _with_neighbours(weights))
-            there = tuple(folder / name for name in names if (folder / name).is_file())
-            return Source(path, kind, there)
+    if path.is_file() and not _stands_for_its_folder(path):
+        return Source(path, detect.kind_of(path), _with_neighbours(path))
+    for name, form in FOLDERS.items():
+        weights = folder / form.files[0]
+        if weights.is_file() and (folder == path or path.name in form.files):
+            kind = detect.kind_of(weights) if form.content else name
+            return Source(path, kind, _with_neighbours(weights))
     if (metrics := folder / "metrics.json").is_file() and folder == path:
         checkpoint = folder / _named_checkpoint(metrics)
         if not checkpoint.is_file():
@@ -132,33 +118,34 @@ def locate(path: str | Path) -> Source:
     raise InputError(f"{path}: holds no autoencoder; {_what_there_is(folder)}.")
 
 
-def _is_of_folder(path: Path) -> bool:
-    """Whether a file stands for its folder: the weights or the settings of a format that keeps
-    both."""
-    named = any(
-        path.name in names[:2] and (path.parent / names[0]).is_file() for names in FILES.values()
+def _stands_for_its_folder(path: Path) -> bool:
+    """Whether it is settings beside their weights, or weights that only their name tells."""
+    return any(
+        path.name in form.files
+        and path.with_name(form.files[0]).is_file()
+        and not (form.content and path.name == form.files[0])
+        for form in FOLDERS.values()
     )
-    return named and path.suffix in (".safetensors", ".json")
 
 
 def _with_neighbours(path: Path) -> tuple[Path, ...]:
-    """The file, and the config of dictionary_learning beside its weights."""
-    config = path.with_name("config.json")
-    return (path, config) if path.name == "ae.pt" and config.is_file() else (path,)
+    """A file of weights, and those of its format's other files that are beside it."""
+    names = next((f.files for f in FOLDERS.values() if f.files[0] == path.name), (path.name,))
+    return (path, *(each for each in map(path.with_name, names[1:]) if each.is_file()))
 
 
 def _what_there_is(folder: Path) -> str:
     """What to give in place of a folder that is no autoencoder."""
     inner = sorted(
         str(p.parent.relative_to(folder))
-        for names in FILES.values()
-        for p in folder.glob(f"*/{names[0]}")
+        for form in FOLDERS.values()
+        for p in folder.glob(f"*/{form.files[0]}")
     )
     if inner:
         return f"folders in it are: {', '.join(inner[:5])}. give the folder that has the weights"
     if files := sorted(p.name for p in folder.glob("*.pt") if ".resume" not in p.name):
         return f"files in it are: {', '.join(files[:5])}. give one of them"
-    telling = ", ".join(names[0] for names in FILES.values())
+    telling = ", ".join(form.files[0] for form in FOLDERS.values())
     return f"files that tell one are {telling}. give the folder that has the weights"
 
 

@@ -1,0 +1,40 @@
+"""Gemma Scope: params.npz, JumpReLU without b_dec in front (arXiv 2408.05147)."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastsae.formats.parts import Parts, Tensors
+from fastsae.lm.hook_points import HookPoint
+
+
+def holds(values: dict[str, np.ndarray]) -> bool:
+    """Whether these arrays are Gemma Scope's, perhaps not all of them."""
+    return bool({"W_enc", "W_dec", "threshold"} & set(values))
+
+
+def read(path: Path, values: dict[str, np.ndarray]) -> Parts:
+    """`Parts` of the arrays by name; the layer stands in the folders' names."""
+    weights = Tensors(
+        path, {name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()}
+    )
+    w_enc = weights.take("W_enc", None, None)
+    d, m = w_enc.shape
+    parts = Parts(
+        w_enc.t().contiguous(),
+        weights.take("W_dec", m, d),
+        weights.take("b_enc", m),
+        weights.take("b_dec", d),
+        "jumprelu",
+        weights.take("threshold", m),
+    )
+    weights.finish()
+    hook_point = HookPoint.of_gemma_scope(str(path.resolve()))
+    parts.about = {
+        "format": "gemma scope",
+        "layer": hook_point and hook_point.layer,
+        "hook_name": None,
+        "model_name": None,
+    }
+    return parts.centre_input()
