@@ -1,0 +1,106 @@
+"""The dataset of a run as tokens: read, deduplicated, tokenised, and refused where nothing could be
+learned from it."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastsae.data.datasets import Deduplicator, Example, require_two, stream_examples, stream_text
+from fastsae.data.tokenization import (
+    CONTENT,
+    ChatTokenizer,
+    TokenTable,
+    cut_blocks,
+    mark_shared_prefix,
+    tokenise,
+)
+from fastsae.runtime import progress
+from fastsae.runtime.errors import InputError
+from fastsae.settings.values import Settings
+
+
+def read_tokens(
+    settings: Settings, dataset_path: Path | str, sha256: str, tokenizer: Any
+) -> tuple[TokenTable, dict[str, int]]:
+    """(tokens of the dataset, what was counted on the way). Texts pass through and are not kept.
+
+    dataset_path, sha256: what `datasets.identity` gave for DATASET_PATH. Raises InputError where
+    the settings leave nothing of the texts, or too few examples.
+    """
+    in_blocks = settings.PROCESSING == "block"
+    chat = chat_tokenizer(settings, tokenizer)
+    duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
+    examples = examples_of(settings, dataset_path, sha256)
+    table = tokenise(filter(duplicates.is_new, examples) if duplicates else examples, chat)
+    if table.n_truncated and not (table.kind == CONTENT).any():
+        only = "the chat template" if chat.chat_template else "what the tokenizer puts before it"
+        raise InputError(
+            f"MAX_LENGTH: {settings.MAX_LENGTH} tokens hold no text, only {only}. raise it."
+        )
+    counts = {
+        "n_truncated": table.n_truncated,
+        "n_control_strings": table.n_control_strings,
+        "n_duplicates": duplicates.n_dropped if duplicates else 0,
+    }
+    if in_blocks:
+        table, counts["n_left_over"] = blocks_of(table, settings.BLOCK_LENGTH)
+    require_two(len(table.lengths), settings.DATASET_PATH)
+    n_shared_prefix = 0 if in_blocks else mark_shared_prefix(table)
+    return table, {"n_shared_prefix": n_shared_prefix, **counts}
+
+
+def is_plain_text(settings: Settings) -> bool:
+    """Whether the dataset is one text without rows."""
+    return settings.DATASET_PATH.endswith(".txt")
+
+
+def chat_tokenizer(settings: Settings, tokenizer: Any) -> ChatTokenizer:
+    """How the settings have examples rendered and cut."""
+    rows = not is_plain_text(settings)
+    return ChatTokenizer(
+        tokenizer,
+        max_length=None if settings.PROCESSING == "block" else settings.MAX_LENGTH,
+        date=settings.TEMPLATE_DATE,
+        chat_template=settings.USE_CHAT_TEMPLATE and rows,
+        dataset_name=settings.DATASET_PATH,
+        special_tokens=rows,
+    )
+
+
+def examples_of(settings: Settings, dataset_path: Path | str, sha256: str) -> Iterator[Example]:
+    """The examples one after the other, or pieces of a plain text, with a bar that counts them."""
+    if is_plain_text(settings):
+        return progress.counted(stream_text(dataset_path, sha256), "tokenising", "text")
+    examples = stream_examples(
+        dataset_path,
+        text_field=settings.TEXT_FIELD,
+        label_field=settings.LABEL_FIELD,
+        max_examples=settings.MAX_EXAMPLES,
+        sha256=sha256,
+    )
+    return progress.counted(labelled(settings, examples), "tokenising", "example")
+
+
+def labelled(settings: Settings, examples: Iterable[Example]) -> Iterator[Example]:
+    """Pass the examples on. A LABEL_FIELD that was chosen and that none of them has is said now
+    rather than after training."""
+    found = settings.LABEL_FIELD is None or settings.source["LABEL_FIELD"].startswith("preset")
+    for example in examples:
+        found = found or example.label is not None
+        yield example
+    if not found:
+        raise InputError(
+            f"LABEL_FIELD: no row of {settings.DATASET_PATH} has {settings.LABEL_FIELD}. name "
+            "another field, or set --label-field none."
+        )
+
+
+def blocks_of(table: TokenTable, block_length: int) -> tuple[TokenTable, int]:
+    """(all tokens in blocks of equal length, how many are left over); InputError below two."""
+    blocks, n_left_over = cut_blocks(table, block_length)
+    if len(blocks.lengths) < 2:
+        raise InputError(
+            f"BLOCK_LENGTH: {len(table.ids)} tokens make {len(blocks.lengths)} blocks of "
+            f"{block_length}; at least 2 are needed. lower --block-length, or give more data."
+        )
+    return blocks, n_left_over
