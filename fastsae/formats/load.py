@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.data.token_masks import chosen_tokens, token_norms, usable_tokens
-from fastsae.formats.source import locate
+from fastsae.formats.source import Source, locate
 from fastsae.lm.names import described, short_name
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import InputError
@@ -19,8 +19,9 @@ MAX_NORM_RATIO = 10.0  # as train_sae.py leaves attention sinks out
 MEASURED_TOKENS = 32768
 
 
-def start_of(init_from: str | None, output: str | Path) -> Path | None:
-    """The autoencoder that INIT_FROM stands for when `output` is to be written; None without one.
+def start_of(init_from: str | None, output: str | Path) -> Source | None:
+    """The autoencoder that INIT_FROM stands for when `output` is to be written; None if it is not
+    set, InputError where it holds none.
 
     `output` itself, or its folder (whose metrics.json will name it), stands for what `output` was
     made from, as long as that lies in the folder (a checkpoint that is written again is kept as
@@ -32,13 +33,13 @@ def start_of(init_from: str | None, output: str | Path) -> Path | None:
     found, output = Path(init_from), Path(output)
     own = found.resolve() in (output.resolve(), output.parent.resolve())
     if not own or not output.is_file():
-        return found
+        return locate(found)
     made_from = artifacts.read_checkpoint_metadata(output)["inputs"].get("init_from")
     for file in sorted(output.parent.glob("*.pt")) if made_from else []:
         if not file.name.endswith(".resume.pt") and locate(file).sha256() == made_from:
             print(f"INIT_FROM: {output.name} was made from {file.name}, which is taken again")
-            return file
-    return found
+            return locate(file)
+    return locate(found)
 
 
 def load_sae(path: str | Path, device: str = "cpu") -> tuple[Any, dict]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastsae.formats import detect, readers
 from fastsae.runtime import artifacts
 from fastsae.runtime.digests import Held
-from fastsae.runtime.errors import InputError
+from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 if TYPE_CHECKING:
     from fastsae.formats.parts import Parts
@@ -41,8 +41,8 @@ class Source:
             return artifacts.read_checkpoint_metadata(self.files[0])["fingerprint"]
         return self.sha256()
 
-    def load(self, device: str = "cpu") -> tuple[Any, dict]:
-        """(sae, meta), for inference.
+    def load(self, device: str = "cpu", sha256: str | None = None) -> tuple[Any, dict]:
+        """(sae, meta), for inference; with `sha256` only if that is still the files' digest.
 
         Of another library's, meta has the keys of a checkpoint's, as far as they can be known:
         `meta["activations"]["settings"]["LAYER_IDX"]` is None where the files do not name a layer,
@@ -52,13 +52,16 @@ class Source:
         Raises EnvironmentFailure if a file is damaged or changes meanwhile, InputError if it holds
         what this project cannot compute exactly.
         """
+        held = Held(self.files)
+        if sha256 is not None and self.sha256() != sha256:
+            raise EnvironmentFailure(f"{self.path}: was replaced while this run began. run again.")
         if self.kind == "fastsae":
             from fastsae.sae.autoencoder import load_checkpoint
 
-            return load_checkpoint(self.files[0], device)
-        held = Held(self.files)
-        parts = readers.read(self.kind, self.files[0])
-        found = parts.as_module(device), self._metadata(parts)
+            found = load_checkpoint(self.files[0], device)
+        else:
+            parts = readers.read(self.kind, self.files[0])
+            found = parts.as_module(device), self._metadata(parts)
         held.require_unchanged()
         return found
 

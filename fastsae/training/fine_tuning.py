@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from fastsae.formats.load import architecture_of, check_fit
+from fastsae.formats.load import check_fit
 from fastsae.formats.parts import Parts
-from fastsae.formats.source import locate
-from fastsae.runtime.digests import Held
-from fastsae.runtime.errors import EnvironmentFailure, InputError
+from fastsae.formats.source import Source
+from fastsae.runtime.errors import InputError
 from fastsae.sae import Autoencoder, architectures
 from fastsae.sae.normalisation import Normalisation
 from fastsae.settings.architectures import ARCHITECTURES
@@ -27,7 +26,7 @@ def check_start(
     What one architecture computes another can, as its `starts_from` says; one that learns a single
     threshold for all features only where the thresholds of `source` are equal (as it is exported).
     """
-    its, problems = architecture_of(source), []
+    its, problems = source.architecture, []
     if its not in ARCHITECTURES[architecture].starts_from:
         matching = [name for name, about in ARCHITECTURES.items() if its in about.starts_from]
         problems.append(
@@ -62,25 +61,20 @@ def check_start(
 
 def begin(
     run: TrainingRun,
-    path: Path | str,
+    start: Source,
     sha256: str,
     activations_path: Path | str,
     activations_meta: Mapping[str, Any],
     test_examples: Sequence[int] = (),
 ) -> None:
-    """Let the TrainingRun `run`, before its first step, begin with the autoencoder at `path`;
+    """Let the TrainingRun `run`, before its first step, begin with the autoencoder `start`;
     InputError if it does not belong here.
 
-    sha256: its `Source.sha256` as the run's fingerprint has it. A line says so where the examples
+    sha256: its digest as the run's fingerprint has it. A line says so where the examples
     numbered `test_examples` decided something of that autoencoder.
     """
-    start = locate(path)
-    held = Held(start.files)
-    source, meta = start.load(run.sae.input_bias.device)
-    if start.sha256() != sha256:
-        raise EnvironmentFailure(f"{path}: was replaced while this run began. run again.")
-    held.require_unchanged()
-    sae = run.sae
+    path, sae = start.path, run.sae
+    source, meta = start.load(sae.input_bias.device, sha256)
     check_start(
         path,
         source,
@@ -91,7 +85,7 @@ def begin(
     )
     check_fit(path, source, meta, activations_path, activations_meta, sae.input_dim, "INIT_FROM")
     start_from(sae, source, run.normalisation)
-    print(f"starting from {path} ({architecture_of(source)})")
+    print(f"starting from {path} ({source.architecture})")
     if n_seen := seen_before(meta, activations_meta, test_examples):
         print(
             f"warning: {n_seen} of the {len(test_examples)} test examples helped to make {path}: "
@@ -129,7 +123,7 @@ def start_from(sae: Autoencoder, source: Autoencoder, normalisation: Normalisati
         source.decoder.weight.t(),
         source.neuron_bias,
         source.input_bias,
-        architecture_of(source),
+        source.architecture,
         source.threshold if picks_k else source.threshold.expand_as(source.neuron_bias),
     )
     length = torch.linalg.vector_norm(parts.w_dec, dim=1)

@@ -72,6 +72,8 @@ def train(plans: list[Plan], tokens: Tokens, settings: Settings, device: str) ->
     order = np.random.default_rng(settings.SEED).permutation(tokens.train)
     sample = tokens.rows(np.sort(order[:INIT_SAMPLE]))  # (n, d_in)
     runs = [start_run(plan, tokens, sample, device) for plan in plans]
+    for run in runs:
+        open_log(run)
     distributed.wait_for_all()  # until all have read the states that rank 0 may soon remove
     data = TrainingRows(
         tokens.activations,
@@ -145,11 +147,14 @@ def start_run(plan: Plan, tokens: Tokens, sample: torch.Tensor, device: str) -> 
             plan.metadata["activations"],
             tokens.examples_of(TEST),
         )
-    run.log = monitoring.open_logger(
-        settings.LOGGER, settings.run_dir, plan.path.stem, settings.values
-    )
     run.resume(run.state_path, run.fingerprint)
     return run
+
+
+def open_log(run: PlannedRun) -> None:
+    """Let `run.log` take the lines of its epochs to where LOGGER says."""
+    settings, name = run.plan.settings, run.plan.path.stem
+    run.log = monitoring.open_logger(settings.LOGGER, settings.run_dir, name, settings.values)
 
 
 def write_finished(runs: list[PlannedRun], tokens: Tokens) -> list[PlannedRun]:

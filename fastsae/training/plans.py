@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastsae.formats.load import start_of
-from fastsae.formats.source import locate
+from fastsae.formats.source import Source
 from fastsae.runtime import artifacts
 from fastsae.sae import autoencoder
 from fastsae.settings.values import Settings
@@ -19,7 +19,7 @@ class Plan(NamedTuple):
     settings: Settings  # its own: K, SEED and the like are single values
     path: Path  # of its checkpoint
     metadata: dict[str, Any]  # of its checkpoint, fingerprint included
-    start: Path | None  # the autoencoder that INIT_FROM stands for here
+    start: Source | None  # the autoencoder that INIT_FROM stands for here
     several: bool  # whether the same pass trains others too
 
     def beside(self, name: str) -> Path:
@@ -49,7 +49,7 @@ def make_plans(settings: Settings, source: dict[str, Any], decisive: Iterable[st
         start = start_of(settings.INIT_FROM, path)
         inputs = {"activations": source["fingerprint"]}
         if start:
-            inputs["init_from"] = locate(start).sha256()
+            inputs["init_from"] = start.sha256()
         decided_by = {**own.select([*decisive, "SEED"]), "INIT_SEED": seed}
         metadata = artifacts.new_metadata("sae", decided_by, inputs, activations=source)
         plans.append(Plan(own, path, metadata, start, several=len(choices) > 1))

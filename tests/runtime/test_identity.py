@@ -385,6 +385,37 @@ def test_a_model_that_changes_while_stage_1_runs_leaves_no_part(tmp_path, monkey
     assert not parts.exists()
 
 
+def test_an_autoencoder_to_start_from_is_the_one_that_was_planned(tmp_path, monkeypatch):
+    """Its digest is part of the run's fingerprint before it is read: no other one may be read."""
+    from fastsae.formats.source import locate
+    from fastsae.sae import autoencoder
+
+    sizes = {"input_dim": 4, "m_total_neurons": 6, "k_active_neurons": 2, "prefix_lengths": None}
+    path = tmp_path / "SAE_M=6_K=2.pt"
+    one, other = (autoencoder.new_sae(sizes).eval() for _ in range(2))
+    autoencoder.save_sae(path, one, {"settings": {}})
+    planned = locate(path)
+    sha256 = planned.sha256()
+    weights = planned.load("cpu", sha256)[0].encoder.weight
+    assert np.array_equal(weights.detach(), one.encoder.weight.detach())
+
+    autoencoder.save_sae(path, other, {"settings": {}})
+    with pytest.raises(EnvironmentFailure, match="was replaced while this run began. run again."):
+        planned.load("cpu", sha256)
+    planned.load("cpu")  # where nothing was planned, what is there counts
+
+    load = autoencoder.load_checkpoint
+
+    def replaced(*arguments):
+        found = load(*arguments)
+        autoencoder.save_sae(path, one, {"settings": {}})
+        return found
+
+    monkeypatch.setattr(autoencoder, "load_checkpoint", replaced)
+    with pytest.raises(EnvironmentFailure, match="was replaced or changed while this run read it"):
+        planned.load("cpu", planned.sha256())
+
+
 # The table that vouches for the others
 
 ROWS = [{"feature": i, "label": f"words \u2028 like {i}", "density": 1 / (3 + i)} for i in range(5)]
