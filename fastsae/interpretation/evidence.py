@@ -31,7 +31,7 @@ class Evidence:
     """The statistics of all features with the texts to show them in.
 
     data: the members of an activations file; examples: its `Example`s; bounds: {"max_norm",
-    "exclude_shared_prefix", "use"} of training.
+    "exclude_shared_prefix", "use"} of training; watch: see `statistics.collect`.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Evidence:
         n_top: int,
         seed: int = 0,
         progress: Callable[[int], object] | None = None,
+        watch: Callable[[Any, np.ndarray], object] | None = None,
     ) -> None:
         self.sae = sae
         self.data = data
@@ -65,6 +66,7 @@ class Evidence:
             n_sampled=N_SAMPLED,
             seed=seed,
             progress=progress,
+            watch=watch,
             **bounds,
         )
         self.texts_of = TokenTexts(tokenizer)
@@ -82,6 +84,11 @@ class Evidence:
                 self.data["token_ids"][self.offsets[example] : self.offsets[example + 1]]
             )
         return self._texts[example]
+
+    def text_read(self, example: int) -> str:
+        """The text of an example's kept tokens, as the model read it."""
+        kept = self.statistics.kept[self.offsets[example] : self.offsets[example + 1]]
+        return "".join(np.array(self.token_texts(example), object)[kept])
 
     @functools.cached_property
     def text_numbers(self) -> np.ndarray:
