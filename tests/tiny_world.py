@@ -124,7 +124,7 @@ def world(tmp_path_factory, smol_tokenizer):
     older = {
         "extract_activations": ["--max-length", 40],
         "train_sae": ["--seed", 7],
-        "interpret_sae": ["--n-top-neurons", 0, "--pooling", "mean"],
+        "interpret_sae": ["--n-top-neurons", 0, "--pooling", "max"],
     }
     stages = [Stages(TEST_TOKENIZERS=str(folder / "model")) for _ in range(N_WORKERS)]
     world = SimpleNamespace(
