@@ -12,8 +12,8 @@ Writes `interpretations.html` (a report for people), `interpretations.csv`, one 
 `interpretations.jsonl` (the same and more, unrounded; first line: settings and provenance); with a
 target `hypotheses.csv`, with NEURONPEDIA_SET `neuronpedia/`. Where a variable named at
 INTERPRETER_MODEL is set, excerpts of the data go to that endpoint and the answers to
-`checkpoints/<run>/llm_replies.jsonl`; without an LLM every label is made of the feature's most
-characteristic tokens, and nothing is sent anywhere.
+`checkpoints/<run>/llm_replies.jsonl`; without an LLM every label is a rule on the tokens,
+tested on half of the texts, and nothing is sent anywhere.
 """
 
 from fastsae.runtime import early_stop
@@ -76,7 +76,7 @@ NEURONPEDIA_MODEL: str | None = None    # Neuronpedia's id of the model; none = 
                                         # in lower case
 
 # Constants:
-POOLING: str = "mean"                   # {max, mean} of a feature over an example's tokens, for
+POOLING: str = "max"                    # {max, mean} of a feature over an example's tokens, for
                                         # category_auc
 TARGET_POOLING: str = "mean"            # {max, mean} the same for the target
 # fmt: on

@@ -1,5 +1,5 @@
-"""Tokens as people read them: names to count by, texts to show, excerpts, and labels made of a
-feature's own tokens."""
+"""Tokens as people read them: names to count by, texts to show, excerpts, and a
+feature's most characteristic tokens."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -103,22 +103,6 @@ def characteristic_tokens(
         order = np.lexsort((column, -score))[:n_top]
         result.append([(names[column[i]], float(share[i])) for i in order if score[i] > 0])
     return result
-
-
-def evidence_label(
-    top_tokens: Sequence[tuple[str, float]], n_named: int = 4, concentrated: float = 0.3
-) -> str:
-    """A label made of the most characteristic tokens; says so when they carry little of the
-    feature's activation."""
-    if not top_tokens:
-        return ""
-    named = top_tokens[:n_named]
-    text = ", ".join(f"'{name}'" for name, _ in named)
-    return (
-        text
-        if sum(share for _, share in named) >= concentrated
-        else f"mixed contexts, some of {text}"
-    )
 
 
 def excerpt(texts: list[str], peak: int, start: int = 0, width: int = 14) -> str:

@@ -9,15 +9,11 @@ import numpy as np
 import torch
 
 from fastsae.data.datasets import Example
-from fastsae.data.token_text import (
-    TokenTexts,
-    characteristic_tokens,
-    evidence_label,
-    excerpt,
-    token_names,
-)
+from fastsae.data.token_text import TokenTexts, characteristic_tokens, excerpt, token_names
 from fastsae.data.tokenization import SHARED_PREFIX
+from fastsae.interpretation.firings import Firings
 from fastsae.interpretation.statistics import collect, encode_rows, example_blocks
+from fastsae.interpretation.tables import RULE
 
 # quantiles of the strongest activation per example, over the examples where a feature fires
 QUANTILES = (0.9, 0.7, 0.5, 0.3, 0.1)
@@ -31,7 +27,7 @@ class Evidence:
     """The statistics of all features with the texts to show them in.
 
     data: the members of an activations file; examples: its `Example`s; bounds: {"max_norm",
-    "exclude_shared_prefix", "use"} of training; watch: see `statistics.collect`.
+    "exclude_shared_prefix", "use"} of training; firings: filled on the way, if given.
     """
 
     def __init__(
@@ -45,7 +41,7 @@ class Evidence:
         n_top: int,
         seed: int = 0,
         progress: Callable[[int], object] | None = None,
-        watch: Callable[[Any, np.ndarray], object] | None = None,
+        firings: Firings | None = None,
     ) -> None:
         self.sae = sae
         self.data = data
@@ -66,7 +62,7 @@ class Evidence:
             n_sampled=N_SAMPLED,
             seed=seed,
             progress=progress,
-            watch=watch,
+            observe=firings.add if firings else None,
             **bounds,
         )
         self.texts_of = TokenTexts(tokenizer)
@@ -84,11 +80,6 @@ class Evidence:
                 self.data["token_ids"][self.offsets[example] : self.offsets[example + 1]]
             )
         return self._texts[example]
-
-    def text_read(self, example: int) -> str:
-        """The text of an example's kept tokens, as the model read it."""
-        kept = self.statistics.kept[self.offsets[example] : self.offsets[example + 1]]
-        return "".join(np.array(self.token_texts(example), object)[kept])
 
     @functools.cached_property
     def text_numbers(self) -> np.ndarray:
@@ -121,8 +112,8 @@ class Evidence:
             alive = s.count[j] > 0
             row = {
                 "feature": j,
-                "label": evidence_label(self.top_tokens[j]),
-                "label_source": "tokens" if alive else "",
+                "label": "",
+                "label_source": RULE if alive else "",
                 "status": "ok" if alive else "dead",
                 "density": float(s.density[j]),
                 "max_activation": float(s.maximum[j]),

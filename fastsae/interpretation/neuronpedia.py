@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastsae.data.token_text import seen_values
+from fastsae.interpretation.tables import by_language_model
 from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import short_name
 from fastsae.runtime import artifacts, storage
@@ -226,7 +227,7 @@ def feature(
     j = row["feature"]
     # what a language model wrote has its name
     source = str(row["label_source"] or "").removeprefix("local:")
-    model = short_name(source) if source not in ("", "tokens") else None
+    model = short_name(source) if by_language_model(row) else None
     label = row["label"] or ""
     explanation = {"text": shortened(label), "methodName": None, "modelName": model or None}
     return {

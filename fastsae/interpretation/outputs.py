@@ -25,6 +25,10 @@ COLUMNS = (  # of interpretations.csv
     "feature",
     "label",
     "label_source",
+    "label_precision",
+    "label_recall",
+    "label_f1",
+    "rule",
     "status",
     "density",
     "max_activation",
@@ -123,7 +127,6 @@ def write(
         **metadata,
         "complete": not incomplete_rows(rows),
         "summary": features.summary(),
-        "run_table": features.run_table,
         "files": files,
     }
     tables.write_outputs(folder, texts, folder / JSONL, rows, about)
@@ -138,9 +141,9 @@ def report(
 
     rows, limit = features.rows, settings.N_REPORT_FEATURES
     # an LLM's labels were paid for
-    shown = sorted(
-        features.choose(len(rows)), key=lambda j: rows[j]["label_source"] in ("", "tokens")
-    )[:limit]
+    shown = sorted(features.choose(len(rows)), key=lambda j: not tables.by_language_model(rows[j]))[
+        :limit
+    ]
     dead = [row["feature"] for row in rows if row["status"] == "dead"][: limit - len(shown)]
     run = describe_run(features, metadata, scored, settings.values, len(shown))
     return render(features.evidence, rows, sorted([*shown, *dead]), features.lens, run)
@@ -202,7 +205,7 @@ def exit_code(rows: Sequence[Mapping[str, Any]]) -> int:
     failed = incomplete_rows(rows)
     if not failed:
         return 0
-    unlabelled = sum(row["label_source"] == "tokens" for row in failed)
+    unlabelled = sum(not tables.by_language_model(row) for row in failed)
     reasons = sorted({row["status"] for row in failed})
     print(
         f"incomplete: {len(failed)} features, {unlabelled} of them without an LLM's label "
@@ -228,6 +231,7 @@ def print_results(features: Features, work: "Labelling | None", folder: Path) ->
             f"LLM: {spent['calls']:,} calls now, {spent['prompt_tokens']:,} tokens in, "
             f"{spent['completion_tokens']:,} out"
         )
+    print_rules(counts)
     print_categories(features, counts)
     if features.comparison:
         sources = [
@@ -244,18 +248,25 @@ def print_results(features: Features, work: "Labelling | None", folder: Path) ->
         category = ""
         if row["best_category"]:
             category = f" ({row['best_category']}, AUC {row['category_auc']:.2f})"
-        print(f"  {row['feature']}: {row['label'][:90]}{category}")
+        claim = "" if row["label_f1"] is None else f", F1 {row['label_f1']:.2f}"
+        claim = "" if tables.by_language_model(row) else claim
+        print(f"  {row['feature']}: {row['label'][:90]}{claim}{category}")
     print(f"wrote {folder / HTML}, {CSV} and {JSONL}")
 
 
-def print_categories(features: Features, counts: Mapping[str, Any]) -> None:
-    """How well categories are read from the features, beside what nobody trained; or why that is
-    not known."""
-    if probing := features.run_table.get("probing"):
-        from fastsae.interpretation.run_table import describe_probing
+def print_rules(counts: Mapping[str, Any]) -> None:
+    """What the labels that are rules are worth, beside those of other features."""
+    if counts.get("n_rule_tested"):
+        print(
+            f"rules: {counts['n_with_rule']} features have one; on texts that they were not found "
+            f"on their mean F1 is {counts['mean_label_f1']:.2f} (0 without a rule), "
+            f"another feature's has {counts['mean_label_f1_other_rule']:.2f}"
+        )
 
-        print(*describe_probing(probing, counts), sep="\n")
-    elif features.categories is not None:
+
+def print_categories(features: Features, counts: Mapping[str, Any]) -> None:
+    """How many features separate a category, beside shuffled labels; or why none is named."""
+    if features.categories is not None:
         print(
             f"categories: {counts['n_with_category']} features separate one better than chance, "
             f"{counts['n_above_auc_bound']} with an AUC above {counts['auc_bound']}; with shuffled "
@@ -272,7 +283,7 @@ def print_categories(features: Features, counts: Mapping[str, Any]) -> None:
 
 def n_labelled_by_llm(rows: Sequence[Mapping[str, Any]]) -> int:
     """How many features have a label from a language model."""
-    return sum(row["label_source"] not in ("", "tokens") for row in rows)
+    return sum(map(tables.by_language_model, rows))
 
 
 def print_summary(

@@ -94,15 +94,15 @@ def collect(
     n_sampled: int = 32,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
-    watch: Callable[[Any, np.ndarray], object] | None = None,
+    observe: Callable[[np.ndarray, np.ndarray, np.ndarray], object] | None = None,
 ) -> Statistics:
     """`Statistics` of the features of `sae` on activations (n_tokens, d), an array or memory map of
     examples one after the other.
 
     Tokens of the shared prefix, those whose norm is above `max_norm` and those that `use`
     (USE_TOKENS) does not name are left out, as in training. name_of_token (n_tokens,) numbers the
-    tokens' names. `progress(n)` is called with the tokens done; `watch(x, example)` with the kept
-    tokens of each block, (n, d) float32 on the CPU, and the numbers (n,) of their examples.
+    tokens' names. `progress(n)` is called with the tokens done, `observe(tokens, features, values)`
+    with all activations (nnz,) of a block.
     """
     import torch
 
@@ -132,9 +132,8 @@ def collect(
         )
         result.kept[rows] = keep = keep & chosen_tokens(use, token_kind[rows], token_role[rows])
         chosen = np.flatnonzero(keep)
-        x = x if keep.all() else x[chosen]
         # CSR (n_chosen, M)
-        features = encode_rows(sae, x)
+        features = encode_rows(sae, x if keep.all() else x[chosen])
         # (n_chosen,) number of each row's token
         token = rows.start + chosen
         row = np.repeat(np.arange(len(chosen)), np.diff(features.indptr))  # (nnz,)
@@ -142,6 +141,8 @@ def collect(
         result.n_kept += len(chosen)
         kind_role = token_kind[token].astype(np.int64) * len(ROLES) + token_role[token]
         result.add_entries(column, value, kind_role[row])
+        if observe:
+            observe(token[row], column, value)
         names = name_of_token[token]
         result.name_count += np.bincount(names, minlength=n_names)
         result.name_mass.add_entries(column, names[row], value)
@@ -164,8 +165,6 @@ def collect(
         pooled_parts.append(
             pooled_rows(pairs, is_pooled[first:last], lengths[first:last], example, m)
         )
-        if watch:
-            watch(x, first + example)
         if progress:
             progress(rows.stop - rows.start)
     # without the examples whose only tokens are attention sinks
@@ -263,24 +262,16 @@ def counts_per_example(chosen: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def choose_pooled(
-    lengths: np.ndarray,
-    examples: np.ndarray,
-    m: int,
-    k: int,
-    seed: int,
-    entries: int | None = None,
-    most: int | None = None,
+    lengths: np.ndarray, examples: np.ndarray, m: int, k: int, seed: int
 ) -> np.ndarray:
     """Numbers of the examples whose pooled features are held: all of `examples`, or a random
-    choice of `most`, or of as many as `entries` values (None: POOLED_ENTRIES) allow. A smaller
-    choice is part of a larger.
+    choice of as many as POOLED_ENTRIES allows.
 
     `examples` have kept tokens: one without would be a row of zeros, and count as one where every
     feature is silent.
     """
     per_example = min(m, int(np.mean(lengths) * k) + 1)
-    entries = entries or POOLED_ENTRIES
-    n = max(2, min(len(examples), entries // per_example, most or len(examples)))
+    n = max(2, min(len(examples), POOLED_ENTRIES // per_example))
     return np.sort(np.random.default_rng((seed, 2)).permutation(examples)[:n])
 
 

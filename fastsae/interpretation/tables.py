@@ -13,6 +13,7 @@ from typing import Any
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import EnvironmentFailure
 
+RULE = "rule"  # the label_source of a label that no language model wrote
 SEAL = "sha256"  # the last key of the first line of interpretations.jsonl
 # Programs cut a CSV at commas, semicolons, tabs or bars, whatever stands around these, and lines at
 # line breaks; a cell acts as a formula if it begins with one of FORMULA (also full-width, small,
@@ -35,6 +36,11 @@ BEFORE_FORMULA = re.compile(
 )
 
 OCCASIONAL = ("hypotheses.csv", "hypotheses.json")  # written by some runs only
+
+
+def by_language_model(row: Mapping[str, Any]) -> bool:
+    """Whether a language model wrote the label of this row."""
+    return row["label_source"] not in (None, "", RULE)
 
 
 def csv_text(rows: list[dict], columns: Sequence[str]) -> str:

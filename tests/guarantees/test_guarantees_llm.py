@@ -113,7 +113,7 @@ def test_a_failure_is_a_status_and_never_a_label(world, worker, fault, tally, n_
         failed = [row for row in rows if row["status"].startswith("llm ")]
         assert (
             len(failed) == n
-            and {row["label_source"] for row in rows} <= {"tokens", ""}
+            and {row["label_source"] for row in rows} <= {"rule", ""}
             and not any(row["score"] for row in rows)
         )
         n_requests = n if is_score else n_requests

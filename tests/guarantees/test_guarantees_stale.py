@@ -69,7 +69,7 @@ CHANGES = {
         "MAX_TRAIN_TOKENS": 200,
     },
     "interpret_sae": {
-        "POOLING": "max",
+        "POOLING": "mean",
         "N_REPORT_FEATURES": 3,
         "INTERPRETER_MODEL": "other",
         "LLM_PROTOCOL": "fast",

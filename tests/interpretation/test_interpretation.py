@@ -142,9 +142,10 @@ def test_planted_features_are_named(tmp_path, planted, run_main, capsys):
     rows = table(tmp_path)
     assert len(rows) == 20
     for word in WORDS:
-        row = next(row for row in rows if row["label"].startswith(f"'{word}'"))
+        row = next(row for row in rows if row["label"].startswith(f"“{word}”"))
         assert row["best_category"] == f"cat_{word}" and float(row["category_auc"]) == 1.0
-        assert row["label_source"] == "tokens" and row["status"] == "ok"
+        assert row["label_source"] == "rule" and row["status"] == "ok"
+        assert row["label"] == row["rule"] and float(row["label_f1"]) == 1.0
         # 30 of the 1,200 tokens are this word
         assert float(row["density"]) == pytest.approx(30 / 1200)
         assert f"«{word}»" in row["top_example_1"] and row["top_example_5"]
@@ -178,8 +179,8 @@ def test_up_to_date_changed_by_hand_and_other_settings(tmp_path, planted, run_ma
     assert run_main("interpret_sae", *planted) == 0
     assert "changed by hand" in capsys.readouterr().out
     assert (tmp_path / "interpretations.old-1.csv").read_text().endswith("my notes\n")
-    assert run_main("interpret_sae", *planted, "--pooling", "max") == 0
-    assert "POOLING mean -> max" in capsys.readouterr().out
+    assert run_main("interpret_sae", *planted, "--pooling", "mean") == 0
+    assert "POOLING max -> mean" in capsys.readouterr().out
 
 
 def test_activations_and_checkpoint_must_belong_together(
@@ -218,7 +219,7 @@ def test_columns_of_the_issue(tmp_path, planted, run_main):
         "suppressed_tokens",
         "special_token_share",
     ]
-    row = next(row for row in rows if row["label"].startswith("'apple'"))
+    row = next(row for row in rows if row["label"].startswith("“apple”"))
     assert (
         row["score"] == row["fidelity_f1"] == ""
         and float(row["special_token_share"]) == 0
@@ -242,7 +243,7 @@ def test_hypotheses_for_a_target(tmp_path, planted, run_main, capsys):
         run_main("interpret_sae", *planted, "--target-value", "cat_river", "--n-hypotheses", 3) == 0
     )
     rows = table(tmp_path, "hypotheses.csv")
-    assert rows[0]["hypothesis"].startswith("'river'") and float(rows[0]["held_out_auc"]) == 1
+    assert rows[0]["hypothesis"].startswith("“river”") and float(rows[0]["held_out_auc"]) == 1
     assert rows[0]["target"] == "category = cat_river" and rows[0]["method"] == "correlation"
     (tmp_path / "hypotheses.csv").unlink()
     assert (
@@ -275,7 +276,7 @@ def test_neuronpedia_batches_pass_the_schema(tmp_path, planted, run_main, monkey
     for batch in batches:
         neuronpedia.check(batch)
         assert batch["modelId"] == "smollm2-135m-instruct" and batch["source"] == "11-test-set"
-    river = next(f for f in features if f["explanations"][0]["text"].startswith("'river'"))
+    river = next(f for f in features if f["explanations"][0]["text"].startswith("“river”"))
     activation = river["activations"][0]
     assert len(activation["tokens"]) == len(activation["values"]) == 10
     assert activation["tokens"][int(np.argmax(activation["values"]))] == " river"
@@ -418,7 +419,7 @@ def test_batches_of_texts_beyond_ascii_pass_neuronpedias_rules(
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("tokens", None),
+        ("rule", None),
         ("", None),
         ("gpt-5-mini", "gpt-5-mini"),
         (None, None),

@@ -270,12 +270,6 @@ def test_characteristic_tokens_by_hand():
     assert rows == [[("b", pytest.approx(0.8))]]  # a has share 0.2, below its base rate 0.5
 
 
-def test_evidence_labels():
-    assert token_text.evidence_label([("cat", 0.5), ("dog", 0.2)]) == "'cat', 'dog'"
-    assert token_text.evidence_label([("cat", 0.1)]) == "mixed contexts, some of 'cat'"
-    assert token_text.evidence_label([]) == ""
-
-
 def test_token_names_merge_case_and_spaces(smol_tokenizer):
     ids = smol_tokenizer(" We we\nWe <|im_end|>", add_special_tokens=False)["input_ids"]
     numbers, names = token_text.token_names(smol_tokenizer, np.array(ids))

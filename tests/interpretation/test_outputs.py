@@ -12,7 +12,7 @@ from fastsae.interpretation.llm.work import add_labels
 from fastsae.runtime import progress
 
 
-def row(feature, status="ok", source="tokens", **more):
+def row(feature, status="ok", source="rule", **more):
     return {"feature": feature, "status": status, "label_source": source, **more}
 
 

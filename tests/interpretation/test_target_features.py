@@ -186,7 +186,7 @@ def test_a_reader_sees_what_the_features_cost(tmp_path, planted, run_main, capsy
     assert "What predicts the target" in page and "activations themselves (16 columns)" in page
     rows = read_table(tmp_path, "hypotheses.csv")
     assert (
-        rows[0]["hypothesis"].startswith("'river'")
+        rows[0]["hypothesis"].startswith("“river”")
         and rows[0]["pooling"] == "mean"
         and int(rows[0]["n_firing"]) >= 10
     )

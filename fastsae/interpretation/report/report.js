@@ -30,13 +30,14 @@ const percent = x => x === 0 ? "0 %" : x < 0.001 ? `${(100 * x).toPrecision(1)} 
 const round = (x, digits = 2) => x === null || x === undefined ? "–" : x.toFixed(digits);
 const figure = x => x === 0 ? "0" : Math.abs(x) < 999.5 ? x.toPrecision(3) : Math.round(x).toLocaleString("en");  // of any scale
 const visible = text => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍");
-const isMixed = f => f.label.startsWith("mixed contexts");
 
-// A label made of tokens as chips, one by a language model as it stands.
-function labelNodes(f, brief) {
-  if (f.byLlm || f.dead || !f.tokens.length) return [labelOf(f)];
-  const chips = f.tokens.slice(0, 4).map(([name]) => make("span", { class: "chip", dir: "auto" }, visible(name)));
-  return isMixed(f) ? [make("span", { class: "mixed" }, brief ? "mixed " : "mixed contexts, some of "), ...chips] : chips;
+// A label, with the held-out F1 of one that is a rule.
+function labelNodes(f) {
+  if (f.byLlm || f.dead) return [labelOf(f)];
+  if (!f.rule) return [make("span", { class: "mixed" }, labelOf(f))];
+  const figure = f.ruleF1 === null ? null
+    : make("small", { class: "claim number", title: "F1 of this rule on texts it was not found on" }, ` F1 ${round(f.ruleF1)}`);
+  return [make("span", { dir: "auto" }, visible(f.label)), figure].filter(Boolean);
 }
 
 const labelOf = f => f.label || (f.dead ? "never fires here" : "no label");
@@ -89,7 +90,7 @@ function tokens(feature, example, { width = WINDOW, whole = false, className = "
 
 function row(f) {
   const example = f.examples[0];
-  const label = make("div", { class: `label${f.byLlm ? " by-llm" : ""}`, title: f.label }, ...labelNodes(f, true));
+  const label = make("div", { class: `label${f.byLlm ? " by-llm" : ""}`, title: f.label }, ...labelNodes(f));
   return make("li", {}, make("a", { class: `row${f.dead ? " dead" : ""}`, href: `#feature=${f.id}`, "data-id": f.id },
     make("span", { class: "id number" }, String(f.id), make("span", { class: "under" }, f.level)),
     make("div", {}, label, example ? tokens(f, example, { width: 9, className: "snippet" }) : null),
@@ -200,13 +201,21 @@ function fact(name, value, note) {
   return make("div", {}, make("dt", {}, name), make("dd", { class: "number" }, value, note ? make("small", {}, note) : null));
 }
 
+function worth(f) {
+  if (f.ruleF1 === null) return "It was not tested, for the feature does not fire strongly in the other half.";
+  return `On the other half it has F1 ${round(f.ruleF1)} for “fires above 0.3 of its maximum” ` +
+    `(precision ${round(f.rulePrecision)}, recall ${round(f.ruleRecall)}).`;
+}
+
 function origin(f) {
   const node = make("p", { class: "origin" });
   if (f.dead) node.append("This feature did not fire on any of the tokens counted here.");
   else if (f.byLlm) node.append(`Label by ${f.source}${f.protocol ? `, ${f.protocol} protocol` : ""}. `,
     f.f1 === null ? "Not validated on held-out examples." :
       `Validated on ${f.held} held-out examples: F1 ${round(f.f1)} (precision ${round(f.precision)}, recall ${round(f.recall)}).`);
-  else node.append(`Label made of its own most characteristic tokens${f.status.startsWith("llm") ? "" : "; no language model was asked"}.`);
+  const asked = f.byLlm || f.status.startsWith("llm") ? "" : "; no language model was asked";
+  if (!f.dead && f.rule) node.append(f.byLlm ? `As a rule: ${visible(f.rule)}. ` : `A rule, found on half of the texts${asked}. `, worth(f));
+  else if (!f.dead) node.append("No simple rule tells where it fires: read its examples.");
   if (f.scoreName && f.scoreName !== f.label) node.append(` The scoring model calls it “${f.scoreName}”.`);
   if (f.status !== "ok" && !f.dead) node.append(make("span", { class: "bad" }, ` ${f.status}.`));
   return node;

@@ -18,6 +18,7 @@ import numpy as np
 
 from fastsae.data.token_text import seen_values, with_text
 from fastsae.data.tokenization import ROLES
+from fastsae.interpretation.tables import by_language_model
 
 if TYPE_CHECKING:
     import jinja2
@@ -72,7 +73,7 @@ def render(
         script_hash=csp_hash(script),
         has_auc=has["has_auc"],
         has_score=has["has_score"],
-        has_llm=any(row["label_source"] not in ("", "tokens") for row in alive),
+        has_llm=any(by_language_model(row) for row in alive),
         has_dead=len(alive) < len(shown),
         levels=[
             (level, level) for level in sorted({row["matryoshka_level"] for row in alive} - {""})
@@ -170,7 +171,7 @@ def feature_data(
     """One feature as report.js reads it."""
     s, j = evidence.statistics, row["feature"]
     histogram, end = s.histogram.bars(j)
-    by_llm = row["label_source"] not in ("", "tokens")
+    by_llm = by_language_model(row)
     return {
         "id": j,
         "label": row["label"],
@@ -190,6 +191,10 @@ def feature_data(
         "score": row["score"],
         "scoreName": row.get("score_name"),
         "f1": number(row["fidelity_f1"]),
+        "rule": row.get("rule"),
+        "ruleF1": number(row.get("label_f1")),
+        "rulePrecision": number(row.get("label_precision")),
+        "ruleRecall": number(row.get("label_recall")),
         "precision": number(row.get("fidelity_precision")),
         "recall": number(row.get("fidelity_recall")),
         "held": row.get("n_held_out"),

@@ -13,6 +13,7 @@ from fastsae.formats.load import architecture_text
 from fastsae.interpretation.features import AUC_BOUND, Features
 from fastsae.interpretation.report import charts
 from fastsae.interpretation.significance import LEVEL
+from fastsae.interpretation.tables import by_language_model
 from fastsae.lm.names import described, short_name
 from fastsae.sae.metrics import measured_on
 
@@ -120,19 +121,19 @@ def left_out(sae_meta: Mapping[str, Any], n_tokens: int) -> str:
 def who_labelled(rows: Sequence[Mapping[str, Any]], llm: Mapping[str, Any] | None) -> str:
     """A sentence on who wrote the labels; llm: the settings of the language model, None where none
     was asked."""
-    n_llm = sum(row["label_source"] not in ("", "tokens") for row in rows)
+    n_llm = sum(map(by_language_model, rows))
     if n_llm:
         assert llm is not None  # or no label would be a language model's
         return (
             f"{n_llm} labels were written by {llm['INTERPRETER_MODEL']}, "
-            "the others are the features' own tokens."
+            "the others are rules, found on half of the texts and tested on the other."
         )
     asked = (
         f"{llm['INTERPRETER_MODEL']} was asked and gave no usable label"
         if llm
         else "No language model was asked"
     )
-    return f"{asked}: every label is made of the feature's own tokens."
+    return f"{asked}: every label is a rule, found on half of the texts and tested on the other."
 
 
 def target_table(comparison: Mapping[str, Any]) -> tuple:

@@ -95,7 +95,7 @@ def test_the_story_says_what_was_done():
         source=source,
         categories=None,
         comparison=None,
-        rows=[{"status": "llm label unusable", "label_source": "tokens"}] * 3,
+        rows=[{"status": "llm label unusable", "label_source": "rule"}] * 3,
     )
     metadata = {
         "settings": {"llm": {"INTERPRETER_MODEL": "gpt"}},
@@ -109,7 +109,8 @@ def test_the_story_says_what_was_done():
         and "The figures count 4 tokens. gpt was asked" in run["story"]
     )
     assert run["story"].endswith(
-        "gpt was asked and gave no usable label: every label is made of the feature's own tokens."
+        "gpt was asked and gave no usable label: every label is a rule, found on half of the "
+        "texts and tested on the other."
     )
     # no norm lies beyond 9
     assert "line" not in run["charts"][0].note and "bound" not in svg(run["charts"][0])
@@ -147,7 +148,7 @@ def test_what_is_left_out_and_who_labelled():
         "assistant's text"
     )
     assert who_labelled(
-        [{"label_source": "gpt"}, {"label_source": "tokens"}], {"INTERPRETER_MODEL": "gpt"}
+        [{"label_source": "gpt"}, {"label_source": "rule"}], {"INTERPRETER_MODEL": "gpt"}
     ).startswith("1 labels were")
 
 
@@ -336,7 +337,7 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     choose(browser, "category", ""), choose(browser, "auc", ""), choose(browser, "dead", "dead")
     assert {rows[j]["status"] for j in ids(browser)} == {"dead"}
     choose(browser, "dead", "")
-    river = next(j for j, row in rows.items() if row["label"].startswith("'river'"))
+    river = next(j for j, row in rows.items() if row["label"].startswith("“river”"))
     browser.get(f"{url}#feature={river}")
     marks = browser.execute_script(
         "return [...document.querySelectorAll('#panel .example mark.peak')].map(m => m.textContent)"
@@ -405,7 +406,9 @@ def test_small_numbers_and_states_in_a_browser(planted, run_main, tmp_path, brow
     browser.get(f"{path.as_uri()}#feature={asked['id']}")
     text = browser.find_element("id", "panel").text
     assert (
-        "its own most characteristic tokens. llm label unusable." in text
+        "A rule, found on half of the texts. On the other half it has F1 1.00 for “fires above"
+        in text
+        and "llm label unusable." in text
         and "was asked" not in text
     )
     browser.get(f"{path.as_uri()}#feature={dead['id']}")
