@@ -76,7 +76,7 @@ NEURONPEDIA_MODEL: str | None = None    # Neuronpedia's id of the model; none = 
                                         # in lower case
 
 # Constants:
-POOLING: str = "max"                    # {max, mean} of a feature over an example's tokens, for
+POOLING: str = "mean"                   # {max, mean} of a feature over an example's tokens, for
                                         # category_auc
 TARGET_POOLING: str = "mean"            # {max, mean} the same for the target
 # fmt: on

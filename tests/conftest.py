@@ -6,10 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import sampling
-from tiny_world import worker, world  # noqa: F401  (fixtures)
+# Before numpy and torch are loaded, and for all processes that tests start: their threads would
+# spend more time waiting for each other than on arrays of this size.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import sampling  # noqa: E402
+from tiny_world import worker, world  # noqa: E402, F401  (fixtures)
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -17,6 +23,9 @@ sys.path.insert(0, str(PROJECT))
 for name in ("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL"):
     os.environ.pop(name, None)
 
+from fastsae.runtime.packages import postpone_init  # noqa: E402
+
+postpone_init("hypothesaes")  # tests need its autoencoder, and seldom the rest
 
 COUNTS = {}  # {what: [tried, of how many]} by the tests of the guarantees, for the end of a run
 LEFT_OUT = {}  # {test: (cases tried, of how many)} in the quick run
@@ -36,8 +45,22 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in as many processes as there are cores, at most four, if pytest-xdist
+    is there. Named files run in this process, and so does all with `-n 0`."""
+    option, n = config.option, min(4, len(sampling.cores()))
+    given = getattr(option, "numprocesses", 0) is not None  # or pytest-xdist is not there
+    if given or n < 2 or hasattr(config, "workerinput"):
+        return
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not option.keyword
+    if whole and not (option.usepdb or option.collectonly):
+        option.numprocesses, option.dist, option.loadscopereorder = n, "loadgroup", False
+
+
 def pytest_configure(config):
     sampling.exhaustive = config.getoption("--exhaustive") or config.getoption("--rest")
+    os.environ["TEST_DAY"] = str(sampling.day)  # of all processes, also after midnight
 
 
 def pytest_report_header():
@@ -46,6 +69,7 @@ def pytest_report_header():
     return f"quick run: TEST_DAY={sampling.day} repeats its points; --exhaustive tries all"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     """In the quick run: `@pytest.mark.sampled(n)` keeps about n of a test's cases, and
     `@pytest.mark.exhaustive` none. With --rest: the marked tests only."""
@@ -64,6 +88,32 @@ def pytest_collection_modifyitems(config, items):
                 LEFT_OUT[name.rpartition("::")[2]] = (len(kept), len(group))
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=list(dropped))
+    if hasattr(config, "workerinput"):
+        items.sort(key=_rank)
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+# those that take longest: a process that begins with one of them does not end long after the rest
+LONG = (
+    "test_pipeline",
+    "world",
+    "test_guarantees_process",
+    "test_extraction_scale",
+    "test_studies_fast",
+    "test_training",
+)
+
+
+def _group(item):
+    """Tests that run in one of several processes: a file's, which share its fixtures, or those of
+    the tiny world."""
+    return "world" if "world" in item.fixturenames else item.path.stem
+
+
+def _rank(item):
+    group = _group(item)
+    return LONG.index(group) if group in LONG else len(LONG)
 
 
 def _kept(group):
@@ -85,6 +135,22 @@ def tally():
         counts[1] += n if of is None else of
 
     return add
+
+
+def pytest_sessionfinish(session):
+    """Of several processes each tells the first what it tried."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = [COUNTS, LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    counts, left_out = getattr(node, "workeroutput", {}).get("tried", ({}, {}))
+    for what, (n, of) in counts.items():
+        sums = COUNTS.setdefault(what, [0, 0])
+        sums[0] += n
+        sums[1] += of
+    LEFT_OUT.update(left_out)
 
 
 def pytest_terminal_summary(terminalreporter):

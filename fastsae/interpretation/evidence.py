@@ -27,7 +27,8 @@ class Evidence:
     """The statistics of all features with the texts to show them in.
 
     data: the members of an activations file; examples: its `Example`s; bounds: {"max_norm",
-    "exclude_shared_prefix", "use"} of training; firings: filled on the way, if given.
+    "exclude_shared_prefix", "use"} of training; watch: see `statistics.collect`; firings: filled
+    on the way, if given.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Evidence:
         n_top: int,
         seed: int = 0,
         progress: Callable[[int], object] | None = None,
+        watch: Callable[[Any, np.ndarray], object] | None = None,
         firings: Firings | None = None,
     ) -> None:
         self.sae = sae
@@ -62,6 +64,7 @@ class Evidence:
             n_sampled=N_SAMPLED,
             seed=seed,
             progress=progress,
+            watch=watch,
             observe=firings.add if firings else None,
             **bounds,
         )
@@ -80,6 +83,11 @@ class Evidence:
                 self.data["token_ids"][self.offsets[example] : self.offsets[example + 1]]
             )
         return self._texts[example]
+
+    def text_read(self, example: int) -> str:
+        """The text of an example's kept tokens, as the model read it."""
+        kept = self.statistics.kept[self.offsets[example] : self.offsets[example + 1]]
+        return "".join(np.array(self.token_texts(example), object)[kept])
 
     @functools.cached_property
     def text_numbers(self) -> np.ndarray:

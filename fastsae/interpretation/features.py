@@ -52,6 +52,7 @@ class Features:
         self._require_matching_inputs(sae_meta)
         sae, self.sae_meta = self._load_sae(sae_meta, data)
         self.examples = self.read_examples(settings.LABEL_FIELD)
+        self.untrained = self._untrained(sae, data)
         self.firings = Firings(data["seq_lengths"], sae.k_active_neurons, settings.SEED)
         self.evidence = self._collect(sae, data)
         progress.step("top tokens, categories and promoted tokens of the features")
@@ -59,6 +60,8 @@ class Features:
         self.rule_labels = self._add_rules()
         self.categories = self._add_categories()
         self.lens = self._add_lens()
+        # what the run is worth; its parts are those that could be measured
+        self.run_table: dict[str, Any] = self._run_table()
 
     def _require_matching_inputs(self, sae_meta):
         from fastsae.lm.sources import require_same
@@ -109,20 +112,55 @@ class Features:
             )
         return sae, loaded_meta
 
+    def _bounds(self):
+        """Which tokens training used, and so which are examined."""
+        trained = self.sae_meta["settings"]
+        return {
+            "max_norm": self.sae_meta["max_norm"],
+            "exclude_shared_prefix": trained["EXCLUDE_SHARED_PREFIX"],
+            "use": trained.get("USE_TOKENS", "all"),
+        }
+
+    def _untrained(self, sae, data):
+        """The dictionaries that nobody trained, to be filled by the pass over all tokens."""
+        from fastsae.interpretation import nulls
+
+        unseen = [self.sae_meta.get(f"{part}_examples") or [] for part in ("validation", "test")]
+        return nulls.prepare(
+            sae,
+            data,
+            **self._bounds(),
+            not_trained_on=np.array(sum(unseen, []), np.int64),
+            seed=self.settings.SEED,
+        )
+
+    def _run_table(self):
+        from fastsae.interpretation.run_table import Probed, probe
+
+        settings, evidence = self.settings, self.evidence
+        if self.categories is None:
+            return {}
+        progress.step("probing the categories, and dictionaries that nobody trained")
+        probed = Probed(
+            evidence.statistics,
+            self.untrained.finish(),
+            self.labels(),
+            evidence.text_numbers,
+            evidence.text_read,
+            settings.POOLING,
+        )
+        found = probe(probed, AUC_BOUND, settings.SEED)
+        return {"probing": found} if found else {}
+
     def _collect(self, sae, data):
         """The Evidence from one pass over all tokens, those that training left out excluded."""
         from fastsae.interpretation.evidence import Evidence
         from fastsae.lm.loading import load_tokenizer
 
-        source, settings, trained = self.source, self.settings, self.sae_meta["settings"]
+        source, settings = self.source, self.settings
         tokenizer = load_tokenizer(
             source["model_name"], revision=source["model_revision"], cache_dir=settings.CACHE_DIR
         )
-        bounds = {
-            "max_norm": self.sae_meta["max_norm"],
-            "exclude_shared_prefix": trained["EXCLUDE_SHARED_PREFIX"],
-            "use": trained.get("USE_TOKENS", "all"),
-        }
         with progress.bar(
             len(data["token_ids"]), "statistics", "token", unit_scale=True
         ) as tokens_done:
@@ -131,10 +169,11 @@ class Features:
                 data,
                 self.examples,
                 tokenizer,
-                bounds,
+                self._bounds(),
                 n_top=N_TOP_EXAMPLES,
                 seed=settings.SEED,
                 progress=tokens_done.update,
+                watch=self.untrained.watch,
                 firings=self.firings,
             )
 

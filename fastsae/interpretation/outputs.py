@@ -127,6 +127,7 @@ def write(
         **metadata,
         "complete": not incomplete_rows(rows),
         "summary": features.summary(),
+        "run_table": features.run_table,
         "files": files,
     }
     tables.write_outputs(folder, texts, folder / JSONL, rows, about)
@@ -265,8 +266,13 @@ def print_rules(counts: Mapping[str, Any]) -> None:
 
 
 def print_categories(features: Features, counts: Mapping[str, Any]) -> None:
-    """How many features separate a category, beside shuffled labels; or why none is named."""
-    if features.categories is not None:
+    """How well categories are read from the features, beside what nobody trained; or why that is
+    not known."""
+    if probing := features.run_table.get("probing"):
+        from fastsae.interpretation.run_table import describe_probing
+
+        print(*describe_probing(probing, counts), sep="\n")
+    elif features.categories is not None:
         print(
             f"categories: {counts['n_with_category']} features separate one better than chance, "
             f"{counts['n_above_auc_bound']} with an AUC above {counts['auc_bound']}; with shuffled "

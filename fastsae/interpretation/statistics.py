@@ -94,6 +94,7 @@ def collect(
     n_sampled: int = 32,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
+    watch: Callable[[Any, np.ndarray], object] | None = None,
     observe: Callable[[np.ndarray, np.ndarray, np.ndarray], object] | None = None,
 ) -> Statistics:
     """`Statistics` of the features of `sae` on activations (n_tokens, d), an array or memory map of
@@ -101,8 +102,9 @@ def collect(
 
     Tokens of the shared prefix, those whose norm is above `max_norm` and those that `use`
     (USE_TOKENS) does not name are left out, as in training. name_of_token (n_tokens,) numbers the
-    tokens' names. `progress(n)` is called with the tokens done, `observe(tokens, features, values)`
-    with all activations (nnz,) of a block.
+    tokens' names. `progress(n)` is called with the tokens done; `watch(x, example)` with the kept
+    tokens of each block, (n, d) float32 on the CPU, and the numbers (n,) of their examples;
+    `observe(tokens, features, values)` with all activations (nnz,) of a block.
     """
     import torch
 
@@ -132,8 +134,9 @@ def collect(
         )
         result.kept[rows] = keep = keep & chosen_tokens(use, token_kind[rows], token_role[rows])
         chosen = np.flatnonzero(keep)
+        x = x if keep.all() else x[chosen]
         # CSR (n_chosen, M)
-        features = encode_rows(sae, x if keep.all() else x[chosen])
+        features = encode_rows(sae, x)
         # (n_chosen,) number of each row's token
         token = rows.start + chosen
         row = np.repeat(np.arange(len(chosen)), np.diff(features.indptr))  # (nnz,)
@@ -165,6 +168,8 @@ def collect(
         pooled_parts.append(
             pooled_rows(pairs, is_pooled[first:last], lengths[first:last], example, m)
         )
+        if watch:
+            watch(x, first + example)
         if progress:
             progress(rows.stop - rows.start)
     # without the examples whose only tokens are attention sinks
@@ -262,16 +267,24 @@ def counts_per_example(chosen: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def choose_pooled(
-    lengths: np.ndarray, examples: np.ndarray, m: int, k: int, seed: int
+    lengths: np.ndarray,
+    examples: np.ndarray,
+    m: int,
+    k: int,
+    seed: int,
+    entries: int | None = None,
+    most: int | None = None,
 ) -> np.ndarray:
     """Numbers of the examples whose pooled features are held: all of `examples`, or a random
-    choice of as many as POOLED_ENTRIES allows.
+    choice of `most`, or of as many as `entries` values (None: POOLED_ENTRIES) allow. A smaller
+    choice is part of a larger.
 
     `examples` have kept tokens: one without would be a row of zeros, and count as one where every
     feature is silent.
     """
     per_example = min(m, int(np.mean(lengths) * k) + 1)
-    n = max(2, min(len(examples), POOLED_ENTRIES // per_example))
+    entries = entries or POOLED_ENTRIES
+    n = max(2, min(len(examples), entries // per_example, most or len(examples)))
     return np.sort(np.random.default_rng((seed, 2)).permutation(examples)[:n])
 
 

@@ -268,13 +268,7 @@ def compare(
     if min(len(np.unique(target[some][side])) for side in (first[some], ~first[some])) < 2:
         return None
 
-    def text_read(example):
-        """The text of the tokens that count, as the model read it."""
-        tokens = slice(evidence.offsets[example], evidence.offsets[example + 1])
-        texts = evidence.token_texts(example)
-        return "".join(texts[i] for i in np.flatnonzero(evidence.statistics.kept[tokens]))
-
-    read = [text_read(example) for example in examples[some]]
+    read = [evidence.text_read(example) for example in examples[some]]
     features = pooled[some].toarray()
     sources = {
         "selected features": features[:, [entry["feature"] for entry in found]],

@@ -69,7 +69,7 @@ CHANGES = {
         "MAX_TRAIN_TOKENS": 200,
     },
     "interpret_sae": {
-        "POOLING": "mean",
+        "POOLING": "max",
         "N_REPORT_FEATURES": 3,
         "INTERPRETER_MODEL": "other",
         "LLM_PROTOCOL": "fast",

@@ -179,8 +179,8 @@ def test_up_to_date_changed_by_hand_and_other_settings(tmp_path, planted, run_ma
     assert run_main("interpret_sae", *planted) == 0
     assert "changed by hand" in capsys.readouterr().out
     assert (tmp_path / "interpretations.old-1.csv").read_text().endswith("my notes\n")
-    assert run_main("interpret_sae", *planted, "--pooling", "mean") == 0
-    assert "POOLING max -> mean" in capsys.readouterr().out
+    assert run_main("interpret_sae", *planted, "--pooling", "max") == 0
+    assert "POOLING mean -> max" in capsys.readouterr().out
 
 
 def test_activations_and_checkpoint_must_belong_together(

@@ -133,4 +133,8 @@ def test_tables_report_and_summary_agree(tmp_path, planted, run_main, capsys):
     assert head["summary"]["n_above_auc_bound"] == sum(
         float(row["category_auc"] or 0) > 0.8 for row in rows
     )
+    probing = head["run_table"]["probing"]
+    assert set(probing["n_above_auc_bound"]) == {"features", "random tokens", "random directions"}
+    assert probing["sparse_probing"]["1"]["features"]["value"] == 1  # planted
+    assert "random tokens as a dictionary" in out
     assert f"A category is named for the {len(named)} that are above chance" in page

@@ -198,7 +198,7 @@ def test_connections_that_fail_say_why(server, tmp_path, url, reason, n_tries, m
 
 
 CERTIFICATE = (
-    PROJECT / "tests" / "self_signed.pem"
+    PROJECT / "tests" / "support" / "self_signed.pem"
 )  # of 127.0.0.1, with its key; made for these tests
 
 

@@ -8,7 +8,7 @@ moves into a package stays guarded.
 import ast
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def python_files(*folders: str, root: Path = PROJECT) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from source_tree import module_name, python_files
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 WRITING = {
     "os.rename": 2,
     "os.remove": 1,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from forking import Stages
 from loopback import Endpoint, completion
+from sampling import cores
 
 WORDS = (
     "the bread rose twice while rain fell and we chose a longer road home past seven "
@@ -20,9 +21,8 @@ WORDS = (
 )
 # a run that was killed just before it wrote them has none
 TIMES = ("seconds", "tokens_per_second", "device")
-N_WORKERS = min(
-    2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-)
+# where pytest itself runs in several processes, these use the cores
+N_WORKERS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, len(cores()))
 KEY = "sk-secret-0123456789"
 STAGES = ("extract_activations", "train_sae", "interpret_sae")
 
@@ -124,7 +124,7 @@ def world(tmp_path_factory, smol_tokenizer):
     older = {
         "extract_activations": ["--max-length", 40],
         "train_sae": ["--seed", 7],
-        "interpret_sae": ["--n-top-neurons", 0, "--pooling", "mean"],
+        "interpret_sae": ["--n-top-neurons", 0, "--pooling", "max"],
     }
     stages = [Stages(TEST_TOKENIZERS=str(folder / "model")) for _ in range(N_WORKERS)]
     world = SimpleNamespace(

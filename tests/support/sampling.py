@@ -12,6 +12,13 @@ exhaustive = False  # set by conftest.py from --exhaustive
 day = int(os.environ.get("TEST_DAY") or date.today().toordinal())
 
 
+def cores() -> set[int]:
+    """The processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def points(candidates: Sequence, n: int | None = None, kinds: Sequence[Hashable] = ()) -> list:
     """The points to try: all of them, or in the quick run about `n` at even distances, or the
     first, the last and one of each kind.

@@ -1,0 +1,194 @@
+"""How well categories of examples can be read from a few columns of a matrix, or from all of them.
+
+k-sparse probing (arXiv 2502.16681): of every category the k columns are chosen on one half of the
+examples, a logistic regression on them is fitted there, and its AUC is measured on the other half.
+The choice is that of the sae-probes package: columns in units of their mean over the examples where
+they are not 0, by the difference of their means inside and outside the category. A dense probe is
+one ridge regression for all categories on all columns.
+
+Several half splits give an interval. They share examples, so the spread of their figures alone
+would be too small: see `estimate`.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import sparse
+from scipy.stats import rankdata, t as student
+
+from fastsae.interpretation.categories import Matrix, first_half
+from fastsae.runtime.stops import stop_if_asked
+
+KS = (1, 2, 5, 16)
+PENALTIES = np.logspace(-1, 5, 7)  # of the dense probe, on columns of unit variance
+LEAST_TEXTS = 4  # of a category, or either half would have one
+MOST_CATEGORIES = 64  # probed, the commonest
+UNCHECKED = {"skip_parameter_validation": True}
+
+
+class Estimate(NamedTuple):
+    """A mean over half splits with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"value": self.value, "interval": [self.low, self.high]}
+
+
+def estimate(values: Sequence[float] | np.ndarray) -> Estimate | None:
+    """The mean of a figure over half splits (n_splits,), with a 95 % interval; None if none is
+    finite.
+
+    Splits share examples. Their variance is multiplied by 1 / n + n_held_out / n_finding, here
+    1 / n + 1 (Nadeau and Bengio 2003, the corrected resampled t-test), and Student's t taken with
+    n - 1 degrees of freedom.
+    """
+    found = np.asarray([value for value in values if np.isfinite(value)], np.float64)
+    if not len(found):
+        return None
+    mean, n = float(found.mean()), len(found)
+    if n < 2:
+        return Estimate(mean, float("-inf"), float("inf"))
+    half = float(student.ppf(0.975, n - 1) * np.sqrt((1 / n + 1) * found.var(ddof=1)))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def probed_categories(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """The categories (their numbers) that have LEAST_TEXTS different texts and are not all, the
+    MOST_CATEGORIES commonest."""
+    pairs = np.unique(np.column_stack([labels, texts])[labels >= 0], axis=0)
+    counts = np.bincount(pairs[:, 0]) if len(pairs) else np.zeros(0, int)
+    n_texts = len(np.unique(texts))
+    possible = np.flatnonzero((counts >= LEAST_TEXTS) & (counts <= n_texts - LEAST_TEXTS))
+    return np.sort(possible[np.argsort(-counts[possible], kind="stable")][:MOST_CATEGORIES])
+
+
+def half_splits(
+    labels: np.ndarray, n_categories: int, texts: np.ndarray, seed: int, n_splits: int
+) -> list[np.ndarray]:
+    """[(n,) bool, the finding half] of each split: half of every category, copies of a text on one
+    side."""
+    return [first_half(labels, n_categories, seed + i, texts) for i in range(n_splits)]
+
+
+def ranking(columns: Matrix, inside: np.ndarray) -> np.ndarray:
+    """(n_categories, n_columns): by how much the mean of each column inside a category differs from
+    that outside, columns in units of their mean over the examples where they are not 0.
+
+    columns (n, p), dense or sparse; inside (n_categories, n) bool.
+    """
+    columns = sparse.csr_matrix(columns)
+    n_nonzero = np.asarray((columns != 0).sum(0)).ravel()
+    unit = np.asarray(abs(columns).sum(0)).ravel() / np.maximum(n_nonzero, 1)
+    member = sparse.csr_matrix(inside.astype(np.float64))
+    sums = np.asarray((member @ columns).todense())
+    rest = np.asarray(columns.sum(0)).ravel() - sums
+    n_inside = inside.sum(1, keepdims=True)
+    n_outside = inside.shape[1] - n_inside
+    difference = sums / np.maximum(n_inside, 1) - rest / np.maximum(n_outside, 1)
+    return difference / np.maximum(unit, 1e-12)
+
+
+def aucs(scores: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """(n_categories,) AUC of scores (n, n_categories) for inside (n_categories, n) bool, column by
+    column; ties count half, nan where a side is empty."""
+    ranks = rankdata(scores, axis=0)
+    n_inside = inside.sum(1).astype(np.float64)
+    n_outside = inside.shape[1] - n_inside
+    sums = (ranks * inside.T).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (sums - n_inside * (n_inside + 1) / 2) / (n_inside * n_outside)
+
+
+def sparse_probe(
+    columns: Matrix, inside: np.ndarray, first: np.ndarray, ks: Sequence[int] = KS
+) -> np.ndarray:
+    """(len(ks), n_categories) AUC on the held-out half of k-sparse probes fitted on the other.
+
+    Args: columns (n, p), dense or sparse; inside (n_categories, n) bool; first (n,) bool, the
+    finding half.
+    """
+    finding, testing = columns[first], columns[~first]
+    found_in, tested_in = inside[:, first], inside[:, ~first]
+    order = ranking(finding, found_in)
+    n_columns = columns.shape[1]
+    result = np.full((len(ks), len(inside)), np.nan)
+    largest = min(max(ks), n_columns)
+    if not n_columns:
+        return result
+    scores = np.zeros((len(ks), testing.shape[0], len(inside)))
+    by_column = [side.tocsc() if sparse.issparse(side) else side for side in (finding, testing)]
+    for category, worth in enumerate(order):
+        stop_if_asked()
+        best = np.argsort(-np.abs(worth), kind="stable")[:largest]
+        fit_on, apply_to = (
+            side[:, best].toarray() if sparse.issparse(side) else side[:, best]
+            for side in by_column
+        )
+        for i, k in enumerate(ks):
+            k = min(k, n_columns)
+            if k == 1:  # a regression on one column orders examples as the column does
+                scores[i, :, category] = np.sign(worth[best[0]]) * apply_to[:, 0]
+            else:
+                scores[i, :, category] = logistic_scores(
+                    fit_on[:, :k], found_in[category], apply_to[:, :k]
+                )
+    for i in range(len(ks)):
+        result[i] = aucs(scores[i], tested_in)
+    return result
+
+
+def logistic_scores(fit_on: np.ndarray, inside: np.ndarray, apply_to: np.ndarray) -> np.ndarray:
+    """(n,) log-odds of `apply_to` (n, k) by a logistic regression of `inside` (m,) bool on `fit_on`
+    (m, k), columns in units of their standard deviation."""
+    from sklearn import config_context
+    from sklearn.linear_model import LogisticRegression
+
+    if inside.all() or not inside.any():
+        return np.zeros(len(apply_to))
+    centre, scale = fit_on.mean(0), fit_on.std(0)
+    scale = np.where(scale > 0, scale, 1)
+    # thousands of small fits: looking at the arguments would take as long as they do
+    with warnings.catch_warnings(), config_context(assume_finite=True, **UNCHECKED):
+        warnings.simplefilter("ignore")  # of steps that did not converge: the AUC is the measure
+        model = LogisticRegression(solver="newton-cholesky", max_iter=30, tol=1e-3)
+        model.fit((fit_on - centre) / scale, inside)
+    return ((apply_to - centre) / scale) @ model.coef_[0]
+
+
+def dense_probe(columns: Matrix, inside: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """(n_categories,) AUC on the held-out half of ridge regressions of all categories on all
+    columns, fitted on the other half, which chooses their penalty too; arguments as in
+    `sparse_probe`."""
+    from sklearn.linear_model import RidgeCV
+
+    if not columns.shape[1]:
+        return np.full(len(inside), np.nan)
+    stop_if_asked()
+    target = inside[:, first].T.astype(np.float64)
+    fit_on, apply_to = scaled(columns, first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of columns that are constant in this half
+        predicted = RidgeCV(PENALTIES).fit(fit_on, target).predict(apply_to)
+    return aucs(np.asarray(predicted).reshape(-1, len(inside)), inside[:, ~first])
+
+
+def scaled(columns: Matrix, first: np.ndarray) -> tuple[Matrix, Matrix]:
+    """(finding half, held-out half) of columns (n, p), float64, in units of their standard
+    deviation on the finding half; sparse ones stay sparse."""
+    mean = np.asarray(columns[first].mean(0, dtype=np.float64)).ravel()
+    if sparse.issparse(columns):
+        square = np.asarray(columns[first].astype(np.float64).power(2).mean(0)).ravel()
+        scale = np.sqrt(np.maximum(square - mean**2, 0))
+    else:
+        scale = columns[first].std(0, dtype=np.float64)
+    scale = np.where(scale > 1e-9 * np.abs(mean), scale, 1)
+    if sparse.issparse(columns):
+        shrink = sparse.diags(1 / scale)
+        return (columns[first] @ shrink).tocsr(), (columns[~first] @ shrink).tocsr()
+    return (columns[first] - mean) / scale, (columns[~first] - mean) / scale

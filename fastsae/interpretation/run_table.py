@@ -1,0 +1,214 @@
+"""What a run is worth: how well the dataset's categories can be read from its features, beside the
+same from dictionaries that nobody trained, from the model's own stream and from the words alone.
+
+All figures are of held-out halves, with intervals over half splits (`probing.estimate`), on the
+same examples for every source.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastsae.interpretation import probing
+from fastsae.interpretation.categories import Matrix, category_above_chance, number_labels
+from fastsae.interpretation.nulls import KINDS, Untrained
+from fastsae.interpretation.probing import KS, estimate
+from fastsae.interpretation.target_features import word_counts
+
+if TYPE_CHECKING:
+    from fastsae.interpretation.statistics import Statistics
+
+N_SPLITS = 5
+COUNTED = 1024  # columns that are counted at most, drawn at random; they stand for all
+FEATURES, STREAM, WORDS = "features", "stream", "words"
+# what each source is called where people read it
+NAMES = {
+    FEATURES: "the features",
+    KINDS[0]: "random tokens as a dictionary",
+    KINDS[1]: "random directions as a dictionary",
+    STREAM: "the model's stream",
+    WORDS: "bag of words",
+}
+
+
+class Probed:
+    """The examples that are probed, their categories, and each source's columns for them.
+
+    sources: {name: [(n, p) matrix of each draw]}; one where nothing is drawn.
+    """
+
+    def __init__(
+        self,
+        statistics: "Statistics",
+        untrained: Untrained,
+        labels: Sequence[str | None] | None,
+        texts: np.ndarray,
+        read_text: Callable[[int], str] | None,
+        pooling: str,
+    ) -> None:
+        # the examples whose features are pooled too
+        shared = np.isin(untrained.examples, statistics.pooled_examples)
+        known = [labels is not None and labels[i] is not None for i in untrained.examples]
+        rows = np.flatnonzero(shared & np.array(known, bool))
+        self.examples = untrained.examples[rows]
+        self.names, self.labels = number_labels(
+            [str(labels[i]) for i in self.examples] if labels else []
+        )
+        self.texts = np.unique(texts[self.examples], return_inverse=True)[1]
+        place = np.searchsorted(statistics.pooled_examples, self.examples)
+        own = statistics.pooled_max if pooling == "max" else statistics.pooled_mean
+        self.sources: dict[str, list[Matrix]] = {FEATURES: [own[place]]}
+        for kind, draws in untrained.pooled.items():
+            self.sources[kind] = [getattr(pooled, pooling)[rows] for pooled in draws]
+        self.sources[STREAM] = [untrained.stream[rows]]
+        self.read = [read_text(int(i)) for i in self.examples] if read_text else None
+
+    def columns(self, name: str, split: int, first: np.ndarray) -> Matrix:
+        """The columns of a source for a half split: of its draws in turn, of the words those that
+        the finding half has."""
+        if name == WORDS:
+            assert self.read is not None
+            return word_counts(self.read, first)
+        draws = self.sources[name]
+        return draws[split % len(draws)]
+
+    @property
+    def all_names(self) -> list[str]:
+        """The sources that there are."""
+        return [*self.sources, *([WORDS] if self.read is not None else [])]
+
+
+def probe(probed: Probed, bound: float, seed: int) -> dict[str, Any] | None:
+    """Everything that is measured of `probed`, JSON-able; None where no category has texts enough.
+
+    `bound`: the AUC above which a feature is counted. See `docs/files.md` for the keys.
+    """
+    if not len(probed.labels):
+        return None
+    categories = probing.probed_categories(probed.labels, probed.texts)
+    if not len(categories):
+        return None
+    inside = probed.labels[None, :] == categories[:, None]  # (n_categories, n)
+    splits = probing.half_splits(probed.labels, len(probed.names), probed.texts, seed, N_SPLITS)
+    sparse_aucs: dict[str, np.ndarray] = {}  # each (n_splits, len(KS), n_categories)
+    dense_aucs: dict[str, np.ndarray] = {}  # each (n_splits, n_categories)
+    counts: dict[str, np.ndarray] = {}  # each (n_splits, 2): named, above the bound
+    for name in probed.all_names:
+        of_splits = [probed.columns(name, i, first) for i, first in enumerate(splits)]
+        pairs = list(zip(of_splits, splits))
+        sparse_aucs[name] = np.stack([probing.sparse_probe(c, inside, f) for c, f in pairs])
+        dense_aucs[name] = np.stack([probing.dense_probe(c, inside, f) for c, f in pairs])
+        if name == FEATURES or name in KINDS:
+            counts[name] = np.array(
+                [counted(c, probed, seed + i, bound) for i, c in enumerate(of_splits)]
+            )
+    return {
+        "n_examples": len(probed.examples),
+        "n_categories": len(categories),
+        "n_splits": len(splits),
+        "n_draws": max([len(draws) for draws in probed.sources.values()]),
+        "sparse_probing": {
+            str(k): {name: over_splits(found[:, i].mean(1)) for name, found in sparse_aucs.items()}
+            for i, k in enumerate(KS)
+        },
+        "dense_probing": {name: over_splits(found.mean(1)) for name, found in dense_aucs.items()},
+        "probe_gap": over_splits((dense_aucs[STREAM] - sparse_aucs[FEATURES][:, -1]).mean(1)),
+        "added_by_training": {
+            kind: {
+                str(k): over_splits((sparse_aucs[FEATURES] - sparse_aucs[kind])[:, i].mean(1))
+                for i, k in enumerate(KS)
+            }
+            for kind in KINDS
+            if kind in sparse_aucs
+        },
+        "auc_bound": bound,
+        "n_with_category": {name: over_splits(found[:, 0]) for name, found in counts.items()},
+        "n_above_auc_bound": {name: over_splits(found[:, 1]) for name, found in counts.items()},
+        "per_category": {
+            str(probed.names[category]): {
+                "n_examples": int(inside[i].sum()),
+                **{
+                    str(k): {
+                        name: _rounded(found[:, j, i].mean()) for name, found in sparse_aucs.items()
+                    }
+                    for j, k in enumerate(KS)
+                },
+                "dense": {name: _rounded(found[:, i].mean()) for name, found in dense_aucs.items()},
+            }
+            for i, category in enumerate(categories)
+        },
+    }
+
+
+def describe_probing(probing_part: Mapping[str, Any], counts: Mapping[str, Any]) -> list[str]:
+    """What the probes say, as lines of text for people; counts: of `Categories.summary`."""
+    by_k, dense = probing_part["sparse_probing"], probing_part["dense_probing"]
+    width = max(len(NAMES[name]) for name in dense)
+    lines = [
+        f"AUC of probes on held-out texts, mean of {probing_part['n_categories']} categories: "
+        f"the best {', '.join(by_k)} columns, all of them"
+    ]
+    for name in dense:
+        shown = "  ".join(plus_minus(each[name]) for each in (*by_k.values(), dense))
+        lines.append(f"  {NAMES[name]:<{width}}  {shown}")
+    lines += [verdict(probing_part), count_sentence(probing_part, counts)]
+    return [line for line in lines if line]
+
+
+def verdict(probing_part: Mapping[str, Any]) -> str:
+    """A sentence on what training added over random tokens, and where the interval holds 0."""
+    added = probing_part["added_by_training"].get(KINDS[0])
+    if not added:
+        return ""
+    k = str(KS[-1])
+    low, high = added[k]["interval"]
+    meaning = "more" if low > 0 else "less" if high < 0 else "no difference that can be told"
+    return (
+        f"training added {plus_minus(added[k], '+')} over random tokens with {k} columns "
+        f"({meaning}), {plus_minus(added['1'], '+')} with 1"
+    )
+
+
+def count_sentence(probing_part: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
+    """How many features separate a category, beside as many directions that nobody trained."""
+    above = probing_part["n_above_auc_bound"]
+    beside = [f"{name} {plus_minus(above[name], digits=0)}" for name in KINDS if name in above]
+    beside.append(f"the features under shuffled labels {counts['n_above_auc_bound_shuffled']:.1f}")
+    return (
+        f"categories: {counts['n_with_category']} features separate one better than chance; with "
+        f"an AUC above {probing_part['auc_bound']}, over half splits: "
+        f"{plus_minus(above[FEATURES], digits=0)}; {', '.join(beside)}"
+    )
+
+
+def plus_minus(found: Mapping[str, Any] | None, sign: str = "", digits: int = 3) -> str:
+    """'0.850 ±0.013' of an estimate as JSON holds it; '-' for none."""
+    if found is None:
+        return "-"
+    half = (found["interval"][1] - found["interval"][0]) / 2
+    return f"{found['value']:{sign}.{digits}f} ±{half:.{digits}f}"
+
+
+def counted(columns: Matrix, probed: Probed, seed: int, bound: float) -> tuple[float, float]:
+    """(how many columns separate a category above chance, how many of these with an AUC above
+    `bound`), on the held-out half of a split; of many columns a random part stands for all."""
+    n_columns = columns.shape[1]
+    if n_columns > COUNTED:
+        chosen = np.random.default_rng((seed, 8)).permutation(n_columns)[:COUNTED]
+        columns = columns[:, np.sort(chosen)]
+    _, auc, named = category_above_chance(
+        columns, probed.labels, len(probed.names), seed, probed.texts
+    )
+    share = n_columns / max(columns.shape[1], 1)
+    return float(named.sum() * share), float((named & (auc > bound)).sum() * share)
+
+
+def over_splits(values: np.ndarray) -> dict[str, Any] | None:
+    """`estimate` of (n_splits,) values, as JSON holds it."""
+    found = estimate(values)
+    return None if found is None else found.plain()
+
+
+def _rounded(value: Any) -> float | None:
+    return None if not np.isfinite(value) else round(float(value), 4)
