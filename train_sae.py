@@ -19,12 +19,10 @@ if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
     startup.explain_slips()  # of config.py, which is imported below
 
-import json
 from pathlib import Path
 
 import config
 from fastsae.activations.files import read_metadata
-from fastsae.data.token_masks import TEST, VALIDATION
 from fastsae.runtime import artifacts, progress, ranks, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.runtime.stage import end, run_stage
@@ -126,7 +124,6 @@ DECISIVE = (
     "INIT_ENCODER_SCALE", "BUFFER_TOKENS", "CLIP_GRAD", "VALIDATION_FRACTION", "TEST_FRACTION",
     "MAX_TRAIN_TOKENS", "USE_TOKENS", "EXCLUDE_SHARED_PREFIX", "MAX_NORM_RATIO", "SELECT_DTYPE",
 )  # fmt: skip
-SUMMARISED = ("normalized_mse", "l0", "dead_fraction", "epochs")  # in the last line
 
 
 def main():
@@ -152,8 +149,10 @@ def main():
     failed = train_all(todo, source, settings) if todo else {}
     trained = [plan for plan in plans if plan.path not in failed]
     if trained and ranks.current().rank == 0:
-        metas = write_beside(trained, len(plans), settings)
-        print_summary(trained, metas, started, "written" if todo else "unchanged")
+        from fastsae.training import results
+
+        metas = results.write_beside(trained, settings, several=len(plans) > 1)
+        results.print_summary(trained[0], metas, started, "written" if todo else "unchanged")
     if failed:
         raise InputError(*failed.values())
 
@@ -181,7 +180,7 @@ def train_all(plans, source, settings):
     from fastsae.lm.devices import choose_device
     from fastsae.lm.names import described
     from fastsae.runtime import distributed
-    from fastsae.training.data import Tokens
+    from fastsae.training.data import Tokens, print_split
     from fastsae.training.loop import train
 
     print(
@@ -210,7 +209,7 @@ def train_all(plans, source, settings):
         raise EnvironmentFailure(
             f"{settings.activations_path}: was replaced while this run began. run again."
         )
-    print_split(tokens, settings)
+    print_split(tokens, settings.activations_path, settings.USE_TOKENS, settings.TEST_FRACTION)
     return train(plans, tokens, settings, device)
 
 
@@ -225,63 +224,6 @@ def require_several_can(settings):
                 f"{name}: looks at one process's tokens only. leave it out under torchrun, or "
                 "train without torchrun."
             )
-
-
-def print_split(tokens, settings):
-    """Which tokens are for what, and which are left out."""
-    filtered = ""
-    if tokens.n_filtered:
-        filtered = f", {tokens.n_filtered:,} tokens that are not {settings.USE_TOKENS}"
-    print(
-        f"training on {len(tokens.train):,} tokens; validating on {len(tokens.validation):,} of "
-        f"{len(tokens.examples_of(VALIDATION))} other examples, testing on {len(tokens.test):,} of "
-        f"{len(tokens.examples_of(TEST))}; left out: {tokens.n_prefix:,} of the shared prefix, "
-        f"{tokens.n_sinks:,} attention sinks{filtered}"
-    )
-    if settings.TEST_FRACTION and not tokens.has_test:
-        print(
-            f"warning: {settings.activations_path} has too few different texts for a test part of "
-            f"TEST_FRACTION {settings.TEST_FRACTION}: the figures are of the validation examples, "
-            "which also choose the best epoch."
-        )
-
-
-def write_beside(plans, n_planned, settings):
-    """What others need of the trained autoencoders: figures, folders for other libraries, and the
-    model card. Returns {path: metadata}."""
-    from fastsae.formats.export import bring_up_to_date
-    from fastsae.formats.model_card import write_card
-    from fastsae.training import monitoring
-
-    # once: reading checks every byte
-    metas = {plan.path: artifacts.read_checkpoint_metadata(plan.path) for plan in plans}
-    for plan in plans:
-        monitoring.write_beside(plan.path, metas[plan.path], plan.beside)
-    first = plans[0]
-    if n_planned > 1:
-        figures = json.loads(first.beside("metrics.json").read_text())
-        monitoring.write_if_different(settings.run_dir / "metrics.json", figures)
-        print(f"stage 3 reads {first.path.name}, the first of {len(plans)}")
-    for path in metas:
-        bring_up_to_date(path, settings.EXPORT or ())
-    write_card(settings.run_dir, metas)
-    return metas
-
-
-def print_summary(plans, metas, started, status):
-    """The summary line; it names the first checkpoint and its figures."""
-    from fastsae.sae.metrics import measured_on
-
-    metrics = metas[plans[0].path]["metrics"]
-    progress.summary(
-        "train_sae",
-        plans[0].path,
-        started,
-        status=status,
-        n_autoencoders=len(plans),
-        measured_on=measured_on(metrics),
-        **{name: metrics[name] for name in SUMMARISED},
-    )
 
 
 if __name__ == "__main__":

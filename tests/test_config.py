@@ -503,6 +503,12 @@ def test_select_gives_json_values():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_short_enough_to_read_from_top_to_bottom(script):
+    """What makes one longer than its story has a module; the settings count."""
+    assert len((PROJECT / script).read_text().splitlines()) <= 250
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_every_setting(run_script, script):
     done = run_script(script, "--help-all")
     assert (done.returncode, done.stderr) == (0, "")

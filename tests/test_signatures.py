@@ -28,6 +28,7 @@ DONE = (
     "fastsae/training/limits.py",
     "fastsae/training/monitoring.py",
     "fastsae/training/resampling.py",
+    "fastsae/training/results.py",
     "fastsae/training/run.py",
 )
 

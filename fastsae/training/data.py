@@ -88,6 +88,10 @@ class Tokens:
         self.test = np.flatnonzero(chosen & (part == TEST))
         self.all_validation = np.flatnonzero(part == VALIDATION)
         self.all_test = np.flatnonzero(part == TEST)
+        self._require_enough(path, use, usable, chosen)
+
+    def _require_enough(self, path, use, usable, chosen):
+        """InputError unless there are tokens to train on and tokens to validate on."""
         if use != "all" and not chosen.any():
             raise InputError(
                 f"USE_TOKENS: {path} has no token that is {use}. set --use-tokens all."
@@ -128,6 +132,26 @@ class Tokens:
             out[part] = torch.from_numpy(np.ascontiguousarray(self.activations[rows[part]]))
             release(self.activations)
         return out
+
+
+def print_split(tokens: Tokens, path: Path | str, use: str, test_fraction: float) -> None:
+    """Which tokens are for what, and which are left out.
+
+    path, use, test_fraction: what `tokens` was made from.
+    """
+    filtered = f", {tokens.n_filtered:,} tokens that are not {use}" if tokens.n_filtered else ""
+    print(
+        f"training on {len(tokens.train):,} tokens; validating on {len(tokens.validation):,} of "
+        f"{len(tokens.examples_of(VALIDATION))} other examples, testing on {len(tokens.test):,} of "
+        f"{len(tokens.examples_of(TEST))}; left out: {tokens.n_prefix:,} of the shared prefix, "
+        f"{tokens.n_sinks:,} attention sinks{filtered}"
+    )
+    if test_fraction and not tokens.has_test:
+        print(
+            f"warning: {path} has too few different texts for a test part of "
+            f"TEST_FRACTION {test_fraction}: the figures are of the validation examples, "
+            "which also choose the best epoch."
+        )
 
 
 class TrainingRows:
