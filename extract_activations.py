@@ -8,7 +8,7 @@ Reads rows with `text`, `messages` or ShareGPT `conversations` (for PROCESSING =
 plain .txt). Writes `activations/activations_layer{L}.npz` (docs/files.md) and, beside it, a .json
 with timings. Examples never see each other: a batch holds several, padded on the right, and
 attention is causal. Work is kept in parts of about CHUNK_TOKENS tokens, so an interrupted run
-continues. The result must fit on the disk twice, and never into memory; of the dataset only token
+continues. The result must fit on the disk once, and never into memory; of the dataset only token
 ids are kept.
 """
 
@@ -23,6 +23,7 @@ import hashlib
 
 import config
 from fastsae.activations import extraction, results
+from fastsae.activations.work import Work
 from fastsae.data import datasets, reading
 from fastsae.runtime import artifacts, progress, storage
 from fastsae.runtime.errors import InputError
@@ -95,8 +96,11 @@ def main():
 
         model_config, tokenizer = configuration_and_tokenizer(settings, max(missing))
         table, counts = reading.read_tokens(settings, dataset_path, dataset, tokenizer)
-        n_values = len(table.ids) * model_config.hidden_size * len(computed)
-        extraction.require_disk_space(settings.activations_path, n_values, settings.STORAGE_DTYPE)
+        folder = parts_folder(settings, computed)
+        n_values = len(table.ids) * model_config.hidden_size * len(missing)
+        extraction.require_disk_space(
+            settings.activations_path, n_values, settings.STORAGE_DTYPE, folder
+        )
 
         progress.step("loading the model")
         model = load_model(settings, computed)
@@ -112,12 +116,18 @@ def main():
                 device=model.device.partition(":")[0],
                 resolved_revision=model.revision,
             )
-        parts = run_model(model, table, counts["n_shared_prefix"], settings, world, computed)
-        # weights are mapped from their file until they are used
-        require_same_model(settings, inputs, parts[0].parent)
+        work = Work(
+            model, table, missing,
+            n_shared=counts["n_shared_prefix"], settings=settings, folder=folder,
+        )  # fmt: skip
         if world.rank == 0:
-            timing = write_layers(missing, parts, table, settings, world)
-            extraction.clear_parts(parts[0].parent, wanted)
+            extraction.name_parts(folder, computed)
+        work.extract(world)
+        # weights are mapped from their file until they are used
+        require_same_model(settings, inputs, folder)
+        if world.rank == 0:
+            timing = work.write(world)
+            extraction.clear_parts(folder, wanted)
             speed = timing["tokens_per_second"]
             results.print_summary(settings, wanted, started, "written", tokens_per_second=speed)
 
@@ -200,46 +210,6 @@ def require_same_model(settings, inputs, parts=None):
         if parts is not None:
             storage.remove(parts)
         raise
-
-
-def run_model(model, table, n_shared, settings, world, by_layer):
-    """The part files with the activations of all examples, in order, at the layers of `by_layer`
-    {layer: metadata}."""
-    kind = model.device.partition(":")[0]
-    batch_tokens = settings.BATCH_TOKENS or extraction.BATCH_TOKENS[kind]
-    chunk_tokens = extraction.chunk_tokens_for(
-        settings.CHUNK_TOKENS, model.d_model, len(by_layer), settings.STORAGE_DTYPE
-    )
-    chunks = extraction.split_chunks(table.lengths, chunk_tokens)
-    forward = extraction.Forward(
-        model,
-        table,
-        n_shared=n_shared,
-        batch_tokens=batch_tokens,
-        storage_dtype=settings.STORAGE_DTYPE,
-        dataset_name=settings.DATASET_PATH,
-        pin=kind == "cuda",
-    )
-    # What an interrupted run was doing decides whether its parts may be used: batches change the
-    # last bits.
-    plan = hashlib.sha256(
-        repr((batch_tokens, chunks, str(model.dtype), kind, forward.n_prefix)).encode()
-    ).hexdigest()[:8]
-    folder = parts_folder(settings, by_layer)
-    if world.rank == 0:
-        extraction.name_parts(folder, by_layer)
-    return extraction.extract_parts(forward, chunks, folder, plan, world)
-
-
-def write_layers(missing, parts, table, settings, world):
-    """The file of each missing layer {layer: metadata} from the parts; returns the last timing."""
-    for layer, about in missing.items():
-        path = results.path_of(settings, layer)
-        progress.step(f"writing {path.name}")
-        timing = results.write_layer(
-            path, parts, table, about, shard_bytes=settings.SHARD_BYTES, n_processes=world.size
-        )
-    return timing
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastsae.activations.assembly import Assembly
 from fastsae.data.datasets import place
 from fastsae.data.token_masks import token_norms
 from fastsae.data.tokenization import TokenTable
@@ -61,16 +62,19 @@ def chunk_tokens_for(chunk_tokens: int, d_model: int, n_layers: int, storage_dty
     )
 
 
-def require_disk_space(path: Path, n_values: int, storage_dtype: str) -> None:
-    """EnvironmentFailure unless the disk has room for `n_values` numbers twice."""
+def require_disk_space(
+    path: Path, n_values: int, storage_dtype: str, unfinished: Path | None = None
+) -> None:
+    """EnvironmentFailure unless the disk has room for `n_values` numbers, less what the folder
+    `unfinished` of an interrupted run holds of them."""
     storage.make_folder(path.parent)
-    # the parts, and the file made from them
-    needed = int(n_values) * np.dtype(storage_dtype).itemsize * 2 + (16 << 20)
+    there = sum(each.stat().st_blocks * 512 for each in (unfinished or path).glob("rows-*"))
+    needed = max(0, int(n_values) * np.dtype(storage_dtype).itemsize - there) + (16 << 20)
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise EnvironmentFailure(
-            f"{path.parent}: {needed / 1e9:.2f} GB are needed while this runs and {free / 1e9:.2f} "
-            "GB are free. free some space, choose another --output-dir, or lower --max-examples."
+            f"{path.parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free. "
+            "free some space, choose another --output-dir, or lower --max-examples."
         )
 
 
@@ -320,20 +324,26 @@ def storable(
 
 
 def extract_parts(
-    forward: Forward, chunks: Sequence[tuple[int, int]], folder: Path, plan: str, world: World
+    forward: Forward,
+    chunks: Sequence[tuple[int, int]],
+    folder: Path,
+    plan: str,
+    world: World,
+    assemblies: Mapping[int, Assembly],
 ) -> list[Path]:
-    """Keep the activations of each chunk in a part file under `folder`; returns the paths in order
-    once all are there.
+    """Put the activations of each chunk in place, {layer: Assembly}, and then a note of it under
+    `folder`; returns the notes' paths in order once all are there.
 
-    A part that is there is complete (it was renamed into place), so a run that was stopped goes on
-    after it. A part is written while the next one is computed.
+    A note says that the rows are on the disk, so a run that was stopped goes on after it. A chunk
+    is written while the next one is computed.
     """
     paths = [folder / f"part-{plan}-{i:05}.npz" for i in range(len(chunks))]
-    n_tokens = [int(forward.table.lengths[first:last].sum()) for first, last in chunks]
+    places = places_of(forward.table, chunks)
+    n_tokens = [n for _, n in places]
     with progress.bar(sum(n_tokens), "extracting", "token", unit_scale=True) as bar:
         missing = []
         for i, path in enumerate(paths):
-            if path.exists():
+            if path.exists() and all(each.holds(*places[i]) for each in assemblies.values()):
                 bar.already(n_tokens[i])
             else:
                 missing.append(i)
@@ -347,13 +357,7 @@ def extract_parts(
                 if writing:
                     writing.result()
                 writing = writer.submit(
-                    artifacts.write_npz,
-                    paths[i],
-                    {
-                        **{f"activations_{layer}": part for layer, part in rows.items()},
-                        "seconds": np.float64(seconds),
-                        **{f"norms_{layer}": token_norms(part) for layer, part in rows.items()},
-                    },
+                    place_chunk, assemblies, places[i][0], rows, paths[i], seconds
                 )
                 del rows
             if writing:
@@ -369,6 +373,29 @@ def extract_parts(
                 {i: paths[i] for i in missing if i % world.size}, n_tokens, world, bar.update
             )
     return paths
+
+
+def places_of(table: TokenTable, chunks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """[(first row, number of rows)] of each chunk in the whole result."""
+    starts = table.starts
+    return [(int(starts[first]), int(starts[last] - starts[first])) for first, last in chunks]
+
+
+def place_chunk(
+    assemblies: Mapping[int, Assembly],
+    first_row: int,
+    rows: Mapping[int, np.ndarray],
+    note: Path,
+    seconds: float,
+) -> None:
+    """Put a chunk's rows {layer: (n, d_model)} in place, then write the note of it: checksums,
+    norms, and how long the forward passes took."""
+    placed = {
+        f"crc32_{layer}": np.array(assembly.place(first_row, rows[layer]), np.uint32)
+        for layer, assembly in assemblies.items()
+    }
+    norms = {f"norms_{layer}": token_norms(rows[layer]) for layer in assemblies}
+    artifacts.write_npz(note, {**placed, "seconds": np.float64(seconds), **norms})
 
 
 def await_parts(
@@ -438,20 +465,3 @@ def split_shards(lengths: Sequence[int] | np.ndarray, shard_tokens: int) -> list
             first, total = i, 0
         total += int(length)
     return [*shards, (first, len(lengths))]
-
-
-class RowStream:
-    """The rows of one member of the parts, in order, handed out so many at a time."""
-
-    def __init__(self, parts: Sequence[Path], member: str) -> None:
-        self.blocks = (artifacts.read_npz(part, [member], made_by=MAKER)[member] for part in parts)
-        self.rest: np.ndarray | None = None
-
-    def take(self, n_rows: int) -> Iterator[np.ndarray]:
-        """Yield blocks of the next `n_rows` rows."""
-        while n_rows:
-            if self.rest is None or not len(self.rest):
-                self.rest = next(self.blocks)
-            block, self.rest = self.rest[:n_rows], self.rest[n_rows:]
-            n_rows -= len(block)
-            yield block

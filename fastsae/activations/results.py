@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastsae.activations import extraction, files
+from fastsae.activations.assembly import Assembly
 from fastsae.data.tokenization import CONTENT, SHARED_PREFIX, TokenTable
 from fastsae.lm.hook_points import HookPoint
 from fastsae.runtime import artifacts, progress
@@ -31,48 +32,54 @@ def up_to_date(path: Path, metadata: Mapping[str, Any]) -> bool:
     )
 
 
+def shards_of(
+    table: TokenTable, d_model: int, storage_dtype: str, shard_bytes: int
+) -> list[tuple[int, int]]:
+    """[(first, last)] ranges of examples, one for each file of about `shard_bytes`."""
+    row_bytes = d_model * np.dtype(storage_dtype).itemsize
+    return extraction.split_shards(table.lengths, max(1, shard_bytes // row_bytes))
+
+
 def write_layer(
-    path: Path,
+    assembly: Assembly,
     parts: Sequence[Path],
+    places: Sequence[tuple[int, int]],
+    shards: Sequence[tuple[int, int]],
     table: TokenTable,
     metadata: Mapping[str, Any],
     *,
-    shard_bytes: int,
     n_processes: int,
 ) -> dict[str, Any]:
-    """Stream one layer's parts into its file, or into shards, in the order of the dataset; then sum
-    up. Returns the timing.
+    """Complete one layer's file, or its shards, around the rows that are in place; then sum up.
+    Returns the timing.
 
-    metadata: of the file, its n_tokens, d_model and STORAGE_DTYPE included.
+    parts: the notes of `extraction.extract_parts`, of the rows at `places` [(first, number)];
+    shards: ranges of examples; metadata: of the file, its n_tokens and d_model included.
     """
-    layer, dtype = metadata["settings"]["LAYER_IDX"], metadata["settings"]["STORAGE_DTYPE"]
+    path = assembly.path
+    name = f"crc32_{metadata['settings']['LAYER_IDX']}"
+    found = [artifacts.read_npz(part, [name], made_by=extraction.MAKER)[name] for part in parts]
+    checksums = assembly.checksums(
+        [(first, n, each.tolist()) for (first, n), each in zip(places, found, strict=True)]
+    )
     starts = table.starts
-    shard_tokens = max(1, shard_bytes // (metadata["d_model"] * np.dtype(dtype).itemsize))
-    shards = extraction.split_shards(table.lengths, shard_tokens)
-    rows = extraction.RowStream(parts, f"activations_{layer}")
     before = files.find_shards(path)
     timing = timing_of(parts, table, metadata, n_processes)
     # before the file that counts as done once it is there
     artifacts.write_json(path.with_suffix(".json"), timing)
     written = []
-    for number, (first, last) in enumerate(shards, 1):
+    for number, (first, last) in enumerate(shards):
         a, b = int(starts[first]), int(starts[last])
-        target = files.shard_path(path, number, len(shards))
-        about = {**metadata, "shard": number, "n_shards": len(shards)}
-        artifacts.write_npz(
-            target,
-            {
-                "activations": ((b - a, metadata["d_model"]), dtype, rows.take(b - a)),
-                "seq_lengths": table.lengths[first:last],
-                "token_ids": table.ids[a:b],
-                "token_kind": table.kind[a:b],
-                "token_role": table.role[a:b],
-                "example_ids": table.lines[first:last],
-                "metadata": np.array(artifacts.to_json(about)),
-            },
-            keep_old=True,
-        )
-        written.append(target)
+        about = {**metadata, "shard": number + 1, "n_shards": len(shards)}
+        others = {
+            "seq_lengths": table.lengths[first:last],
+            "token_ids": table.ids[a:b],
+            "token_kind": table.kind[a:b],
+            "token_role": table.role[a:b],
+            "example_ids": table.lines[first:last],
+            "metadata": np.array(artifacts.to_json(about)),
+        }
+        written.append(assembly.finish(number, checksums[number], others))
     # of an earlier run with another number of shards
     artifacts.set_aside([old for old in before if old not in written])
     print_results(written, table, metadata, timing)

@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -151,25 +151,129 @@ def write_npz(path: Path | str, arrays: Mapping[str, Any], *, keep_old: bool = F
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
     ):
         for name, value in arrays.items():
-            shape, dtype, blocks = (
-                value if isinstance(value, tuple) else (value.shape, value.dtype, [value])
-            )
-            header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(
-                header,
-                {
-                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-                    "fortran_order": False,
-                    "shape": shape,
-                },
-            )
-            # after the zip's own header of the member
-            header = _aligned(header.getvalue(), file.tell() + 30 + len(f"{name}.npy") + 20)
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                member.write(header)
-                for block in blocks:
-                    # no copy of the whole
-                    member.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)
+            _add_member(archive, file, name, value)
+
+
+def _add_member(archive, file, name, value):
+    """Add an array, or (shape, dtype, blocks), to the archive that is written to `file`."""
+    shape, dtype, blocks = (
+        value if isinstance(value, tuple) else (value.shape, value.dtype, [value])
+    )
+    header = _member_header(name, shape, dtype, file.tell())
+    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+        member.write(header)
+        for block in blocks:
+            # no copy of the whole
+            member.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)
+
+
+def _member_header(name, shape, dtype, at):
+    """The .npy header of a member that begins at `at` in the file."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header,
+        {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "fortran_order": False,
+            "shape": shape,
+        },
+    )
+    # after the zip's own header of the member
+    return _aligned(header.getvalue(), at + _zip_header_size(name))
+
+
+def _zip_header_size(name):
+    return 30 + len(f"{name}.npy") + 20
+
+
+def first_member_start(name: str, shape: tuple[int, ...], dtype: str) -> int:
+    """Where in an .npz the data of its first member begin."""
+    return _zip_header_size(name) + len(_member_header(name, shape, dtype, 0))
+
+
+def complete_npz(
+    file: BinaryIO, first: tuple[str, tuple[int, ...], str, int], others: Mapping[str, np.ndarray]
+) -> None:
+    """Write around the data of the first member, which are in `file` already, what makes it the
+    .npz that `write_npz` would have written.
+
+    first: (name, shape, dtype, CRC-32 of the data) of that member. others: the members after it.
+    """
+    name, shape, dtype, crc = first
+    header = _member_header(name, shape, dtype, 0)
+    n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    start = _zip_header_size(name) + len(header)
+    around = _Around(start, start + n_bytes)
+    with zipfile.ZipFile(around, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
+        info = zipfile.ZipInfo(f"{name}.npy")
+        with archive.open(info, "w", force_zip64=True) as member:
+            member.write(header)
+        info.CRC = joined_crc32(zlib.crc32(header), crc, n_bytes)
+        info.file_size = info.compress_size = len(header) + n_bytes
+        around.seek(0)
+        around.write(info.FileHeader(zip64=True))
+        archive.start_dir = around.seek(around.end)
+        for other, value in others.items():
+            _add_member(archive, around, other, value)
+    # only now, when it is whole: zipfile also ends an archive whose making failed
+    file.seek(0)
+    file.write(around.before.getvalue())
+    file.seek(around.end)
+    file.write(around.after.getvalue())
+    file.truncate()  # an earlier try may have written more
+
+
+class _Around:
+    """In memory what is written to a file before the byte `start` and from the byte `end` on."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end, self.at = start, end, 0
+        self.before, self.after = io.BytesIO(), io.BytesIO()
+
+    def write(self, data: Any) -> int:
+        part = self.after if self.at >= self.end else self.before
+        part.seek(self.at - self.end if self.at >= self.end else self.at)
+        n = part.write(data)
+        self.at += n
+        return n
+
+    def seek(self, at: int, whence: int = 0) -> int:
+        self.at = at
+        return at
+
+    def tell(self) -> int:
+        return self.at
+
+    def seekable(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        """Nothing is elsewhere."""
+
+
+def joined_crc32(first: int, second: int, n_bytes: int) -> int:
+    """The CRC-32 of two pieces of data one after the other, from those of each; the second piece
+    has `n_bytes`.
+
+    A CRC is a remainder of polynomials over GF(2), here with bit 31 for x^0: the first one times
+    x^(8 n_bytes), plus the second.
+    """
+    shift, power = 1 << 31, 1 << 23  # x^0 and x^8
+    while n_bytes:
+        if n_bytes & 1:
+            shift = _times(shift, power)
+        power, n_bytes = _times(power, power), n_bytes >> 1
+    return _times(shift, first) ^ second
+
+
+def _times(a, b):
+    """The product of two such polynomials, modulo that of CRC-32."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return product
 
 
 def _aligned(header, offset):

@@ -30,6 +30,7 @@ SCRATCH = ".scratch-"
 # a file system without locks, as some network ones
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+LOOKS = 3  # tries of a lock that is held for a moment
 MAX_LINE = 1 << 26  # bytes of a line that is read
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
 
@@ -68,17 +69,43 @@ def committed(path: Path | str, *, keep_old: bool = False) -> Iterator[BinaryIO]
             yield file
             file.flush()
             _sync(file.fileno(), temporary)
-        if keep_old and path.exists():
-            keep_aside(path)
-        watch("replace", path)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        put_in_place(temporary, path, keep_old=keep_old)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename = str(path)  # the name that people know
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def growing(path: Path) -> Iterator[BinaryIO]:
+    """A file that several runs fill at any place of it, made if it is not there. Nobody may read it
+    under this name: `put_in_place` gives it its own. At the end of the `with` block what was
+    written is on the disk."""
+    make_folder(path.parent)
+    is_new = not path.exists()
+    if is_new:
+        watch("create", path)
+    with io.BufferedRandom(_File(path, "rb+", opener=_open_or_create)) as file:
+        yield file
+        file.flush()
+        _sync(file.fileno(), path)
+    if is_new:
+        _sync_folder(path.parent)
+
+
+def _open_or_create(path, flags):
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def put_in_place(made: Path, path: Path, *, keep_old: bool = False) -> None:
+    """Give a file that is whole the name under which it is read; keep_old: as `committed`."""
+    if keep_old and path.exists():
+        keep_aside(path)
+    watch("replace", path)
+    os.replace(made, path)
+    _sync_folder(path.parent)
 
 
 def _sync(handle, path):
@@ -335,6 +362,22 @@ def claim(path: Path, instead: str) -> None:
         sweep(path.parent, f"{path.stem}[.-]*")
 
 
+def is_claimed(path: Path) -> bool:
+    """Whether a run that still lives has claimed `path`; True also where nobody can know."""
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        handle = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+
+
 def sweep(folder: Path, names: str = "*") -> None:
     """Remove the temporary files of runs that were killed, of files whose names match. Only for who
     has claimed them."""
@@ -368,6 +411,7 @@ def temporary_of(path: Path) -> Path:
 
 
 def _locked(lock, path, instead):
+    looks = 0
     while True:
         watch("create", lock)
         try:
@@ -387,6 +431,9 @@ def _locked(lock, path, instead):
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace") or "another run"
             os.close(handle)
+            if (looks := looks + 1) <= LOOKS:  # somebody may only look whether it is held
+                time.sleep(0.02)
+                continue
             raise EnvironmentFailure(
                 f"{path}: {holder}, is writing here. wait until it has ended, "
                 f"or give another {instead}."

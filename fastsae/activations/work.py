@@ -1,0 +1,85 @@
+"""The examples of a run through the model, chunk by chunk, into the files of its layers."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastsae.activations import extraction, results
+from fastsae.activations.assembly import Assembly
+from fastsae.data.tokenization import TokenTable
+from fastsae.runtime import progress
+from fastsae.settings.values import Settings
+
+
+class Work:
+    """How the examples of `table` are cut into chunks and files; `extract` and `write` do it.
+
+    layers: {layer: metadata} of the files that are made, n_tokens and d_model included; `folder`
+    keeps what is unfinished. The settings are stage 1's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        table: TokenTable,
+        layers: Mapping[int, Mapping[str, Any]],
+        *,
+        n_shared: int,
+        settings: Settings,
+        folder: Path,
+    ) -> None:
+        self.table, self.layers, self.folder = table, layers, folder
+        kind = model.device.partition(":")[0]
+        batch_tokens = settings.BATCH_TOKENS or extraction.BATCH_TOKENS[kind]
+        dtype = settings.STORAGE_DTYPE
+        chunk_tokens = extraction.chunk_tokens_for(
+            settings.CHUNK_TOKENS, model.d_model, len(model.layers), dtype
+        )
+        self.chunks = extraction.split_chunks(table.lengths, chunk_tokens)
+        self.shards = results.shards_of(table, model.d_model, dtype, settings.SHARD_BYTES)
+        self.forward = extraction.Forward(
+            model,
+            table,
+            n_shared=n_shared,
+            batch_tokens=batch_tokens,
+            storage_dtype=dtype,
+            dataset_name=settings.DATASET_PATH,
+            pin=kind == "cuda",
+        )
+        # What an interrupted run was doing decides whether its chunks may be used: batches change
+        # the last bits, and shards the place of a row.
+        n_prefix = self.forward.n_prefix
+        decided_by = (batch_tokens, self.chunks, str(model.dtype), kind, n_prefix, self.shards)
+        self.plan = hashlib.sha256(repr(decided_by).encode()).hexdigest()[:8]
+        starts = table.starts
+        self.assemblies = {
+            layer: Assembly(
+                results.path_of(settings, layer),
+                [0, *(int(starts[last]) for _, last in self.shards)],
+                d_model=model.d_model,
+                storage_dtype=dtype,
+                folder=folder,
+                plan=self.plan,
+                fingerprint=about["fingerprint"],
+            )
+            for layer, about in layers.items()
+        }
+
+    def extract(self, world: extraction.World) -> None:
+        """Run the model over the chunks that are not in place yet."""
+        self.parts = extraction.extract_parts(
+            self.forward, self.chunks, self.folder, self.plan, world, self.assemblies
+        )
+
+    def write(self, world: extraction.World) -> dict[str, Any]:
+        """Complete the file of each layer; returns the last one's timing."""
+        places = extraction.places_of(self.table, self.chunks)
+        for layer, about in self.layers.items():
+            assembly = self.assemblies[layer]
+            progress.step(f"writing {assembly.path.name}")
+            timing = results.write_layer(
+                assembly, self.parts, places, self.shards, self.table, about,
+                n_processes=world.size,
+            )  # fmt: skip
+        return timing
