@@ -245,6 +245,15 @@ def line_of(done, code):
     return done.stderr.removeprefix("error: ").rstrip("\n")
 
 
+def summaries(text):
+    """What the summary lines in a script's output hold."""
+    return [
+        json.loads(line.removeprefix("summary: "))
+        for line in text.splitlines()
+        if line.startswith("summary: ")
+    ]
+
+
 def snapshot(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROJECT, planted_tokens
+from conftest import PROJECT, planted_tokens, summaries
 
 import config
 from fastsae.runtime import progress
@@ -27,14 +27,6 @@ TINY = [
     "--device",
     "cpu",
 ]
-
-
-def summaries(text):
-    return [
-        json.loads(line.removeprefix("summary: "))
-        for line in text.splitlines()
-        if line.startswith("summary: ")
-    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -114,30 +106,6 @@ def test_quiet_and_what_is_there_to_be_printed_exclude_each_other(run_script):
         "TEXT",
         "DRY_RUN",
     ]
-
-
-def test_the_whole_pipeline_quietly(tmp_path, run_script):
-    """Three summary lines on stdout and nothing else anywhere, twice."""
-    dataset = tmp_path / "texts.jsonl"
-    dataset.write_text(
-        "".join(json.dumps({"text": f"word {i} of many words"}) + "\n" for i in range(12))
-    )
-    flags = ["--dataset-path", dataset, "--quiet", "--layer-idx", 1, "--n-top-neurons", 0, *TINY]
-    for status in ("written", "unchanged"):
-        done = run_script("run_pipeline.py", *flags)
-        assert (done.returncode, done.stderr) == (0, "")
-        lines = done.stdout.splitlines()
-        found = summaries(done.stdout)
-        assert len([line for line in lines if not line.startswith("warning: ")]) == 3
-        assert [(line["stage"], line["status"]) for line in found] == [
-            (name.removesuffix(".py"), status) for name in config.STAGES
-        ]
-        assert all(line["seconds"] >= 0 and (tmp_path / line["path"]).exists() for line in found)
-        assert (
-            found[0]["n_examples"] == 12
-            and found[0]["n_tokens"] > 12
-            and found[2]["n_features"] == 16
-        )
 
 
 class Terminal(io.StringIO):

@@ -10,25 +10,38 @@ import sys
 import time
 
 import pytest
-import sampling
-from conftest import PROJECT
+from conftest import PROJECT, summaries
+
+import config
 
 FAST = ["--max-examples", 96, "--n-epochs", 3, "--device", "cpu"]
 
 
-@pytest.mark.sampled
-def test_demo_end_to_end(tmp_path, run_script):
-    first = run_script("run_pipeline.py", *FAST)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(output folder, the finished run, run) of the demo with a slice of its data, run quietly;
+    `run(*flags)` runs it again."""
+    folder = tmp_path_factory.mktemp("demo")
+
+    def run(*flags):
+        words = ["--output-dir", folder, *FAST, *flags]
+        command = [sys.executable, PROJECT / "run_pipeline.py", *words]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+
+    return folder, run("--quiet"), run
+
+
+def test_demo_end_to_end(demo):
+    folder, first, _ = demo
     assert first.returncode == 0, first.stderr
-    assert first.stderr == "" or "error" not in first.stderr
     for name in (
         "activations/activations_layer12.npz",
         "interpretations.csv",
         "interpretations.jsonl",
     ):
-        assert (tmp_path / name).is_file()
+        assert (folder / name).is_file()
     metrics = json.loads(
-        (tmp_path / "checkpoints" / "cognitive_actions" / "metrics.json").read_text()
+        (folder / "checkpoints" / "cognitive_actions" / "metrics.json").read_text()
     )
     for name in (
         "mse",
@@ -51,39 +64,55 @@ def test_demo_end_to_end(tmp_path, run_script):
         and metrics["l0"] <= 8
         and metrics["checkpoint"].startswith("SAE_matryoshka_M=256_K=8")
     )
-    table = (tmp_path / "interpretations.csv").read_text(encoding="utf-8")
+    table = (folder / "interpretations.csv").read_text(encoding="utf-8")
     assert table.startswith(
         "feature,label,label_source,label_precision,label_recall,label_f1,rule,status,density,"
         "max_activation,top_tokens,top_example_1"
     )
     assert sum(line.split(",")[0].isdigit() for line in table.splitlines()) == 256
 
-    if not sampling.exhaustive:  # that nothing is done twice: test_the_whole_pipeline_quietly
-        return
-    again = run_script("run_pipeline.py", *FAST)
+
+def test_the_whole_pipeline_quietly(demo):
+    """Three summary lines on stdout and nothing else anywhere, twice."""
+    folder, first, run = demo
+    for status, done in (("written", first), ("unchanged", run("--quiet"))):
+        assert (done.returncode, done.stderr) == (0, "")
+        lines = done.stdout.splitlines()
+        found = summaries(done.stdout)
+        assert len([line for line in lines if not line.startswith("warning: ")]) == 3
+        assert [(line["stage"], line["status"]) for line in found] == [
+            (name.removesuffix(".py"), status) for name in config.STAGES
+        ]
+        assert all(line["seconds"] >= 0 and (folder / line["path"]).exists() for line in found)
+        assert (
+            found[0]["n_examples"] == 96
+            and found[0]["n_tokens"] > 96
+            and found[2]["n_features"] == 256
+        )
+
+
+@pytest.mark.exhaustive
+def test_what_is_done_is_not_done_again(demo):
+    folder, _, run = demo
+    again = run()
     assert again.returncode == 0 and again.stdout.count("up to date") == 3
 
-    other = run_script("run_pipeline.py", *FAST, "--k", 16)
+    other = run("--k", 16)
     assert other.returncode == 0 and other.stdout.count("up to date") == 1
     assert "K=16" in other.stdout
     metrics = json.loads(
-        (tmp_path / "checkpoints" / "cognitive_actions" / "metrics.json").read_text()
+        (folder / "checkpoints" / "cognitive_actions" / "metrics.json").read_text()
     )
     assert 8 < metrics["l0"] <= 16
 
 
 def test_a_failing_stage_gives_its_exit_code_and_stops_the_rest(tmp_path, run_script):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "one"}\n{"text": 7}\n')
-    done = run_script("run_pipeline.py", "--dataset-path", bad)
+    """The path is the user's, relative to where they stand."""
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": 7}\n')
+    done = run_script("run_pipeline.py", "--dataset-path", "bad.jsonl", cwd=tmp_path)
     assert done.returncode == 2
-    assert f"error: {bad}:2: " in done.stderr and "[2/3]" not in done.stdout
-
-
-def test_relative_paths_of_flags_are_the_users(tmp_path, run_script):
-    (tmp_path / "mine.jsonl").write_text('{"text": ""}\n')
-    done = run_script("run_pipeline.py", "--dataset-path", "mine.jsonl", cwd=tmp_path)
-    assert "mine.jsonl:1: text is empty" in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"error: (\S+/)?bad\.jsonl:2: ", line) and "[2/3]" not in done.stdout
 
 
 def test_sigterm_ends_the_stage_too(tmp_path):
@@ -129,8 +158,6 @@ def readme_commands():
 def test_readme_commands_parse():
     """Every python command of the README and of docs/ names a script that exists and flags that it
     knows."""
-    import config
-
     commands = readme_commands()
     assert commands[0].endswith("run_pipeline.py") and "pytest" in commands[1]
     checked = 0

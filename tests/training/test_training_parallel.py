@@ -3,10 +3,12 @@ architecture."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import numpy as np
+import parallel_steps
 import pytest
 import torch
 from conftest import PROJECT, planted_tokens
@@ -35,6 +37,7 @@ FLAGS = [
 
 
 def launch(command, n_processes):
+    """What torchrun's processes print, or one alone."""
     # without -- it takes --m for its own
     torchrun = [
         "-m",
@@ -89,29 +92,6 @@ def test_two_processes_train_what_one_does(tmp_path, write_activations):
     )
 
 
-STEPS = """
-import os, sys, torch
-from fastsae.runtime import distributed as parallel
-from fastsae.sae.dense_step import dense_step
-from fastsae.sae.sparse_step import sparse_step
-from fastsae.training.run import TrainingRun
-parallel.start("cpu")
-found, (x, configs) = {}, torch.load(sys.argv[1])
-for variant, config in configs.items():
-    run = TrainingRun(config, x, seed=0, device="cpu", learning_rate=1e-3)
-    run.tokens_since_fired[::3] = 1000
-    rows, dead = x[parallel.share(len(x))], run.tokens_since_fired > 10
-    if variant in ("jumprelu", "gated"):
-        loss, fired = dense_step(run.sae, rows, dead, sparsity=0.1, bandwidth=0.5, target_l0=4)
-    else:
-        loss, fired = sparse_step(run.sae, rows, dead, aux_coef=0.3)
-    found[variant] = {n: parallel.total(p.grad).clone() for n, p in run.sae.named_parameters()}
-    found[variant] |= {"loss": parallel.total(loss), "fired": parallel.anywhere(fired),
-                       "threshold of the step": run.sae.threshold.detach()}
-if parallel.world()[0] == 0:
-    torch.save(found, sys.argv[2])
-os._exit(0)  # see the end of train_sae.py
-"""
 VARIANTS = {
     "topk": {},
     "matryoshka": {"prefix_lengths": [16, 64]},
@@ -124,17 +104,41 @@ VARIANTS = {
 def test_a_step_of_two_processes_has_the_gradients_of_one(tmp_path):
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((101, 12)).astype(np.float32)) + 1
     shape = {"input_dim": 12, "m_total_neurons": 64, "k_active_neurons": 4, "aux_k": 8}
-    torch.save(
-        (x, {name: {**shape, **options} for name, options in VARIANTS.items()}), tmp_path / "in.pt"
-    )
-    (tmp_path / "steps.py").write_text(STEPS)
-    found = []
-    for n_processes in (1, 2):
-        out = tmp_path / f"out{n_processes}.pt"
-        launch([tmp_path / "steps.py", tmp_path / "in.pt", out], n_processes)
-        found.append(torch.load(out))
-    for variant, one in found[0].items():
-        for name, value in one.items():
+    configs = {name: {**shape, **options} for name, options in VARIANTS.items()}
+    torch.save((x, configs), tmp_path / "in.pt")
+    parallel_steps.steps(tmp_path / "in.pt", tmp_path / "one.pt")
+    command = [sys.executable, parallel_steps.__file__, tmp_path / "in.pt", tmp_path / "two.pt"]
+    together = meeting(2)
+    processes = [
+        subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    assert one.keys() == two.keys() == VARIANTS.keys()
+    for variant, values in one.items():
+        for name, value in values.items():
             assert (
-                found[1][variant][name].double() - value.double()
+                two[variant][name].double() - value.double()
             ).norm() <= 1e-5 * value.double().norm(), (variant, name)
+
+
+def meeting(n):
+    """The environment in which n processes of this machine find each other, as torchrun sets it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "PYTHONPATH": str(PROJECT),
+    }
