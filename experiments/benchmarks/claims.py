@@ -74,61 +74,28 @@ def main():
         return measured_training(sys.argv[2:])
     args = parser.parse_args()
     if args.part in ON_THE_DEMO:
-        settings, result = (
-            ON_THE_DEMO[args.part],
-            {"runs": on_the_demo(args.output_dir, ON_THE_DEMO[args.part])},
-        )
+        settings = ON_THE_DEMO[args.part]
+        result = {"runs": on_the_demo(args.output_dir, settings)}
+        write_result(f"training_{args.part}", settings, result)
     else:
-        settings, result = MEMORY, memory()
-    write_result(f"training_{args.part}", settings, result)
+        write_result(f"training_{args.part}", MEMORY, memory())
     return 0
 
 
 def memory():
     """Peak resident memory of train_sae.py on a file of MEMORY["tokens"] made-up tokens."""
-    from fastsae.runtime import artifacts
-
-    m = MEMORY
     with tempfile.TemporaryDirectory() as folder:
-        path, n = Path(folder) / "activations" / "activations_layer12.npz", m["tokens"]
-        lengths = np.full(n // 100, 100, np.int32)
-        inputs = {"dataset": "made up", "model": "made up"}
-        metadata = artifacts.new_metadata(
-            "activations",
-            {"LAYER_IDX": 12},
-            inputs,
-            model_name="made up",
-            model_revision=None,
-            n_examples=len(lengths),
-            dataset_path="made up",
-        )
-        blocks = (
-            np.random.default_rng(i)
-            .standard_normal((50_000, m["d"]), np.float32)
-            .astype(np.float16)
-            for i in range(n // 50_000)
-        )
-        artifacts.write_npz(
-            path,
-            {
-                "activations": ((n, m["d"]), np.float16, blocks),
-                "seq_lengths": lengths,
-                "token_ids": np.zeros(n, np.int32),
-                "token_kind": np.zeros(n, np.uint8),
-                "token_role": np.zeros(n, np.uint8),
-                "example_ids": np.arange(1, len(lengths) + 1, dtype=np.int32),
-                "metadata": np.array(artifacts.to_json(metadata)),
-            },
-        )
+        path = Path(folder) / "activations" / "activations_layer12.npz"
+        write_made_up(path, MEMORY["tokens"], MEMORY["d"])
         flags = [
             "--output-dir",
             folder,
             "--buffer-tokens",
-            m["buffer_tokens"],
+            MEMORY["buffer_tokens"],
             "--m",
-            m["m"],
+            MEMORY["m"],
             "--k",
-            m["k"],
+            MEMORY["k"],
             "--no-use-matryoshka",
             "--n-epochs",
             1,
@@ -147,6 +114,38 @@ def memory():
             "file_gb": round(path.stat().st_size / 1e9, 2),
             **json.loads(done.stdout.splitlines()[-1]),
         }
+
+
+def write_made_up(path, n, d):
+    """An activations file of n normally distributed tokens (n, d), in examples of 100."""
+    from fastsae.runtime import artifacts
+
+    lengths = np.full(n // 100, 100, np.int32)
+    metadata = artifacts.new_metadata(
+        "activations",
+        {"LAYER_IDX": 12},
+        {"dataset": "made up", "model": "made up"},
+        model_name="made up",
+        model_revision=None,
+        n_examples=len(lengths),
+        dataset_path="made up",
+    )
+    blocks = (
+        np.random.default_rng(i).standard_normal((50_000, d), np.float32).astype(np.float16)
+        for i in range(n // 50_000)
+    )
+    artifacts.write_npz(
+        path,
+        {
+            "activations": ((n, d), np.float16, blocks),
+            "seq_lengths": lengths,
+            "token_ids": np.zeros(n, np.int32),
+            "token_kind": np.zeros(n, np.uint8),
+            "token_role": np.zeros(n, np.uint8),
+            "example_ids": np.arange(1, len(lengths) + 1, dtype=np.int32),
+            "metadata": np.array(artifacts.to_json(metadata)),
+        },
+    )
 
 
 def on_the_demo(output_dir, runs):

@@ -19,18 +19,20 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 
 from experiments.shared.provenance import PROJECT, write_result
+from experiments.shared.subjects import some_examples
 from fastsae.activations import extraction
 from fastsae.data.datasets import stream_examples
-from fastsae.data.tokenization import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
+from fastsae.data.tokenization import ChatTokenizer, mark_shared_prefix, tokenise
 from fastsae.lm import loading, residual, sources
 
 MODEL = "SmolLM2-135M-Instruct"
-SHAPE_8B = {
+SHAPE_8B: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -70,7 +72,7 @@ def main():
     table = tokenise(stream_examples(args.dataset_path), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         model_name = MODEL if args.shape == "smollm2" else random_model(Path(folder))
-        result = {"n_examples": len(table.lengths), "n_tokens": len(table.ids)}
+        result: dict[str, Any] = {"n_examples": len(table.lengths), "n_tokens": len(table.ids)}
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             result[name] = compare(args, table, model_name, dtype)
@@ -123,65 +125,31 @@ def sample(table, n):
     chosen = np.sort(
         by_length[np.linspace(0, len(by_length) - 1, min(n, len(by_length))).astype(int)]
     )
-    pieces = [slice(table.starts[i], table.starts[i + 1]) for i in chosen]
-    return TokenTable(
-        *(
-            np.concatenate([column[p] for p in pieces])
-            for column in (table.ids, table.kind, table.role)
-        ),
-        table.lengths[chosen],
-        table.lines[chosen],
-    )
+    return some_examples(table, chosen)
 
 
 def compare(args, table, model_name, dtype):
     """Median tokens a second of each method at one dtype, and what the matrix products alone would
     allow."""
-    import transformers
-
-    many, few, sixteen = (
-        sample(table, args.examples),
-        sample(table, args.slow_examples),
-        sample(table, 16),
-    )
+    many, few = sample(table, args.examples), sample(table, args.slow_examples)
     n_shared = mark_shared_prefix(many)
     batch_tokens = extraction.BATCH_TOKENS[args.device.partition(":")[0]]
-    whole = (
-        transformers.AutoModelForCausalLM.from_pretrained(
-            sources.model_source(model_name), dtype=dtype
-        )
-        .to(args.device)
-        .eval()
-    )
     cut, fast = (
         residual.ResidualModel(
             model_name, args.layer, device=args.device, dtype=dtype, exact_twin=exact
         )
         for exact in (True, False)
     )
-
-    def ours(model, prefix, order=None):
-        forward = extraction.Forward(
-            model,
-            many,
-            n_shared=prefix,
-            batch_tokens=batch_tokens,
-            storage_dtype="float16",
-            dataset_name="d",
-            pin=args.device != "cpu",
-        )
-        return lambda: forward.chunk(0, len(many.lengths), lambda n: None)
-
+    config = fast.stack.config
     methods = {
-        "seeds_loop": (few, lambda: [whole_model(whole, ids, args) for ids in rows(few)]),
-        "padded_batches_of_16": (sixteen, lambda: padded_batches(whole, sixteen, args)),
+        **usual_methods(args, whole_model(args, model_name, dtype), few, sample(table, 16)),
         "one_at_a_time_cut": (
             few,
             lambda: [cut(ids[None])[args.layer][0].float().cpu().numpy() for ids in rows(few)],
         ),
-        "sorted_batches_cut": (many, ours(cut, 0)),
-        "and_cpu_kernels": (many, ours(fast, 0)),
-        "ours": (many, ours(fast, n_shared)),
+        "sorted_batches_cut": (many, our_path(args, cut, many, 0, batch_tokens)),
+        "and_cpu_kernels": (many, our_path(args, fast, many, 0, batch_tokens)),
+        "ours": (many, our_path(args, fast, many, n_shared, batch_tokens)),
     }
     seconds, rates = {name: [] for name in methods}, {"torch_matmul": [], "packed": []}
     for round_number in range(args.rounds + 1):
@@ -189,35 +157,63 @@ def compare(args, table, model_name, dtype):
             taken = timed(method, args.device)
             if round_number:  # the first warms up
                 seconds[name].append(taken)
-        for name, rate in gemm_rates(fast.stack.config, dtype, batch_tokens, args.device).items():
+        for name, rate in gemm_rates(config, dtype, batch_tokens, args.device).items():
             rates[name].append(rate)
     speed = {name: len(methods[name][0].ids) / median(times) for name, times in seconds.items()}
-    flops, best = (
-        flops_per_token(fast.stack.config) * args.layer,
-        max(median(r) for r in rates.values()),
-    )
-    limit = best / flops
+    flops = flops_per_token(config) * args.layer
+    # tokens a second that the products alone would allow
+    limits = {name: median(found) / flops for name, found in rates.items()}
+    limit = max(limits.values())
     # the share of the tokens that "ours" runs through the model
     computed = 1 - (n_shared * (len(many.lengths) - 1)) / len(many.ids)
-    ratios = {
-        f"ours_over_{name}": speed["ours"] / value
-        for name, value in speed.items()
-        if name != "ours"
+    over = {
+        f"ours_over_{name}": speed["ours"] / each for name, each in speed.items() if name != "ours"
     }
-    ratios.update(
-        ours_share_of_gemm_limit=speed["ours"] / limit,
-        ours_computed_share_of_gemm_limit=speed["ours"] * computed / limit,
-        ours_share_of_torch_matmul_limit=speed["ours"] / (median(rates["torch_matmul"]) / flops),
-    )
     return {
         "tokens_per_second": speed,
-        "ratios": ratios,
+        "ratios": {
+            **over,
+            "ours_share_of_gemm_limit": speed["ours"] / limit,
+            "ours_computed_share_of_gemm_limit": speed["ours"] * computed / limit,
+            "ours_share_of_torch_matmul_limit": speed["ours"] / limits["torch_matmul"],
+        },
         "gemm_limit_tokens_per_second": limit,
         "share_of_tokens_computed": computed,
-        "gemm_gflops": {name: median(r) / 1e9 for name, r in rates.items()},
+        "gemm_gflops": {name: median(found) / 1e9 for name, found in rates.items()},
         "megaflops_per_token": flops / 1e6,
         "seconds": {name: [round(t, 4) for t in times] for name, times in seconds.items()},
     }
+
+
+def whole_model(args, model_name, dtype):
+    """The model with its head, as users load it."""
+    import transformers
+
+    located = sources.model_source(model_name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(located, dtype=dtype)
+    return model.to(args.device).eval()
+
+
+def usual_methods(args, model, few, sixteen):
+    """{name: (TokenTable, function)} of the seeds' loop and of padded batches."""
+    return {
+        "seeds_loop": (few, lambda: [seeds_way(model, ids, args) for ids in rows(few)]),
+        "padded_batches_of_16": (sixteen, lambda: padded_batches(model, sixteen, args)),
+    }
+
+
+def our_path(args, model, table, n_shared, batch_tokens):
+    """A function that runs all examples as stage 1 does."""
+    forward = extraction.Forward(
+        model,
+        table,
+        n_shared=n_shared,
+        batch_tokens=batch_tokens,
+        storage_dtype="float16",
+        dataset_name="d",
+        pin=args.device != "cpu",
+    )
+    return lambda: forward.chunk(0, len(table.lengths), lambda n: None)
 
 
 def errors(args, table):
@@ -265,7 +261,7 @@ def rows(table):
     ]
 
 
-def whole_model(model, ids, args):
+def seeds_way(model, ids, args):
     """The seeds' way: one text, the whole model, all hidden states, of which one is kept."""
     with torch.no_grad():
         ids = ids[None].to(args.device)

@@ -24,6 +24,7 @@ from pathlib import Path
 from experiments.shared.loopback import Endpoint, RealModel
 from experiments.shared.provenance import PROJECT, run_stage, write_result
 
+MODEL = "SmolLM2-135M-Instruct"
 N_FEATURES, N_FIDELITY = 20, 6
 
 
@@ -31,75 +32,76 @@ def main():
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
+    server = Endpoint(reply=RealModel(new_tokens=10, dtype="bfloat16"))
     with tempfile.TemporaryDirectory() as folder:
-        flags = prepare(Path(folder))
-        server = Endpoint(reply=RealModel(new_tokens=10, dtype="bfloat16"))
-        command = [
-            sys.executable,
-            str(PROJECT / "interpret_sae.py"),
-            "--no-print-settings",
-            *map(str, flags),
-            "--n-top-neurons",
-            str(N_FEATURES),
-            "--n-scored-features",
-            "0",
-            "--n-fidelity-examples",
-            str(N_FIDELITY),
-            "--interpreter-model",
-            "SmolLM2-135M-Instruct",
-            "--n-llm-workers",
-            "2",
-            "--llm-timeout",
-            "300",
-        ]
-        environment = {
-            **os.environ,
-            "OPENAI_BASE_URL": server.url,
-            "OPENAI_API_KEY": "sk-of-the-experiment",
-        }
+        command = stage_3(prepare(Path(folder)))
         started = time.perf_counter()
-        process = subprocess.Popen(command, env=environment)
-        while len(server.requests) < (2 + N_FIDELITY) * N_FEATURES // 2 and process.poll() is None:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        time.sleep(5)  # what the server was answering then
-        before, journalled = (
-            len(server.requests),
-            len(next(Path(folder).rglob("llm_replies.jsonl")).read_text().splitlines()),
-        )
-        code = subprocess.run(command, env=environment).returncode
-        prompts = server.prompts()
+        before, journalled, code = kill_and_go_on(command, server, Path(folder))
+        seconds = time.perf_counter() - started
         with open(Path(folder) / "interpretations.csv", newline="", encoding="utf-8") as file:
-            rows = [
-                row
-                for row in csv.DictReader(file)
-                if row["label_source"] == "SmolLM2-135M-Instruct"
-            ]
-        write_result(
-            "llm_end_to_end",
-            {
-                "features": N_FEATURES,
-                "held_out_examples": N_FIDELITY,
-                "model": "SmolLM2-135M-Instruct",
-            },
-            {
-                "seconds": round(time.perf_counter() - started, 1),
-                "exit_code": code,
-                "labelled": len(rows),
-                "scored": sum(row["score"] != "" for row in rows),
-                "validated": sum(row["fidelity_f1"] != "" for row in rows),
-                "statuses": sorted({row["status"] for row in rows}),
-                "calls_before_kill": before,
-                "journalled_at_kill": journalled,
-                "calls": len(prompts),
-                "distinct_prompts": len(set(prompts)),
-                "in_flight_at_kill": before - journalled,
-                "repeated_calls": len(prompts) - len(set(prompts)),
-                "labels": [row["label"] for row in rows[:5]],
-            },
-        )
-        server.close()
+            rows = [row for row in csv.DictReader(file) if row["label_source"] == MODEL]
+    prompts = server.prompts()
+    server.close()
+    write_result(
+        "llm_end_to_end",
+        {"features": N_FEATURES, "held_out_examples": N_FIDELITY, "model": MODEL},
+        {
+            "seconds": round(seconds, 1),
+            "exit_code": code,
+            "labelled": len(rows),
+            "scored": sum(row["score"] != "" for row in rows),
+            "validated": sum(row["fidelity_f1"] != "" for row in rows),
+            "statuses": sorted({row["status"] for row in rows}),
+            "calls_before_kill": before,
+            "journalled_at_kill": journalled,
+            "calls": len(prompts),
+            "distinct_prompts": len(set(prompts)),
+            "in_flight_at_kill": before - journalled,
+            "repeated_calls": len(prompts) - len(set(prompts)),
+            "labels": [row["label"] for row in rows[:5]],
+        },
+    )
+
+
+def stage_3(flags):
+    """The command of stage 3 with a language model."""
+    return [
+        sys.executable,
+        str(PROJECT / "interpret_sae.py"),
+        "--no-print-settings",
+        *map(str, flags),
+        "--n-top-neurons",
+        str(N_FEATURES),
+        "--n-scored-features",
+        "0",
+        "--n-fidelity-examples",
+        str(N_FIDELITY),
+        "--interpreter-model",
+        MODEL,
+        "--n-llm-workers",
+        "2",
+        "--llm-timeout",
+        "300",
+    ]
+
+
+def kill_and_go_on(command, server, folder):
+    """Run the command, kill it after half of its calls, run it again: (calls before the kill,
+    replies in the journal then, exit code of the second run)."""
+    environment = {
+        **os.environ,
+        "OPENAI_BASE_URL": server.url,
+        "OPENAI_API_KEY": "sk-of-the-experiment",
+    }
+    process = subprocess.Popen(command, env=environment)
+    while len(server.requests) < (2 + N_FIDELITY) * N_FEATURES // 2 and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(5)  # what the server was answering then
+    journal = next(folder.rglob("llm_replies.jsonl"))
+    before, journalled = len(server.requests), len(journal.read_text().splitlines())
+    return before, journalled, subprocess.run(command, env=environment).returncode
 
 
 def prepare(folder):

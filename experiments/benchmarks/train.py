@@ -26,7 +26,9 @@ import torch
 
 from experiments.shared.provenance import RESULTS, write_result
 
-SHAPES = {  # M, K, batch, prefixes, steps per timing, steps for quality
+SHAPES: dict[
+    str, tuple[int, int, int, list[int] | None, int, int]
+] = {  # M, K, batch, prefixes, steps per timing, steps for quality
     "256,8,prefixes": (256, 8, 512, [64, 256], 100, 354),
     "256,8": (256, 8, 512, None, 100, 354),
     "4608,32": (4608, 32, 4096, None, 6, 28),
@@ -115,10 +117,12 @@ def hypothesaes(x, steps, m, k, batch, prefixes):
     sae = SparseAutoencoder(x.shape[1], m, k, prefix_lengths=prefixes, device="cpu")
     rows = x[: min(len(x), steps * batch // n_epochs)]
     initialise, started = sae.initialize_weights_, []
-    sae.initialize_weights_ = lambda sample: (
-        initialise(sample),
-        started.append(time.perf_counter()),
-    )
+
+    def timed(sample):
+        initialise(sample)
+        started.append(time.perf_counter())
+
+    sae.initialize_weights_ = timed
     sae.fit(
         rows,
         None,
@@ -190,22 +194,16 @@ def sparsify(x, steps, m, k, batch, prefixes):
 
 def ours(select, **start):
     def train(x, steps, m, k, batch, prefixes):
-        run, step = our_run(x, m, k, prefixes, select, start)
+        run, step = our_run(x, m, k, batch, prefixes, select, start)
         source, started = batches(x, batch), time.perf_counter()
         for _ in range(steps):
-            run.step(
-                step,
-                next(source),
-                learning_rate=LEARNING_RATE,
-                dead_after=256 * batch,
-                clip_grad=1.0,
-            )
+            step(next(source))
         return time.perf_counter() - started, reconstruction_of(run.sae)
 
     return train
 
 
-def our_run(x, m, k, prefixes, select, start):
+def our_run(x, m, k, batch, prefixes, select, start):
     import functools
 
     from fastsae.sae.sparse_step import sparse_step
@@ -225,7 +223,12 @@ def our_run(x, m, k, prefixes, select, start):
         learning_rate=LEARNING_RATE,
         **start,
     )
-    return run, functools.partial(sparse_step, aux_coef=1 / 32, select=select)
+    function = functools.partial(sparse_step, aux_coef=1 / 32, select=select)
+
+    def step(rows):
+        run.step(function, rows, learning_rate=LEARNING_RATE, dead_after=256 * batch, clip_grad=1.0)
+
+    return run, step
 
 
 def reconstruction_of(sae):
@@ -272,18 +275,19 @@ def trainers(prefixes):
 
 def speed(name, train, validation, rounds):
     """{trainer: median tokens/s, all of them, ratio to each of ours}."""
-    *shape, steps, _ = SHAPES[name]
+    m, k, batch, prefixes, steps, _ = SHAPES[name]
+    shape = (m, k, batch, prefixes)
     products = {
         "encoder product float32": encoder_product(torch.float32),
         "encoder product bfloat16": encoder_product(torch.bfloat16),
     }
-    entrants = {**trainers(shape[3]), **products}
+    entrants = {**trainers(prefixes), **products}
     for trainer in entrants.values():
         trainer(train, 2, *shape)  # imports and caches
     found = {entrant: [] for entrant in entrants}
     for _ in range(rounds):
         for entrant, trainer in entrants.items():
-            found[entrant].append(steps * shape[2] / trainer(train, steps, *shape)[0])
+            found[entrant].append(steps * batch / trainer(train, steps, *shape)[0])
     median = {entrant: statistics.median(values) for entrant, values in found.items()}
     return {
         entrant: {
@@ -335,17 +339,11 @@ def reach(name, train, validation, rounds):
         ("ours float32", torch.float32),
         ("ours bfloat16 selection", torch.bfloat16),
     ):
-        run, step = our_run(train, m, k, prefixes, select, START)
+        run, step = our_run(train, m, k, batch, prefixes, select, START)
         source, spent, reached = batches(train, batch), 0.0, 2.0
         while reached > goal and spent < seconds:
             started = time.perf_counter()
-            run.step(
-                step,
-                next(source),
-                learning_rate=LEARNING_RATE,
-                dead_after=256 * batch,
-                clip_grad=1.0,
-            )
+            step(next(source))
             spent += time.perf_counter() - started
             reached = normalized_mse(reconstruction_of(run.sae), validation)
         found[label] = {

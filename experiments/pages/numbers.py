@@ -74,9 +74,9 @@ def written(text):
     ):
         begin = f"<!-- {name.lower()}: written by experiments/pages/numbers.py -->"
         block = f"{begin}\n{make()}\n<!-- end -->"
-        text = re.sub(
-            rf"<!-- {name.lower()}: .*?<!-- end -->", lambda _, block=block: block, text, flags=re.S
-        )
+        # re.sub would read a backslash in the block as an escape
+        plain = block.replace("\\", r"\\")
+        text = re.sub(rf"<!-- {name.lower()}: .*?<!-- end -->", plain, text, flags=re.S)
     return text
 
 
@@ -275,60 +275,74 @@ def training():
     if (r := result("bench_train")) is not None:
         parts.append(training_speed(r))
     if (r := result("architectures")) is not None:
-        rows = [
-            f"| {name} | {row['normalized_mse']:.3f} | {row['l0']:.2f} | "
-            f"{100 * row['dead_fraction']:.1f} % |"
-            for name, row in r["runs"].items()
+        parts.append(architectures(r))
+    claims = [
+        claim(r)
+        for name, claim in (
+            ("memory", memory_claim),
+            ("buffer", buffer_claim),
+            ("dead", dead_claim),
+            ("several", several_claim),
+        )
+        if (r := result(f"training_{name}")) is not None
+    ]
+    if claims:
+        parts.append(f"**Claims of training** (`results/training_*.json`): {'; '.join(claims)}.")
+    return parts
+
+
+def architectures(r):
+    """A table of the architectures on the demo."""
+    rows = [
+        f"| {name} | {row['normalized_mse']:.3f} | {row['l0']:.2f} | "
+        f"{100 * row['dead_fraction']:.1f} % |"
+        for name, row in r["runs"].items()
+    ]
+    return "\n".join(
+        [
+            "**Architectures** on the demo, M = 256, 10 epochs (`results/architectures.json`):",
+            "",
+            "| | normalised MSE | L0 | dead |",
+            "|---|---:|---:|---:|",
+            *rows,
         ]
-        parts.append(
-            "\n".join(
-                [
-                    "**Architectures** on the demo, M = 256, 10 epochs "
-                    "(`results/architectures.json`):",
-                    "",
-                    "| | normalised MSE | L0 | dead |",
-                    "|---|---:|---:|---:|",
-                    *rows,
-                ]
-            )
-        )
-    claims = []
-    if (r := result("training_memory")) is not None:
-        claims.append(
-            f"on a file of {r['file_gb']:.1f} GB with a buffer of "
-            f"{r['settings']['buffer_tokens']:,} tokens the peak memory of "
-            f"stage 2 is {r['peak_resident_gb']:.2f} GB"
-        )
-    if (r := result("training_buffer")) is not None:
-        full, eighth = (
-            r["runs"][name]["normalized_mse"] for name in ("full shuffle", "buffer of 1/8")
-        )
-        claims.append(
-            f"a mixing buffer of 1/8 of the data ends at a normalised MSE of {eighth:.4f} against "
-            f"{full:.4f} with a full shuffle"
-        )
-    if (r := result("training_dead")) is not None:
-        row = r["runs"]["4,608 features"]
-        claims.append(
-            f"{100 * row['dead_fraction_training']:.1f} % of 4,608 features are dead after three "
-            "epochs of the demo "
-            f"({100 * row['dead_fraction']:.1f} % never fire on its "
-            f"{row.get('measured_on', 'validation')} examples; "
-            f"{100 * r['runs']['4,608 features that start as tokens']['dead_fraction']:.1f} % if "
-            "they start as tokens)"
-        )
-    if (r := result("training_several")) is not None:
-        together = r["runs"]["seeds 0,1,2"]["seconds_with_start"]
-        alone = sum(
-            row["seconds_with_start"] for name, row in r["runs"].items() if name != "seeds 0,1,2"
-        )
-        claims.append(
-            f"three seeds in one pass take {together:.0f} s, one after the other {alone:.0f} s"
-        )
-    return parts + (
-        [f"**Claims of training** (`results/training_*.json`): {'; '.join(claims)}."]
-        if claims
-        else []
+    )
+
+
+def memory_claim(r):
+    return (
+        f"on a file of {r['file_gb']:.1f} GB with a buffer of "
+        f"{r['settings']['buffer_tokens']:,} tokens the peak memory of "
+        f"stage 2 is {r['peak_resident_gb']:.2f} GB"
+    )
+
+
+def buffer_claim(r):
+    full, eighth = (r["runs"][name]["normalized_mse"] for name in ("full shuffle", "buffer of 1/8"))
+    return (
+        f"a mixing buffer of 1/8 of the data ends at a normalised MSE of {eighth:.4f} against "
+        f"{full:.4f} with a full shuffle"
+    )
+
+
+def dead_claim(r):
+    row = r["runs"]["4,608 features"]
+    from_tokens = r["runs"]["4,608 features that start as tokens"]
+    return (
+        f"{100 * row['dead_fraction_training']:.1f} % of 4,608 features are dead after three "
+        "epochs of the demo "
+        f"({100 * row['dead_fraction']:.1f} % never fire on its "
+        f"{row.get('measured_on', 'validation')} examples; "
+        f"{100 * from_tokens['dead_fraction']:.1f} % if they start as tokens)"
+    )
+
+
+def several_claim(r):
+    seconds = {name: row["seconds_with_start"] for name, row in r["runs"].items()}
+    together = seconds.pop("seeds 0,1,2")
+    return (
+        f"three seeds in one pass take {together:.0f} s, one after the other "
+        f"{sum(seconds.values()):.0f} s"
     )
 
 
@@ -353,26 +367,11 @@ def training_speed(r):
         "| | " + " | ".join(shapes.values()) + " |",
         "|---|" + "---|" * len(shapes),
     ]
-    names = [name for name in r["speed"]["256,8"] if not name.startswith("encoder")]
-    for name in names:
-        cells = []
-        for shape in shapes:
-            speed, quality = r["speed"][shape].get(name), r["quality"].get(shape, {}).get(name)
-            ratio = (
-                ""
-                if speed is None or name.startswith("ours")
-                else (
-                    f" ({speed['ours float32 over it']:.1f} / "
-                    f"{speed['ours bfloat16 selection over it']:.1f})"
-                )
-            )
-            cells.append(
-                ""
-                if speed is None
-                else f"{speed['tokens_per_second']:,}{ratio}"
-                + ("" if quality is None else f"; {quality['normalized_mse']:.3f}")
-            )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        f"| {name} | {' | '.join(speed_and_quality(r, shape, name) for shape in shapes)} |"
+        for name in r["speed"]["256,8"]
+        if not name.startswith("encoder")
+    ]
     own, limit = (
         r["speed"]["4608,32"][name]["tokens_per_second"]
         for name in ("ours float32", "encoder product float32")
@@ -393,6 +392,20 @@ def training_speed(r):
         "of the start, and says nothing of long training.",
     ]
     return "\n".join(lines)
+
+
+def speed_and_quality(r, shape, name):
+    """A cell of the table; "" for a trainer that does not know the shape."""
+    speed, quality = r["speed"][shape].get(name), r["quality"].get(shape, {}).get(name)
+    if speed is None:
+        return ""
+    cell = f"{speed['tokens_per_second']:,}"
+    if not name.startswith("ours"):
+        cell += (
+            f" ({speed['ours float32 over it']:.1f} / "
+            f"{speed['ours bfloat16 selection over it']:.1f})"
+        )
+    return cell if quality is None else f"{cell}; {quality['normalized_mse']:.3f}"
 
 
 def reach_steps(r):

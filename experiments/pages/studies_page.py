@@ -92,92 +92,109 @@ def loss_recovered(r):
 
 def steer(r):
     """What steering did, beside what FAST reports."""
-    alphas, over = r["alphas"], r["alphas_over_mean_norm"]
     feature = next(t for t in r["targets"] if t["feature"] is not None)
     random = [t for t in r["targets"] if t["feature"] is None]
-    lines = []
-    for i, alpha in enumerate(alphas):
-        p, others = feature["curves"][i], [t["curves"][i] for t in random]
-        words, by_chance = (
-            ["" if c["expected_word"] is None else f"{100 * c['expected_word']:.0f} %" for c in cs]
-            for cs in ([p], others)
-        )
-        perplexities = ", ".join(f"{c['perplexity']:.1f}" for c in others)
-        lines.append(
-            f"| {alpha:g} | {over[i]:.2f} | {100 * p['changed']:.0f} % | {p['tokens']:.0f} | "
-            f"{100 * p['repetition']:.0f} % | "
-            f"{p['perplexity']:.1f} ({perplexities}) | {words[0]} ({', '.join(by_chance)}) |"
-        )
-    base = r["unsteered"]["expected_word"]
-    verdict = ""
-    if base is not None:
-        best, best_random = (
-            max(
-                (p["expected_word"], -alpha)
-                for t in ts
-                for alpha, p in zip(alphas, t["curves"])
-                if alpha
-            )
-            for ts in ([feature], random or [feature])
-        )
-        gain = round((best[0] - max(base, best_random[0])) * r["n_with_expected_word"])
-        what = (
-            f"a gain of {gain} questions, which is more than chance would give."
-            if gain >= CLEAR_GAIN
-            else "that moderate steering improves answers does not show on this model and "
-            "these questions."
-        )
-        verdict = (
-            f"Of the {r['n_with_expected_word']} questions with an expected word the unsteered "
-            f"model answers {100 * base:.0f} % "
-            f"with it, the steered at best {100 * best[0]:.0f} % (alpha {-best[1]:g}), with a "
-            "random direction "
-            f"{100 * best_random[0]:.0f} % (alpha {-best_random[1]:g}): {what}"
-        )
-    limits, fluent = r["settings"], feature["fluent_up_to_alpha"]
     same = {
         None: "was not tried",
         True: "gives the unsteered answers token for token",
         False: "DIFFERS from the unsteered answers",
     }
-    how = feature["how"].split(" on ")[0]
-    named = feature["name"].capitalize() + (
-        f" is the strongest on `{limits['SPECIAL_TOKEN']}` in {r['n_dialogues']} dialogues, found "
-        "as "
-        f"in FAST ({how})"
-        if how.startswith("average maximum")
-        else f" ({how})"
-    )
-    bounds = ", ".join(
-        "none" if t["fluent_up_to_alpha"] is None else f"{t['fluent_up_to_alpha']:g}"
-        for t in random
-    )
     effect = f" {ablated(r['ablation'])}" if "ablation" in r else ""
     return "\n".join(
         [
             f"**Steering** ([answers](steer.md), [table](steer.json); "
             f"layer {r['autoencoder']['layer']}, {r['n_prompts']} questions, mean norm of the "
             "stream "
-            f"{r['mean_norm']:.0f}). {named}. alpha = 0 "
+            f"{r['mean_norm']:.0f}). {how_found(r, feature)}. alpha = 0 "
             f"{same[feature['alpha_0_equals_unsteered']]}.",
             "",
             "| alpha | over the norm | answers changed | tokens | repetition | perplexity (random) "
             "| expected word (random) |",
             "|---:|---:|---:|---:|---:|---:|---:|",
-            *lines,
+            *steered_rows(r, feature, random),
             "",
-            (
-                f"By the rule of `steer.py` (perplexity below {limits['PERPLEXITY_LIMIT']:g} times "
-                "and repetition within "
-                f"{limits['REPETITION_LIMIT']:g} of the unsteered answers') answers stay fluent up "
-                f"to alpha {fluent:g}"
-                if fluent is not None
-                else "Answers are fluent at no alpha"
-            )
-            + f"; random directions of the same length up to {bounds}. "
+            f"{fluency(r['settings'], feature, random)}. "
             "FAST reports 25 to 100 as useful for "
-            f"Qwen2.5-7B. {verdict}{effect}",
+            f"Qwen2.5-7B. {expected_words(r, feature, random)}{effect}",
         ]
+    )
+
+
+def how_found(r, feature):
+    """The feature that was steered, and how it was chosen."""
+    name, how = feature["name"].capitalize(), feature["how"].split(" on ")[0]
+    if not how.startswith("average maximum"):
+        return f"{name} ({how})"
+    return (
+        f"{name} is the strongest on `{r['settings']['SPECIAL_TOKEN']}` in {r['n_dialogues']} "
+        f"dialogues, found as in FAST ({how})"
+    )
+
+
+def steered_rows(r, feature, random):
+    """A line of the table for each alpha, of the feature and in brackets of random directions."""
+    lines = []
+    for i, alpha in enumerate(r["alphas"]):
+        own, others = feature["curves"][i], [t["curves"][i] for t in random]
+        word, *by_chance = (
+            "" if c["expected_word"] is None else f"{100 * c['expected_word']:.0f} %"
+            for c in (own, *others)
+        )
+        perplexities = ", ".join(f"{c['perplexity']:.1f}" for c in others)
+        lines.append(
+            f"| {alpha:g} | {r['alphas_over_mean_norm'][i]:.2f} | {100 * own['changed']:.0f} % | "
+            f"{own['tokens']:.0f} | {100 * own['repetition']:.0f} % | "
+            f"{own['perplexity']:.1f} ({perplexities}) | {word} ({', '.join(by_chance)}) |"
+        )
+    return lines
+
+
+def fluency(settings, feature, random):
+    """Up to which alpha answers stay fluent."""
+    bounds = ", ".join(
+        "none" if t["fluent_up_to_alpha"] is None else f"{t['fluent_up_to_alpha']:g}"
+        for t in random
+    )
+    fluent = "Answers are fluent at no alpha"
+    if feature["fluent_up_to_alpha"] is not None:
+        fluent = (
+            f"By the rule of `steer.py` (perplexity below {settings['PERPLEXITY_LIMIT']:g} times "
+            f"and repetition within {settings['REPETITION_LIMIT']:g} of the unsteered answers') "
+            f"answers stay fluent up to alpha {feature['fluent_up_to_alpha']:g}"
+        )
+    return f"{fluent}; random directions of the same length up to {bounds}"
+
+
+def expected_words(r, feature, random):
+    """Whether steering brings the words that answers should hold; nothing without such
+    questions."""
+    base = r["unsteered"]["expected_word"]
+    if base is None:
+        return ""
+
+    def best_of(targets):
+        """(share of the answers with the word, -alpha), the largest."""
+        return max(
+            (point["expected_word"], -alpha)
+            for target in targets
+            for alpha, point in zip(r["alphas"], target["curves"])
+            if alpha
+        )
+
+    best, best_random = best_of([feature]), best_of(random or [feature])
+    gain = round((best[0] - max(base, best_random[0])) * r["n_with_expected_word"])
+    what = (
+        f"a gain of {gain} questions, which is more than chance would give."
+        if gain >= CLEAR_GAIN
+        else "that moderate steering improves answers does not show on this model and "
+        "these questions."
+    )
+    return (
+        f"Of the {r['n_with_expected_word']} questions with an expected word the unsteered "
+        f"model answers {100 * base:.0f} % "
+        f"with it, the steered at best {100 * best[0]:.0f} % (alpha {-best[1]:g}), with a "
+        "random direction "
+        f"{100 * best_random[0]:.0f} % (alpha {-best_random[1]:g}): {what}"
     )
 
 

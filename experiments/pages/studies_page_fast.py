@@ -1,6 +1,8 @@
 """STUDIES.md's words on FAST against block training and on the sparsity frontier, from their
 results."""
 
+import collections
+
 import numpy as np
 
 from experiments.shared.provenance import PROJECT
@@ -230,7 +232,7 @@ def _differs(cell):
 def pareto(r):
     """The sparsity frontier: normalised MSE and loss recovered of the architectures at equal L0,
     and which of them lie on it."""
-    s, at = r["settings"], r["at_l0"]
+    s, measured_on = r["settings"], r.get("measured_on", "validation")
     l0s = [str(l0) for l0 in s["AT_L0"]]
     heads = [f"{title}, L0 {l0}" for title in ("normalised MSE", "loss recovered") for l0 in l0s]
     lines = [
@@ -242,51 +244,57 @@ def pareto(r):
         "cross entropy, 0 that with zeros in place of the residual stream. The paper has no such "
         "figure.",
         "",
-        f"| | {' | '.join(heads)} | unused on {r.get('measured_on', 'validation')}, % |",
+        f"| | {' | '.join(heads)} | unused on {measured_on}, % |",
         "|---|" + "---|" * (2 * len(l0s) + 1),
+        *(architecture_row(r, name, l0s) for name in r["at_l0"]["normalized_mse"]),
     ]
-    for architecture in at["normalized_mse"]:
-        cells = [
-            at[name][architecture].get(l0)
-            for name in ("normalized_mse", "loss_recovered")
-            for l0 in l0s
-        ]
-        dead = [
-            100 * run["dead_fraction"] for run in r["runs"] if run["architecture"] == architecture
-        ]
-        lines.append(
-            f"| {architecture} | "
-            + " | ".join("-" if cell is None else f"{cell['mean']:.3f}" for cell in cells)
-            + f" | {min(dead):.1f} to {max(dead):.1f} |"
-        )
-    middle = l0s[len(l0s) // 2]
-    there = {
-        name: cells[middle]["mean"]
-        for name, cells in at["normalized_mse"].items()
-        if middle in cells
-    }
-    if there:
-        best = min(there, key=there.get)
-        above = ", ".join(
-            f"{name} {100 * (value / there[best] - 1):.0f} %"
-            for name, value in there.items()
-            if name != best
-        )
-        lines += ["", f"At L0 {middle} {best} has the least normalised MSE; above it lie {above}."]
-    lines += [
-        "",
-        f"Loss recovered is over {r['n_loss_examples']} {r.get('measured_on', 'validation')} "
-        "examples, "
-        f"of autoencoders trained for {s['N_EPOCHS']} "
-        "epochs.",
+    sentences = [
+        *ranking(r["at_l0"]["normalized_mse"], l0s[len(l0s) // 2]),
+        f"Loss recovered is over {r['n_loss_examples']} {measured_on} examples, "
+        f"of autoencoders trained for {s['N_EPOCHS']} epochs.",
+        *(
+            f"On the frontier of L0 and {title}, with the number of their points there: "
+            f"{points_by_architecture(r['frontier'][name])}."
+            for name, title in (
+                ("normalized_mse", "normalised MSE"),
+                ("loss_recovered", "loss recovered"),
+            )
+        ),
     ]
-    for name, title in (("normalized_mse", "normalised MSE"), ("loss_recovered", "loss recovered")):
-        counts = {}
-        for point in r["frontier"][name]:
-            counts[point["architecture"]] = counts.get(point["architecture"], 0) + 1
-        named = ", ".join(f"{architecture} ({n})" for architecture, n in counts.items())
-        lines += [
-            "",
-            f"On the frontier of L0 and {title}, with the number of their points there: {named}.",
-        ]
-    return "\n".join(lines)
+    return "\n\n".join(["\n".join(lines), *sentences])
+
+
+def architecture_row(r, architecture, l0s):
+    """A line of the table: both measures at each L0, and the range of features that never fire."""
+    cells = [
+        r["at_l0"][name][architecture].get(l0)
+        for name in ("normalized_mse", "loss_recovered")
+        for l0 in l0s
+    ]
+    dead = [100 * run["dead_fraction"] for run in r["runs"] if run["architecture"] == architecture]
+    return (
+        f"| {architecture} | "
+        + " | ".join("-" if cell is None else f"{cell['mean']:.3f}" for cell in cells)
+        + f" | {min(dead):.1f} to {max(dead):.1f} |"
+    )
+
+
+def ranking(at_l0, l0):
+    """[a sentence on the least normalised MSE at an L0 and how far others are above it], [] where
+    no architecture has that L0."""
+    there = {name: cells[l0]["mean"] for name, cells in at_l0.items() if l0 in cells}
+    if not there:
+        return []
+    best = min(there, key=there.__getitem__)
+    above = ", ".join(
+        f"{name} {100 * (value / there[best] - 1):.0f} %"
+        for name, value in there.items()
+        if name != best
+    )
+    return [f"At L0 {l0} {best} has the least normalised MSE; above it lie {above}."]
+
+
+def points_by_architecture(points):
+    """The architectures of a frontier in its order, with the number of their points."""
+    counts = collections.Counter(point["architecture"] for point in points)
+    return ", ".join(f"{architecture} ({n})" for architecture, n in counts.items())

@@ -84,54 +84,18 @@ def triple(values, digits=2):
 
 def fast_vs_block(r):
     """FAST against block training: the errors, the part of the sinks, and the features."""
-    s, rows = r["settings"], []
-    middle = s["LAYERS"][len(s["LAYERS"]) // 2]
+    layers = r["settings"]["LAYERS"]
+    middle = layers[len(layers) // 2]
     here = {
         (c["architecture"], c["sinks_in_training"]): c
         for c in r["comparisons"]
         if c["layer"] == middle
     }
-    for what, title, paper in (
-        ("mse_special", "log2 MSE_st", PAPER_MSE_ST),
-        ("mse", "log2 MSE", PAPER_MSE),
-    ):
-        for architecture in paper:
-            if (architecture, True) in here:
-                name = f"{what}, {WITH}"
-                values = here[architecture, True][name]["log2"]
-                rows.append(
-                    (
-                        f"{title}, {architecture}: FAST / BT(F) / BT(P)",
-                        f"{triple(paper[architecture])} (Qwen2.5-7B, layer 18)",
-                        f"{triple(values[source] for source in SOURCES)} (layer {middle}, L0 "
-                        f"{l0_of(here[architecture, True])})",
-                        orderings(
-                            [c for c in r["comparisons"] if c["architecture"] == architecture],
-                            name,
-                            True,
-                        ),
-                    )
-                )
-    for tokens, sinks, how in ((WITH, True, ""), (WITHOUT, False, ", without prefix and sinks")):
-        if ("topk", sinks) in here:
-            c, name = here["topk", sinks], f"mse_special, {tokens}"
-            rows.append(
-                (
-                    f"log2 MSE_st, topk{how}: FAST / BT(F) / BT(P)",
-                    NO_TOPK,
-                    f"{triple(c[name]['log2'][source] for source in SOURCES)} (layer {middle}, L0 "
-                    f"{l0_of(c)})",
-                    "the ordering holds "
-                    + orderings(
-                        [c for c in r["comparisons"] if c["architecture"] == "topk"], name, sinks
-                    ),
-                )
-            )
-    if any(c["sinks_in_training"] for c in r["comparisons"]):
+    with_sinks = [c for c in r["comparisons"] if c["sinks_in_training"]]
+    rows = [*errors_beside_paper(r, here, middle), *errors_of_topk(r, here, middle)]
+    if with_sinks:
         rows.append(ordinary_tokens(r))
-    shares = [
-        c["gap of BT(F) on sinks"]["share"] for c in r["comparisons"] if c["sinks_in_training"]
-    ]
+    shares = [c["gap of BT(F) on sinks"]["share"] for c in with_sinks]
     shares = [100 * share for share in shares if share is not None]
     if shares:
         rows.append(
@@ -143,6 +107,50 @@ def fast_vs_block(r):
             )
         )
     return [*rows, *features(r, middle)]
+
+
+def errors_beside_paper(r, here, layer):
+    """Rows of the two errors of the architectures that the paper has figures of; here:
+    {(architecture, sinks in training): comparison} at `layer`."""
+    for what, title, paper in (
+        ("mse_special", "log2 MSE_st", PAPER_MSE_ST),
+        ("mse", "log2 MSE", PAPER_MSE),
+    ):
+        for architecture in paper:
+            if (architecture, True) not in here:
+                continue
+            comparison, name = here[architecture, True], f"{what}, {WITH}"
+            yield (
+                f"{title}, {architecture}: FAST / BT(F) / BT(P)",
+                f"{triple(paper[architecture])} (Qwen2.5-7B, layer 18)",
+                errors_of_sources(comparison, name, layer),
+                orderings_of(r, architecture, name, True),
+            )
+
+
+def errors_of_topk(r, here, layer):
+    """Rows of the error on special tokens of topk, which the paper does not have."""
+    for tokens, sinks, how in ((WITH, True, ""), (WITHOUT, False, ", without prefix and sinks")):
+        if ("topk", sinks) in here:
+            name = f"mse_special, {tokens}"
+            yield (
+                f"log2 MSE_st, topk{how}: FAST / BT(F) / BT(P)",
+                NO_TOPK,
+                errors_of_sources(here["topk", sinks], name, layer),
+                f"the ordering holds {orderings_of(r, 'topk', name, sinks)}",
+            )
+
+
+def errors_of_sources(comparison, name, layer):
+    """The three sources' errors, where they were measured and at which L0."""
+    values = comparison[name]["log2"]
+    return f"{triple(values[source] for source in SOURCES)} (layer {layer}, L0 {l0_of(comparison)})"
+
+
+def orderings_of(r, architecture, name, sinks):
+    """In how many comparisons of an architecture the paper's ordering holds."""
+    of_architecture = [c for c in r["comparisons"] if c["architecture"] == architecture]
+    return orderings(of_architecture, name, sinks)
 
 
 def ordinary_tokens(r):
@@ -283,7 +291,7 @@ def pareto(r):
     yield (
         f"normalised MSE at L0 {l0}",
         "-",
-        ", ".join(f"{name} {there[name]:.3f}" for name in sorted(there, key=there.get)),
+        ", ".join(f"{name} {there[name]:.3f}" for name in sorted(there, key=there.__getitem__)),
         "-",
     )
 

@@ -1,6 +1,8 @@
 """How alike two sets of directions are, and the directions that a study compares with: random,
 principal, of a Fourier basis."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -55,8 +57,8 @@ def found_by_all(sets: list[np.ndarray], threshold: float) -> float:
     return float(np.mean(shares))
 
 
-def random_directions(m: int, d: int, seed: int) -> np.ndarray:
-    """(m, d) unit rows, all directions equally likely."""
+def random_directions(m: int, d: int, seed: int | np.random.Generator) -> np.ndarray:
+    """(m, d) unit rows, all directions equally likely; a generator given as `seed` goes on."""
     return unit(np.random.default_rng(seed).standard_normal((m, d)))
 
 
@@ -74,14 +76,14 @@ def principal_directions(x: np.ndarray, m: int) -> np.ndarray:
     return vectors.T[np.argsort(-values)[:m]]
 
 
-def fourier_power(table):
+def fourier_power(table: np.ndarray) -> np.ndarray:
     """(p // 2,) share of the variance over the rows of `table` (p, d) at the frequencies 1 to p //
     2."""
     power = np.square(np.abs(np.fft.rfft(np.asarray(table, np.float64), axis=0)[1:])).sum(1)
     return power / power.sum()
 
 
-def key_frequencies(table, share):
+def key_frequencies(table: np.ndarray, share: float) -> list[int]:
     """The fewest frequencies (from 1, strongest first) that hold at least `share` of the variance
     of `table` (p, d)."""
     power = fourier_power(table)
@@ -90,19 +92,19 @@ def key_frequencies(table, share):
     return [int(k) + 1 for k in order[:n]]
 
 
-def fourier_directions(table, frequencies):
+def fourier_directions(table: np.ndarray, frequencies: Sequence[int]) -> np.ndarray:
     """(2 F, d) unit rows: where cos(2 pi k n / p) and sin(2 pi k n / p) point in `table` (p, d),
     for each frequency k in turn."""
     return unit(waves(len(table), frequencies).T @ np.asarray(table, np.float64))
 
 
-def waves(p, frequencies):
+def waves(p: int, frequencies: Sequence[int]) -> np.ndarray:
     """(p, 2 F) cosine and sine of each frequency at 0 to p - 1."""
     angles = 2 * np.pi * np.outer(np.arange(p), frequencies) / p  # (p, F)
     return np.stack([np.cos(angles), np.sin(angles)], 2).reshape(p, -1)
 
 
-def lengths_in_planes(directions, found):
+def lengths_in_planes(directions: np.ndarray, found: np.ndarray) -> np.ndarray:
     """(2 F, m): how much of each unit row of `found` (m, d) lies in the plane of each pair of rows
     of `directions` (2 F, d).
 

@@ -7,10 +7,19 @@ Where an endpoint is configured, a language model scores features from 1 to 5 by
 (arXiv 2506.07691), through the project's own prompts and journal.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from experiments.shared import heldout
 from experiments.shared.statistics import interval, widened
+from fastsae.sae import Autoencoder
+from fastsae.settings.values import Settings
+
+if TYPE_CHECKING:
+    from fastsae.interpretation.evidence import Evidence
 
 AUC_BOUND = 0.8
 # a feature that fires once has purity 1 and one that fires seldom AUC 0.5, whatever it means: such
@@ -19,7 +28,7 @@ MIN_FIRINGS = 10
 N_TOP_EXAMPLES = 5
 
 
-def token_purity(name_mass, count):
+def token_purity(name_mass: Any, count: np.ndarray) -> np.ndarray:
     """(M,) share of each feature's activation on the token name with the largest part; nan where it
     fires less than MIN_FIRINGS times.
 
@@ -36,7 +45,7 @@ class Labelled:
     """A labelled dataset's activations at one layer, and the evidence that an autoencoder's
     features find in it."""
 
-    def __init__(self, path, dataset_path, tokenizer, settings):
+    def __init__(self, path: Path, dataset_path: Path, tokenizer: Any, settings: Settings):
         from fastsae.activations.files import open_activations
         from fastsae.data.datasets import read_dataset
         from fastsae.data.token_masks import token_norms, usable_tokens
@@ -56,7 +65,7 @@ class Labelled:
             max_norm_ratio=heldout.MAX_NORM_RATIO,
         )
 
-    def evidence(self, sae):
+    def evidence(self, sae: Autoencoder) -> "Evidence":
         """What the features do here, on the same tokens for every autoencoder: without shared
         prefix and sinks."""
         from fastsae.interpretation.evidence import Evidence
@@ -72,7 +81,7 @@ class Labelled:
             seed=self.settings.SEED,
         )
 
-    def per_feature(self, evidence):
+    def per_feature(self, evidence: "Evidence") -> dict[str, Any]:
         """{token_purity: (M,), category_auc: (M,) or None without labels}, nan for features that
         fire less than MIN_FIRINGS times here."""
         from fastsae.interpretation.categories import best_category
@@ -86,7 +95,7 @@ class Labelled:
             auc = np.where(s.count >= MIN_FIRINGS, auc, np.nan)
         return {"token_purity": token_purity(s.name_mass.sums, s.count), "category_auc": auc}
 
-    def scores(self, evidence, journal):
+    def scores(self, evidence: "Evidence", journal: Path) -> list[int] | None:
         """The language model's scores of N_SCORED_FEATURES random features; None without an
         endpoint."""
         from fastsae.interpretation.llm import client
@@ -108,7 +117,9 @@ class Labelled:
         return [result["score"] for result in work.run().values() if "score" in result]
 
 
-def study(cells, labelled):
+def study(
+    cells: Sequence[tuple[tuple, Path]], labelled: Mapping[int, Labelled]
+) -> list[dict[str, Any]]:
     """For each group of autoencoders that differ in the seed alone, means over features with
     intervals, and the sources' differences.
 
@@ -150,7 +161,7 @@ def study(cells, labelled):
     return rows
 
 
-STATISTICS = {
+STATISTICS: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
     "token_purity": ("token_purity", np.mean),
     "category_auc": ("category_auc", np.mean),
     "share_above_auc_bound": ("category_auc", lambda auc: np.mean(auc > AUC_BOUND)),
@@ -159,7 +170,12 @@ STATISTICS = {
 }
 
 
-def resampled(by_seed, statistic, seed=0, n=heldout.N_BOOTSTRAP):
+def resampled(
+    by_seed: Sequence[np.ndarray],
+    statistic: Callable[[np.ndarray], Any],
+    seed: int = 0,
+    n: int = heldout.N_BOOTSTRAP,
+) -> tuple[float, np.ndarray]:
     """(value, (n,) draws) of a statistic of features, [(n_features,) of each seed], nan left out:
     seeds and features are resampled."""
     by_seed = [values[~np.isnan(values)] for values in by_seed]

@@ -7,6 +7,9 @@ assistant; the first of each dialogue is an attention sink.
 """
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +20,8 @@ from experiments.shared.statistics import (
     seed_factor,
     widened,
 )
+from fastsae.data.datasets import Example
+from fastsae.sae import Autoencoder
 
 SPECIAL = (
     "user",
@@ -37,7 +42,9 @@ MAX_NORM_RATIO = 10
 N_BOOTSTRAP = 2000
 
 
-def split(examples, fraction, seed):
+def split(
+    examples: Sequence[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
     """(training, held out), drawn by the seed, each in the order of the dataset."""
     from fastsae.data.token_masks import split_examples
 
@@ -47,7 +54,7 @@ def split(examples, fraction, seed):
     ]
 
 
-def as_row(example, label_field, text_field="text"):
+def as_row(example: Example, label_field: str | None, text_field: str = "text") -> str:
     """An `Example` as a line of a JSONL dataset."""
     content = (
         {text_field: example.messages[0]["content"]}
@@ -58,7 +65,9 @@ def as_row(example, label_field, text_field="text"):
     return json.dumps({**content, **label}, ensure_ascii=False) + "\n"
 
 
-def mark_special(token_ids, kind, tokenizer, strings=SPECIAL):
+def mark_special(
+    token_ids: np.ndarray, kind: np.ndarray, tokenizer: Any, strings: Iterable[str] = SPECIAL
+) -> np.ndarray:
     """(n_tokens,) bool: the tokens that spell one of `strings` and that the chat template wrote; a
     string may take several."""
     from fastsae.data.tokenization import CONTENT
@@ -84,7 +93,7 @@ class HeldOut:
     """The activations file of held-out dialogues, which of their tokens are special, and which
     belong to each set."""
 
-    def __init__(self, path, tokenizer):
+    def __init__(self, path: Path, tokenizer: Any):
         from fastsae.activations.files import open_activations
         from fastsae.data.token_masks import token_norms, usable_tokens
 
@@ -103,11 +112,11 @@ class HeldOut:
         self.sets = dict(zip(SETS, (np.ones(len(norms), bool), ~self.sink, usable)))
         self.variance = {name: self._variance(chosen) for name, chosen in self.sets.items()}
 
-    def _variance(self, chosen):
+    def _variance(self, chosen: np.ndarray) -> float:
         rows = self.activations[chosen].astype(np.float64)
         return float(np.square(rows - rows.mean(0)).sum())
 
-    def counts(self):
+    def counts(self) -> dict[str, int]:
         """How many tokens there are, and how many of them are special, sinks and both."""
         return {
             "tokens": len(self.sink),
@@ -117,7 +126,7 @@ class HeldOut:
             "special_without_prefix_and_sinks": int((self.special & self.sets[SETS[2]]).sum()),
         }
 
-    def measure(self, sae):
+    def measure(self, sae: Autoencoder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """(figures on each set, {name: (n_dialogues,) errors, nan where a dialogue has no such
         token})."""
         from fastsae.sae.metrics import evaluate
@@ -150,7 +159,7 @@ class HeldOut:
         return figures, per_dialogue
 
 
-def per_example(values, example, chosen, n):
+def per_example(values: np.ndarray, example: np.ndarray, chosen: np.ndarray, n: int) -> np.ndarray:
     """(n,) mean of `values` over each example's chosen tokens (eq. 7's inner mean); nan where it
     has none."""
     total = np.bincount(example[chosen], values[chosen], minlength=n)
@@ -158,7 +167,7 @@ def per_example(values, example, chosen, n):
         return total / np.bincount(example[chosen], minlength=n)
 
 
-def resampled(errors, seeds_drawn):
+def resampled(errors: np.ndarray, seeds_drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """(N_BOOTSTRAP,) means of errors (n_seeds, n_dialogues) under resampling of the dialogues, the
     same of dialogues and seeds, the mean.
 
@@ -178,7 +187,7 @@ def resampled(errors, seeds_drawn):
     )
 
 
-def ordering(arrays):
+def ordering(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Means of the three sources' errors, {source: (n_seeds, n_dialogues)}, log2 of their ratios
     with intervals, and the verdict.
 
@@ -195,7 +204,7 @@ def ordering(arrays):
         drawn[source] = np.log2(of_dialogues) + seed_factor(len(errors)) * np.log2(
             of_both / of_dialogues
         )
-    result = {
+    result: dict[str, Any] = {
         "mean": {source: float(mean) for source, mean in means.items()},
         "log2": {source: float(np.log2(mean)) for source, mean in means.items()},
     }
@@ -216,24 +225,25 @@ def ordering(arrays):
     return result
 
 
-def gap_on_sinks(fast, other):
+def gap_on_sinks(fast: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The part of the gap in MSE_st (all tokens) that lies on sinks: the mean over dialogues splits
     into sinks and other tokens.
 
     fast, other: {name: (n_seeds, n_dialogues)}. share is part / gap, None where the gap's interval
     holds 0.
     """
-    names, draws = (
-        ("mse_special, all tokens", "mse_special, part on sinks"),
-        [draw_seeds(len(fast[PER_DIALOGUE[0]]), N_BOOTSTRAP, s) for s in (0, 1)],
-    )
-    (gaps, gap), (parts, part) = (
-        (widened(*b[:2], n) - widened(*a[:2], n), b[2] - a[2])
-        for a, b, n in (
-            (resampled(fast[name], draws[0]), resampled(other[name], draws[1]), len(fast[name]))
-            for name in names
-        )
-    )
+    n_seeds = len(fast[PER_DIALOGUE[0]])
+    draws = [draw_seeds(n_seeds, N_BOOTSTRAP, stream) for stream in (0, 1)]
+
+    def difference(name: str) -> tuple[np.ndarray, float]:
+        """(n_draws,) other less FAST, and its value."""
+        of_fast = resampled(fast[name], draws[0])
+        of_other = resampled(other[name], draws[1])
+        drawn = [widened(by_example, both, n_seeds) for by_example, both, _ in (of_other, of_fast)]
+        return drawn[0] - drawn[1], of_other[2] - of_fast[2]
+
+    gaps, gap = difference("mse_special, all tokens")
+    parts, part = difference("mse_special, part on sinks")
     low, high = interval(gaps)
     clear = low > 0 or high < 0
     return {

@@ -5,7 +5,9 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -18,33 +20,37 @@ class Endpoint(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, replies=(), reply=None):
+    def __init__(self, replies: Iterable[tuple] = (), reply: Callable[[str], Any] | None = None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.replies, self.reply, self.requests, self.lock = (
-            list(replies),
-            reply,
-            [],
-            threading.Lock(),
-        )
+        self.replies, self.reply = list(replies), reply
+        self.requests, self.lock = [], threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
-    def url(self):
+    def url(self) -> str:
+        """As OPENAI_BASE_URL names it."""
         return f"http://127.0.0.1:{self.server_port}/v1"
 
-    def prompts(self):
+    def prompts(self) -> list[str]:
+        """The prompts of all requests so far, in their order."""
         return [body["messages"][0]["content"] for _, _, body in self.requests]
 
-    def close(self):
+    def close(self) -> None:
+        """End the server."""
         self.shutdown()
         self.server_close()
 
-    def handle_error(self, request, client_address):  # clients that were killed
-        pass
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that were killed."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
+    """One request to an `Endpoint`."""
+
+    server: Endpoint
+
+    def do_POST(self) -> None:
+        """Note the request, and answer as the endpoint says."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.requests.append((self.path, self.headers["Authorization"], body))
@@ -72,11 +78,14 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, *args):
-        pass
+    def log_message(self, *args: Any) -> None:
+        """Print nothing."""
 
 
-def completion(text, finish_reason="stop", usage=(0, 0), **message):
+def completion(
+    text: str, finish_reason: str = "stop", usage: tuple[int, int] = (0, 0), **message: Any
+) -> dict[str, Any]:
+    """A reply of a chat endpoint; `message` are further fields of the assistant's message."""
     return {
         "id": "x",
         "object": "chat.completion",
@@ -105,8 +114,11 @@ class RealModel:
     structured output do: the model chooses the score among 1 to 5 and writes the name.
     """
 
-    def __init__(self, name="SmolLM2-135M-Instruct", new_tokens=16, dtype="float32"):
+    def __init__(
+        self, name: str = "SmolLM2-135M-Instruct", new_tokens: int = 16, dtype: str = "float32"
+    ):
         import torch
+        from transformers import DynamicCache
 
         from fastsae.interpretation.llm.client import LocalModel
 
@@ -116,9 +128,10 @@ class RealModel:
         self.letters = torch.tensor(
             [bool(re.fullmatch(" ?[a-z]+", self.tokenizer.decode([token]))) for token in range(n)]
         )
-        self.new_tokens, self.ids, self.cache, self.lock = new_tokens, [], None, threading.Lock()
+        self.new_tokens, self.lock = new_tokens, threading.Lock()
+        self.ids, self.cache = [], DynamicCache()
 
-    def __call__(self, prompt):
+    def __call__(self, prompt: str) -> dict[str, Any]:
         with self.lock:
             ids = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False

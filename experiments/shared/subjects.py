@@ -6,8 +6,10 @@ Autoencoders come from this project (`.pt`) or in SAELens' format (a folder);
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +22,11 @@ from fastsae.formats.load import architecture_of
 from fastsae.lm import devices, loading, residual, sources
 from fastsae.lm.names import short_name
 from fastsae.runtime.errors import InputError
+from fastsae.sae import Autoencoder
+from fastsae.settings.values import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 STAGES = [PROJECT / name for name in config.STAGES[:2]]
 
@@ -29,7 +36,7 @@ class Subject:
     """An autoencoder and what it was made for. `source` is the metadata of the activations it was
     trained on, {} if unknown."""
 
-    sae: object
+    sae: Autoencoder
     meta: dict
     path: str
     layer: int
@@ -38,17 +45,18 @@ class Subject:
     source: dict
 
     @property
-    def knows_its_examples(self):
+    def knows_its_examples(self) -> bool:
         """Whether it is on record which examples it was trained on: of other libraries'
         autoencoders it is not."""
         return "inputs" in self.source
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """What a result calls it: its run and file, or its folder."""
         path = Path(self.path)
         return path.parent.name + "/" + path.stem if path.suffix == ".pt" else path.name
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """What a result says of it."""
         from fastsae.sae.metrics import measured_on
 
@@ -65,7 +73,7 @@ class Subject:
         }
 
 
-def require(settings, least):
+def require(settings: Settings, least: Mapping[str, float]) -> None:
     """InputError, one line each, for the numbers among the settings `least` {name: bound} that are
     below their bound."""
     low = [name for name, bound in least.items() if np.min(settings.values[name]) < bound]
@@ -79,7 +87,7 @@ def require(settings, least):
         )
 
 
-def subjects(settings):
+def subjects(settings: Settings) -> list[Subject]:
     """The autoencoders that SAE names, or the one of the run, which is trained first if there is
     none.
 
@@ -111,7 +119,7 @@ def subjects(settings):
     return [subject]
 
 
-def open_subject(path, settings):
+def open_subject(path: str | Path, settings: Settings) -> Subject:
     """Load an autoencoder; its model and layer are those its metadata name, else, or by flag,
     MODEL_NAME and LAYER_IDX."""
     from fastsae.formats.load import load_sae
@@ -157,11 +165,12 @@ def open_subject(path, settings):
     return subject
 
 
-def short(model_name):
+def short(model_name: str) -> str:
+    """A model's name, in which upper and lower case do not differ."""
     return short_name(model_name).lower()
 
 
-def load_model(subject, settings):
+def load_model(subject: Subject, settings: Settings) -> Any:
     """The whole model; on a CPU its blocks with faster products, equal up to rounding."""
     device = devices.choose_device(settings.DEVICE)
     model = loading.load_model(
@@ -178,7 +187,7 @@ def load_model(subject, settings):
     return model
 
 
-def dataset_of(subject, settings):
+def dataset_of(subject: Subject, settings: Settings) -> tuple[str, Path | str]:
     """(what decides its content, its path) of the dataset that --dataset-path names, else of the
     autoencoder's own."""
     by_flag = settings.source["DATASET_PATH"] == "flag"
@@ -189,7 +198,7 @@ def dataset_of(subject, settings):
     )
 
 
-def scope(subject, settings):
+def scope(subject: Subject, settings: Settings) -> dict[str, Any]:
     """What every remembered figure of an autoencoder depends on: itself, the model, how it is
     computed, and the data."""
     device = devices.choose_device(settings.DEVICE)
@@ -214,7 +223,9 @@ def scope(subject, settings):
     }
 
 
-def some_dialogues(subject, settings, n_examples, *, held_out):
+def some_dialogues(
+    subject: Subject, settings: Settings, n_examples: int, *, held_out: bool
+) -> TokenTable:
     """A TokenTable of up to `n_examples` random examples of the autoencoder's own dataset, or of
     the one named with --dataset-path.
 
@@ -241,13 +252,15 @@ def some_dialogues(subject, settings, n_examples, *, held_out):
     )
 
 
-def unseen_examples(meta):
+def unseen_examples(meta: Mapping[str, Any]) -> list[int]:
     """Numbers of the examples of its own dataset on which an autoencoder was not trained: they
     decided nothing where it has such."""
     return meta.get("test_examples") or meta["validation_examples"]
 
 
-def tokens_of(path, subject, settings, how):
+def tokens_of(
+    path: str | Path, subject: Subject, settings: Settings, how: Mapping[str, Any]
+) -> TokenTable:
     """The TokenTable of a dataset as stage 1 would make it with the settings `how`."""
     tokenizer = loading.load_tokenizer(
         subject.model_name, revision=subject.revision, cache_dir=settings.CACHE_DIR
@@ -270,7 +283,7 @@ def tokens_of(path, subject, settings, how):
     return table
 
 
-def some_examples(table, chosen):
+def some_examples(table: TokenTable, chosen: Sequence[int] | np.ndarray) -> TokenTable:
     """The TokenTable of the examples numbered in `chosen`, in that order."""
     starts = table.starts
     rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
@@ -283,12 +296,12 @@ def some_examples(table, chosen):
     )
 
 
-def example_ids(table):
+def example_ids(table: TokenTable) -> list[np.ndarray]:
     """[(length,) token ids of each example]."""
     return np.split(table.ids, table.starts[1:-1])
 
 
-def usable_tokens_of(subject, stream, table):
+def usable_tokens_of(subject: Subject, stream: "torch.Tensor", table: TokenTable) -> np.ndarray:
     """(n_tokens,) bool: the tokens of `stream` (n_tokens, d_model) that the autoencoder is meant
     for, as in its training.
 

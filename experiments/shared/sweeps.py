@@ -26,6 +26,22 @@ if TYPE_CHECKING:
     from fastsae.settings.values import Settings
 
 
+# settings of what a study reads, which its stages know too
+DATA_SETTINGS = (
+    "PRESET",
+    "MODEL_NAME",
+    "MODEL_REVISION",
+    "CACHE_DIR",
+    "DEVICE",
+    "MAX_LENGTH",
+    "LAYER_IDX",
+    "DATASET_PATH",
+    "MAX_EXAMPLES",
+    "TEXT_FIELD",
+    "SEED",
+)
+
+
 def run_many(script: str, jobs: Iterable[Iterable[Any]]) -> None:
     """Run one of the project's scripts once for each list of flags in `jobs`, all in one other
     process; if one fails, this one ends too."""
@@ -59,6 +75,28 @@ def passed_on(settings: "Settings", names: Iterable[str]) -> list[str]:
     ]
 
 
+def listed(values: Iterable[Any]) -> str:
+    """A flag's value for a setting that takes several; of one value too, since the comma stays."""
+    return "".join(f"{value}," for value in values)
+
+
+def epochs_and_steps(settings: "Settings") -> list[Any]:
+    """Flags of train_sae.py: all N_EPOCHS, without an early stop, in steps of BATCH_SIZE tokens
+    with a learning rate that falls to 0."""
+    return [
+        "--n-epochs",
+        settings.N_EPOCHS,
+        "--patience",
+        settings.N_EPOCHS,
+        "--batch-size",
+        settings.BATCH_SIZE,
+        "--learning-rate",
+        settings.LEARNING_RATE,
+        "--lr-schedule",
+        "linear",
+    ]
+
+
 def recorded(settings: "Settings") -> dict[str, Any]:
     """The settings of an experiment for its result: of a path only the file's name, which says
     nothing of the machine."""
@@ -80,6 +118,7 @@ def rounded(value: Any, digits: int = 6) -> Any:
 
 
 def main() -> int:
+    """The command line: the script's name, its jobs on stdin."""
     from fastsae.runtime.stage import run_stage
 
     if sys.argv[1:] in (["-h"], ["--help"]):
@@ -91,7 +130,7 @@ def main() -> int:
     jobs = [json.loads(line) for line in sys.stdin]
     warnings = collections.Counter()
     for number, flags in enumerate(jobs, 1):
-        sys.argv = [script.__file__, "--no-print-settings", *flags]
+        sys.argv = [str(script.__file__), "--no-print-settings", *flags]
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             code = run_stage(script.main)

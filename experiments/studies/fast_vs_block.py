@@ -25,7 +25,15 @@ import numpy as np
 import config
 from experiments.shared import evidence, heldout
 from experiments.shared.provenance import RESULTS, run_stage, write_figure, write_result
-from experiments.shared.sweeps import passed_on, quick_settings, recorded, rounded, run_many
+from experiments.shared.sweeps import (
+    epochs_and_steps,
+    listed,
+    passed_on,
+    quick_settings,
+    recorded,
+    rounded,
+    run_many,
+)
 
 ARCHITECTURES: str = "standard,jumprelu,topk"  # of those that train_sae.py knows
 LAYERS: tuple[int, ...] = (4, 12, 20)  # early, middle and late; of SmolLM2's 30
@@ -165,7 +173,6 @@ def write_datasets(settings, work):
 
 def extract(settings, work, datasets):
     """One pass of the model over each dataset, all layers at once."""
-    layers = ",".join(map(str, settings.LAYERS))
     block = ["--processing", "block", "--block-length", settings.BLOCK_LENGTH]
     parts = {
         "fast": ("training", []),
@@ -180,7 +187,7 @@ def extract(settings, work, datasets):
                 "extract_activations.py",
                 *passed_on(settings, PASSED_ON),
                 "--layers",
-                layers,
+                listed(settings.LAYERS),
                 "--output-dir",
                 work / folder,
                 "--dataset-path",
@@ -198,10 +205,8 @@ def smallest_source(settings, work):
     and sinks."""
     from fastsae.training.data import Tokens
 
-    bounds = {
-        True: {"exclude_shared_prefix": False, "max_norm_ratio": None},
-        False: {"exclude_shared_prefix": True, "max_norm_ratio": 10},
-    }
+    # (EXCLUDE_SHARED_PREFIX, MAX_NORM_RATIO) with prefix and sinks, and without
+    bounds = ((False, None), (True, 10))
     return min(
         len(
             Tokens(
@@ -209,13 +214,14 @@ def smallest_source(settings, work):
                 validation_fraction=VALIDATION_FRACTION,
                 seed=seed,
                 use="all",
-                **bound,
+                exclude_shared_prefix=exclude,
+                max_norm_ratio=ratio,
             ).train
         )
         for folder in FOLDERS.values()
         for layer in settings.LAYERS
         for seed in settings.SEEDS
-        for bound in bounds.values()
+        for exclude, ratio in bounds
     )
 
 
@@ -248,16 +254,7 @@ def train_flags(settings, work, n_tokens, source, architecture, layer, sinks, se
         "--l1-coefficient",
         settings.L1_COEFFICIENT,
         "--no-use-matryoshka",
-        "--n-epochs",
-        settings.N_EPOCHS,
-        "--patience",
-        settings.N_EPOCHS,
-        "--batch-size",
-        settings.BATCH_SIZE,
-        "--learning-rate",
-        settings.LEARNING_RATE,
-        "--lr-schedule",
-        "linear",
+        *epochs_and_steps(settings),
         "--validation-fraction",
         VALIDATION_FRACTION,
         "--test-fraction",

@@ -25,7 +25,7 @@ import config
 from experiments.shared import evidence
 from experiments.shared.provenance import PROJECT, RESULTS, run_stage, write_figure, write_result
 from experiments.shared.subjects import require
-from experiments.shared.sweeps import quick_settings
+from experiments.shared.sweeps import listed, quick_settings
 from fastsae.activations import files
 from fastsae.runtime import artifacts
 from fastsae.runtime.stage import run_stage as run_main
@@ -51,7 +51,7 @@ def main():
         "--output-dir",
         root,
         "--layers",
-        ",".join(map(str, settings.COMPARED_LAYERS)),
+        listed(settings.COMPARED_LAYERS),
     )
     rows = []
     for layer in settings.COMPARED_LAYERS:

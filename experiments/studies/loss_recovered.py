@@ -119,7 +119,10 @@ def measure(subject, settings):
         "held_out": subject.knows_its_examples,
         "n_tokens": len(table.ids),
         "n_left_as_they_are": int((~usable).sum()),
-        **reconstruction_error(functions["spliced"](stream[usable], None), stream[usable]),
+        **reconstruction_error(
+            functions["spliced"](stream[usable], torch.from_numpy(np.flatnonzero(usable))),
+            stream[usable],
+        ),
     }
     for title, ending in (("kinds", ""), ("kinds_every_token_replaced", ", every token")):
         chosen = {name: losses[name + ending] for name in functions} | {"clean": losses["clean"]}

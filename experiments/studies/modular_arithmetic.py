@@ -39,7 +39,7 @@ from experiments.shared.directions import (
     waves,
 )
 from experiments.shared.provenance import RESULTS, write_figure, write_result
-from experiments.shared.sweeps import quick_settings, run_many
+from experiments.shared.sweeps import listed, quick_settings, run_many
 from fastsae.runtime import artifacts
 
 P: int = 113  # the modulus, a prime
@@ -206,9 +206,9 @@ def train_flags(settings, site, architecture, m):
         "--m",
         m,
         *sparsities,
-        f"{joined(values)},",  # several, also where it is one
+        listed(values),
         "--seeds",
-        joined(settings.SEEDS),
+        listed(settings.SEEDS),
         "--no-use-matryoshka",
         "--n-epochs",
         settings.N_EPOCHS,
@@ -227,10 +227,6 @@ def train_flags(settings, site, architecture, m):
         "--device",
         "cpu",
     ]
-
-
-def joined(values):
-    return ",".join(map(str, values))
 
 
 def examine(settings, site, x, n, keys):
@@ -370,7 +366,8 @@ def draw(path, settings, examined, sites, power, keys):
     )
     draw_recovery(panels[0, 1], examined)
     for panel, site in zip(panels[1], SITES):
-        draw_features(panel, settings, site, *sites[site], keys, examined[site])
+        x, n = sites[site]
+        draw_features(panel, settings, site, x, n, keys, examined[site])
     write_figure(path, figure)
 
 

@@ -19,7 +19,16 @@ import numpy as np
 import config
 from experiments.shared.provenance import RESULTS, run_stage, write_figure, write_result
 from experiments.shared.subjects import unseen_examples
-from experiments.shared.sweeps import passed_on, quick_settings, recorded, rounded, run_many
+from experiments.shared.sweeps import (
+    DATA_SETTINGS,
+    epochs_and_steps,
+    listed,
+    passed_on,
+    quick_settings,
+    recorded,
+    rounded,
+    run_many,
+)
 
 ARCHITECTURES: str = "topk,batchtopk,matryoshka,jumprelu,standard,gated"  # which to train
 K_LIST: tuple[int, ...] = (8, 16, 32, 64, 128)  # of all but standard and gated
@@ -51,7 +60,12 @@ def main():
     settings = quick_settings(config.resolve(__file__), QUICK_VALUES)
     settings.show()
     work = settings.output_dir / "checkpoints" / settings.NAME
-    run_stage("extract_activations.py", *passed_on(settings, DATA_FLAGS), "--output-dir", work)
+    run_stage(
+        "extract_activations.py",
+        *passed_on(settings, (*DATA_SETTINGS, "LABEL_FIELD")),
+        "--output-dir",
+        work,
+    )
     run_many(
         "train_sae.py",
         [train_flags(settings, work, name) for name in settings.ARCHITECTURES.split(",")],
@@ -69,22 +83,6 @@ def main():
     }
     write_result(settings.NAME, recorded(settings), rounded(result))
     figure(runs, settings, RESULTS / f"{settings.NAME}.png")
-
-
-DATA_FLAGS = (
-    "PRESET",
-    "MODEL_NAME",
-    "MODEL_REVISION",
-    "CACHE_DIR",
-    "DEVICE",
-    "MAX_LENGTH",
-    "LAYER_IDX",
-    "DATASET_PATH",
-    "MAX_EXAMPLES",
-    "TEXT_FIELD",
-    "LABEL_FIELD",
-    "SEED",
-)
 
 
 def grid(settings):
@@ -110,7 +108,7 @@ def train_flags(settings, work, architecture):
     )
     how = "L1_COEFFICIENT_LIST" if architecture in BY_COEFFICIENT else "K_LIST"
     return [
-        *passed_on(settings, DATA_FLAGS),
+        *passed_on(settings, (*DATA_SETTINGS, "LABEL_FIELD")),
         "--output-dir",
         work,
         "--run-name",
@@ -119,26 +117,13 @@ def train_flags(settings, work, architecture):
         name,
         *prefixes,
         f"--{config.flag_name(how.removesuffix('_LIST'))}",
-        f"{listed(settings.values[how])},",  # several, also where it is one
+        listed(settings.values[how]),
         "--seeds",
         listed(settings.SEEDS),
         "--m",
         settings.M,
-        "--n-epochs",
-        settings.N_EPOCHS,
-        "--patience",
-        settings.N_EPOCHS,
-        "--batch-size",
-        settings.BATCH_SIZE,
-        "--learning-rate",
-        settings.LEARNING_RATE,
-        "--lr-schedule",
-        "linear",
+        *epochs_and_steps(settings),
     ]
-
-
-def listed(values):
-    return ",".join(map(str, values))
 
 
 def measure(settings, work):

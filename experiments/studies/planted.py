@@ -19,6 +19,8 @@ import functools
 import importlib.util
 import math
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -80,11 +82,10 @@ def main():
 
 def measured(settings, case, names):
     """{the case, and of each method its mean over the seeds and its runs}."""
-    runs = {name: [] for name in (*names, "principal components", "random")}
+    runs: dict[str, list[Any]] = {name: [] for name in (*names, "principal components", "random")}
     for seed in settings.SEEDS:
-        tokens = functools.cache(
-            lambda: planted_tokens(*case, settings.N_TOKENS, seed)
-        )  # only drawn if something is missing
+        # only drawn if something is missing
+        tokens = functools.cache(lambda: planted_tokens(case, settings.N_TOKENS, seed))
         for name in runs:
             key = {**settings.select(DECISIVE), "case": case, "method": name, "seed": seed}
             runs[name].append(
@@ -95,7 +96,7 @@ def measured(settings, case, names):
                 )
             )
     described = dict(zip(("directions", "dimensions", "active", "noise"), case))
-    result = {
+    result: dict[str, Any] = {
         name: {
             "mean": {key: round(float(np.mean([r[key] for r in rows])), 4) for key in rows[0]},
             "runs": rows,
@@ -106,8 +107,11 @@ def measured(settings, case, names):
     return {**described, "methods": result}
 
 
-def planted_tokens(n_directions, d, active, noise, n, seed):
-    """(tokens (n, d), directions (n_directions, d)), float32."""
+def planted_tokens(case: Sequence[float], n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens (n, d), directions (n_directions, d)), float32, of (directions, dimensions, active
+    per token, noise)."""
+    n_directions, d, active = map(int, case[:3])
+    noise = case[3]
     random = np.random.default_rng(seed)
     directions = random_directions(n_directions, d, random).astype(np.float32)
     tokens = np.empty((n, d), np.float32)

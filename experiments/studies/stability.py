@@ -33,7 +33,14 @@ from experiments.shared.directions import (
     unit,
 )
 from experiments.shared.provenance import RESULTS, run_stage, write_figure, write_result
-from experiments.shared.sweeps import passed_on, quick_settings, run_many
+from experiments.shared.sweeps import (
+    DATA_SETTINGS,
+    epochs_and_steps,
+    listed,
+    passed_on,
+    quick_settings,
+    run_many,
+)
 
 ARCHITECTURE: str = "topk"  # topk or batchtopk
 MS: tuple[int, ...] = (64, 256, 1024)  # features
@@ -47,20 +54,6 @@ NAME: str = "stability"  # of the result
 QUICK: bool = False  # two sizes and two K, fewer epochs
 
 QUICK_VALUES = {"MS": (64, 256), "KS": (4, 8), "N_EPOCHS": 5}
-DATA_FLAGS = (
-    "PRESET",
-    "MODEL_NAME",
-    "MODEL_REVISION",
-    "CACHE_DIR",
-    "DEVICE",
-    "MAX_LENGTH",
-    "LAYER_IDX",
-    "DATASET_PATH",
-    "MAX_EXAMPLES",
-    "TEXT_FIELD",
-    "SEED",
-    "OUTPUT_DIR",
-)
 MEASURES = {
     "mcc": "matched mean cosine",
     "mean_max_cosine": "mean max cosine",
@@ -71,7 +64,7 @@ MEASURES = {
 def main():
     settings = quick_settings(config.resolve(__file__), QUICK_VALUES)
     settings.show()
-    run_stage("extract_activations.py", *passed_on(settings, DATA_FLAGS))
+    run_stage("extract_activations.py", *passed_on(settings, (*DATA_SETTINGS, "OUTPUT_DIR")))
     run_many("train_sae.py", [train_flags(settings, m) for m in settings.MS])
     rows = []
     for m, k in itertools.product(settings.MS, settings.KS):
@@ -96,7 +89,7 @@ def main():
 def train_flags(settings, m):
     """The flags of train_sae.py for all autoencoders of one size."""
     return [
-        *passed_on(settings, DATA_FLAGS),
+        *passed_on(settings, (*DATA_SETTINGS, "OUTPUT_DIR")),
         "--run-name",
         settings.NAME,
         "--architecture",
@@ -104,20 +97,11 @@ def train_flags(settings, m):
         "--m",
         m,
         "--k",
-        ",".join(map(str, settings.KS)) + ",",  # several, also where it is one
+        listed(settings.KS),
         "--seeds",
-        ",".join(map(str, settings.SEEDS)),
+        listed(settings.SEEDS),
         "--no-use-matryoshka",
-        "--n-epochs",
-        settings.N_EPOCHS,
-        "--patience",
-        settings.N_EPOCHS,
-        "--batch-size",
-        settings.BATCH_SIZE,
-        "--learning-rate",
-        settings.LEARNING_RATE,
-        "--lr-schedule",
-        "linear",
+        *epochs_and_steps(settings),
     ]
 
 

@@ -84,6 +84,7 @@ def study(folder, dataset, fields, args):
                 seed,
                 np.arange(len(target)),
             )
+            assert beside is not None  # None only where a half has one value
             for source, entry in beside["sources"].items():
                 sources.setdefault(source, []).append(entry["held_out"])
             print(

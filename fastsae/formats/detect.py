@@ -21,7 +21,7 @@ NO_WEIGHTS = {  # first bytes of files that are often taken for weights
 }
 
 
-def kind_of(path) -> str:
+def kind_of(path: Path | str) -> str:
     """What the file is: fastsae (a checkpoint of this project, perhaps damaged), torch (what
     torch.save wrote) or npz.
 
@@ -45,7 +45,7 @@ def kind_of(path) -> str:
     raise InputError(f"{path}: {_what_instead(head, size)}.")
 
 
-def _kind_of_archive(path):
+def _kind_of_archive(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -64,7 +64,7 @@ def _kind_of_archive(path):
     )
 
 
-def _is_text(head):
+def _is_text(head: bytes) -> bool:
     try:
         return "\0" not in head.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -73,7 +73,7 @@ def _is_text(head):
         )  # a character cut at the end of what was read
 
 
-def _what_instead(head, size):
+def _what_instead(head: bytes, size: int) -> str:
     """What the first bytes of a file that holds no known weights look like, and what to do."""
     for start, what in NO_WEIGHTS.items():
         if head.startswith(start):

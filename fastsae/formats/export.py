@@ -81,7 +81,8 @@ def folder_of(path: str | Path, kind: str) -> Path:
     return Path(path).with_suffix(f".{kind}")
 
 
-def check_export(kind, architecture):
+def check_export(kind: str, architecture: str) -> None:
+    """InputError if the format `kind`, saelens or sparsify, cannot hold the architecture."""
     if kind not in FORMATS:
         raise InputError(f"EXPORT: {kind!r} is unknown. choose {' or '.join(FORMATS)}.")
     if not can_hold(kind, architecture):

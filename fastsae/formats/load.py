@@ -89,9 +89,17 @@ def target_k(settings: Mapping[str, Any]) -> int | None:
     return settings.get("K") if about.aims_at_k and by_target else None
 
 
-def check_fit(path, sae, meta, activations_path, activations_meta, d, setting):
-    """InputError if `sae` does not belong to these activations (n_tokens, d) by width or layer; a
-    line where it names another model."""
+def check_fit(
+    path: str | Path,
+    sae: Any,
+    meta: Mapping[str, Any],
+    activations_path: str | Path,
+    activations_meta: Mapping[str, Any],
+    d: int,
+    setting: str,
+) -> None:
+    """InputError, which names `setting`, if `sae` does not belong to these activations
+    (n_tokens, d) by width or layer; a line where it names another model."""
     layer = activations_meta["settings"]["LAYER_IDX"]
     problems = []
     if sae.input_dim != d:
@@ -160,7 +168,16 @@ def meant_tokens(meta: dict) -> dict[str, Any]:
     }
 
 
-def fit(path, sae, meta, activations_path, activations_meta, data, *, seed=0):
+def fit(
+    path: str | Path,
+    sae: Any,
+    meta: dict,
+    activations_path: str | Path,
+    activations_meta: Mapping[str, Any],
+    data: Mapping[str, Any],
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Check an autoencoder against activations (`data`, the members of their file), measure it
     there, and complete `meta` by that.
 

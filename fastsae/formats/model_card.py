@@ -9,6 +9,7 @@ anything. No such name goes into a table or a command.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ def header(entries: list[tuple[Path, dict]]) -> list[str]:
     return lines
 
 
-def provenance(meta):
+def provenance(meta: Mapping[str, Any]) -> list[str]:
+    """What it was trained on: model, place, data and which tokens."""
     source, settings = meta["activations"], meta["activations"]["settings"]
     with_template = settings.get("USE_CHAT_TEMPLATE", True) and not is_plain_text(source)
     rendered = "with the model's chat template" if with_template else "without chat template"
@@ -275,7 +277,8 @@ def loading(entries: list[tuple[Path, dict]]) -> list[str]:
     return lines
 
 
-def with_export(path, kind, name, *code_lines):
+def with_export(path: Path, kind: str, name: str, *code_lines: str) -> list[str]:
+    """Code for a library, or where its export is not there how to have it written."""
     if folder_of(path, kind).is_dir():
         return [f"With {name}:", *block_of(*code_lines)]
     return [
@@ -285,12 +288,13 @@ def with_export(path, kind, name, *code_lines):
     ]
 
 
-def block_of(*lines):
+def block_of(*lines: str) -> list[str]:
     """A block of Python code."""
     return ["", "```python", *lines, "```", ""]
 
 
-def settings_of(meta):
+def settings_of(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a training, texts in one printable line each."""
     return {
         name: clean(value) if isinstance(value, str) else value
         for name, value in meta["settings"].items()
@@ -304,6 +308,7 @@ def clean(text: Any) -> str:
 
 
 def quoted(text: Any) -> str:
+    """A JSON string, which YAML reads as a string whatever is in it."""
     return json.dumps(clean(text), ensure_ascii=False)
 
 

@@ -7,6 +7,8 @@ PyTorch's CPU builds; where it is not, nothing is replaced. The operators are th
 torch.compile itself emits for a frozen model.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,7 +20,7 @@ ACTIVATIONS = {  # transformers' class: oneDNN's name and algorithm
 }
 
 
-def quicken(stack):
+def quicken(stack: Any) -> None:
     """Replace the linear layers, gated MLPs and attention of a decoder stack, in place, where that
     changes no result beyond rounding."""
     if not (
@@ -50,16 +52,26 @@ def quicken(stack):
         stack.config._attn_implementation = "plain_products"
 
 
-def packed(weight):
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """A linear layer's weight (out, in) in oneDNN's own layout."""
     # 1024: rows it is laid out for; any number works
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1024)
 
 
-def product(x, weight, bias=None, activation="none", algorithm=""):
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    algorithm: str = "",
+) -> torch.Tensor:
+    """activation(x (..., in) @ weight.T + bias), the weight packed."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
 
 
-def product_with(x, weight, other, operation):
+def product_with(
+    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor, operation: str
+) -> torch.Tensor:
     """x @ weight.T, then added to or multiplied with `other`, in one pass."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, operation)
 
@@ -67,12 +79,13 @@ def product_with(x, weight, other, operation):
 class PackedLinear(nn.Module):
     """nn.Linear for inference, its weight in oneDNN's own layout."""
 
-    def __init__(self, linear):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight = packed(linear.weight)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., out) of x (..., in)."""
         return product(x, self.weight, self.bias)
 
 
@@ -86,7 +99,7 @@ class GatedMlp(nn.Module):
     it is not larger.
     """
 
-    def __init__(self, mlp):
+    def __init__(self, mlp: Any):
         super().__init__()
         # (hidden, d), (hidden, d), (d, hidden)
         gate, up, down = (
@@ -103,7 +116,8 @@ class GatedMlp(nn.Module):
         self.activation, self.algorithm = ACTIVATIONS[type(mlp.act_fn).__name__]
 
     @staticmethod
-    def fits(mlp):
+    def fits(mlp: Any) -> bool:
+        """Whether the parts of `mlp` are those of such an MLP, and no others."""
         linears: list = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         act = getattr(mlp, "act_fn", None)  # some models name it otherwise; theirs stay as they are
         return (
@@ -113,13 +127,14 @@ class GatedMlp(nn.Module):
             and mlp.gate_proj.weight.dtype in (torch.float32, torch.bfloat16)
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d) of x (..., d)."""
         # (..., hidden)
         gate = product(x, self.gate, activation=self.activation, algorithm=self.algorithm)
         return product(product_with(x, self.up, gate, "mul"), self.down)
 
 
-def same_result(fast, mlp, n_rows=4):
+def same_result(fast: nn.Module, mlp: Any, n_rows: int = 4) -> bool:
     """Whether `fast` gives what `mlp` does. A module with the right parts can still do more with
     them, as Gemma 3n's sparse ones."""
     weight = mlp.gate_proj.weight
@@ -132,7 +147,15 @@ def same_result(fast, mlp, n_rows=4):
     return bool((error < (1e-4 if weight.dtype == torch.float32 else 0.05)).all())
 
 
-def plain_attention(module, query, key, value, attention_mask, scaling=None, **options):
+def plain_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
     """softmax(q k' + causal mask) v by two batched products.
 
     query, key (batch, heads, tokens, d_head), value (batch, heads, tokens, d_value); returns

@@ -56,7 +56,7 @@ def hub_options(revision: str | None, cache_dir: str | None) -> dict[str, str | 
     }
 
 
-def read_pretrained(loader: Callable, located: str, name: str, **options):
+def read_pretrained(loader: Callable, located: str, name: str, **options: Any) -> Any:
     """What `loader`, a `from_pretrained`, makes of the folder, .gguf file or hub id `located`.
 
     Its failures become InputError or EnvironmentFailure, one line that names the model as the user

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, cache_dir: str | None = None):
+def load_tokenizer(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> Any:
     """The model's fast tokenizer."""
     tokenizer = hub.read_pretrained(
         hub.quiet_transformers().AutoTokenizer.from_pretrained,
@@ -36,7 +36,7 @@ def load_model(
     cache_dir: str | None = None,
     dtype: "torch.dtype",
     device: str | None = None,
-):
+) -> Any:
     """The whole model, head included, for inference; on the CPU unless `device` is given."""
     transformers, located = hub.quiet_transformers(), model_source(name, cache_dir)
     options = hub.gguf_options(transformers) if located.endswith(".gguf") else {}
@@ -51,7 +51,7 @@ def load_model(
     return (model if device is None else model.to(device)).eval()
 
 
-def load_config(name: str, *, revision: str | None = None, cache_dir: str | None = None):
+def load_config(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> Any:
     """The configuration of the text model (of a multimodal model, its text part)."""
     config = hub.read_pretrained(
         hub.quiet_transformers().AutoConfig.from_pretrained,

@@ -12,6 +12,7 @@ import operator
 import re
 import sys
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,7 +224,7 @@ def comments_in(text: str) -> tuple[dict[int, str], dict[int, str]]:
     return comments, groups
 
 
-def assignments(tree: ast.Module):
+def assignments(tree: ast.Module) -> Iterator[tuple[str, Any, Any, Any]]:
     """(NAME, annotation or None, value or None, statement) of each constant set at the margin.
 
     `A, B = 1, 2` and `A = B = 8` give two each.
@@ -239,7 +240,7 @@ def assignments(tree: ast.Module):
                         yield name, None, value, node
 
 
-def pairs(target: ast.expr, value: ast.expr):
+def pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
     """(name, its value) of an assignment, through tuples on both sides."""
     several = (ast.Tuple, ast.List)
     if isinstance(target, ast.Name):
@@ -263,6 +264,7 @@ def plain_value(node: ast.expr) -> Any:
 
 
 def evaluated(node: ast.expr) -> Any:
+    """`plain_value`, in which a result that cannot be is an ArithmeticError."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, (ast.Tuple, ast.List)):
@@ -302,7 +304,7 @@ def hidden_bindings(tree: ast.Module) -> list[tuple[str, int]]:
     return found
 
 
-def bindings(node: ast.AST):
+def bindings(node: ast.AST) -> Iterator[tuple[str, int]]:
     """(name, line) of what a statement binds in the module, functions with `global` included."""
     if isinstance(node, SCOPES):
         yield node.name, node.lineno
@@ -412,7 +414,7 @@ def strangers(source: Source, path: str | Path) -> list[str]:
     return problems
 
 
-def names_set(tree: ast.Module):
+def names_set(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """(name, line) of each plain assignment at the margin."""
     for node in tree.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):

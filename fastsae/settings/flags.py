@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that never ends the process; what it cannot read its caller has looked for."""
 
     def error(self, message: str) -> NoReturn:
+        """ValueError, so that all problems of a command line are reported at once."""
         raise ValueError(message)
 
 

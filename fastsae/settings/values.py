@@ -101,14 +101,17 @@ class Settings:
 
     @property
     def output_dir(self) -> Path:
+        """The folder of everything a run writes."""
         return Path(self.OUTPUT_DIR) if self.OUTPUT_DIR else self.project
 
     @property
     def activations_path(self) -> Path:
+        """The activations of LAYER_IDX."""
         return self.output_dir / "activations" / f"{activations_stem(self.LAYER_IDX)}.npz"
 
     @property
     def run_dir(self) -> Path:
+        """The folder of what stage 2 writes."""
         return self.output_dir / "checkpoints" / (self.RUN_NAME or run_name_of(self.DATASET_PATH))
 
     def flags_for(self, script: str) -> list[str]:

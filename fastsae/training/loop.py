@@ -120,6 +120,7 @@ class Saver:
         self.seconds, self.last, self.stopping = seconds, time.monotonic(), False
 
     def keep(self, runs: Iterable[PlannedRun]) -> None:
+        """Write the states of `runs` to their files, so that they can go on from here."""
         for run in runs:
             run.save(run.state_path, run.fingerprint)
 

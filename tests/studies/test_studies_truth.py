@@ -140,13 +140,13 @@ def test_transformer_is_trained_once_and_its_test_pairs_are_new(tmp_path, capsys
 def test_planted_tokens_are_sums_of_the_stated_number_of_directions():
     from experiments.studies.planted import planted_tokens
 
-    tokens, directions = planted_tokens(6, 8, 2, 0.0, 500, 0)
+    tokens, directions = planted_tokens((6, 8, 2, 0.0), 500, 0)
     # (500, 6): exact, as there are more dimensions than directions
     codes = tokens @ np.linalg.pinv(directions)
     used = np.abs(codes) > 1e-3
     assert (used.sum(1) == 2).all() and used.any(0).all()
     assert codes[used].min() > 0.99 and codes[used].max() < 2.01
-    noisy = planted_tokens(6, 8, 2, 0.5, 500, 0)[0]
+    noisy = planted_tokens((6, 8, 2, 0.5), 500, 0)[0]
     assert np.isclose(
         (noisy - noisy @ np.linalg.pinv(directions) @ directions).std() * np.sqrt(8 / 2),
         0.5,

@@ -7,17 +7,7 @@ import torch
 
 from fastsae.formats.parts import Config, Parts, Tensors, prefixes_of
 from fastsae.runtime.errors import InputError
-
-CONFIG = (
-    "input_dim",
-    "m_total_neurons",
-    "k_active_neurons",
-    "aux_k",
-    "multi_k",
-    "dead_neuron_threshold_steps",
-    "prefix_lengths",
-    "use_batch_topk",
-)
+from fastsae.sae.autoencoder import CONFIG_NAMES
 
 
 def holds(values: Any) -> bool:
@@ -42,7 +32,7 @@ def read(path: Path, values: dict) -> Parts:
             f"{path}: is not as HypotheSAEs saves: a dict of settings and one of tensors. "
             "give the file that it wrote."
         )
-    if unknown := sorted(map(str, set(config) - set(CONFIG))):
+    if unknown := sorted(map(str, set(config) - set(CONFIG_NAMES))):
         raise InputError(
             f"{path}: config holds {', '.join(unknown)[:80]}, which HypotheSAEs does not write. "
             "convert it with SAELens."

@@ -7,7 +7,8 @@ the nearest such point, and gradients go through the move.
 
 import torch
 
-from fastsae.sae.architectures.base import Architecture, squared_error
+from fastsae.sae import Autoencoder
+from fastsae.sae.architectures.base import Architecture, State, squared_error
 from fastsae.settings.architectures import About
 
 
@@ -21,13 +22,22 @@ class Aligned(Architecture):
         saelens="standard",
     )
 
-    def loss(self, sae, x, *, sparsity, bandwidth, target_l0):
+    def loss(
+        self,
+        sae: Autoencoder,
+        x: torch.Tensor,
+        *,
+        sparsity: float,
+        bandwidth: float,
+        target_l0: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error + sparsity * L1, the features from the moved encoder rows."""
         rows = aligned(sae.encoder.weight, sae.decoder.weight)
         features = torch.relu((x - sae.input_bias) @ rows.t() + sae.neuron_bias)  # (B, M)
         return squared_error(sae, features, x) + sparsity * features.sum(1).mean(), features
 
-    def inference_state(self, state):
+    def inference_state(self, state: State) -> State:
+        """Standard, with the moved encoder rows as the weights."""
         moved = aligned(state["encoder.weight"], state["decoder.weight"])
         return {**state, "encoder.weight": moved}
 

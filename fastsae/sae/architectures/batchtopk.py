@@ -1,7 +1,10 @@
 """BatchTopK: the K * B largest pre-activations of a batch of B tokens while training, everything
 above one learned threshold otherwise (arXiv 2412.06410). `sparse_step` has its loss."""
 
-from fastsae.sae.architectures.base import Architecture, saelens_threshold
+import torch
+
+from fastsae.sae import Autoencoder
+from fastsae.sae.architectures.base import Architecture, State, saelens_threshold
 from fastsae.settings.architectures import About
 
 
@@ -17,10 +20,12 @@ class BatchTopK(Architecture):
         saelens="jumprelu",
     )
 
-    def begin_at(self, sae, bias, threshold):
+    def begin_at(self, sae: Autoencoder, bias: torch.Tensor, threshold: torch.Tensor) -> None:
+        """One threshold for all, the largest."""
         sae.threshold.copy_(threshold.max())
 
-    def saelens(self, sae, state):
+    def saelens(self, sae: Autoencoder, state: State) -> tuple[State, dict]:
+        """JumpReLU with the same threshold for all."""
         return saelens_threshold(sae, state), {}
 
 

@@ -3,7 +3,8 @@
 
 import torch
 
-from fastsae.sae.architectures.base import Architecture, saelens_threshold, squared_error
+from fastsae.sae import Autoencoder
+from fastsae.sae.architectures.base import Architecture, State, saelens_threshold, squared_error
 from fastsae.settings.architectures import About
 
 
@@ -20,11 +21,20 @@ class Gated(Architecture):
         fresh_length=0.2,
     )
 
-    def prepare(self, sae):
+    def prepare(self, sae: Autoencoder) -> None:
+        """Gates that open as the magnitudes do."""
         sae.gate_bias = torch.nn.Parameter(torch.zeros_like(sae.neuron_bias))
         sae.log_magnitude = torch.nn.Parameter(torch.zeros_like(sae.neuron_bias))
 
-    def loss(self, sae, x, *, sparsity, bandwidth, target_l0):
+    def loss(
+        self,
+        sae: Autoencoder,
+        x: torch.Tensor,
+        *,
+        sparsity: float,
+        bandwidth: float,
+        target_l0: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error + sparsity * L1 of the gates + squared error of the gates' own
         reconstruction (arXiv 2404.16014, eq. 8).
 
@@ -43,7 +53,8 @@ class Gated(Architecture):
         )
         return loss, features
 
-    def inference_state(self, state):
+    def inference_state(self, state: State) -> State:
+        """JumpReLU, the gates' offsets moved into the thresholds."""
         state = dict(state)
         state["encoder.weight"], state["threshold"] = as_jumprelu(
             state["encoder.weight"],
@@ -53,12 +64,13 @@ class Gated(Architecture):
         )
         return state
 
-    def begin_at(self, sae, bias, threshold):
-        # its magnitudes are the projections themselves, its gates open above the threshold
+    def begin_at(self, sae: Autoencoder, bias: torch.Tensor, threshold: torch.Tensor) -> None:
+        """Magnitudes are the projections, gates open above the threshold."""
         sae.log_magnitude.zero_()
         sae.gate_bias.copy_(bias - threshold)
 
-    def saelens(self, sae, state):
+    def saelens(self, sae: Autoencoder, state: State) -> tuple[State, dict]:
+        """JumpReLU's thresholds."""
         return saelens_threshold(sae, state), {}
 
 

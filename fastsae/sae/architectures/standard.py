@@ -2,6 +2,7 @@
 
 import torch
 
+from fastsae.sae import Autoencoder
 from fastsae.sae.architectures.base import Architecture, pre_activations, squared_error
 from fastsae.settings.architectures import About
 
@@ -17,7 +18,15 @@ class Standard(Architecture):
         fresh_length=0.2,
     )
 
-    def loss(self, sae, x, *, sparsity, bandwidth, target_l0):
+    def loss(
+        self,
+        sae: Autoencoder,
+        x: torch.Tensor,
+        *,
+        sparsity: float,
+        bandwidth: float,
+        target_l0: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error + sparsity * L1."""
         features = torch.relu(pre_activations(sae, x))  # (B, M)
         return squared_error(sae, features, x) + sparsity * features.sum(1).mean(), features

@@ -1,7 +1,8 @@
 """TopK: the K largest pre-activations of each token (arXiv 2406.04093), with prefixes Matryoshka
 (arXiv 2503.17547). `sparse_step` has its loss."""
 
-from fastsae.sae.architectures.base import Architecture
+from fastsae.sae import Autoencoder
+from fastsae.sae.architectures.base import Architecture, State
 from fastsae.settings.architectures import About
 
 
@@ -18,7 +19,8 @@ class TopK(Architecture):
         sparsify="topk",
     )
 
-    def saelens(self, sae, state):
+    def saelens(self, sae: Autoencoder, state: State) -> tuple[State, dict]:
+        """K; HypotheSAEs keeps decoder rows at length 1, so nothing is to be rescaled."""
         return {}, {"k": sae.k_active_neurons, "rescale_acts_by_decoder_norm": False}
 
 
