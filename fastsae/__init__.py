@@ -1,4 +1,6 @@
-"""Parts that two or more of the scripts need. Nothing here imports config.py or a script.
+"""The pipeline's parts, in packages named by what they are about. docs/contributing.md has the map.
+
+Nothing here imports config.py or a script.
 
 `from fastsae import load_sae` is the way in for a notebook; it is imported when it is asked for, as
 torch takes seconds.

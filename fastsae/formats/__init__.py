@@ -1,1 +1,4 @@
-"""Autoencoders of other libraries read and written, and the model card."""
+"""Autoencoders of other libraries read and written, and the model card.
+
+A new format to read is a file in `readers/`. Formats of datasets are in `fastsae/data/`.
+"""

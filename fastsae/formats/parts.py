@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, overload
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from fastsae.lm.hook_points import HookPoint
 from fastsae.runtime.errors import EnvironmentFailure, InputError
@@ -216,9 +218,6 @@ def read_config(path: Path) -> Config:
 def read_safetensors(path: Path) -> Tensors:
     """`Tensors` of a safetensors file. InputError if there is none, EnvironmentFailure if it is
     damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not Path(path).is_file():
         raise InputError(f"{path}: not found. give the folder that the library wrote.")
     try:

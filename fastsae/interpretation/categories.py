@@ -153,22 +153,6 @@ def shuffled_aucs(
     return aucs, named
 
 
-def shuffled_count(
-    pooled: Matrix,
-    labels: np.ndarray,
-    n_categories: int,
-    seed: int,
-    above: float,
-    repeats: int = 10,
-) -> float:
-    """How many features reach an AUC above the bound under shuffled labels, the mean over `repeats`
-    shuffles."""
-    return float(
-        (shuffled_aucs(pooled, labels, n_categories, seed, repeats=repeats)[0] > above).mean()
-        * pooled.shape[1]
-    )
-
-
 def number_labels(labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(names, (n,) number of each label's name): names that one label alone has are left out, and
     their number is -1."""

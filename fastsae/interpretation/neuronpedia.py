@@ -8,6 +8,7 @@ before a batch is sent.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,6 @@ TYPES: dict = {
 
 def check(value: Any, schema: dict = SCHEMA, where: str = "batch") -> None:
     """Raise ValueError, saying where, if `value` breaks the schema."""
-    import re
 
     def require(ok, what):
         if not ok:

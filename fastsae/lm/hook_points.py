@@ -1,4 +1,5 @@
-"""Where in a language model activations are read, and what each library calls that place.
+"""Where in a language model activations are read, and what each library calls that place. The hook
+itself is placed by `residual.ResidualModel`.
 
 LAYER_IDX counts the blocks that have run, from 1: the residual stream after 12 blocks is layer 12.
 Libraries count blocks from 0: the same stream is what block 11 gives.

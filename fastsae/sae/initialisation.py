@@ -5,6 +5,7 @@ import math
 import torch
 
 from fastsae.sae import Autoencoder, architectures
+from fastsae.sae.sparse_step import active_entries
 
 LEAN = 0.25  # of mixed directions towards a token each, against 1 at random
 MEDIAN_COLUMNS = 512  # sorted at a time
@@ -83,8 +84,6 @@ def draw_directions(kind: str, m: int, sample: torch.Tensor, seed: int) -> torch
 def best_scale(sae: Autoencoder, sample: torch.Tensor) -> float:
     """The factor that brings the reconstructions of `sample` (n, d) closest to it, by least
     squares; 1 where nothing fires."""
-    from fastsae.sae.sparse_step import active_entries
-
     x = sample - sae.input_bias
     picks_k = architectures.of(sae).about.picks_k
     entries = active_entries(sae, x, training=picks_k)

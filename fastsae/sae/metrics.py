@@ -2,6 +2,7 @@
 of batch ratios)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,59 +38,74 @@ def evaluate(
     of an example, then over examples. `normalized_mse` is the sum of squared errors over the sum of
     squared distances from the tokens' mean.
     """
-    device = sae.input_bias.device
-    prefixes = sae.prefix_lengths or [sae.m_total_neurons]
-    # (n,) squared error per token, summed over dimensions
-    squared = np.empty(len(rows))
-    cosine = l0 = 0.0
-    prefix_squared = np.zeros(len(prefixes))
-    fired = torch.zeros(sae.m_total_neurons, dtype=torch.bool, device=device)
-    total, total_squared = torch.zeros(activations.shape[1], dtype=torch.float64), 0.0
-    for start in range(0, len(rows), BATCH):
-        stop_if_asked()
-        x = torch.as_tensor(activations[rows[start : start + BATCH]]).to(device).float()
-        release(activations)
-        entries = encode(sae, x)
-        reconstruction = decode(sae, entries)
-        error = (reconstruction - x).square().sum(1)
-        squared[start : start + len(x)] = error.double().cpu().numpy()
-        prefix_squared += [
-            float(
-                (error if end == sae.m_total_neurons else _prefix_error(sae, entries, end, x))
-                .double()
-                .sum()
-            )
-            for end in prefixes
-        ]
-        cosine += float(torch.cosine_similarity(reconstruction, x).double().sum())
-        l0 += len(entries.value)
-        fired[entries.column] = True
-        wide = x.double()  # summed where the data are: a row of 2,304 dimensions is 18 kB
-        total += wide.sum(0).cpu()
-        total_squared += float(wide.square().sum())
+    sums = _sums(sae, activations, rows)
     if errors is not None:
-        errors[rows] = squared
-    # about the mean, summed over tokens
-    variance = max(total_squared - float(total.square().sum()) / len(rows), 1e-30)
-    d = activations.shape[1]
-    normalised = float(squared.sum() / variance)
-    is_special = special[rows]
+        errors[rows] = sums.squared
+    per_dimension = sums.squared / activations.shape[1]
+    normalised = float(sums.squared.sum() / sums.variance)
+    examples, is_special = example_of_row[rows], special[rows]
     return {
-        "mse": _per_example_mean(squared / d, example_of_row[rows]),
+        "mse": _per_example_mean(per_dimension, examples),
         "normalized_mse": normalised,
         "explained_variance": 1 - normalised,
-        "l0": l0 / len(rows),
-        "dead_fraction": 1 - float(fired.double().mean()),
-        "mse_template_tokens": _per_example_mean(
-            squared[is_special] / d, example_of_row[rows][is_special]
-        ),
-        "cosine_similarity": cosine / len(rows),
+        "l0": sums.n_active / len(rows),
+        "dead_fraction": 1 - sums.fired_fraction,
+        "mse_template_tokens": _per_example_mean(per_dimension[is_special], examples[is_special]),
+        "cosine_similarity": sums.cosine / len(rows),
         "prefix_normalized_mse": {
-            str(end): float(s / variance) for end, s in zip(prefixes, prefix_squared)
+            str(end): float(squared / sums.variance)
+            for end, squared in zip(_prefixes(sae), sums.prefix_squared)
         },
         "n_tokens": len(rows),
         "n_special_tokens": int(is_special.sum()),
     }
+
+
+@dataclass
+class _Sums:
+    """What one pass over n tokens adds up."""
+
+    squared: np.ndarray  # (n,) squared error of each token, summed over dimensions
+    prefix_squared: np.ndarray  # (n_prefixes,) the same from each prefix, summed over tokens
+    cosine: float  # of tokens and reconstructions
+    n_active: int  # features, over all tokens
+    fired_fraction: float  # of the features
+    variance: float  # squared distances from the tokens' mean
+
+
+def _sums(sae: Autoencoder, activations: Any, rows: np.ndarray) -> _Sums:
+    device, m, d = sae.input_bias.device, sae.m_total_neurons, activations.shape[1]
+    prefixes = _prefixes(sae)
+    squared, prefix_squared = np.empty(len(rows)), np.zeros(len(prefixes))
+    cosine, n_active = 0.0, 0
+    fired = torch.zeros(m, dtype=torch.bool, device=device)
+    total, total_squared = torch.zeros(d, dtype=torch.float64), 0.0
+    for start in range(0, len(rows), BATCH):
+        stop_if_asked()
+        x = torch.as_tensor(activations[rows[start : start + BATCH]]).to(device).float()  # (B, d)
+        release(activations)
+        entries = encode(sae, x)
+        reconstruction = decode(sae, entries)
+        error = (reconstruction - x).square().sum(1)  # (B,)
+        squared[start : start + len(x)] = error.double().cpu().numpy()
+        prefix_squared += [
+            float((error if end == m else _prefix_error(sae, entries, end, x)).double().sum())
+            for end in prefixes
+        ]
+        cosine += float(torch.cosine_similarity(reconstruction, x).double().sum())
+        n_active += len(entries.value)
+        fired[entries.column] = True
+        wide = x.double()  # summed where the data are: a row of 2,304 dimensions is 18 kB
+        total += wide.sum(0).cpu()
+        total_squared += float(wide.square().sum())
+    variance = max(total_squared - float(total.square().sum()) / len(rows), 1e-30)
+    fired_fraction = float(fired.double().mean())
+    return _Sums(squared, prefix_squared, cosine, n_active, fired_fraction, variance)
+
+
+def _prefixes(sae: Autoencoder) -> list[int]:
+    """The lengths of the prefixes, the whole last."""
+    return sae.prefix_lengths or [sae.m_total_neurons]
 
 
 def _prefix_error(sae, entries, end, x):
