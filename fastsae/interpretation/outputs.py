@@ -210,7 +210,7 @@ def exit_code(rows: Sequence[Mapping[str, Any]]) -> int:
     reasons = sorted({row["status"] for row in failed})
     print(
         f"incomplete: {len(failed)} features, {unlabelled} of them without an LLM's label "
-        f"({'; '.join(reasons[:3])}). mend it and "
+        f"({'; '.join(reasons[:3])}). solve it and "
         "run again: what was answered is not asked twice (--retry-unusable asks again what "
         "gave no usable reply).",
         file=sys.stderr,
