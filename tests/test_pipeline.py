@@ -66,7 +66,7 @@ def test_demo_end_to_end(demo):
     )
     table = (folder / "interpretations.csv").read_text(encoding="utf-8")
     assert table.startswith(
-        "feature,label,label_source,label_precision,label_recall,label_f1,rule,status,density,"
+        "feature,label,label_source,label_precision,label_recall,label_f1,rule,detection_auc,status,density,"
         "max_activation,top_tokens,top_example_1"
     )
     assert sum(line.split(",")[0].isdigit() for line in table.splitlines()) == 256

@@ -58,6 +58,7 @@ class Features:
         progress.step("top tokens, categories and promoted tokens of the features")
         self.rows = self._make_rows()
         self.rule_labels = self._add_rules()
+        self.detection = self._add_detection()
         self.categories = self._add_categories()
         self.lens = self._add_lens()
         # what the run is worth; its parts are those that could be measured
@@ -198,6 +199,14 @@ class Features:
                 self.rows, self.evidence, self.firings, self.settings.SEED, features_done.update
             )
 
+    def _add_detection(self):
+        from fastsae.interpretation.detection import add_detection
+
+        with progress.bar(len(self.rows), "detection", "feature") as features_done:
+            return add_detection(
+                self.rows, self.evidence, self.firings, self.settings.SEED, features_done.update
+            )
+
     def _add_categories(self):
         from fastsae.interpretation.categories import add_categories
 
@@ -298,6 +307,7 @@ class Features:
         """Counts over all features, for the report and the tables' first line."""
         n_dead = sum(row["status"] == "dead" for row in self.rows)
         counts = {"n_features": len(self.rows), "n_dead": n_dead, **self.rule_labels.summary()}
+        counts |= self.detection.summary()
         if self.categories is None:
             return counts
         return counts | self.categories.summary(AUC_BOUND)

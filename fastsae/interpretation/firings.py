@@ -36,6 +36,7 @@ class Firings:
         chosen[self.examples] = True
         self.seen = np.repeat(chosen, lengths)  # (n_tokens,) bool
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._sorted: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def add(self, token: np.ndarray, feature: np.ndarray, value: np.ndarray) -> None:
         """Activations (nnz,) of features (nnz,) on tokens (nnz,), numbered over all examples."""
@@ -51,7 +52,10 @@ class Firings:
     def by_feature(self, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(start (M + 1,), token (nnz,), value (nnz,)): feature j fires on the tokens
         token[start[j] : start[j + 1]], ascending."""
-        token, feature, value = (np.concatenate(part) for part in zip(*self._parts))
-        order = np.lexsort((token, feature))
-        start = np.concatenate([[0], np.cumsum(np.bincount(feature, minlength=m))])
-        return start, token[order], value[order]
+        if self._sorted is None:
+            token, feature, value = (np.concatenate(part) for part in zip(*self._parts))
+            order = np.lexsort((token, feature))
+            start = np.concatenate([[0], np.cumsum(np.bincount(feature, minlength=m))])
+            self._sorted = start, token[order], value[order]
+            self._parts = []
+        return self._sorted

@@ -29,6 +29,7 @@ COLUMNS = (  # of interpretations.csv
     "label_recall",
     "label_f1",
     "rule",
+    "detection_auc",
     "status",
     "density",
     "max_activation",
@@ -233,6 +234,7 @@ def print_results(features: Features, work: "Labelling | None", folder: Path) ->
             f"{spent['completion_tokens']:,} out"
         )
     print_rules(counts)
+    print_detection(counts)
     print_categories(features, counts)
     if features.comparison:
         sources = [
@@ -262,6 +264,16 @@ def print_rules(counts: Mapping[str, Any]) -> None:
             f"rules: {counts['n_with_rule']} features have one; on texts that they were not found "
             f"on their mean F1 is {counts['mean_label_f1']:.2f} (0 without a rule), "
             f"another feature's has {counts['mean_label_f1_other_rule']:.2f}"
+        )
+
+
+def print_detection(counts: Mapping[str, Any]) -> None:
+    """How well five examples tell where features fire, beside random directions."""
+    if "n_detection" in counts:
+        print(
+            f"five-shot detection: mean AUC {counts['mean_detection_auc']:.2f} of "
+            f"{counts['n_detection']} features, {counts['mean_detection_auc_random']:.2f} of "
+            "random directions (the same tokens, firing or silent)"
         )
 
 

@@ -236,6 +236,7 @@ function panel(f) {
         fact("strongest", figure(f.max), `mean ${figure(f.mean)}`),
         f.score ? fact("LLM score", dots(f.score), `${f.score} of 5`) : null,
         f.auc === null ? null : fact(`AUC for ${f.category}`, round(f.auc), data.chance ? `by chance up to ${round(data.chance)}` : null),
+        f.detection === null ? null : fact("found from five examples", round(f.detection), "AUC, among the same tokens; by chance 0.5"),
         fact("on template tokens", percent(f.special), "of its activation")),
       ...groups.filter(([, , list]) => list.length).flatMap(([name, note, list]) =>
         [make("h3", {}, name, make("small", {}, note)), ...list.map(e => exampleNode(f, e))]),

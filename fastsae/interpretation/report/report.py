@@ -193,6 +193,7 @@ def feature_data(
         "f1": number(row["fidelity_f1"]),
         "rule": row.get("rule"),
         "ruleF1": number(row.get("label_f1")),
+        "detection": number(row.get("detection_auc")),
         "rulePrecision": number(row.get("label_precision")),
         "ruleRecall": number(row.get("label_recall")),
         "precision": number(row.get("fidelity_precision")),
