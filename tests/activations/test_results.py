@@ -4,27 +4,24 @@ import numpy as np
 import pytest
 
 from fastsae.activations import files, results
+from fastsae.activations.assembly import Assembly
 from fastsae.data.tokenization import CONTENT, SHARED_PREFIX, TokenTable
 from fastsae.runtime import artifacts
 
 D = 2
+ROWS = np.arange(12, dtype=np.float16).reshape(6, D)
+PLACES = [(0, 4), (4, 2)]
 NORMS = np.array([90, 1, 2, 80, 3, 50], np.float32)  # of six tokens in two examples
 
 
 @pytest.fixture
 def parts(tmp_path):
-    """Two parts, of four tokens and of two."""
+    """The notes of two parts, of four tokens and of two, at PLACES."""
     paths = []
-    for i, (first, last) in enumerate([(0, 4), (4, 6)]):
+    for i, (first, n_rows) in enumerate(PLACES):
         paths.append(tmp_path / f"part-{i}.npz")
-        artifacts.write_npz(
-            paths[-1],
-            {
-                "activations_3": np.arange(first * D, last * D, dtype=np.float16).reshape(-1, D),
-                "norms_3": NORMS[first:last],
-                "seconds": np.float64(1.5),
-            },
-        )
+        norms = NORMS[first : first + n_rows]
+        artifacts.write_npz(paths[-1], {"norms_3": norms, "seconds": np.float64(1.5)})
     return paths
 
 
@@ -65,16 +62,35 @@ def test_norms_and_speed_by_hand(parts, table):
     }
 
 
+def write(tmp_path, table, parts, shard_bytes):
+    """The file of layer 3, its rows placed part by part; returns its path."""
+    shards = results.shards_of(table, D, "float16", shard_bytes)
+    about, path = metadata(), tmp_path / "activations_layer3.npz"
+    assembly = Assembly(
+        path,
+        [0, *(int(table.starts[last]) for _, last in shards)],
+        d_model=D,
+        storage_dtype="float16",
+        folder=tmp_path / ".parts",
+        plan="plan",
+        fingerprint=about["fingerprint"],
+    )
+    for part, (first, n_rows) in zip(parts, PLACES, strict=True):
+        note = artifacts.read_npz(part, made_by="the test")
+        checksums = assembly.place(first, ROWS[first : first + n_rows])
+        artifacts.write_npz(part, {**note, "crc32_3": np.array(checksums, np.uint32)})
+    results.write_layer(assembly, parts, PLACES, shards, table, about, n_processes=1)
+    return path
+
+
 @pytest.mark.parametrize("shard_bytes, n_files", [(1000, 1), (3 * D * 2, 2), (1, 2)])
 def test_rows_keep_their_order_whatever_the_shards(
     tmp_path, parts, table, capsys, shard_bytes, n_files
 ):
-    path = tmp_path / "activations_layer3.npz"
-    results.write_layer(path, parts, table, metadata(), shard_bytes=shard_bytes, n_processes=1)
+    path = write(tmp_path, table, parts, shard_bytes)
     assert len(files.find_shards(path)) == n_files
     data = files.open_activations(path)
-    rows = data["activations"]
-    assert np.array_equal(rows[0 : len(rows)].ravel(), np.arange(12))
+    assert np.array_equal(np.asarray(data["activations"][0:6]), ROWS)
     assert list(data["seq_lengths"]) == [3, 3] and list(data["example_ids"]) == [1, 2]
     out = capsys.readouterr().out
     assert ("1 more shards" in out) is (n_files == 2)
@@ -82,8 +98,7 @@ def test_rows_keep_their_order_whatever_the_shards(
 
 
 def test_shards_of_an_earlier_run_are_set_aside(tmp_path, parts, table):
-    path = tmp_path / "activations_layer3.npz"
     for shard_bytes in (1, 1000):
-        results.write_layer(path, parts, table, metadata(), shard_bytes=shard_bytes, n_processes=1)
+        path = write(tmp_path, table, parts, shard_bytes)
     assert files.find_shards(path) == [path]
     assert not [p for p in tmp_path.glob("*-of-*.npz") if ".old-" not in p.name]
