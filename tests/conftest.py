@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import sampling  # noqa: E402
-from tiny_world import worker, world  # noqa: E402, F401  (fixtures)
+from tiny_world import forks, tiny_llama, worker, world  # noqa: E402, F401  (fixtures)
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -108,7 +108,7 @@ LONG = (
 def _group(item):
     """Tests that run in one of several processes: a file's, which share its fixtures, or those of
     the tiny world."""
-    return "world" if "world" in item.fixturenames else item.path.stem
+    return "world" if "forks" in item.fixturenames else item.path.stem
 
 
 def _rank(item):

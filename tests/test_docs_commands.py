@@ -6,6 +6,7 @@ in the place of those that the page names.
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -15,7 +16,6 @@ import sys
 import numpy as np
 import pytest
 from conftest import PROJECT
-from forking import Stages
 from loopback import Endpoint
 from test_docs import PAGES
 from tiny_world import KEY, WORDS, answer
@@ -104,18 +104,10 @@ def in_miniature(command: str, model: str) -> tuple[str, dict[str, str | None]]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, smol_tokenizer):
+def tiny(tmp_path_factory, tiny_llama, forks):
     """(folder with a model, data of every form and the results of stages 1 and 2; the forks)."""
-    import torch
-    import transformers
-
     folder = tmp_path_factory.mktemp("documented")
-    torch.manual_seed(0)
-    options = {"vocab_size": 49152, "hidden_size": 8, "intermediate_size": 16, "head_dim": 4}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    shape = transformers.LlamaConfig(**options, **heads, pad_token_id=2)
-    transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(folder / "model")
-    smol_tokenizer.save_pretrained(folder / "model")
+    os.symlink(tiny_llama, folder / "model")
     texts = [" ".join((WORDS * 3)[i : i + 5 + i % 9]) + f" {i}" for i in range(40)]
     texts = [f"{i} {text}" for i, text in enumerate(texts)]
     more = [
@@ -145,13 +137,11 @@ def tiny(tmp_path_factory, smol_tokenizer):
     biases = {"b_enc": np.zeros(16), "b_dec": np.zeros(8), "threshold": np.full(16, 0.1)}
     biases = {name: value.astype(np.float32) for name, value in biases.items()}
     np.savez(gemma / "params.npz", W_enc=weights[0].T, W_dec=weights[1], **biases)
-    stages = Stages(TEST_TOKENIZERS=str(folder / "model"))
-    ready = folder / "ready"
+    stages, ready = forks[0], folder / "ready"
     for script in config.STAGES[:2]:
         done = run(stages, folder, script, {}, ready)
         assert done["code"] == 0, done["err"]
-    yield folder, stages
-    stages.close()
+    return folder, stages
 
 
 def run(stages, folder, script, flags, output, **environment):

@@ -72,7 +72,7 @@ def test_the_tests_of_a_file_stay_together_and_so_do_those_of_the_tiny_world():
     def item(path, *fixtures):
         return SimpleNamespace(path=SimpleNamespace(stem=path), fixturenames=fixtures)
 
-    world = [item("test_guarantees_kill", "world"), item("test_guarantees_llm", "tally", "world")]
+    world = [item("test_guarantees_kill", "forks"), item("test_docs_commands", "tiny", "forks")]
     others = [item("test_pipeline"), item("test_tables", "tmp_path"), item("test_docs")]
     assert {conftest._group(each) for each in world} == {"world"}
     assert [conftest._group(each) for each in others] == [each.path.stem for each in others]

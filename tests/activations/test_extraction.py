@@ -1,7 +1,10 @@
 """Stage 1 against the model run one example at a time, and the tokens against the chat template's
 own tokenisation."""
 
+import copy
+import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -60,11 +63,13 @@ def smol_model():
     return transformers.AutoModelForCausalLM.from_pretrained(model_source("SmolLM2-135M-Instruct"))
 
 
-@pytest.fixture
-def tiny_model(tmp_path, smol_tokenizer):
-    """A folder with a small random model of a given class and the embedded model's tokenizer."""
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory, smol_tokenizer):
+    """(folder, model): a small random model of a given class with the embedded model's tokenizer.
+    Made once of each class, and only read."""
 
-    def make(config_name="LlamaConfig", **options):
+    @functools.cache
+    def make(config_name="LlamaConfig"):
         import transformers
 
         torch.manual_seed(0)
@@ -78,9 +83,9 @@ def tiny_model(tmp_path, smol_tokenizer):
             "head_dim": 8,
             "pad_token_id": 2,
         }
-        config = getattr(transformers, config_name)(**{**sizes, **options})
+        config = getattr(transformers, config_name)(**sizes)
         model = transformers.AutoModelForCausalLM.from_config(config)
-        folder = tmp_path / "tiny"
+        folder = tmp_path_factory.mktemp("tiny")
         model.save_pretrained(folder)
         smol_tokenizer.save_pretrained(folder)
         return folder, model.eval()
@@ -437,7 +442,10 @@ def test_batches_and_chunks_by_hand():
 def test_float16_that_cannot_hold_the_numbers_is_refused(
     tmp_path, dataset, run_main, tiny_model, capsys
 ):
-    folder, model = tiny_model()
+    original, model = tiny_model()
+    folder = tmp_path / "large"
+    shutil.copytree(original, folder)
+    model = copy.deepcopy(model)
     model.model.embed_tokens.weight.data *= 1e8
     model.save_pretrained(folder)
     flags = [
@@ -485,8 +493,6 @@ def test_summary_and_timing(tmp_path, dataset, run_main, capsys):
 
 def test_template_dates_are_pinned(smol_tokenizer):
     """Llama's templates print a date; it must not be today's."""
-    import copy
-
     tokenizer = copy.copy(smol_tokenizer)
     tokenizer.chat_template = (
         "{{ date_string }}: {% for m in messages %}<|im_start|>{{ "
@@ -501,8 +507,6 @@ def test_template_dates_are_pinned(smol_tokenizer):
 
 
 def test_a_template_that_refuses_names_the_line(smol_tokenizer):
-    import copy
-
     from fastsae.runtime.errors import InputError
 
     tokenizer = copy.copy(smol_tokenizer)

@@ -524,32 +524,20 @@ def test_hub_datasets(tmp_path, extract, monkeypatch, capsys):
 
 
 @pytest.mark.sampled
-def test_kills_at_random_times_change_no_byte(dataset, llama):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "experiments.benchmarks.kill_extraction",
-            "--kills",
-            "3" if sampling.exhaustive else "1",
-            "--dataset-path",
-            dataset,
-            "--model-name",
-            llama,
-            "--layer-idx",
-            "2",
-            "--chunk-tokens",
-            "200",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=PROJECT,
-        # threads of several processes wait for each other on few cores
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+def test_kills_at_random_times_change_no_byte(tmp_path, dataset, tiny_llama, forks):
+    flags = ["--dataset-path", dataset, "--model-name", tiny_llama, "--layer-idx", "2"]
+    done = forks[0].run(
+        "experiments.benchmarks.kill_extraction",
+        "--kills",
+        3 if sampling.exhaustive else 1,
+        *flags,
+        "--chunk-tokens",
+        200,
+        output=tmp_path / "none",
+        bare=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("identical after ")
+    assert done["code"] == 0, done["err"]
+    assert done["out"].startswith("identical after ")
 
 
 def torchrun(*flags):

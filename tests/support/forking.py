@@ -63,7 +63,8 @@ class Stages:
 
     def run(self, script, *flags, output, **how):
         """how: `kill_at=k` or `full_from=k` or `stop_at=k` (operation, from 1),
-        `kill_after=seconds`, `racers=n`, `environment={}`."""
+        `kill_after=seconds`, `racers=n`, `environment={}`; `bare=True` for a module that takes no
+        --output-dir."""
         job = {"script": script, "flags": [*map(str, flags)], "output": str(output), **how}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -192,13 +193,8 @@ def in_fork(job, report):
         os.close(file)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     os.environ.update(job.get("environment", {}))
-    sys.argv = [
-        job["script"] + ".py",
-        "--output-dir",
-        job["output"],
-        "--no-print-settings",
-        *job["flags"],
-    ]
+    shared = [] if job.get("bare") else ["--output-dir", job["output"], "--no-print-settings"]
+    sys.argv = [job["script"] + ".py", *shared, *job["flags"]]
     operations, foreign = [], []
     sys.addaudithook(functools.partial(look_for_foreign, foreign, job["output"]))
     storage.watch = functools.partial(at_operation, job, operations)

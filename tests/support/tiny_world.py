@@ -38,13 +38,12 @@ def answer(prompt):
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory, smol_tokenizer):
-    """A tiny model, a dataset, an endpoint; for each stage its flags, what lies there before (`old`
-    results too), and the outcome."""
+def tiny_llama(tmp_path_factory, smol_tokenizer):
+    """A folder with the smallest model there can be, random, and the embedded model's tokenizer."""
     import torch
     import transformers
 
-    folder = tmp_path_factory.mktemp("kill")
+    folder = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(
@@ -58,8 +57,26 @@ def world(tmp_path_factory, smol_tokenizer):
             pad_token_id=2,
         )
     )
-    model.save_pretrained(folder / "model")
-    smol_tokenizer.save_pretrained(folder / "model")
+    model.save_pretrained(folder)
+    smol_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def forks(tiny_llama):
+    """Processes that fork stages, which know the tokenizer of `tiny_llama`: one for each worker."""
+    stages = [Stages(TEST_TOKENIZERS=str(tiny_llama)) for _ in range(N_WORKERS)]
+    yield stages
+    for each in stages:
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, tiny_llama, forks):
+    """A tiny model, a dataset, an endpoint; for each stage its flags, what lies there before (`old`
+    results too), and the outcome."""
+    folder = tmp_path_factory.mktemp("kill")
+    os.symlink(tiny_llama, folder / "model")
     random_words = np.random.default_rng(0)
     dataset = folder / "texts.jsonl"
     dataset.write_text(
@@ -126,7 +143,6 @@ def world(tmp_path_factory, smol_tokenizer):
         "train_sae": ["--seed", 7],
         "interpret_sae": ["--n-top-neurons", 0, "--pooling", "max"],
     }
-    stages = [Stages(TEST_TOKENIZERS=str(folder / "model")) for _ in range(N_WORKERS)]
     world = SimpleNamespace(
         folder=folder, flags=flags, expected={}, old={}, operations={}, idle=SimpleQueue()
     )
@@ -141,7 +157,7 @@ def world(tmp_path_factory, smol_tokenizer):
     workers = []
     for i in range(N_WORKERS):  # one output folder each: it is named in some of the files
         worker = SimpleNamespace(
-            stages=stages[i],
+            stages=forks[i],
             out=folder / f"worker{i}" / "out",
             before={},
             after={},
@@ -167,7 +183,6 @@ def world(tmp_path_factory, smol_tokenizer):
         workers.append(worker)
     yield world
     for worker in workers:
-        worker.stages.close()
         worker.server.close()
 
 
