@@ -26,20 +26,17 @@ if TYPE_CHECKING:
     from fastsae.settings.values import Settings
 
 
-# settings of what a study reads, which its stages know too
-DATA_SETTINGS = (
+# settings that a study and its stages know: of the model, and of all that is read
+MODEL_SETTINGS = (
     "PRESET",
     "MODEL_NAME",
     "MODEL_REVISION",
     "CACHE_DIR",
     "DEVICE",
     "MAX_LENGTH",
-    "LAYER_IDX",
-    "DATASET_PATH",
-    "MAX_EXAMPLES",
     "TEXT_FIELD",
-    "SEED",
 )
+DATA_SETTINGS = (*MODEL_SETTINGS, "LAYER_IDX", "DATASET_PATH", "MAX_EXAMPLES", "SEED")
 
 
 def run_many(script: str, jobs: Iterable[Iterable[Any]]) -> None:

@@ -26,6 +26,7 @@ import config
 from experiments.shared import evidence, heldout
 from experiments.shared.provenance import RESULTS, run_stage, write_figure, write_result
 from experiments.shared.sweeps import (
+    MODEL_SETTINGS,
     epochs_and_steps,
     listed,
     passed_on,
@@ -67,15 +68,6 @@ QUICK_VALUES = {
 }
 SOURCES = {"FAST": "example", "BT(F)": "block", "BT(P)": "block"}
 FOLDERS = {"FAST": "fast", "BT(F)": "block_dialogues", "BT(P)": "block_text"}
-PASSED_ON = (
-    "PRESET",
-    "MODEL_NAME",
-    "MODEL_REVISION",
-    "CACHE_DIR",
-    "DEVICE",
-    "MAX_LENGTH",
-    "TEXT_FIELD",
-)  # flags that stages know too
 PER_SINKS = {
     True: ["--no-exclude-shared-prefix", "--max-norm-ratio", "none"],
     False: [],
@@ -185,7 +177,7 @@ def extract(settings, work, datasets):
         if folder != "labelled" or settings.LABELLED_PATH:
             run_stage(
                 "extract_activations.py",
-                *passed_on(settings, PASSED_ON),
+                *passed_on(settings, MODEL_SETTINGS),
                 "--layers",
                 listed(settings.LAYERS),
                 "--output-dir",
@@ -233,7 +225,7 @@ def train_flags(settings, work, n_tokens, source, architecture, layer, sinks, se
     """The flags of train_sae.py for one autoencoder: for all sources the same but for the
     activations."""
     return [
-        *passed_on(settings, PASSED_ON),
+        *passed_on(settings, MODEL_SETTINGS),
         "--output-dir",
         work / FOLDERS[source],
         "--run-name",

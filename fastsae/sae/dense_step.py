@@ -7,12 +7,12 @@ the same only for activations of the same length: see `normalisation.Normalisati
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
 from fastsae.runtime import distributed
 from fastsae.sae import Autoencoder, architectures
+from fastsae.sae.architectures.base import Penalty
 
 
 def dense_step(
@@ -29,9 +29,7 @@ def dense_step(
     sae.zero_grad(set_to_none=True)
     architecture = architectures.of(sae)
     architecture.constrain(sae)
-    loss, features = architecture.loss(
-        sae, x, sparsity=sparsity, bandwidth=bandwidth, target_l0=target_l0
-    )
+    loss, features = architecture.loss(sae, x, Penalty(sparsity, bandwidth, target_l0))
     # means over the slices of the batch become parts of the mean over all of it
     if distributed.together():
         loss = loss * (len(x) / int(distributed.total(torch.tensor([len(x)]))))
@@ -40,13 +38,20 @@ def dense_step(
 
 
 @torch.no_grad()
-def validation_loss(sae: Autoencoder, x_blocks: Iterable[torch.Tensor], **options: Any) -> float:
-    """The loss on the tokens of `x_blocks`, (B, d) each, normalised as in training; `options` as
-    for `dense_step`."""
+def validation_loss(
+    sae: Autoencoder,
+    x_blocks: Iterable[torch.Tensor],
+    *,
+    sparsity: float,
+    bandwidth: float,
+    target_l0: int | None,
+) -> float:
+    """The loss on the tokens of `x_blocks`, (B, d) each, normalised as in training."""
     total, n = 0.0, 0
     architecture = architectures.of(sae)
     architecture.constrain(sae)  # as the next step would
+    penalty = Penalty(sparsity, bandwidth, target_l0)
     for x in x_blocks:
-        total += float(architecture.loss(sae, x, **options)[0]) * len(x)
+        total += float(architecture.loss(sae, x, penalty)[0]) * len(x)
         n += len(x)
     return total / n

@@ -19,6 +19,7 @@ from fastsae.sae.metrics import measured_on
 
 if TYPE_CHECKING:
     from fastsae.interpretation.evidence import Evidence
+    from fastsae.interpretation.statistics import Statistics
 
 METRICS = (
     ("normalized_mse", "normalised MSE"),
@@ -180,7 +181,35 @@ def run_tables(
         (f"normalised MSE from the first {end}", _shown(v))
         for end, v in metrics.get("prefix_normalized_mse", {}).items()
     ]
-    provenance = [
+    every = [
+        ("Settings of stage 1, extraction", source["settings"]),
+        ("Settings of stage 2, training", sae_meta["settings"]),
+        (
+            "Settings of stage 3, interpretation",
+            {name: named(value) for name, value in settings.items()},
+        ),
+    ]
+    measured = (
+        "On tokens of this dataset, drawn at random."
+        if "source" in sae_meta
+        else MEASURED[measured_on(metrics)]
+    )
+    return [
+        ("How well the autoencoder reconstructs", measured, figures, True),
+        *([target_table(comparison)] if comparison else []),
+        ("Where this comes from", "", provenance(sae_meta, source, metadata), True),
+        *(
+            (name, "", [(key, _shown(value)) for key, value in values.items()], False)
+            for name, values in every
+        ),
+    ]
+
+
+def provenance(
+    sae_meta: Mapping[str, Any], source: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """[(key, value)]: the model, the data, the files and the versions."""
+    return [
         ("model", described(source["model_name"])),
         ("autoencoder", architecture_text(sae_meta["settings"])),
         ("revision", source.get("resolved_revision") or source.get("model_revision") or "as named"),
@@ -200,28 +229,6 @@ def run_tables(
         (
             "versions",
             ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()),
-        ),
-    ]
-    every = [
-        ("Settings of stage 1, extraction", source["settings"]),
-        ("Settings of stage 2, training", sae_meta["settings"]),
-        (
-            "Settings of stage 3, interpretation",
-            {name: named(value) for name, value in settings.items()},
-        ),
-    ]
-    measured = (
-        "On tokens of this dataset, drawn at random."
-        if "source" in sae_meta
-        else MEASURED[measured_on(metrics)]
-    )
-    return [
-        ("How well the autoencoder reconstructs", measured, figures, True),
-        *([target_table(comparison)] if comparison else []),
-        ("Where this comes from", "", provenance, True),
-        *(
-            (name, "", [(key, _shown(value)) for key, value in values.items()], False)
-            for name, values in every
         ),
     ]
 
@@ -244,69 +251,76 @@ def run_charts(
     evidence: "Evidence", history: Any, max_norm: float | None, categories: Any, scored: Any
 ) -> list[charts.Chart | None]:
     """The charts of the run page; None, or nothing, where there are no data."""
-    s = evidence.statistics
-    result: list[charts.Chart | None] = []
-    if history:
-        result.append(
-            charts.curves(
-                "Training",
-                "loss on training tokens and normalised MSE on held-out examples, by epoch",
-                [
-                    (name, [line[key] for line in history])
-                    for name, key in (("normalised MSE", "normalized_mse"), ("loss", "loss"))
-                ],
-            )
-        )
-    beyond = max_norm is not None and bool((s.norms > max_norm).any())
+    result = [_training_chart(history)] if history else []
+    result += _token_charts(evidence.statistics, max_norm)
+    if categories is not None:
+        result.append(_category_chart(categories))
+    if scored:
+        result.append(_score_chart(scored))
+    return result
+
+
+def _training_chart(history: Any) -> charts.Chart | None:
+    return charts.curves(
+        "Training",
+        "loss on training tokens and normalised MSE on held-out examples, by epoch",
+        [
+            (name, [line[key] for line in history])
+            for name, key in (("normalised MSE", "normalized_mse"), ("loss", "loss"))
+        ],
+    )
+
+
+def _token_charts(statistics: "Statistics", max_norm: float | None) -> list[charts.Chart | None]:
+    """Norms of the tokens, and densities of the features on them."""
+    beyond = max_norm is not None and bool((statistics.norms > max_norm).any())
     sinks = "; those beyond the line are attention sinks, left out" if beyond else ""
-    result.append(
+    return [
         charts.log_bars(
             "Token norms",
             f"tokens by the norm of their activation, heights as square roots{sinks}",
-            s.norms,
+            statistics.norms,
             guide=max_norm if beyond else None,
             guide_name="bound",
-        )
-    )
-    result.append(
+        ),
         charts.log_bars(
             "Density",
             "features by the share of tokens on which they fire, heights as square roots",
-            s.density,
-        )
+            statistics.density,
+        ),
+    ]
+
+
+def _category_chart(categories: Any) -> charts.Chart:
+    """How well features separate their best category, beside shuffled labels."""
+    aucs, shuffled, counts = categories.auc, categories.shuffled, categories.summary(AUC_BOUND)
+    edges = np.linspace(0.3, 1, 15)
+    found = np.histogram(aucs[~np.isnan(aucs)].clip(0.3, 1), edges)[0]
+    chance = np.histogram(shuffled[~np.isnan(shuffled)].clip(0.3, 1), edges)[0] * (
+        len(aucs) / max(shuffled.size, 1)
     )
-    if categories is not None:
-        aucs, shuffled, counts = categories.auc, categories.shuffled, categories.summary(AUC_BOUND)
-        edges = np.linspace(0.3, 1, 15)
-        found = np.histogram(aucs[~np.isnan(aucs)].clip(0.3, 1), edges)[0]
-        chance = np.histogram(shuffled[~np.isnan(shuffled)].clip(0.3, 1), edges)[0] * (
-            len(aucs) / max(shuffled.size, 1)
-        )
-        result.append(
-            charts.bars(
-                "Category AUC",
-                "features by the AUC of their best category, on examples not used to choose it; "
-                "dashed: with shuffled labels. A category is named for the "
-                f"{counts['n_with_category']} that are above chance, with a share of false ones "
-                f"of {100 * LEVEL:.0f} % at most expected; {counts['n_above_auc_bound']} of them "
-                f"are beyond {AUC_BOUND}",
-                found.tolist(),
-                [f"{edges[i]:.1f}" if i % 2 == 0 else None for i in range(14)],
-                cool=set(range(10, 14)),
-                outline=chance.tolist(),
-            )
-        )
-    if scored:
-        shares = [sum(score == value for score in scored) / len(scored) for value in range(1, 6)]
-        result.append(
-            charts.bars(
-                "Interpretability score",
-                f"share of {len(scored)} features drawn at random, by the language model's score "
-                "from 1 to 5",
-                shares,
-                list("12345"),
-                shown=[f"{100 * share:.0f} %" for share in shares],
-                cool={3, 4},
-            )
-        )
-    return result
+    return charts.bars(
+        "Category AUC",
+        "features by the AUC of their best category, on examples not used to choose it; "
+        "dashed: with shuffled labels. A category is named for the "
+        f"{counts['n_with_category']} that are above chance, with a share of false ones "
+        f"of {100 * LEVEL:.0f} % at most expected; {counts['n_above_auc_bound']} of them "
+        f"are beyond {AUC_BOUND}",
+        found.tolist(),
+        [f"{edges[i]:.1f}" if i % 2 == 0 else None for i in range(14)],
+        cool=set(range(10, 14)),
+        outline=chance.tolist(),
+    )
+
+
+def _score_chart(scored: Any) -> charts.Chart:
+    shares = [sum(score == value for score in scored) / len(scored) for value in range(1, 6)]
+    return charts.bars(
+        "Interpretability score",
+        f"share of {len(scored)} features drawn at random, by the language model's score "
+        "from 1 to 5",
+        shares,
+        list("12345"),
+        shown=[f"{100 * share:.0f} %" for share in shares],
+        cool={3, 4},
+    )

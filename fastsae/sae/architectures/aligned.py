@@ -8,7 +8,7 @@ the nearest such point, and gradients go through the move.
 import torch
 
 from fastsae.sae import Autoencoder
-from fastsae.sae.architectures.base import Architecture, State, squared_error
+from fastsae.sae.architectures.base import Architecture, Penalty, State, squared_error
 from fastsae.settings.architectures import About
 
 
@@ -23,18 +23,13 @@ class Aligned(Architecture):
     )
 
     def loss(
-        self,
-        sae: Autoencoder,
-        x: torch.Tensor,
-        *,
-        sparsity: float,
-        bandwidth: float,
-        target_l0: int | None,
+        self, sae: Autoencoder, x: torch.Tensor, penalty: Penalty
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared error + sparsity * L1, the features from the moved encoder rows."""
+        """Squared error + coefficient * L1, the features from the moved encoder rows."""
         rows = aligned(sae.encoder.weight, sae.decoder.weight)
         features = torch.relu((x - sae.input_bias) @ rows.t() + sae.neuron_bias)  # (B, M)
-        return squared_error(sae, features, x) + sparsity * features.sum(1).mean(), features
+        l1 = features.sum(1).mean()
+        return squared_error(sae, features, x) + penalty.coefficient * l1, features
 
     def inference_state(self, state: State) -> State:
         """Standard, with the moved encoder rows as the weights."""

@@ -6,12 +6,27 @@ largest pre-activations of a token or every pre-activation above the threshold (
 `autoencoder.encode` computes: only training, the start and other libraries' layouts differ.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from fastsae.sae import Autoencoder
 from fastsae.settings.architectures import About
 
 State = dict[str, torch.Tensor]  # of `sae.state_dict()`
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """How a loss keeps features few.
+
+    coefficient: its weight beside the squared error; bandwidth: the width around a threshold in
+    which it gets gradients; target_l0: the number of active features to aim at, None = no such aim.
+    """
+
+    coefficient: float
+    bandwidth: float
+    target_l0: int | None
 
 
 class Architecture:
@@ -31,18 +46,13 @@ class Architecture:
         measured."""
 
     def loss(
-        self,
-        sae: Autoencoder,
-        x: torch.Tensor,
-        *,
-        sparsity: float,
-        bandwidth: float,
-        target_l0: int | None,
+        self, sae: Autoencoder, x: torch.Tensor, penalty: Penalty
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, features (B, M)) of a batch x (B, d), for autograd.
 
-        The squared error summed over the d dimensions, mean over tokens, plus `sparsity` times the
-        penalty per token. Not asked of an architecture with `about.picks_k`.
+        The squared error summed over the d dimensions, mean over tokens, plus
+        `penalty.coefficient` times the penalty per token. Not asked of an architecture with
+        `about.picks_k`.
         """
         raise NotImplementedError(f"{self.about.name} is trained by sparse_step")
 

@@ -4,7 +4,13 @@
 import torch
 
 from fastsae.sae import Autoencoder
-from fastsae.sae.architectures.base import Architecture, State, saelens_threshold, squared_error
+from fastsae.sae.architectures.base import (
+    Architecture,
+    Penalty,
+    State,
+    saelens_threshold,
+    squared_error,
+)
 from fastsae.settings.architectures import About
 
 
@@ -27,15 +33,9 @@ class Gated(Architecture):
         sae.log_magnitude = torch.nn.Parameter(torch.zeros_like(sae.neuron_bias))
 
     def loss(
-        self,
-        sae: Autoencoder,
-        x: torch.Tensor,
-        *,
-        sparsity: float,
-        bandwidth: float,
-        target_l0: int | None,
+        self, sae: Autoencoder, x: torch.Tensor, penalty: Penalty
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared error + sparsity * L1 of the gates + squared error of the gates' own
+        """Squared error + coefficient * L1 of the gates + squared error of the gates' own
         reconstruction (arXiv 2404.16014, eq. 8).
 
         The gates' reconstruction goes through a frozen decoder, as in the paper (SAELens trains the
@@ -48,7 +48,7 @@ class Gated(Architecture):
         by_gates = opened @ sae.decoder.weight.detach().t() + sae.input_bias.detach()
         loss = (
             squared_error(sae, features, x)
-            + sparsity * opened.sum(1).mean()
+            + penalty.coefficient * opened.sum(1).mean()
             + (by_gates - x).square().sum(1).mean()
         )
         return loss, features

@@ -8,6 +8,7 @@ import torch
 from fastsae.sae import Autoencoder
 from fastsae.sae.architectures.base import (
     Architecture,
+    Penalty,
     State,
     pre_activations,
     saelens_threshold,
@@ -45,19 +46,14 @@ class JumpReLU(Architecture):
         sae.threshold.data.clamp_(min=0)
 
     def loss(
-        self,
-        sae: Autoencoder,
-        x: torch.Tensor,
-        *,
-        sparsity: float,
-        bandwidth: float,
-        target_l0: int | None,
+        self, sae: Autoencoder, x: torch.Tensor, penalty: Penalty
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared error + sparsity * L0, or with target_l0 the square of the L0's distance from
+        """Squared error + coefficient * L0, or with target_l0 the square of the L0's distance from
         it."""
-        features, l0 = Jump.apply(pre_activations(sae, x), sae.threshold, bandwidth)
-        penalty = l0 if target_l0 is None else 2 / target_l0 * (l0 - target_l0).square()
-        return squared_error(sae, features, x) + sparsity * penalty.mean(), features
+        features, l0 = Jump.apply(pre_activations(sae, x), sae.threshold, penalty.bandwidth)
+        target = penalty.target_l0
+        excess = l0 if target is None else 2 / target * (l0 - target).square()  # (B,)
+        return squared_error(sae, features, x) + penalty.coefficient * excess.mean(), features
 
     def begin_at(self, sae: Autoencoder, bias: torch.Tensor, threshold: torch.Tensor) -> None:
         """The thresholds themselves."""

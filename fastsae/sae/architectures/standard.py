@@ -3,7 +3,7 @@
 import torch
 
 from fastsae.sae import Autoencoder
-from fastsae.sae.architectures.base import Architecture, pre_activations, squared_error
+from fastsae.sae.architectures.base import Architecture, Penalty, pre_activations, squared_error
 from fastsae.settings.architectures import About
 
 
@@ -19,17 +19,12 @@ class Standard(Architecture):
     )
 
     def loss(
-        self,
-        sae: Autoencoder,
-        x: torch.Tensor,
-        *,
-        sparsity: float,
-        bandwidth: float,
-        target_l0: int | None,
+        self, sae: Autoencoder, x: torch.Tensor, penalty: Penalty
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared error + sparsity * L1."""
+        """Squared error + coefficient * L1."""
         features = torch.relu(pre_activations(sae, x))  # (B, M)
-        return squared_error(sae, features, x) + sparsity * features.sum(1).mean(), features
+        l1 = features.sum(1).mean()
+        return squared_error(sae, features, x) + penalty.coefficient * l1, features
 
 
 ARCHITECTURE = Standard()
