@@ -14,7 +14,7 @@ from fastsae.data.tokenization import (
     mark_shared_prefix,
     tokenise,
 )
-from fastsae.runtime import progress
+from fastsae.runtime import progress, ranks
 from fastsae.runtime.errors import InputError
 from fastsae.settings.values import Settings
 
@@ -29,6 +29,8 @@ def read_tokens(
     """
     in_blocks = settings.PROCESSING == "block"
     chat = chat_tokenizer(settings, tokenizer)
+    if chat.lacks_template and ranks.current().rank == 0:
+        print("chat template: this model has none, texts go in as they are", flush=True)
     duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
     examples = examples_of(settings, dataset_path, sha256)
     table = tokenise(filter(duplicates.is_new, examples) if duplicates else examples, chat)
@@ -42,6 +44,8 @@ def read_tokens(
         "n_control_strings": table.n_control_strings,
         "n_duplicates": duplicates.n_dropped if duplicates else 0,
     }
+    if chat.lacks_template:
+        counts["has_chat_template"] = False
     if in_blocks:
         table, counts["n_left_over"] = blocks_of(table, settings.BLOCK_LENGTH)
     require_two(len(table.lengths), settings.DATASET_PATH)

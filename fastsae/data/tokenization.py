@@ -42,7 +42,8 @@ class ChatTokenizer:
     stays text.
 
     `tokenizer`: a fast Hugging Face tokenizer. `chat_template` False gives plain tokenisation of
-    `text` rows (with the tokenizer's own BOS). `date` is handed to templates that print today's
+    `text` rows (with the tokenizer's own BOS), as does a tokenizer without a template: then
+    `lacks_template` is True. `date` is handed to templates that print today's
     date, so that runs are repeatable.
     """
 
@@ -56,6 +57,8 @@ class ChatTokenizer:
         dataset_name: Path | str = "dataset",
         special_tokens: bool = True,
     ) -> None:
+        self.lacks_template = chat_template and not tokenizer.chat_template
+        chat_template = chat_template and not self.lacks_template
         # BOS and the like; a template writes its own
         self.special_tokens = special_tokens and not chat_template
         self.tokenizer = tokenizer
@@ -63,11 +66,6 @@ class ChatTokenizer:
         self.date = date
         self.dataset_name = dataset_name
         self.chat_template = chat_template
-        if chat_template and not tokenizer.chat_template:
-            raise InputError(
-                "MODEL_NAME: this model has no chat template. choose an instruct model, "
-                "or set --no-use-chat-template."
-            )
         template_text = str(tokenizer.chat_template) if chat_template else ""
         special = set(tokenizer.all_special_tokens)
         self._control = long_texts.any_of(
@@ -152,10 +150,13 @@ class ChatTokenizer:
         content in it."""
         if not self.chat_template:
             if not example.is_text:
-                raise InputError(
-                    f"{place(self.dataset_name, example.line)}: is a dialogue, "
-                    "which needs the chat template. set --use-chat-template."
+                why = (
+                    "and this model has no chat template. choose an instruct model, "
+                    "or give each text without roles."
+                    if self.lacks_template
+                    else "which needs the chat template. set --use-chat-template."
                 )
+                raise InputError(f"{place(self.dataset_name, example.line)}: is a dialogue, {why}")
             text = example.messages[0]["content"]
             return text, [(0, len(text), 0)]
         text = self._apply(example, example.messages)

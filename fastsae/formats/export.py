@@ -12,7 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastsae.formats.load import architecture_of, architecture_text, meant_tokens
+from fastsae.formats.load import (
+    architecture_of,
+    architecture_text,
+    meant_tokens,
+    with_chat_template,
+)
 from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import hub_id, short_name, weights_note
 from fastsae.runtime import artifacts, storage
@@ -143,7 +148,7 @@ def saelens_metadata(meta: dict) -> dict[str, Any]:
         "hf_hook_name": hook_point.hugging_face,
         "hook_head_index": None,
         # a chat template writes its own
-        "prepend_bos": not settings.get("USE_CHAT_TEMPLATE", True),
+        "prepend_bos": not with_chat_template(source),
         "context_size": settings.get("MAX_LENGTH") or settings.get("BLOCK_LENGTH"),
         "dataset_path": dataset_name(source["dataset_path"]),
         **own_metadata(meta),

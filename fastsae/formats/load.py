@@ -133,6 +133,12 @@ def is_plain_text(source: dict) -> bool:
     return str(source.get("dataset_path") or "").endswith(".txt")
 
 
+def with_chat_template(source: dict) -> bool:
+    """Whether the texts of the activations went through the model's chat template."""
+    asked = (source.get("settings") or {}).get("USE_CHAT_TEMPLATE", True)
+    return asked and source.get("has_chat_template", True)
+
+
 def meant_tokens(meta: dict) -> dict[str, Any]:
     """Which tokens the autoencoder is for, as exports say it: no format that others read has a
     mask.

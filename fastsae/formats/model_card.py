@@ -21,6 +21,7 @@ from fastsae.formats.load import (
     nested_prefixes,
     target_k,
     trained_architecture,
+    with_chat_template,
 )
 from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import described, hub_id, weights_note
@@ -168,7 +169,7 @@ def header(entries: list[tuple[Path, dict]]) -> list[str]:
 def provenance(meta: Mapping[str, Any]) -> list[str]:
     """What it was trained on: model, place, data and which tokens."""
     source, settings = meta["activations"], meta["activations"]["settings"]
-    with_template = settings.get("USE_CHAT_TEMPLATE", True) and not is_plain_text(source)
+    with_template = with_chat_template(source) and not is_plain_text(source)
     rendered = "with the model's chat template" if with_template else "without chat template"
     how = (
         "joined and cut into blocks"
