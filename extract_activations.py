@@ -115,6 +115,7 @@ def main():
                 compute_dtype=str(model.dtype).removeprefix("torch."),
                 device=model.device.partition(":")[0],
                 resolved_revision=model.revision,
+                **model.where,
             )
         work = Work(
             model, table, missing,

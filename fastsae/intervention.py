@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from fastsae.activations.extraction import split_batches
+from fastsae.lm.decoders import decoder_stack, stream_of, with_stream
 from fastsae.lm.hook_points import HookPoint
-from fastsae.lm.residual import decoder_stack
+from fastsae.runtime.machine_errors import is_out_of_memory
 from fastsae.sae import Autoencoder
 from fastsae.sae.autoencoder import decode, encode
 
@@ -45,9 +46,7 @@ def replaced(
     length, d_model) both."""
 
     def hook(_, __, output):
-        if isinstance(output, tuple):
-            return function(output[0]), *output[1:]
-        return function(output)
+        return with_stream(output, function(stream_of(output)))
 
     handle = HookPoint(layer).module_in(decoder_stack(model)).register_forward_hook(hook)
     try:
@@ -57,20 +56,42 @@ def replaced(
 
 
 @contextlib.contextmanager
-def continued(model: Any, layer: int, stream: torch.Tensor) -> Iterator[None]:
+def continued(model: Any, layer: int, stream: torch.Tensor, output: Any = None) -> Iterator[None]:
     """Within, the first `layer` blocks do not run: what they would have given is `stream` (batch,
-    length, d_model).
+    length, d_model), in the form of `output` if blocks return more than the stream.
 
-    For models whose blocks return the stream alone, as those of transformers 5 do.
+    Not for models in which later blocks read more of the earlier ones than the stream; see
+    `can_continue`.
     """
     blocks = decoder_stack(model).layers[:layer]
     for block in blocks:
-        block.forward = lambda *_, **__: stream
+        block.forward = lambda *_, **__: with_stream(output, stream)
     try:
         yield
     finally:
         for block in blocks:
             del block.forward
+
+
+def constantly(stream: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function for `replaced` that gives this stream whatever there was."""
+    return lambda _: stream
+
+
+def can_continue(
+    model: Any, layer: int, ids: torch.Tensor, output: Any, logits: torch.Tensor
+) -> bool:
+    """Whether the model gives the same `logits` (batch, length, vocabulary) for ids (batch, length)
+    when its first `layer` blocks are skipped and `output` stands for what they return."""
+    try:
+        with continued(model, layer, stream_of(output), output):
+            found = model(input_ids=ids, use_cache=False).logits
+    # what a block's author chose to raise where an earlier one left nothing behind
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return torch.allclose(found.float(), logits.float(), rtol=1e-2, atol=1e-2)
 
 
 @torch.inference_mode()
@@ -93,27 +114,38 @@ def next_token_losses(
     with the tokens done.
     """
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
-    kept = []
+    kept: list[Any] = []
+    skips = None  # whether blocks before the layer can be skipped: found with the first batch
     result = {
         name: Losses(*(np.full(starts[-1], np.nan, np.float32) for _ in range(2)))
         for name in ("clean", *replacements)
     }
 
-    def keep(stream):
-        kept.append(stream)
-        return stream
-
     for batch in split_batches([len(ids) for ids in examples], batch_tokens):
         ids, real, token = padded(examples, batch, starts, model.device)
-        with replaced(model, layer, keep):
+        hook = (
+            HookPoint(layer)
+            .module_in(decoder_stack(model))
+            .register_forward_hook(lambda _, __, output: kept.append(output))
+        )
+        try:
             clean = model(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
+        output = kept.pop()
+        if skips is None:
+            skips = can_continue(model, layer, ids, output, clean)
         # (batch, length, d_model), (batch, length, vocabulary)
-        stream, clean = kept.pop(), clean.float().log_softmax(-1)
+        stream, clean = stream_of(output), clean.float().log_softmax(-1)
         write_losses(result["clean"], clean, clean, ids, batch, examples, starts)
         for name, function in replacements.items():
             new = stream.clone()
             new[real] = function(stream[real], token).to(stream.dtype)
-            with continued(model, layer, new):
+            with (
+                continued(model, layer, new, output)
+                if skips
+                else replaced(model, layer, constantly(new))
+            ):
                 logits = model(input_ids=ids, use_cache=False).logits
             write_losses(result[name], clean, logits, ids, batch, examples, starts)
             del logits

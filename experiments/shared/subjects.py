@@ -19,7 +19,7 @@ from fastsae.data.datasets import Deduplicator, identity, stream_examples
 from fastsae.data.token_masks import chosen_tokens, usable_tokens
 from fastsae.data.tokenization import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
 from fastsae.formats.load import architecture_of
-from fastsae.lm import devices, loading, residual, sources
+from fastsae.lm import decoders, devices, loading, sources
 from fastsae.lm.names import short_name
 from fastsae.runtime.errors import InputError
 from fastsae.sae import Autoencoder
@@ -183,7 +183,7 @@ def load_model(subject: Subject, settings: Settings) -> Any:
     if device == "cpu":
         from fastsae.lm.cpu_kernels import quicken
 
-        quicken(residual.decoder_stack(model))
+        quicken(decoders.decoder_stack(model))
     return model
 
 

@@ -141,6 +141,7 @@ class Forward:
     ) -> None:
         import torch
 
+        model.require_length(int(table.lengths.max(initial=0)))
         self.model, self.table, self.starts = model, table, table.starts
         self.batch_tokens = batch_tokens
         self.storage_dtype = storage_dtype

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastsae.lm.checks import equal_up_to_rounding, sample_for
+from fastsae.lm.decoders import Decoder, Enough, stream_of
+from fastsae.runtime.machine_errors import is_out_of_memory
+
 LONGEST_PLAIN = 512  # tokens up to which attention as plain products beats the fused kernel
 ACTIVATIONS = {  # transformers' class: oneDNN's name and algorithm
     "SiLU": ("swish", ""),
@@ -20,9 +24,13 @@ ACTIVATIONS = {  # transformers' class: oneDNN's name and algorithm
 }
 
 
-def quicken(stack: Any) -> None:
-    """Replace the linear layers, gated MLPs and attention of a decoder stack, in place, where that
-    changes no result beyond rounding."""
+def quicken(stack: Decoder) -> None:
+    """Replace the linear layers, gated MLPs and attention of a decoder, in place, where that
+    changes no result beyond rounding.
+
+    Blocks built alike share a trial: a sample runs through the first of them before and after, and
+    they stay as they were if the stream differs.
+    """
     if not (
         torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     ):
@@ -32,24 +40,87 @@ def quicken(stack: Any) -> None:
         and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     ):
         return
-    for block in stack.layers:
-        for name, module in list(block.named_children()):
-            if GatedMlp.fits(module) and same_result(fast := GatedMlp(module), module):
-                setattr(block, name, fast)
-        for parent in list(block.modules()):
-            for name, module in list(parent.named_children()):
-                if type(module) is nn.Linear and module.weight.dtype in (
-                    torch.float32,
-                    torch.bfloat16,
-                ):
-                    setattr(parent, name, PackedLinear(module))
+    ids, verdicts = sample_for(stack.config), {}
+    for number, block in enumerate(stack.layers):
+        built = tuple((name, type(module)) for name, module in block.named_modules())
+        if built not in verdicts:
+            verdicts[built] = _tried(stack, number, ids)
+        elif verdicts[built]:
+            replace_products(block)
     if stack.config._attn_implementation == "sdpa":
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+        _try_plain_attention(stack, ids)
 
-        AttentionInterface.register("plain_products", plain_attention)
-        AttentionMaskInterface.register("plain_products", sdpa_mask)
-        stack.config._attn_implementation = "plain_products"
+
+def replace_products(block: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put packed products in the place of a block's MLP and linear layers; [(parent, name, what was
+    there)]."""
+    replaced = []
+
+    def put(parent, name, fast):
+        replaced.append((parent, name, getattr(parent, name)))
+        setattr(parent, name, fast)
+
+    for name, module in list(block.named_children()):
+        if GatedMlp.fits(module) and same_result(fast := GatedMlp(module), module):
+            put(block, name, fast)
+    for parent in list(block.modules()):
+        for name, module in list(parent.named_children()):
+            if PackedLinear.fits(module):
+                put(parent, name, PackedLinear(module))
+    return replaced
+
+
+def _tried(stack, number, ids):
+    """Whether block `number` computes the same with packed products, which it keeps if so."""
+    expected = _output(stack, number, ids)
+    replaced = replace_products(stack.layers[number])
+    if _agrees(lambda: _output(stack, number, ids), expected):
+        return True
+    for parent, name, module in reversed(replaced):
+        setattr(parent, name, module)
+    return False
+
+
+def _try_plain_attention(stack, ids):
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register("plain_products", plain_attention)
+    AttentionMaskInterface.register("plain_products", sdpa_mask)
+    last = len(stack.layers) - 1
+    expected = _output(stack, last, ids)
+    stack.config._attn_implementation = "plain_products"
+    if not _agrees(lambda: _output(stack, last, ids), expected):
+        stack.config._attn_implementation = "sdpa"
+
+
+def _output(stack, number, ids):
+    """The stream (batch, length, d_model) after block `number`, from 0."""
+    seen = []
+
+    def see(_, __, output):
+        seen.append(stream_of(output))
+        raise Enough
+
+    # before the owner's hooks, which need not know of this run
+    hook = stack.layers[number].register_forward_hook(see, prepend=True)
+    try:
+        with torch.inference_mode():
+            stack.run(ids)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def _agrees(output, expected):
+    """Whether `output()` equals `expected` up to rounding; not if it raises."""
+    try:
+        return equal_up_to_rounding(output(), expected)
+    # what a module raises that reads a weight in another way than by multiplying with it
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return False
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:
@@ -77,12 +148,22 @@ def product_with(
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear for inference, its weight in oneDNN's own layout."""
+    """nn.Linear, or GPT-2's Conv1D, for inference, its weight in oneDNN's own layout."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: Any):
         super().__init__()
-        self.weight = packed(linear.weight)
+        self.weight = packed(linear.weight if type(linear) is nn.Linear else linear.weight.t())
         self.bias = None if linear.bias is None else linear.bias.detach()
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether it is a layer that is replaced."""
+        from transformers.pytorch_utils import Conv1D
+
+        return type(module) in (nn.Linear, Conv1D) and module.weight.dtype in (
+            torch.float32,
+            torch.bfloat16,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., out) of x (..., in)."""
@@ -166,7 +247,9 @@ def plain_attention(
     """
     batch, heads, n_query, d_head = query.shape
     n_key = key.shape[2]
-    if n_key > LONGEST_PLAIN or options.get("softcap") is not None:
+    special = options.get("softcap") is not None or options.get("position_bias") is not None
+    additive = attention_mask is not None and attention_mask.dtype != torch.bool
+    if n_key > LONGEST_PLAIN or special or additive:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(

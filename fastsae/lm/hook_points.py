@@ -15,10 +15,12 @@ Libraries count blocks from 0: the same stream is what block 11 gives.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from fastsae.settings.values import activations_stem
+
+BLOCKS = "model.layers"  # where Llama's blocks are in transformers; other families' elsewhere
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ KINDS = {"resid_post": Kind(transformer_lens="hook_resid_post", module="")}
 class HookPoint:
     """The residual stream after `layer` blocks; 0 is the embedding, before any block.
 
-    Raises ValueError for a negative layer or an unknown kind.
+    `blocks`: the address of the blocks in transformers, as `transformer.h` in GPT-2. Raises
+    ValueError for a negative layer or an unknown kind.
     """
 
     layer: int
     kind: str = "resid_post"
+    blocks: str = field(default=BLOCKS, compare=False)
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -68,14 +72,14 @@ class HookPoint:
 
     @property
     def sparsify(self) -> str:
-        """The module's name below the decoder stack, which sparsify names its folders by."""
-        below = KINDS[self.kind].module
-        return f"layers.{self.block}{'.' * bool(below)}{below}"
+        """The module's name below the base model, which sparsify names its folders by."""
+        return self.hugging_face.partition(".")[2]
 
     @property
     def hugging_face(self) -> str:
-        """The module of a Llama-type model in transformers whose output it is."""
-        return f"model.{self.sparsify}"
+        """The module in transformers whose output it is."""
+        below = KINDS[self.kind].module
+        return f"{self.blocks}.{self.block}{'.' * bool(below)}{below}"
 
     def neuronpedia_source(self, name: str) -> str:
         """The name on Neuronpedia of a source of the set `name`."""
@@ -103,7 +107,7 @@ class HookPoint:
         layer = metadata["settings"]["LAYER_IDX"]
         if layer is None:
             raise ValueError("LAYER_IDX: expected a layer, got None")
-        return cls(layer)
+        return cls(layer, blocks=metadata.get("blocks", BLOCKS))
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
@@ -112,7 +116,7 @@ class HookPoint:
         if found := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", name):
             block = int(found[1])
             return cls.of_block(block) if found[2] == "post" else cls(block)
-        if found := re.fullmatch(r"(?:[A-Za-z_]\w*\.)*(?:layers|h)[._](\d+)", name):
+        if found := re.fullmatch(r"(?:[A-Za-z_]\w*\.)*(?:layers|h|blocks)[._](\d+)", name):
             return cls.of_block(int(found[1]))
         return None
 

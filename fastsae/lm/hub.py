@@ -109,5 +109,5 @@ def read_pretrained(loader: Callable, located: str, name: str, **options: Any) -
             ) from None
         raise InputError(
             f"MODEL_NAME: {name} could not be loaded ({brief}). "
-            "give a hub id, a folder with a Llama-type model, or a .gguf file."
+            "give a hub id, a folder with a causal decoder, or a .gguf file."
         ) from None

@@ -6,6 +6,7 @@ All raise InputError or EnvironmentFailure, one line that says what to do.
 from typing import TYPE_CHECKING, Any
 
 from fastsae.lm import hub
+from fastsae.lm.decoders import require_decoder
 from fastsae.lm.sources import model_source
 from fastsae.runtime.errors import InputError
 
@@ -51,15 +52,21 @@ def load_model(
     return (model if device is None else model.to(device)).eval()
 
 
-def load_config(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> Any:
-    """The configuration of the text model (of a multimodal model, its text part)."""
+def load_config(
+    name: str, *, revision: str | None = None, cache_dir: str | None = None, whole: bool = False
+) -> Any:
+    """The configuration of the text model (of a multimodal model, its text part, or `whole`).
+
+    InputError for a model that is not a causal decoder: before its weights are read or fetched.
+    """
     config = hub.read_pretrained(
         hub.quiet_transformers().AutoConfig.from_pretrained,
         model_source(name, cache_dir),
         name,
         **hub.hub_options(revision, cache_dir),
     )
-    return config.get_text_config()
+    require_decoder(config, name)
+    return config if whole else config.get_text_config()
 
 
 def check_layer(config: Any, layer: int, name: str) -> None:

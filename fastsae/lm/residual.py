@@ -1,33 +1,20 @@
 """The residual stream of a model up to one layer or several."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastsae.lm.checks import move, require_causal
-from fastsae.lm.hook_points import HookPoint
+from fastsae.lm.checks import equal_up_to_rounding, move, require_causal, require_chain, sample_ids
+from fastsae.lm.decoders import Enough, decoder_stack, stream_of
+from fastsae.lm.hook_points import BLOCKS, HookPoint
 from fastsae.lm.loading import load_model
 from fastsae.runtime.errors import InputError
+from fastsae.runtime.machine_errors import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
     # keys and values of a layer, each (1, n_heads, length, d_head)
     Prefix = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-def decoder_stack(model: "torch.nn.Module") -> Any:
-    """The module that holds `layers` and `norm`: the one place that knows what the parts of a
-    Llama-type model are called. InputError where there is none."""
-    for path in ("model", "model.language_model", "language_model", "language_model.model", ""):
-        module: Any = model
-        for part in filter(None, path.split(".")):
-            module = getattr(module, part, None)
-        if hasattr(module, "layers") and hasattr(module, "norm"):
-            return module
-    raise InputError(
-        f"MODEL_NAME: {type(model).__name__} is not built like Llama "
-        "(no `layers` and `norm` found). choose a Llama-type model."
-    )
 
 
 class ResidualModel:
@@ -50,24 +37,20 @@ class ResidualModel:
         dtype: "torch.dtype",
         exact_twin: bool = False,
     ):
-        import torch
-
         model = load_model(name, revision=revision, cache_dir=cache_dir, dtype=dtype)
         self.revision = getattr(model.config, "_commit_hash", None)
         self.layers = (layers,) if isinstance(layers, int) else tuple(layers)
-        stack = decoder_stack(model)
-        # later blocks, the final norm and the head never run
-        stack.layers = stack.layers[: max(self.layers)]
-        stack.norm = torch.nn.Identity()  # otherwise the last hidden state is normed
-        self.stack = stack.eval()
+        self.stack = decoder_stack(model)
+        self.stack.module.eval()
         self.device, self.dtype = "cpu", dtype
-        self.d_model = model.config.get_text_config().hidden_size
-        self._streams = {}
+        self.d_model = self.stack.config.hidden_size
+        self._streams: dict[int, torch.Tensor] = {}
+        require_chain(self.stack, max(self.layers), sample_ids(self), name)
+        # later blocks, the final norm and the head never run
+        self.stack.keep_first(max(self.layers))
         for layer in self.layers:
-            HookPoint(layer).module_in(stack).register_forward_hook(
-                lambda _, __, out, layer=layer: self._streams.update(
-                    {layer: out[0] if isinstance(out, tuple) else out}
-                )
+            HookPoint(layer).module_in(self.stack).register_forward_hook(
+                lambda _, __, output, layer=layer: self._seen(layer, output)
             )
         if device != "cpu":
             move(self, device)
@@ -75,7 +58,12 @@ class ResidualModel:
         if device == "cpu" and not exact_twin:
             from fastsae.lm.cpu_kernels import quicken
 
-            quicken(stack)
+            quicken(self.stack)
+
+    def _seen(self, layer, output):
+        self._streams[layer] = stream_of(output)
+        if layer == max(self.layers):
+            raise Enough
 
     def __call__(
         self, ids: "torch.Tensor", prefix: "Prefix | None" = None
@@ -99,33 +87,80 @@ class ResidualModel:
                     ]
                 )
             )
-            self.stack(
-                input_ids=ids.to(self.device, non_blocking=True),
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
+            self.stack.run(ids.to(self.device, non_blocking=True), cache)
             streams, self._streams = self._streams, {}
             return streams
+
+    @property
+    def where(self) -> dict[str, str]:
+        """{"blocks": where they are in the model}, for metadata; {} where they are as in Llama."""
+        return {} if self.stack.path == BLOCKS else {"blocks": self.stack.path}
+
+    def require_length(self, n_tokens: int) -> None:
+        """InputError if the model cannot read `n_tokens` tokens in a row: its positions are a
+        table, and end before."""
+        longest = self.stack.table_length()
+        if longest is None and n_tokens > (self._promised_length() or n_tokens):
+            longest = self._promised_length()
+            try:
+                self(sample_ids(self)[:1, :1].expand(1, n_tokens))
+                return
+            except (IndexError, RuntimeError, ValueError) as error:
+                if is_out_of_memory(error):
+                    return  # whoever runs the batches says so, with what helps
+        if longest is not None and n_tokens > longest:
+            raise InputError(
+                f"MAX_LENGTH: an example has {n_tokens} tokens, and this model has {longest} "
+                f"positions. give --max-length {longest} or less."
+            )
+
+    def _promised_length(self):
+        names = ("max_position_embeddings", "max_seq_len", "n_positions")
+        return next((n for name in names if (n := getattr(self.stack.config, name, None))), None)
 
     def read_prefix(self, ids: "torch.Tensor") -> "tuple[Prefix | None, dict[int, torch.Tensor]]":
         """((length,) int tensor) -> (what `__call__` takes as `prefix`, {layer: (length,
         d_model)}).
 
-        The first is None where the prefix cannot be reused: a layer's attention window is shorter,
-        or a layer is not attention.
+        The first is None, and the other empty, where the prefix cannot be reused: a layer's
+        attention window is shorter, a layer keeps a state rather than keys and values, or the model
+        has a cache of its own. Tried on a sample, for a cache can look right and lack something.
         """
+        try:
+            prefix, streams = self._prefix_in_cache(ids)
+            return (prefix, streams) if self._reusable(ids, prefix) else (None, {})
+        # what a model's author chose to raise at a cache that is not its own
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None, {}
+
+    def _prefix_in_cache(self, ids):
         import torch
 
         with torch.inference_mode():
             cache = self._cache([])
-            # linear attention keeps a state instead
-            if not all(hasattr(layer, "keys") for layer in cache.layers):
-                return None, {}
-            self.stack(input_ids=ids[None].to(self.device), past_key_values=cache, use_cache=True)
+            self.stack.run(ids[None].to(self.device), cache)
             streams, self._streams = self._streams, {}
             kept = [(layer.keys, layer.values) for layer in cache.layers[: len(self.stack.layers)]]
-            whole = all(keys.shape[-2] == len(ids) for keys, _ in kept)
-            return kept if whole else None, {layer: stream[0] for layer, stream in streams.items()}
+            return kept, {layer: stream[0] for layer, stream in streams.items()}
+
+    def _reusable(self, ids, prefix):
+        """Whether every layer kept the whole prefix, and tokens after it come out as without
+        reuse."""
+        import torch
+
+        if not self.stack.takes("past_key_values") or any(
+            keys.shape[-2] != len(ids) for keys, _ in prefix
+        ):
+            return False
+        more = sample_ids(self).to(ids.device)
+        whole = torch.cat([ids.expand(len(more), -1), more], 1)
+        reused, expected = self(more, prefix), self(whole)
+        return all(
+            equal_up_to_rounding(reused[layer], stream[:, len(ids) :])
+            for layer, stream in expected.items()
+        )
 
     def _cache(self, keys_and_values):
         from transformers import DynamicCache

@@ -224,7 +224,13 @@ def test_batches_are_halved_when_memory_runs_out(llama, smol_tokenizer, dataset,
     def forward(call, budget=400):
         limited = types.SimpleNamespace(layers=(2,), d_model=32, device="cpu", dtype=torch.float32)
         limited = type(
-            "Limited", (), {**vars(limited), "__call__": lambda self, ids, prefix: call(ids)}
+            "Limited",
+            (),
+            {
+                **vars(limited),
+                "__call__": lambda self, ids, prefix: call(ids),
+                "require_length": lambda self, n: None,
+            },
         )()
         return extraction.Forward(
             limited,

@@ -20,7 +20,7 @@ from fastsae.data.tokenization import ChatTokenizer, Example, read_dataset, toke
 from fastsae.formats.load import load_sae
 from fastsae.interpretation.inputs import named_checkpoint
 from fastsae.interpretation.llm.client import Journal
-from fastsae.lm import devices, hub, loading, residual
+from fastsae.lm import decoders, devices, hub, loading, residual
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError, StageError
 
@@ -335,8 +335,13 @@ def test_dialogues_that_no_template_takes():
         Example(8, [{"role": "user", "content": "a"}], is_text=True),
     )
     tokenizer = SimpleNamespace(chat_template=None, all_special_tokens=[], get_added_vocab=dict)
-    with pytest.raises(InputError, match="^MODEL_NAME: this model has no chat template"):
-        ChatTokenizer(tokenizer, max_length=8)
+    without = ChatTokenizer(tokenizer, max_length=8, dataset_name="d.jsonl")
+    assert without.lacks_template and without.special_tokens
+    assert without.render(text) == ("a", [(0, 1, 0)])
+    with pytest.raises(
+        InputError, match="^d.jsonl:7: is a dialogue, and this model has no chat template. choose"
+    ):
+        without.render(dialogue)
     with pytest.raises(InputError, match="^d.jsonl:7: is a dialogue.*--use-chat-template"):
         ChatTokenizer(tokenizer, chat_template=False, max_length=8, dataset_name="d.jsonl").render(
             dialogue
@@ -730,9 +735,9 @@ def test_a_device_that_is_not_there(monkeypatch, setting):
     assert devices.choose_device("auto") == "cpu"
 
 
-def test_a_model_that_is_not_built_like_llama():
-    with pytest.raises(InputError, match="^MODEL_NAME: Linear is not built like Llama"):
-        residual.decoder_stack(torch.nn.Linear(1, 1))
+def test_a_model_without_a_list_of_blocks():
+    with pytest.raises(InputError, match="^MODEL_NAME: Linear is not built as one list of blocks"):
+        decoders.decoder_stack(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(
