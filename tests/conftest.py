@@ -1,4 +1,6 @@
 import csv
+import functools
+import importlib
 import json
 import os
 import shutil
@@ -297,19 +299,19 @@ def put_activations(folder, activations, lengths, *, dataset=None, kind=None, to
     return ["--output-dir", str(folder), *(["--dataset-path", str(dataset)] if dataset else [])]
 
 
+def called(monkeypatch, script, *flags):
+    """The exit code of a script's `main()`, called in this process with the given flags."""
+    from fastsae.runtime.stage import run_stage
+
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--no-print-settings", *map(str, flags)])
+    return run_stage(importlib.import_module(script).main)
+
+
 @pytest.fixture
 def run_main(monkeypatch):
     """Call a script's `main()` in this process with the given flags, through `run_stage`; returns
     the exit code."""
-    import importlib
-
-    from fastsae.runtime.stage import run_stage
-
-    def run(script, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--no-print-settings", *map(str, flags)])
-        return run_stage(importlib.import_module(script).main)
-
-    return run
+    return functools.partial(called, monkeypatch)
 
 
 def planted_tokens(n, d, n_directions, n_active, seed=0, noise=0.0):
@@ -371,23 +373,23 @@ def planted_once(tmp_path_factory, smol_tokenizer):
         "--batch-size",
         64,
     ]
-    subprocess.run(
-        [
-            sys.executable,
-            str(PROJECT / "train_sae.py"),
-            *flags,
-            *PLANTED_FLAGS,
-            *map(str, training),
-        ],
-        check=True,
-        capture_output=True,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        assert called(patch, "train_sae", *flags, *PLANTED_FLAGS, *training) == 0
     return folder
 
 
 @pytest.fixture
-def planted(tmp_path, planted_once):
+def planted(tmp_path, planted_once, monkeypatch, smol_tokenizer):
     """The flags of stage 3 for a fresh copy of `planted_once` under tmp_path."""
+    from fastsae.interpretation import run_table
+    from fastsae.lm import loading
+    from fastsae.lm.names import EMBEDDED
+
+    def load_tokenizer(name, *source, plain=loading.load_tokenizer, **more):
+        return smol_tokenizer if name == EMBEDDED else plain(name, *source, **more)
+
+    monkeypatch.setattr(loading, "load_tokenizer", load_tokenizer)  # read once
+    monkeypatch.setattr(run_table, "N_SPLITS", 2)  # half splits enough for tables
     shutil.copytree(planted_once, tmp_path, dirs_exist_ok=True)
     return [
         "--output-dir",

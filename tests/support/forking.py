@@ -96,11 +96,13 @@ def preload():
     modules = [module_name(path) for path in python_files("fastsae")]
     for name in (*LATE, *modules, "extract_activations", "train_sae", "interpret_sae"):
         importlib.import_module(name)
+    from fastsae.interpretation import run_table
     from fastsae.interpretation.llm import client
     from fastsae.lm import loading
 
     torch.set_num_threads(1)
     client.FIRST_WAIT = 0.01  # hardly any waiting between tries
+    run_table.N_SPLITS = 2  # half splits enough for tables
     plain, loaded = loading.load_tokenizer, {}
 
     def load_tokenizer(name, **source):

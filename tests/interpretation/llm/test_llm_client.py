@@ -8,6 +8,7 @@ import pytest
 from conftest import line_of
 from loopback import Endpoint, completion
 
+import interpret_sae
 from fastsae.interpretation.llm import client
 from fastsae.runtime.errors import InputError
 
@@ -221,7 +222,7 @@ def test_stage_3_hands_the_cache_folder_on(tmp_path, planted, run_main, monkeypa
     def choose_backend(model, **more):
         raise InputError(f"seen: {model} {more['cache_dir']}. done.")
 
-    monkeypatch.setattr(client, "choose_backend", choose_backend)
+    monkeypatch.setattr(interpret_sae, "choose_backend", choose_backend)
     assert (
         run_main(
             "interpret_sae",
