@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import PROJECT
-from source_tree import circles, imports, module_graph, python_files
+from source_tree import circles, floors, imports, module_graph, packages_of, python_files
 
 import config
 from fastsae.settings import kinds
@@ -617,6 +617,13 @@ def test_a_climb_between_packages_is_seen():
         ("fastsae.lm.a", "fastsae.sae.b"),
         ("fastsae.training.d", "fastsae.interpretation.e"),
     }
+
+
+def test_floors_and_packages_by_hand():
+    """p.a -> p.b <-> p.c -> q.d: the circle is one floor."""
+    graph = {"x.p.a": {"x.p.b"}, "x.p.b": {"x.p.c"}, "x.p.c": {"x.p.b", "x.q.d"}, "x.q.d": set()}
+    assert floors(graph) == 3 and circles(graph) == [["x.p.b", "x.p.c"]]
+    assert packages_of(graph) == {"p": {"q"}, "q": set()}
 
 
 def test_experiments_share_by_one_package_only():

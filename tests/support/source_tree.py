@@ -6,6 +6,8 @@ moves into a package stays guarded.
 """
 
 import ast
+import functools
+import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -75,3 +77,64 @@ def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
         found |= new
         waiting += new
     return found
+
+
+def packages_of(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The same between packages: {package: packages it imports}; a module that stands in no package
+    is one by itself."""
+
+    def package(module):
+        return module.split(".")[1] if "." in module else module
+
+    found: dict[str, set[str]] = {package(module): set() for module in graph}
+    for module, others in graph.items():
+        found[package(module)] |= {package(other) for other in others} - {package(module)}
+    return found
+
+
+def floors(graph: dict[str, set[str]]) -> int:
+    """The longest way down from one module to the next; a circle counts as one."""
+    group = {name: name for name in graph}
+    for names in circles(graph):
+        group |= dict.fromkeys(names, names[0])
+    below: dict[str, set[str]] = {name: set() for name in group.values()}
+    for name, others in graph.items():
+        below[group[name]] |= {group[other] for other in others} - {group[name]}
+
+    @functools.cache
+    def depth(name):
+        return 1 + max(map(depth, below[name]), default=0)
+
+    return max(map(depth, below))
+
+
+def imports_in_functions(path: str, root: Path = PROJECT) -> int:
+    """How many import statements a file has inside functions."""
+    tree = ast.parse((root / path).read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    statements = (ast.Import, ast.ImportFrom)
+    return len(
+        {each for node in functions for each in ast.walk(node) if isinstance(each, statements)}
+    )
+
+
+def main() -> None:
+    """Print how `fastsae` stands: `python tests/support/source_tree.py [another checkout]`."""
+    root = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else PROJECT
+    modules = module_graph("fastsae", root)
+    for name, graph in (("modules", modules), ("packages", packages_of(modules))):
+        arrows = sum(map(len, graph.values()))
+        print(
+            f"{len(graph)} {name}: {floors(graph)} floors, {arrows} arrows, "
+            f"{len(circles(graph))} circles"
+        )
+    files = python_files(".", "fastsae", root=root)
+    print(
+        f"{sum(path.count('/') == 1 for path in files)} files directly in fastsae/, "
+        f"{sum(imports_in_functions(path, root) for path in files)} imports inside functions "
+        f"of {len(files)} files, the scripts among them"
+    )
+
+
+if __name__ == "__main__":
+    main()
