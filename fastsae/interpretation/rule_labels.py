@@ -43,6 +43,38 @@ class RuleLabels(NamedTuple):
         }
 
 
+class Halves:
+    """The tokens that count, in two halves by their text.
+
+    find, test: the conditions of each half's tokens; find_tokens, test_tokens: their numbers among
+    the tokens of all examples, ascending.
+    """
+
+    def __init__(self, evidence: Evidence, firings: Firings, seed: int) -> None:
+        s = evidence.statistics
+        table, tokens = seen_conditions(evidence, firings)
+        self._first = np.repeat(
+            finding_half(evidence.text_numbers, seed), np.diff(evidence.offsets)
+        )
+        self._row = np.full(len(s.kept), -1, np.int64)  # the place of each token in its half
+        parts = []
+        for side in (True, False):
+            place = np.flatnonzero(s.kept[tokens] & (self._first[tokens] == side))
+            self._row[tokens[place]] = np.arange(len(place))
+            parts.append((table.rows(place), tokens[place]))
+        (self.find, self.find_tokens), (self.test, self.test_tokens) = parts
+        self._fires = firings.by_feature(s.m)
+        self._maximum = s.maximum
+
+    def strong(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
+        """(finding half, testing half): places of the tokens where a feature fires strongly."""
+        start, token, value = self._fires
+        span = slice(start[feature], start[feature + 1])
+        where = token[span][value[span] > rules.STRONG * self._maximum[feature]]
+        first = self._first[where]
+        return self._row[where[first]], self._row[where[~first]]
+
+
 def add_rules(
     rows: list[dict[str, Any]],
     evidence: Evidence,
@@ -54,19 +86,8 @@ def add_rules(
 
     `progress(n)` is called with the features done.
     """
-    s = evidence.statistics
-    table, tokens = seen_conditions(evidence, firings)
-    first = np.repeat(finding_half(evidence.text_numbers, seed), np.diff(evidence.offsets))
-    places = {
-        side: np.flatnonzero(s.kept[tokens] & (first[tokens] == side)) for side in (True, False)
-    }
-    find, test = (table.rows(places[side]) for side in (True, False))
-    # (n_tokens,) the place of each token in its half
-    row_of = np.full(len(s.kept), -1, np.int64)
-    for side in (True, False):
-        row_of[tokens[places[side]]] = np.arange(len(places[side]))
-    start, token, value = firings.by_feature(s.m)
-    own = rules.own_conditions(find)
+    halves = Halves(evidence, firings, seed)
+    own = rules.own_conditions(halves.find)
     strong: dict[int, np.ndarray] = {}  # of the testing half, by feature
     fired: dict[int, np.ndarray] = {}  # where its rule fires there
     for row in rows:
@@ -76,19 +97,16 @@ def add_rules(
             progress(1)
         if row["status"] == "dead":
             continue
-        span = slice(start[j], start[j + 1])
-        where = token[span][value[span] > rules.STRONG * s.maximum[j]]
-        strong[j] = row_of[where[~first[where]]]
-        where = row_of[where[first[where]]]
-        alternatives, f1 = rules.find_rule(find, where, own)
+        where, strong[j] = halves.strong(j)
+        alternatives, f1 = rules.find_rule(halves.find, where, own)
         if len(where) < LEAST_STRONG:
             row["label"] = TOO_RARE
         elif f1 < rules.LEAST_F1:
             row["label"] = NO_RULE
         else:
-            row["rule_data"] = rules.as_rule(find, alternatives)
+            row["rule_data"] = rules.as_rule(halves.find, alternatives)
             row["label"] = row["rule"] = in_words(row["rule_data"])
-            fired[j] = rules.tokens_of_any(test, alternatives)
+            fired[j] = rules.tokens_of_any(halves.test, alternatives)
     return measure(rows, strong, fired, seed)
 
 

@@ -11,8 +11,8 @@ MODIFIERS = {
     "previous shape": "after {}",
     "recent": "shortly after {}",
     "sentence": "with {} before it in the sentence",
-    "sentence place": "as {} token of a sentence",
-    "turn place": "as {} token of a turn",
+    "sentence place": "{} of a sentence",
+    "turn place": "{} of a turn",
     "inside": "inside {}",
     "role": "in the {}'s text",
     "category": "in texts of category {}",
@@ -41,8 +41,11 @@ def in_words(rule: Rule) -> str:
 
 
 def _noun(name, values):
-    if name in ("token", "class", "shape"):
+    if name in ("token", "class", "shape", "quotation"):
         return _listed(name, values)
+    if name.endswith("place"):
+        said = _modifier(name, values)
+        return said.replace("as ", "the ", 1).replace("among the first", "one of the first", 1)
     noun = {
         "forms": "forms of {}",
         "word": "the last part of {}",
@@ -66,17 +69,28 @@ def _modifier(name, values):
 
 
 def _listed(name, values):
+    if name.endswith("place"):
+        return _places(sorted(map(int, values)))
     shown = [SHOWN.get(value) or _quoted(name, value) for value in values]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
 
 
+def _places(places):
+    """ "as 1st token", "among the first 3 tokens", "as 2nd to 5th token"."""
+    first, last = places[0], places[-1]
+    if len(places) > 1 and first == 1 and last == len(places):
+        return f"among the first {last} tokens"
+    words = [{1: "1st", 2: "2nd", 3: "3rd"}.get(place, f"{place}th") for place in places]
+    if len(places) > 2 and last - first == len(places) - 1:
+        return f"as {words[0]} to {words[-1]} token"
+    return f"as {' or '.join(words)} token"
+
+
 def _quoted(name, value):
-    if name in ("class", "previous class", "inside", "role"):
+    if name in ("class", "previous class", "inside", "role", "quotation"):
         return value
     if name in ("shape", "previous shape"):
         return SHAPES.get(value, value)
-    if name.endswith("place"):
-        return {"1": "1st", "2": "2nd", "3": "3rd"}.get(value, f"{value}th")
     if name == "ends":
         return f"“-{value}”"
     shown = visible(value)

@@ -26,12 +26,23 @@ GAIN_LETTERS, GAIN_CONTEXT = 0.015, 0.02  # more for beginnings and endings, for
 GAIN_PAIR = 0.03  # what a second condition has to add to F1 over the first alone
 MAX_KINDS = 4
 # properties of a token's own text; two of them are not put together, but for the shape
-OWN = {"token", "class", "forms", "begins", "ends", "word", "position in word", "template"}
+OWN = {
+    "quotation",
+    "token",
+    "class",
+    "forms",
+    "begins",
+    "ends",
+    "word",
+    "position in word",
+    "template",
+}
 LETTERS = {"begins", "ends", "word"}
 MAX_PARENT = 60  # times the strong tokens: a condition on more tokens is not refined
 # what an alternative is named by comes first
 ORDER = (
     "token",
+    "quotation",
     "class",
     "forms",
     "word",

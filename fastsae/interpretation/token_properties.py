@@ -20,7 +20,8 @@ from fastsae.data.tokenization import CONTENT, ROLES
 RECENT = 6  # tokens before the previous one that count as shortly before
 SENTENCE_REACH = 32  # tokens back in the sentence that are looked at
 MAX_WORD = 24  # characters of a word that are kept
-PLACES = 5  # first tokens of a sentence, and of a turn, that are told apart
+# first tokens of a sentence, and of a turn, that are told apart
+SENTENCE_PLACES, TURN_PLACES = 5, 8
 LONGEST_END = 4  # letters of an ending
 LONGEST_START = 3  # letters of a beginning
 
@@ -265,6 +266,7 @@ class Columns:
             np.zeros(int(self.continues.sum()), np.int64),
         )
         before = np.flatnonzero(self.previous >= 0)
+        before = before[self._read(before, self.previous[before])]
         earlier = self.previous[before]
         yield "previous", self.names, before, self.name[earlier]
         yield "previous shape", self.shapes, before, self.shape[earlier]
@@ -272,9 +274,11 @@ class Columns:
         yield "previous class", values, *self._moved(rows, codes)
         yield "recent", self.names, *self._recent()
         yield "sentence", self.names, *self._earlier_in_sentence()
-        yield "sentence place", *self._places(self.sentence)
-        yield "turn place", *self._places(self._turns())
-        yield "inside", *self._inside()
+        yield "sentence place", *self._places(self.sentence, SENTENCE_PLACES)
+        yield "turn place", *self._places(self._turns(), TURN_PLACES)
+        inside = self._inside()
+        yield "inside", *inside
+        yield "quotation", *self._quotation_marks(inside[1][inside[2] == 0])
         content = np.flatnonzero((self.run.kind == CONTENT) & (self.run.role > 0))
         yield "role", list(ROLES), content, self.run.role[content]
         template = np.flatnonzero(self.run.kind != CONTENT)
@@ -316,8 +320,13 @@ class Columns:
         following = np.full(self.n, -1, np.int64)
         there = np.flatnonzero(self.previous >= 0)
         following[self.previous[there]] = there
-        keep = following[rows] >= 0
+        keep = (following[rows] >= 0) & self._read(following[rows], rows)
         return following[rows[keep]], codes[keep]
+
+    def _read(self, tokens, earlier):
+        """Whether a reader would name earlier tokens as what stands before: not the template's
+        before a text, which begins there for a reader."""
+        return (self.run.kind[earlier] == CONTENT) | (self.run.kind[tokens] != CONTENT)
 
     def _previous(self):
         """(n,) the token before each in its example, -1 for the first."""
@@ -359,15 +368,15 @@ class Columns:
         changed = (self.run.role != self.run.role[p]) | (self.run.kind != self.run.kind[p])
         return np.cumsum((p < 0) | changed)
 
-    def _places(self, group):
-        """The first PLACES tokens of each group, numbered from 1; white space does not count."""
+    def _places(self, group, n):
+        """The first n tokens of each group, numbered from 1; white space does not count."""
         counted = ~self._flag(lambda t: not t.strip())
         start = np.flatnonzero(np.diff(group, prepend=-1))
         total = np.cumsum(counted)
         base = np.repeat(total[start] - counted[start], np.diff(np.append(start, self.n)))
         place = total - base
-        rows = np.flatnonzero(counted & (place <= PLACES) & (self.run.kind == CONTENT))
-        return [str(i) for i in range(1, PLACES + 1)], rows, place[rows] - 1
+        rows = np.flatnonzero(counted & (place <= n) & (self.run.kind == CONTENT))
+        return [str(i) for i in range(1, n + 1)], rows, place[rows] - 1
 
     def _words(self):
         """The word up to a token that goes on with it, in lower case."""
@@ -387,6 +396,7 @@ class Columns:
         for lag in range(2, RECENT + 1):
             at = np.arange(lag, self.n)
             at = at[self.run.example[at] == self.run.example[at - lag]]
+            at = at[self._read(at, at - lag)]
             rows.append(at)
             codes.append(self.name[at - lag])
         return np.concatenate(rows), np.concatenate(codes)
@@ -397,6 +407,7 @@ class Columns:
         for lag in range(1, SENTENCE_REACH + 1):
             at = np.arange(lag, self.n)
             at = at[self.sentence[at] == self.sentence[at - lag]]
+            at = at[self._read(at, at - lag)]
             rows.append(at)
             codes.append(self.name[at - lag])
         return np.concatenate(rows), np.concatenate(codes)
@@ -415,6 +426,23 @@ class Columns:
         rows = [np.flatnonzero(inside[0] % 2 == 1), np.flatnonzero(inside[1] > 0)]
         codes = [np.full(len(r), i) for i, r in enumerate(rows)]
         return ["quotation marks", "brackets"], np.concatenate(rows), np.concatenate(codes)
+
+    def _quotation_marks(self, inside):
+        """Opening and closing quotation marks; inside: the tokens before which one is open."""
+        is_inside = np.zeros(self.n, bool)
+        is_inside[inside] = True
+        double = self._flag(lambda t: any(q in t for q in QUOTES))
+        p = self.previous
+        gap = (p < 0) | self._flag(lambda t: re.search(r"[\s(\[{]$", t))[p]
+        single = self._flag(lambda t: re.fullmatch(r"\s*['‘]", t))
+        spaced = self._flag(lambda t: t[:1].isspace()) | gap
+        after_stop = self._flag(lambda t: re.search(r"[.,;:!?…]['’]\s*$", t))
+        opening = (double & ~is_inside) | (single & spaced)
+        closing = (double & is_inside) | after_stop
+        rows = [np.flatnonzero(opening), np.flatnonzero(closing)]
+        codes = [np.full(len(r), i) for i, r in enumerate(rows)]
+        names = ["opening quotation marks", "closing quotation marks"]
+        return names, np.concatenate(rows), np.concatenate(codes)
 
     def _count(self, count):
         """(n,) a count in the token's own text."""

@@ -53,7 +53,13 @@ def test_what_holds_of_a_token():
     of = conditions_of(SENTENCE, 8)
     assert of["previous shape"] == {"number"} and "inside" not in of
     them = conditions_of(SENTENCE, 10)
-    assert them["inside"] == {"quotation marks"}
+    assert them["inside"] == {"quotation marks"} and "quotation" not in them
+    assert conditions_of(SENTENCE, 9)["quotation"] == {"opening quotation marks"}
+    assert conditions_of(SENTENCE, 11)["quotation"] == {"closing quotation marks"}
+    assert "quotation" not in conditions_of(SENTENCE, 4)  # don't
+    single = ["He", ":", " '", "Go", ".'"]
+    assert conditions_of(single, 2)["quotation"] == {"opening quotation marks"}
+    assert conditions_of(single, 4)["quotation"] == {"closing quotation marks"}
     so = conditions_of(SENTENCE, 12)
     assert "inside" not in so and so["sentence place"] == {"1"} and "sentence" not in so
 
@@ -90,6 +96,8 @@ def test_roles_categories_and_examples_are_kept_apart():
     assert ("template", "token") in holds[2] and not any(n == "category" for n, _ in holds[2])
     assert not any(name == "previous" for name, _ in holds[2])  # another example's token
     assert ("turn place", "1") in holds[3] and ("role", "assistant") in holds[3]
+    # for a reader the text begins after the template
+    assert not any(name in ("previous", "recent", "sentence") for name, _ in holds[3])
 
 
 @pytest.mark.parametrize(
@@ -273,6 +281,9 @@ def test_rules_in_words():
         ([[["ends", ["ing"]], ["sentence place", ["1"]]]],
          "words ending in “-ing” as 1st token of a sentence"),
         ([[["previous", ["the", "a"]]]], "anything after “the” or “a”"),
+        ([[["turn place", ["2", "1", "3"]]]], "one of the first 3 tokens of a turn"),
+        ([[["turn place", ["4", "2", "3"]]]], "the 2nd to 4th token of a turn"),
+        ([[["sentence place", ["4", "2"]]]], "the 2nd or 4th token of a sentence"),
         ([[["shape", ["number"]], ["role", ["user"]]]], "numbers in the user's text"),
         ([[["token", [".", "⏎", "!"]]]], "“.”, a line break or “!”"),
         ([[["category", ["sad"]]], [["inside", ["brackets"]]]],

@@ -1,0 +1,79 @@
+"""Thirty features drawn by a seed, with what a reader sees of them, to be judged by a person.
+
+    python -m experiments.benchmarks.label_sample --output-dir results/demo
+    python -m experiments.benchmarks.label_sample --judgements judged.json --output-dir results/demo
+
+Reads a folder that run_pipeline.py has filled. The first command prints each feature's label, its
+strongest examples and its ordinary ones, the shaded token between « », and nothing of how the
+label was made or scored. `judged.json` holds {"<feature>": ["right", "why"], ...}; right: the label
+tells where the feature fires in nearly all of the examples; partial: in some, or it is wider or
+narrower than they are; useless: it does not help. The second command writes
+experiments/results/label_sample.json: the texts, the labels, the judgements and their counts.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import config
+from experiments.benchmarks.labels import N_TOKENS, collected
+from experiments.shared.provenance import PROJECT, write_result
+
+N_FEATURES = 30
+VERDICTS = ("right", "partial", "useless")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--judgements", type=Path)
+    parser.add_argument("--sample-seed", type=int, default=0)
+    args, flags = parser.parse_known_args()
+    settings = config.resolve(PROJECT / "interpret_sae.py", argv=flags)
+    features, _ = collected(settings)
+    alive = [row["feature"] for row in features.rows if row["status"] != "dead"]
+    order = np.random.default_rng(args.sample_seed).permutation(alive)
+    drawn = sorted(order[:N_FEATURES].tolist())
+    sample = [shown(features, j) for j in drawn]
+    if args.judgements is None:
+        for one in sample:
+            print(f"\n{one['feature']}: {one['label']}")
+            print(*(f"   {text}" for text in one["strongest"]), sep="\n")
+            print(*(f"   ~ {text}" for text in one["ordinary"]), sep="\n")
+        return
+    judged = json.loads(args.judgements.read_text(encoding="utf-8"))
+    if missing := [j for j in drawn if judged.get(str(j), [""])[0] not in VERDICTS]:
+        sys.exit(f"error: {args.judgements}: no verdict on {missing}. give {', '.join(VERDICTS)}.")
+    for one in sample:
+        row = features.rows[one["feature"]]
+        one["verdict"], one["why"] = judged[str(one["feature"])]
+        one["label_f1"] = row["label_f1"]
+        one["four_tokens"] = [
+            name for name, _ in features.evidence.top_tokens[one["feature"]][:N_TOKENS]
+        ]
+    counts = {verdict: sum(one["verdict"] == verdict for one in sample) for verdict in VERDICTS}
+    write_result(
+        "label_sample",
+        {"dataset": str(settings.DATASET_PATH), "sample_seed": args.sample_seed},
+        {"counts": counts, "features": sample},
+    )
+
+
+def shown(features, j):
+    """A feature as the report has it: label, strongest and ordinary examples."""
+    from fastsae.data.token_text import excerpt
+
+    evidence = features.evidence
+    texts = {"strongest": [], "ordinary": []}
+    for quantile, example, peak in evidence.shown_examples([j])[j]:
+        text = excerpt(evidence.token_texts(example), peak, evidence.own_start(example))
+        texts["strongest" if quantile is None else "ordinary"].append(text)
+    return {"feature": j, "label": features.rows[j]["label"], **texts}
+
+
+if __name__ == "__main__":
+    main()
