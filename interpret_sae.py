@@ -79,12 +79,14 @@ NEURONPEDIA_MODEL: str | None = None    # Neuronpedia's id of the model; none = 
 POOLING: str = "mean"                   # {max, mean} of a feature over an example's tokens, for
                                         # category_auc
 TARGET_POOLING: str = "mean"            # {max, mean} the same for the target
+RUN_MODEL: bool = True                  # run the model, where its weights are here, on a few
+                                        # held-out examples: loss recovered
 # fmt: on
 
 # What decides the results; of the labels and the target only where there are any.
 DECISIVE = (
     "POOLING", "LABEL_FIELD", "TEXT_FIELD", "SEED", "N_REPORT_FEATURES", "NEURONPEDIA_SET",
-    "NEURONPEDIA_MODEL",
+    "NEURONPEDIA_MODEL", "RUN_MODEL",
 )  # fmt: skip
 LLM_SETTINGS = (
     "INTERPRETER_MODEL", "LLM_PROTOCOL", "N_TOP_NEURONS", "N_SCORED_FEATURES",
@@ -110,6 +112,8 @@ def main():
     folder = settings.output_dir
     if not settings.DRY_RUN:
         storage.claim(folder / outputs.JSONL, "--output-dir")
+        if settings.SAE_PATH is None:
+            storage.claim(settings.run_dir, "--run-name")  # what it is worth goes there too
         if outputs.up_to_date(folder, metadata):
             outputs.print_summary(folder, outputs.read_rows(folder), started, "unchanged")
             return 0

@@ -552,7 +552,8 @@ FLOORS = (
     "activations",
     "sae",
     "formats",
-    ("training", "interpretation", "intervention"),
+    "intervention",
+    ("training", "interpretation"),
     "trained_sae",
     "fastsae",
 )

@@ -40,7 +40,9 @@ def main():
         seconds["run_pipeline.py, nothing changed"] = round(time.perf_counter() - started, 1)
         files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
         with open(Path(folder) / "interpretations.jsonl", encoding="utf-8") as table:
-            summary = json.loads(next(table))["summary"]
+            head = json.loads(next(table))
+        training = json.loads(next(Path(folder).glob("checkpoints/*/metrics.json")).read_text())
+        training.pop("run_table")  # below
         write_result(
             args.name,
             {"flags": args.flags},
@@ -49,10 +51,9 @@ def main():
                 "seconds_total": round(sum(seconds[script] for script in STAGES), 1),
                 "bytes": {str(path.relative_to(folder)): path.stat().st_size for path in files},
                 "extraction": json.loads(next(Path(folder).glob("activations/*.json")).read_text()),
-                "training": json.loads(
-                    next(Path(folder).glob("checkpoints/*/metrics.json")).read_text()
-                ),
-                "interpretation": summary,
+                "training": training,
+                "interpretation": head["summary"],
+                "run_table": head["run_table"],
             },
         )
 

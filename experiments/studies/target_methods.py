@@ -62,7 +62,7 @@ def main():
 
 def study(folder, dataset, fields, args):
     """Means over targets and half splits of one dataset."""
-    evidence, autoencoder = evidence_of(folder, dataset)
+    evidence, untrained, autoencoder = evidence_of(folder, dataset)
     s = evidence.statistics
     pooled = {"max": s.pooled_max, "mean": s.pooled_mean}
     targets = dict(targets_of(dataset, fields, evidence, args.n_values))
@@ -74,28 +74,23 @@ def study(folder, dataset, fields, args):
                     for support in (True, False):
                         figures = one(matrix, target, method, seed, support)
                         rows.setdefault((method, pooling, support), []).append(figures)
-            found = tf.select_features(pooled["mean"], target, N_SELECTED, "correlation", seed)
-            beside = tf.compare(
-                pooled["mean"],
-                found,
-                target,
-                s.pooled_examples,
-                evidence,
-                seed,
-                np.arange(len(target)),
-            )
-            assert beside is not None  # None only where a half has one value
-            for source, entry in beside["sources"].items():
-                sources.setdefault(source, []).append(entry["held_out"])
-            print(
-                name,
-                seed,
-                {
-                    source: round(entry["held_out"], 3)
-                    for source, entry in beside["sources"].items()
-                },
-                file=sys.stderr,
-            )
+        beside = tf.compare(
+            pooled["mean"],
+            target,
+            s.pooled_examples,
+            np.arange(len(target)),
+            untrained,
+            evidence.text_read,
+            n_select=N_SELECTED,
+            method="correlation",
+            pooling="mean",
+            seed=0,
+        )
+        assert beside is not None  # None only where a half has one value
+        for source, entry in beside["sources"].items():
+            sources.setdefault(source, []).append(entry["held_out"])
+        found = {source: round(entry["held_out"], 3) for source, entry in beside["sources"].items()}
+        print(name, found, file=sys.stderr)
     return {
         "n_examples": len(s.pooled_examples),
         "n_targets": len(targets),
@@ -114,10 +109,12 @@ def study(folder, dataset, fields, args):
 
 
 def evidence_of(folder, dataset):
-    """(`Evidence` of the autoencoder under `folder`, what the result says of it)."""
+    """(`Evidence` of the autoencoder under `folder`, dictionaries that nobody trained, what the
+    result says of it)."""
     from fastsae.activations.files import open_activations
     from fastsae.data.datasets import read_dataset
     from fastsae.formats.load import load_sae
+    from fastsae.interpretation import nulls
     from fastsae.interpretation.evidence import Evidence
     from fastsae.lm.loading import load_tokenizer
 
@@ -134,10 +131,21 @@ def evidence_of(folder, dataset):
         "max_norm": meta["max_norm"],
         "exclude_shared_prefix": meta["settings"]["EXCLUDE_SHARED_PREFIX"],
     }
-    evidence = Evidence(sae, data, examples, load_tokenizer(source["model_name"]), bounds, n_top=1)
-    return evidence, {
-        name: meta["settings"][name] for name in ("M", "K", "MATRYOSHKA_PREFIXES", "N_EPOCHS")
-    }
+    unseen = [*meta["validation_examples"], *meta.get("test_examples", [])]
+    untrained = nulls.prepare(
+        sae, data, **bounds, use="all", not_trained_on=np.array(unseen, np.int64), seed=0
+    )
+    evidence = Evidence(
+        sae,
+        data,
+        examples,
+        load_tokenizer(source["model_name"]),
+        bounds,
+        n_top=1,
+        watch=untrained.watch,
+    )
+    about = {name: meta["settings"][name] for name in ("M", "K", "MATRYOSHKA_PREFIXES", "N_EPOCHS")}
+    return evidence, untrained.finish(), about
 
 
 def targets_of(dataset, fields, evidence, n_values):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsae.runtime.artifacts import CHUNK_BYTES, read_npz, read_npz_metadata, refusing_damage
+from fastsae.runtime.artifacts import CHUNK_BYTES, read_npz, refusing_damage
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
@@ -52,6 +52,8 @@ def find_shards(path: Path | str) -> list[Path]:
 def read_metadata(path: Path | str) -> dict[str, Any]:
     """The metadata of the activations file `path`, whole or in shards; all shards must be of one
     run."""
+    from fastsae.runtime.artifacts import read_npz_metadata
+
     shards = find_shards(path)
     metadata = [read_npz_metadata(p) for p in shards or [Path(path)]]
     if len({m["fingerprint"] for m in metadata}) > 1 or any(

@@ -15,7 +15,6 @@ from typing import Any
 from fastsae.formats.load import (
     architecture_of,
     architecture_text,
-    load_sae,
     meant_tokens,
     with_chat_template,
 )
@@ -37,6 +36,8 @@ def export(path: str | Path, kinds: Iterable[str]) -> None:
     Each appears complete or not at all, and is left alone where it already has this content. Raises
     InputError if a format cannot hold the architecture.
     """
+    from fastsae.formats.load import load_sae
+
     sae, meta = load_sae(path)
     for kind in kinds:
         check_export(kind, architecture_of(sae))
@@ -55,6 +56,8 @@ def bring_up_to_date(path: str | Path, kinds: Iterable[str]) -> None:
 
     One whose format cannot hold what the checkpoint is now gets an `.old-n` name.
     """
+    from fastsae.formats.load import load_sae
+
     kinds, earlier = (
         tuple(kinds),
         [kind for kind in FORMATS if kind not in kinds and folder_of(path, kind).is_dir()],

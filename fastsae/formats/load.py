@@ -8,10 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastsae.data.token_masks import chosen_tokens, token_norms, usable_tokens
-from fastsae.data.tokenization import CONTENT
 from fastsae.formats.source import Source, locate
 from fastsae.lm.names import described, short_name
 from fastsae.runtime import artifacts
@@ -194,6 +191,9 @@ def fit(
     at most MEASURED_TOKENS random tokens, those that training would use. Returns the metrics.
     Raises InputError if it does not fit.
     """
+    import numpy as np
+
+    from fastsae.data.tokenization import CONTENT
     from fastsae.sae.metrics import evaluate
 
     check_fit(

@@ -9,7 +9,7 @@ anything. No such name goes into a table or a command.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,66 @@ def write_card(folder: Path, metas: dict[Path, dict]) -> None:
     """Write README.md for checkpoints {path: metadata}, all of one run, unless somebody has worked
     on the one that is there."""
     text = as_utf8(card(list(metas.items()))).decode()  # as it is read back
-    text, path = signed(text), folder / "README.md"
+    path = folder / "README.md"
     found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-    if found is not None and not (
-        SIGNATURE.search(found) and found == signed(SIGNATURE.sub("", found, count=1))
-    ):
+    if found is not None and not is_as_written(found):
         print(f"{path}: was edited, and is left as it is. move it away to have one written.")
-    elif found != text:
+        return
+    if found and has_run_table(folder, metas.values()):
+        text = with_worth(text, worth_in(found))
+    text = signed(text)
+    if found != text:
         artifacts.write_text(path, text)
+
+
+def has_run_table(folder: Path, metas: Iterable[dict]) -> bool:
+    """Whether stage 3 has put figures of one of these autoencoders into the run's metrics.json."""
+    try:
+        table = artifacts.from_json((folder / "metrics.json").read_bytes())["run_table"]
+        return table["autoencoder"] in [meta["fingerprint"] for meta in metas]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def add_run_table(folder: Path, table: Mapping[str, Any], worth: Sequence[str]) -> None:
+    """Put the figures of stage 3 into a run's metrics.json, and `worth`, lines of Markdown about
+    them, into its README.md unless somebody has worked on that."""
+    path = folder / "metrics.json"
+    figures = artifacts.from_json(path.read_bytes())
+    if figures.get("run_table") != json.loads(artifacts.to_json(table)):
+        artifacts.write_json(path, {**figures, "run_table": table})
+    card_path = folder / "README.md"
+    found = card_path.read_text(encoding="utf-8", errors="replace") if card_path.exists() else ""
+    if is_as_written(found):
+        text = signed(with_worth(SIGNATURE.sub("", found, count=1), worth))
+        if text != found:
+            artifacts.write_text(card_path, text)
+
+
+WORTH, LOADING = "## What the features are worth", "## How to load"
+
+
+def worth_in(text: str) -> list[str]:
+    """The lines under WORTH of a card; [] where it has none."""
+    lines = text.split("\n")
+    if WORTH not in lines:
+        return []
+    return lines[lines.index(WORTH) + 2 : lines.index(LOADING) - 1]
+
+
+def with_worth(text: str, worth: Sequence[str]) -> str:
+    """A card with these lines under WORTH, in the place of those that it has."""
+    lines = text.split("\n")
+    if WORTH in lines:
+        del lines[lines.index(WORTH) : lines.index(LOADING)]
+    place = lines.index(LOADING)
+    lines[place:place] = [WORTH, "", *worth, ""] if worth else []
+    return "\n".join(lines)
+
+
+def is_as_written(text: str) -> bool:
+    """Whether a card's text is what this project wrote."""
+    return bool(SIGNATURE.search(text)) and text == signed(SIGNATURE.sub("", text, count=1))
 
 
 # a comment of the header

@@ -61,8 +61,7 @@ class Features:
         self.detection = self._add_detection()
         self.categories = self._add_categories()
         self.lens = self._add_lens()
-        # what the run is worth; its parts are those that could be measured
-        self.run_table: dict[str, Any] = self._run_table()
+        self.run_table = self._run_table()
 
     def _require_matching_inputs(self, sae_meta):
         from fastsae.lm.sources import require_same
@@ -135,23 +134,86 @@ class Features:
             seed=self.settings.SEED,
         )
 
-    def _run_table(self):
+    def _run_table(self) -> dict[str, Any]:
+        """What the run is worth; the parts are those that could be measured."""
+        from fastsae.interpretation.run_table import core_figures
+        from fastsae.interpretation.stability import seed_stability
+
+        self.untrained.finish()
+        tokens = [each for each in self.untrained.dictionaries if each.kind == "random tokens"]
+        decoder = self.evidence.sae.decoder.weight.t()
+        parts = {
+            "core": core_figures(self.sae_meta, self.evidence.statistics),
+            "model_loss": self._model_loss(),
+            "probing": self._probing(),
+            "seed_stability": seed_stability(
+                self.checkpoint_path,
+                decoder,
+                [each.encoder.weight for each in tokens],
+                self.settings.SEED,
+            ),
+        }
+        return {
+            "autoencoder": self.sae_meta["fingerprint"],
+            **{name: part for name, part in parts.items() if part is not None},
+        }
+
+    def _probing(self):
+        """How well categories are read from the features and from what needs no training; None
+        without categories."""
         from fastsae.interpretation.run_table import Probed, probe
 
         settings, evidence = self.settings, self.evidence
         if self.categories is None:
-            return {}
+            return None
         progress.step("probing the categories, and dictionaries that nobody trained")
         probed = Probed(
             evidence.statistics,
-            self.untrained.finish(),
+            self.untrained,
             self.labels(),
             evidence.text_numbers,
             evidence.text_read,
             settings.POOLING,
         )
-        found = probe(probed, AUC_BOUND, settings.SEED)
-        return {"probing": found} if found else {}
+        return probe(probed, AUC_BOUND, settings.SEED)
+
+    def _model_loss(self):
+        """What the model loses with the reconstruction in place of its stream, or why that was not
+        measured."""
+        from fastsae.interpretation import model_loss
+
+        settings, source, data = self.settings, self.source, self.evidence.data
+        if not settings.RUN_MODEL:
+            return {"not_measured": "RUN_MODEL is off"}
+        own = self.sae_meta.get("test_examples") or self.sae_meta.get("validation_examples")
+        spans = model_loss.some_held_out(
+            data, own or range(len(data["seq_lengths"])), settings.SEED
+        )
+        if not spans or not self.untrained.dictionaries:
+            return {"not_measured": "there are no tokens for it"}
+        progress.step("running the model with the reconstruction in place of its stream")
+        model, why_not = model_loss.model_at_hand(
+            source["model_name"],
+            revision=source["model_revision"],
+            cache_dir=settings.CACHE_DIR,
+            device=settings.DEVICE,
+            width=self.evidence.sae.input_dim,
+        )
+        if model is None:
+            return {"not_measured": why_not}
+        return {
+            "held_out": own is not None,
+            **model_loss.measure(
+                model,
+                self.evidence.sae,
+                source["settings"]["LAYER_IDX"],
+                data,
+                self.evidence.statistics.kept,
+                spans,
+                self.untrained.dictionaries[0].input_bias,
+                settings.SEED,
+            ),
+        }
 
     def _collect(self, sae, data):
         """The Evidence from one pass over all tokens, those that training left out excluded."""
@@ -296,7 +358,16 @@ class Features:
         name = field if value is None else f"{field} = {value}"
         if found:
             self.comparison = compare(
-                pooled, found, target, examples, self.evidence, settings.SEED, texts
+                pooled,
+                target,
+                examples,
+                texts,
+                self.untrained,
+                self.evidence.text_read,
+                n_select=settings.N_HYPOTHESES,
+                method=settings.SELECTION_METHOD,
+                pooling=settings.TARGET_POOLING,
+                seed=settings.SEED,
             )
         else:
             print(f"hypotheses: none, for no feature predicts {name} on these examples")

@@ -21,6 +21,7 @@ from scipy import sparse
 
 from fastsae.activations.files import release
 from fastsae.data.token_masks import chosen_tokens, usable_tokens
+from fastsae.interpretation.probing import KINDS
 from fastsae.interpretation.statistics import (
     PRE_ACTIVATIONS,
     choose_pooled,
@@ -33,7 +34,6 @@ from fastsae.sae import Autoencoder
 from fastsae.sae.autoencoder import encode
 from fastsae.sae.initialisation import draw_directions
 
-KINDS = ("random tokens", "random directions")
 N_DRAWS = 2  # of each kind, fewer where they would need more than WEIGHTS numbers together
 WEIGHTS = 1 << 27
 SAMPLE = 4096  # tokens that the mean, the covariance and the threshold are taken from

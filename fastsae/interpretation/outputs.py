@@ -54,6 +54,8 @@ HYPOTHESIS_COLUMNS = (
     "score",
     "held_out_correlation",
     "held_out_auc",
+    "held_out_low",
+    "held_out_high",
     "fidelity_f1",
     "top_tokens",
     "pooling",
@@ -131,7 +133,22 @@ def write(
         "run_table": features.run_table,
         "files": files,
     }
+    add_to_run(features, settings)
     tables.write_outputs(folder, texts, folder / JSONL, rows, about)
+
+
+def add_to_run(features: Features, settings: Settings) -> None:
+    """Put what the run is worth beside its own autoencoder, into metrics.json and the model card;
+    of another one (SAE_PATH) nothing is put there."""
+    from fastsae.formats.model_card import add_run_table
+    from fastsae.interpretation.run_table import markdown
+
+    if settings.SAE_PATH is not None:
+        return
+    try:
+        add_run_table(settings.run_dir, features.run_table, markdown(features.run_table))
+    except PermissionError:  # somebody else's run: the tables and the report have it all
+        print(f"{settings.run_dir}: cannot be written; metrics.json has no run_table.")
 
 
 def report(
@@ -237,8 +254,10 @@ def print_results(features: Features, work: "Labelling | None", folder: Path) ->
     print_detection(counts)
     print_categories(features, counts)
     if features.comparison:
+        from fastsae.interpretation.report.run_page import shown_with_interval
+
         sources = [
-            f"{name} {entry['held_out']:.3f}"
+            f"{name} {shown_with_interval(entry)}"
             for name, entry in features.comparison["sources"].items()
             if entry["held_out"] is not None
         ]
@@ -280,11 +299,13 @@ def print_detection(counts: Mapping[str, Any]) -> None:
 def print_categories(features: Features, counts: Mapping[str, Any]) -> None:
     """How well categories are read from the features, beside what nobody trained; or why that is
     not known."""
-    if probing := features.run_table.get("probing"):
-        from fastsae.interpretation.run_table import describe_probing
+    from fastsae.interpretation.run_table import describe
 
-        print(*describe_probing(probing, counts), sep="\n")
-    elif features.categories is not None:
+    for line in describe(features.run_table, counts):
+        print(line)
+    if "probing" in features.run_table:
+        return
+    if features.categories is not None:
         print(
             f"categories: {counts['n_with_category']} features separate one better than chance, "
             f"{counts['n_above_auc_bound']} with an AUC above {counts['auc_bound']}; with shuffled "

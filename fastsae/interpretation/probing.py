@@ -22,6 +22,7 @@ from fastsae.interpretation.categories import Matrix, first_half
 from fastsae.runtime.stops import stop_if_asked
 
 KS = (1, 2, 5, 16)
+KINDS = ("random tokens", "random directions")  # of dictionaries that nobody trained, see nulls.py
 PENALTIES = np.logspace(-1, 5, 7)  # of the dense probe, on columns of unit variance
 LEAST_TEXTS = 4  # of a category, or either half would have one
 MOST_CATEGORIES = 64  # probed, the commonest

@@ -12,8 +12,9 @@ import numpy as np
 
 from fastsae.interpretation import probing
 from fastsae.interpretation.categories import Matrix, category_above_chance, number_labels
-from fastsae.interpretation.nulls import KINDS, Untrained
-from fastsae.interpretation.probing import KS, estimate
+from fastsae.interpretation.nulls import Untrained
+from fastsae.interpretation.probing import KINDS, KS, estimate
+from fastsae.interpretation.stability import SAME
 from fastsae.interpretation.target_features import word_counts
 
 if TYPE_CHECKING:
@@ -30,6 +31,19 @@ NAMES = {
     STREAM: "the model's stream",
     WORDS: "bag of words",
 }
+
+
+def core_figures(sae_meta: Mapping[str, Any], statistics: "Statistics") -> dict[str, Any]:
+    """The figures of the reconstruction that its training measured (none of an autoencoder from
+    elsewhere), and on the tokens examined here how many features fire and how many never do."""
+    metrics = sae_meta.get("metrics", {})
+    names = ("measured_on", "normalized_mse", "explained_variance")
+    return {
+        **{name: metrics[name] for name in names if metrics.get(name) is not None},
+        "l0": float(statistics.count.sum() / max(statistics.n_kept, 1)),
+        "dead_fraction": float((statistics.count == 0).mean()),
+        "n_tokens": int(statistics.n_kept),
+    }
 
 
 class Probed:
@@ -143,17 +157,93 @@ def probe(probed: Probed, bound: float, seed: int) -> dict[str, Any] | None:
 
 def describe_probing(probing_part: Mapping[str, Any], counts: Mapping[str, Any]) -> list[str]:
     """What the probes say, as lines of text for people; counts: of `Categories.summary`."""
-    by_k, dense = probing_part["sparse_probing"], probing_part["dense_probing"]
-    width = max(len(NAMES[name]) for name in dense)
+    head, rows = probing_rows(probing_part)
+    width = max(len(row[0]) for row in rows)
     lines = [
         f"AUC of probes on held-out texts, mean of {probing_part['n_categories']} categories: "
-        f"the best {', '.join(by_k)} columns, all of them"
+        f"{', '.join(head[1:])}"
     ]
-    for name in dense:
-        shown = "  ".join(plus_minus(each[name]) for each in (*by_k.values(), dense))
-        lines.append(f"  {NAMES[name]:<{width}}  {shown}")
+    lines += [f"  {name:<{width}}  {'  '.join(shown)}" for name, *shown in rows]
     lines += [verdict(probing_part), count_sentence(probing_part, counts)]
     return [line for line in lines if line]
+
+
+def probing_rows(probing_part: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of a table: a row for each source, its AUCs with few columns and with all."""
+    by_k, dense = probing_part["sparse_probing"], probing_part["dense_probing"]
+    head = ["", *(f"{k} column" + "s" * (k != "1") for k in by_k), "all columns"]
+    columns = [*by_k.values(), dense]
+    return head, [[NAMES[name], *(plus_minus(each[name]) for each in columns)] for name in dense]
+
+
+def probing_note(probing_part: Mapping[str, Any]) -> str:
+    """What the table of `probing_rows` counts, for a reader who sees nothing else."""
+    return (
+        f"AUC of telling each of {probing_part['n_categories']} categories from the rest, their "
+        f"mean, on {probing_part['n_examples']:,} examples: columns chosen and a probe fitted on "
+        "one half, measured on the other (0.5 is chance, 1 perfect). The dictionaries have as many "
+        "directions as the autoencoder and its encoding rule, but nobody trained them. "
+        f"± is a 95 % interval over {probing_part['n_splits']} half splits."
+    )
+
+
+def model_loss_sentence(loss: Mapping[str, Any] | None) -> str:
+    """What the model loses with the reconstruction in place of its stream; "" if not measured."""
+    if not loss or "recovered" not in loss:
+        return ""
+    zero, mean = (
+        "{value:.3f} [{0:.3f}, {1:.3f}]".format(*each["interval"], value=each["value"])
+        for each in (loss["recovered"]["zero"], loss["recovered"]["mean"])
+    )
+    return (
+        f"loss recovered with the reconstruction in the model: {zero} against zeros, {mean} "
+        f"against the mean; KL {loss['kl']['spliced']:.3f} nats against {loss['kl']['zero']:.2f} "
+        f"and {loss['kl']['mean']:.2f} ({loss['n_tokens']:,} tokens of {loss['n_examples']} "
+        + ("held-out examples)" if loss["held_out"] else "examples)")
+    )
+
+
+def stability_sentence(found: Mapping[str, Any] | None) -> str:
+    """How many features other seeds have too; "" where there are none."""
+    if not found:
+        return ""
+    beside = ""
+    if tokens := found.get("random tokens"):
+        beside = f"; of random tokens in other random tokens {100 * tokens['found_in_all']:.0f} %"
+    return (
+        f"seeds: {100 * found['features']['found_in_all']:.0f} % of the features are in all "
+        f"{found['n_seeds']} autoencoders (cosine above {SAME}){beside}"
+    )
+
+
+def describe(table: Mapping[str, Any], counts: Mapping[str, Any]) -> list[str]:
+    """The run table as lines of text; counts: of `Features.summary`."""
+    lines = [model_loss_sentence(table.get("model_loss"))]
+    if probing_part := table.get("probing"):
+        lines += describe_probing(probing_part, counts)
+    lines.append(stability_sentence(table.get("seed_stability")))
+    return [line for line in lines if line]
+
+
+def markdown(table: Mapping[str, Any]) -> list[str]:
+    """The run table as lines of Markdown, for the model card."""
+    lines = []
+    if probing_part := table.get("probing"):
+        head, rows = probing_rows(probing_part)
+        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += ["", probing_note(probing_part), "", sentence(verdict(probing_part)), ""]
+    for said in (
+        model_loss_sentence(table.get("model_loss")),
+        stability_sentence(table.get("seed_stability")),
+    ):
+        lines += [sentence(said), ""] if said else []
+    return lines[:-1]
+
+
+def sentence(text: str) -> str:
+    """`text` with a capital and a full stop."""
+    return text[:1].upper() + text[1:] + "." * bool(text)
 
 
 def verdict(probing_part: Mapping[str, Any]) -> str:

@@ -4,13 +4,12 @@ what needs no features."""
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.sparse import csc_matrix, csr_matrix
 
-from fastsae.activations.files import release
 from fastsae.interpretation.categories import (
     Matrix,
     auc_matrix,
@@ -18,17 +17,20 @@ from fastsae.interpretation.categories import (
     dense_blocks,
     first_half,
 )
+from fastsae.interpretation.probing import KINDS, estimate
+from fastsae.interpretation.significance import auc_intervals, correlation_intervals
 from fastsae.runtime.packages import postpone_init
 from fastsae.runtime.stops import stop_if_asked
 
 if TYPE_CHECKING:
-    from fastsae.interpretation.evidence import Evidence
+    from fastsae.interpretation.nulls import Untrained
 
-# version of the selection; 1 was HypotheSAEs' own separation_score, without a least support
-METHOD_VERSION = 2
+# version of the selection: 1 was HypotheSAEs' own separation_score, without a least support; 2 had
+# no intervals
+METHOD_VERSION = 3
 LASSO_FEATURES = 4096  # lasso sees at most so many, those of largest correlation
 LEAST_SUPPORT = 10  # texts of the finding half, firing or silent; fewer are not evidence
-COMPARED_EXAMPLES = 4000  # ridge regressions see at most so many, drawn at random
+N_SPLITS = 4  # half splits of the comparison with what needs no features
 PENALTIES = np.logspace(-1, 5, 13)  # of the ridge regressions, on columns of unit variance
 
 
@@ -110,20 +112,20 @@ def select_features(
     texts: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """Features that predict a target, best first: dicts of feature, score, held-out correlation and
-    AUC, n_firing.
+    AUC, held_out_low and held_out_high, n_firing.
 
     pooled: CSR (n_examples, M); target (n_examples,) of 0 and 1, or of numbers. Features are
     selected on one half of the examples, each text counted once; correlation and, for 0 and 1, AUC
-    are of the other half. method: separation_score, correlation, or lasso (HypotheSAEs'). texts:
-    numbers, equal where texts are (None: all differ).
+    are of the other half, and the 95 % interval is of the AUC where there is one. method:
+    separation_score, correlation, or lasso (HypotheSAEs'). texts: numbers, equal where texts are
+    (None: all differ).
     """
     texts = np.arange(len(target)) if texts is None else texts
     binary, first = is_binary(target), finding_half(target, seed, texts)
     # all that differ are copies of one text
     if len(np.unique(target[first])) < 2 or len(np.unique(target[~first])) < 2:
         return []
-    once = np.flatnonzero(first)
-    once = once[np.sort(np.unique(texts[once], return_index=True)[1])]
+    once, others = (each_text_once(texts, side) for side in (first, ~first))
     choosing, found = pooled[once].tocsc(), target[once]
     least = least_support(found)
     ranked = supported(choosing, least, silence=method == "separation_score")
@@ -146,23 +148,45 @@ def select_features(
         scores = correlation[candidates]
     usable = np.flatnonzero(np.isfinite(scores) & (scores != 0))
     chosen = usable[np.argsort(-np.abs(scores[usable]), kind="stable")][:n_select]
-    testing = pooled[~first].tocsc()[:, candidates[chosen]].toarray()
-    held_out = correlations(testing, target[~first]) if len(chosen) else []
-    aucs = (
-        auc_matrix(testing, target[~first].astype(int), 2)[1]
-        if binary and len(chosen)
-        else [None] * len(chosen)
-    )
+    testing = pooled[others].tocsc()[:, candidates[chosen]].toarray()
     fires = fires[candidates]
     return [
         {
             "feature": int(candidates[j]),
             "score": float(scores[j]),
-            "held_out_correlation": finite(r),
-            "held_out_auc": finite(auc),
+            **measured,
             "n_firing": int(fires[j]),
         }
-        for j, r, auc in zip(chosen, held_out, aucs)
+        for j, measured in zip(chosen, held_out_figures(testing, target[others], binary, seed))
+    ]
+
+
+def each_text_once(texts: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """Numbers of the examples of a side (n,) bool, in order, of each text (n,) the first."""
+    rows = np.flatnonzero(side)
+    return rows[np.sort(np.unique(texts[rows], return_index=True)[1])]
+
+
+def held_out_figures(
+    testing: np.ndarray, target: np.ndarray, binary: bool, seed: int
+) -> list[dict[str, float | None]]:
+    """Of each column (n, k) its correlation with the target (n,), its AUC where that is of 0 and 1,
+    and the 95 % interval of the AUC, or of the correlation where there is none."""
+    if not testing.shape[1]:
+        return []
+    inside = target == 1
+    aucs = auc_matrix(testing, inside.astype(int), 2)[1] if binary else [None] * testing.shape[1]
+    intervals = (
+        auc_intervals(testing, inside) if binary else correlation_intervals(testing, target, seed)
+    )
+    return [
+        {
+            "held_out_correlation": finite(r),
+            "held_out_auc": finite(auc),
+            "held_out_low": finite(low),
+            "held_out_high": finite(high),
+        }
+        for r, auc, (low, high) in zip(correlations(testing, target), aucs, intervals)
     ]
 
 
@@ -187,19 +211,6 @@ def lasso_coefficients(
 def finite(value: float | None) -> float | None:
     """The number, or None for nan, infinity and None."""
     return None if value is None or not np.isfinite(value) else float(value)
-
-
-def mean_activations(
-    activations: Any, offsets: np.ndarray, kept: np.ndarray, examples: Sequence[int] | np.ndarray
-) -> np.ndarray:
-    """(n, d) float32: the mean activation over the kept tokens of each of `examples`."""
-    means = np.empty((len(examples), activations.shape[1]), np.float32)
-    for row, example in enumerate(examples):
-        stop_if_asked()
-        start, stop = offsets[example], offsets[example + 1]
-        means[row] = np.asarray(activations[start:stop], np.float32)[kept[start:stop]].mean(0)
-        release(activations)
-    return means
 
 
 def held_out_scores(
@@ -249,38 +260,66 @@ def word_counts(texts: Sequence[str], first: np.ndarray) -> csr_matrix:
 
 def compare(
     pooled: Any,
-    found: Sequence[Mapping[str, Any]],
     target: np.ndarray,
     examples: np.ndarray,
-    evidence: "Evidence",
-    seed: int,
     texts: np.ndarray,
+    untrained: "Untrained",
+    read_text: Callable[[int], str],
+    *,
+    n_select: int,
+    method: str,
+    pooling: str,
+    seed: int,
 ) -> dict[str, Any] | None:
-    """What the selected features explain of the target on the held-out half, beside all features
-    and what needs none.
+    """What the selected features explain of the target on the held-out half, beside as many of
+    random tokens, all features and what needs none; None without two values in either half.
 
-    pooled: CSR (n, M) of `examples` (n,), with target (n,) and texts (n,); found:
-    `select_features`' result; evidence: a `feature_evidence.Evidence`. The halves are those of the
-    selection.
+    pooled: CSR (n, M) of `examples` (n,), with target (n,) and texts (n,). Of the examples those
+    are used that `untrained` pooled. Selection and regression are repeated on N_SPLITS half splits,
+    the first of which is that of the selection; lasso, which is slow, on that alone.
     """
-    first = finding_half(target, seed, texts)
-    some = np.sort(np.random.default_rng((seed, 6)).permutation(len(target))[:COMPARED_EXAMPLES])
-    if min(len(np.unique(target[some][side])) for side in (first[some], ~first[some])) < 2:
+    places = {int(example): i for i, example in enumerate(untrained.examples)}
+    rows = np.array([i for i, e in enumerate(examples) if int(e) in places], np.int64)
+    here = np.array([places[int(e)] for e in examples[rows]], np.int64)
+    features, target, texts = pooled[rows], target[rows], texts[rows]
+    draws = [getattr(each, pooling)[here] for each in untrained.pooled.get(KINDS[0], [])]
+    stream, read = untrained.stream[here], [read_text(int(e)) for e in examples[rows]]
+    found: dict[str, list[dict[str, Any]]] = {}
+    sizes = []
+    for i in range(1 if method == "lasso" else N_SPLITS):
+        first = finding_half(target, seed + i, texts)
+        if min(len(np.unique(target[side])) for side in (first, ~first)) < 2:
+            continue
+        selected = [("selected features", features)]
+        selected += [("as many of random tokens", draws[i % len(draws)])] if draws else []
+        sources: dict[str, Matrix] = {}
+        for name, columns in selected:
+            chosen = select_features(columns, target, n_select, method, seed + i, texts)
+            sources[name] = columns[:, [entry["feature"] for entry in chosen]].toarray()
+        sources["all features"] = features.toarray()
+        sources["activations themselves"] = stream
+        sources["bag of words"] = word_counts(read, first)
+        for name, entry in held_out_scores(sources, target, first).items():
+            found.setdefault(name, []).append(entry)
+        sizes.append((int(first.sum()), int((~first).sum())))
+    if not sizes:
         return None
-
-    read = [evidence.text_read(example) for example in examples[some]]
-    features = pooled[some].toarray()
-    sources = {
-        "selected features": features[:, [entry["feature"] for entry in found]],
-        "all features": features,
-        "activations themselves": mean_activations(
-            evidence.data["activations"], evidence.offsets, evidence.statistics.kept, examples[some]
-        ),
-        "bag of words": word_counts(read, first[some]),
-    }
     return {
         "measure": "AUC" if is_binary(target) else "R2",
-        "n_finding": int(first[some].sum()),
-        "n_held_out": int((~first[some]).sum()),
-        "sources": held_out_scores(sources, target[some], first[some]),
+        "n_finding": sizes[0][0],
+        "n_held_out": sizes[0][1],
+        "n_splits": len(sizes),
+        "sources": {name: over_splits(entries) for name, entries in found.items()},
+    }
+
+
+def over_splits(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One entry of several of `held_out_scores`: the mean, its interval over half splits (None for
+    one split) and the columns of the first."""
+    values = [entry["held_out"] for entry in entries if entry["held_out"] is not None]
+    found = estimate(values)
+    return {
+        "n_columns": entries[0]["n_columns"],
+        "held_out": None if found is None else found.value,
+        "interval": None if found is None or len(values) < 2 else [found.low, found.high],
     }

@@ -53,7 +53,7 @@ def load_unembedding(
     None too for a model that ends in another way than `Form` can say. Reads the tensors that it
     needs only, from a folder or the hub's local cache; nothing is downloaded.
     """
-    folder = _folder(located, revision, cache_dir)
+    folder = local_folder(located, revision, cache_dir)
     form = _form_in(folder) if folder is not None else None
     if folder is None or form is None:
         return None
@@ -175,7 +175,11 @@ def _logits_of(model, norm, x):
         hook.remove()
 
 
-def _folder(located, revision, cache_dir):
+def local_folder(
+    located: Path | str, revision: str | None, cache_dir: Path | str | None
+) -> Path | None:
+    """The folder of a model's weights: `located` itself, or that in the hub's local cache; None
+    where there is none. Nothing is downloaded."""
     path = Path(located)
     if path.is_dir():
         return path
@@ -186,7 +190,7 @@ def _folder(located, revision, cache_dir):
 
         return Path(
             snapshot_download(
-                located,
+                str(located),
                 revision=revision or "main",
                 local_files_only=True,
                 cache_dir=str(Path(cache_dir) / "hub") if cache_dir else None,

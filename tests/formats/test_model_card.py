@@ -169,6 +169,37 @@ def test_what_somebody_wrote_stays(tmp_path, capsys):
     assert written(tmp_path) == text
 
 
+def test_what_stage_3_measured_stays_while_it_is_of_this_autoencoder(tmp_path):
+    name = "SAE_M=40_K=4.pt"
+    plain = written(tmp_path)
+    found = metas(tmp_path, name)
+    metrics, path = tmp_path / "metrics.json", tmp_path / "README.md"
+    artifacts.write_json(metrics, {"checkpoint": name})
+    table = {"autoencoder": found[tmp_path / name]["fingerprint"], "probing": {"x": 1.5}}
+    for worth in (["first"], ["| a |", "", "second"]):
+        model_card.add_run_table(tmp_path, table, worth)
+        text = path.read_text(encoding="utf-8")
+        assert model_card.worth_in(text) == worth
+    assert artifacts.from_json(metrics.read_bytes()) == {"checkpoint": name, "run_table": table}
+    model_card.write_card(tmp_path, found)  # as stage 2 does again
+    assert path.read_text(encoding="utf-8") == text
+    artifacts.write_json(metrics, {"checkpoint": name, "run_table": {"autoencoder": "another"}})
+    model_card.write_card(tmp_path, found)
+    assert path.read_text(encoding="utf-8") == plain
+
+
+def test_figures_go_into_no_card_that_somebody_worked_on(tmp_path):
+    text = written(tmp_path) + "mine\n"
+    artifacts.write_json(tmp_path / "metrics.json", {"checkpoint": "SAE_M=40_K=4.pt"})
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    model_card.add_run_table(tmp_path, {"autoencoder": "f"}, ["line"])
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
+    (tmp_path / "README.md").unlink()
+    model_card.add_run_table(tmp_path, {"autoencoder": "g"}, ["line"])
+    assert not (tmp_path / "README.md").exists()
+    assert "g" in (tmp_path / "metrics.json").read_text()
+
+
 def test_settings_are_json(tmp_path):
     block = re.search(r"```json\n(.*?)\n```", written(tmp_path), re.DOTALL)[1]
     assert json.loads(block) == {

@@ -70,6 +70,7 @@ CHANGES = {
     },
     "interpret_sae": {
         "POOLING": "max",
+        "RUN_MODEL": True,
         "N_REPORT_FEATURES": 3,
         "INTERPRETER_MODEL": "other",
         "LLM_PROTOCOL": "fast",
@@ -143,8 +144,8 @@ def test_each_changed_setting_is_named_and_redone(world, script, tally):
         name, value, decides = item
         shutil.rmtree(worker.out, ignore_errors=True)
         shutil.copytree(worker.after[script], worker.out)
-        # it has a lock for each of two layers
-        after_locks = 3 if script == "extract_activations" else 2
+        # stage 1 has a lock for each of two layers, stage 3 for its outputs and the run's folder
+        after_locks = 2 if script == "train_sae" else 3
         done = world.run(worker, script, *flag(name, value), stop_at=after_locks)
         if not decides:
             assert (

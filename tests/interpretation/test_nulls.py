@@ -7,7 +7,8 @@ import torch
 from test_interpretation_statistics import made_up
 
 from fastsae.interpretation import nulls, statistics
-from fastsae.interpretation.nulls import KINDS, draw, prepare, sample_tokens
+from fastsae.interpretation.nulls import draw, prepare, sample_tokens
+from fastsae.interpretation.probing import KINDS
 from fastsae.interpretation.run_table import (
     FEATURES,
     WORDS,

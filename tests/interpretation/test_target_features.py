@@ -9,7 +9,10 @@ import pytest
 from conftest import read_table
 from scipy import sparse
 
+from fastsae.interpretation.nulls import Pooled, Untrained
+from fastsae.interpretation.significance import auc_intervals, correlation_intervals
 from fastsae.interpretation.target_features import (
+    compare,
     finding_half,
     held_out_scores,
     least_support,
@@ -168,9 +171,11 @@ def test_a_reader_sees_what_the_features_cost(tmp_path, planted, run_main, capsy
     assert (
         about["target"] == "category = cat_river"
         and about["measure"] == "AUC"
-        and about["method_version"] == 2
+        and about["method_version"] == 3
     )
     assert (about["method"], about["pooling"]) == ("correlation", "mean")
+    tokens = about["sources"].pop("as many of random tokens")  # three of them, not those of words
+    assert 0.5 < tokens["held_out"] <= 1
     assert {name: entry["held_out"] for name, entry in about["sources"].items()} == {
         "selected features": 1,
         "all features": 1,
@@ -181,7 +186,8 @@ def test_a_reader_sees_what_the_features_cost(tmp_path, planted, run_main, capsy
     line = next(
         line for line in out.splitlines() if line.startswith("the target on the other half")
     )
-    assert all(f"{name} 1.000" in line for name in about["sources"])
+    assert all(f"{name} 1.000 ±0.000" in line for name in about["sources"])
+    assert about["n_splits"] == 4
     page = (tmp_path / "interpretations.html").read_text()
     assert "What predicts the target" in page and "activations themselves (16 columns)" in page
     rows = read_table(tmp_path, "hypotheses.csv")
@@ -190,3 +196,81 @@ def test_a_reader_sees_what_the_features_cost(tmp_path, planted, run_main, capsy
         and rows[0]["pooling"] == "mean"
         and int(rows[0]["n_firing"]) >= 10
     )
+    first = rows[0]
+    assert float(first["held_out_low"]) < float(first["held_out_auc"]) == 1
+    assert 0.8 < float(first["held_out_low"]) and float(first["held_out_high"]) == 1
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_each_row_has_an_interval_that_holds_the_truth(binary):
+    """60 data sets of 200 texts: the held-out interval of the one real feature holds the figure of
+    40,000 texts nearly always."""
+    generator = np.random.default_rng(4)
+
+    def data(n):
+        target = (generator.random(n) < 0.3) * 1.0 if binary else generator.standard_normal(n)
+        feature = np.maximum(0, 0.6 * target + generator.standard_normal(n) - 0.5)
+        return sparse.csr_matrix(np.column_stack([feature, generator.random(n) < 0.5])), target
+
+    name = "held_out_auc" if binary else "held_out_correlation"
+    truth = select_features(*data(40_000), 1, "correlation", 0)[0][name]
+    holds = []
+    for seed in range(60):
+        found = select_features(*data(200), 1, "correlation", seed)[0]
+        if found["feature"] == 0:
+            assert found["held_out_low"] <= found[name] <= found["held_out_high"]
+            holds.append(found["held_out_low"] < truth < found["held_out_high"])
+    assert len(holds) > 50 and np.mean(holds) > 0.88
+
+
+def test_intervals_at_the_ends():
+    inside = np.arange(40) < 20
+    columns = np.column_stack([inside, ~inside, np.zeros(40)]).astype(float)
+    (low, high), (low_0, high_0), (low_half, high_half) = auc_intervals(columns, inside)
+    assert 0.8 < low < 0.95 and high == 1 and low_0 == 0 and 0.05 < high_0 < 0.2
+    # no order at all: the interval is around a half
+    assert low_half < 0.4 and high_half > 0.6
+    assert np.isnan(auc_intervals(columns, np.ones(40, bool))).all()
+    found = correlation_intervals(columns, inside.astype(float), 0)
+    assert found[0] == pytest.approx([1, 1]) and found[1] == pytest.approx([-1, -1])
+    assert np.isnan(found[2]).all()
+
+
+def test_an_auc_interval_by_hand():
+    """Two inside (3, 1) and two outside (2, 0): of four pairs three are in order. At either end of
+    the interval 0.75 is 1.96 standard errors away, with those of Hanley and McNeil, whose
+    q - value ** 2 terms count once for each side."""
+    (interval,) = auc_intervals(np.array([[3.0], [1], [2], [0]]), np.array([1, 1, 0, 0], bool))
+    for end in interval:
+        one, two = end / (2 - end), 2 * end**2 / (1 + end)
+        variance = (end * (1 - end) + (one - end**2) + (two - end**2)) / 4
+        assert abs(0.75 - end) == pytest.approx(1.96 * variance**0.5, rel=1e-6)
+    assert 0.1 < interval[0] < 0.75 < interval[1] < 1
+
+
+def test_as_many_random_tokens_stand_beside_the_selected_features():
+    """Planted: feature 0 decides the target and the dictionary holds nothing of it; the other way
+    round the features are the worse ones."""
+    generator = np.random.default_rng(0)
+    target = (np.arange(120) % 3 == 0) * 1.0
+    told = sparse.csr_matrix(np.column_stack([target, generator.random((120, 3)) < 0.5]))
+    noise = sparse.csr_matrix((generator.random((120, 4)) < 0.5) * 1.0)
+    for features, tokens in ((told, noise), (noise, told)):
+        untrained = Untrained([], np.ones(120, bool), np.arange(120), np.zeros((120, 1)))
+        untrained.pooled = {"random tokens": [Pooled(tokens, tokens)]}
+        about = compare(
+            features,
+            target,
+            np.arange(120),
+            np.arange(120),
+            untrained,
+            lambda i: "no word",
+            n_select=2,
+            method="correlation",
+            pooling="mean",
+            seed=0,
+        )
+        own = about["sources"]["selected features"]
+        other = about["sources"]["as many of random tokens"]
+        better, worse = (own, other) if features is told else (other, own)
+        assert better["held_out"] == 1 and worse["interval"][0] < 0.5 < worse["interval"][1]

@@ -132,6 +132,7 @@ def world(tmp_path_factory, tiny_llama, forks):
             4,
             "--n-fidelity-examples",
             6,
+            "--no-run-model",
             "--n-llm-workers",
             1,
             "--interpreter-model",

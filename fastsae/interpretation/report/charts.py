@@ -171,6 +171,42 @@ def curves(title: str, note: str, series: Sequence[tuple[str, Sequence[float]]])
     return Chart(title, note, marks)
 
 
+ROW, THIN = 34, 9  # heights of a row of `intervals` and of its bar
+
+
+def intervals(
+    title: str,
+    note: str,
+    rows: Sequence[tuple[str, float, float, float]],
+    *,
+    start: float,
+    end: float,
+    cool: Collection[int] = (),
+) -> Chart:
+    """A lying bar for each (name, value, low, high) from `start`, which ends at the value, with a
+    line from low to high; the axis reaches to `end`. Rows in `cool` take the second colour."""
+
+    def x(value: float) -> float:
+        inside = min(max(value, start), end)
+        return (WIDTH - 2) * (inside - start) / (end - start)
+
+    marks: list[Mark] = []
+    for i, (name, value, low, high) in enumerate(rows):
+        y = i * ROW + 14
+        marks.append(Text(0, y, name, "start"))
+        marks.append(Text(WIDTH - 2, y, f"{value:.2f}", "end", key=True))
+        marks.append(Bar(0, y + 5, max(x(value), 1.5), THIN, i in cool))
+        middle = y + 5 + THIN / 2
+        marks.append(Line(x(low), middle, x(high), middle, "guide"))
+    bottom = len(rows) * ROW + 4
+    marks += [
+        Line(0, bottom, WIDTH - 2, bottom),
+        Text(0, bottom + 15, compact(start), "start"),
+        Text(WIDTH - 2, bottom + 15, compact(end), "end"),
+    ]
+    return Chart(title, note, marks, height=bottom + BOTTOM)
+
+
 def _y(value: float, top: float) -> float:
     """The height at which `value` stands, where `top` is the highest value of the plot."""
     return HEIGHT - (HEIGHT - TOP) * value / top

@@ -65,6 +65,7 @@ def render(
         subtitle=run["subtitle"],
         story=run["story"],
         notice=run["notice"],
+        grids=run["grids"],
         tables=run["tables"],
         charts=[chart for chart in run["charts"] if chart],
         style=Markup(style),

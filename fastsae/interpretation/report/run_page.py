@@ -10,6 +10,7 @@ import numpy as np
 
 from fastsae.formats.export import dataset_name
 from fastsae.formats.load import architecture_text
+from fastsae.interpretation import run_table
 from fastsae.interpretation.features import AUC_BOUND, Features
 from fastsae.interpretation.report import charts
 from fastsae.interpretation.significance import LEVEL
@@ -92,9 +93,13 @@ def describe_run(
         "chance": None
         if features.categories is None
         else round(float(np.nanquantile(features.categories.shuffled, 0.95)), 3),
-        "charts": run_charts(
-            evidence, sae_meta.get("history"), sae_meta["max_norm"], features.categories, scored
-        ),
+        "charts": [
+            *worth_charts(features.run_table),
+            *run_charts(
+                evidence, sae_meta.get("history"), sae_meta["max_norm"], features.categories, scored
+            ),
+        ],
+        "grids": worth_grids(features.run_table),
         "tables": run_tables(sae_meta, source, metadata, settings, features.comparison),
     }
 
@@ -137,21 +142,118 @@ def who_labelled(rows: Sequence[Mapping[str, Any]], llm: Mapping[str, Any] | Non
     return f"{asked}: every label is a rule, found on half of the texts and tested on the other."
 
 
+def worth_charts(table: Mapping[str, Any]) -> list[charts.Chart]:
+    """How well categories are read from the features, beside what nobody trained, as bars."""
+    if "probing" not in table:
+        return []
+    probing = table["probing"]
+    k, by_source = list(probing["sparse_probing"].items())[-1]
+    rows = [
+        (run_table.NAMES[name], found["value"], *found["interval"])
+        for name, found in by_source.items()
+        if found
+    ]
+    return [
+        charts.intervals(
+            "What training added",
+            f"mean AUC of telling {probing['n_categories']} categories apart on held-out texts by "
+            f"the {k} best columns of each; the lines are 95 % intervals. Two dictionaries of the "
+            "same size that nobody trained, the model's own dimensions and the words say what the "
+            f"features have to be compared with: {run_table.verdict(probing)}",
+            rows,
+            start=0.5,
+            end=1,
+            cool={0},
+        )
+    ]
+
+
+def worth_grids(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """[{name, note, head, rows}]: tables of several columns, of what the run is worth."""
+    grids = []
+    if probing := table.get("probing"):
+        head, rows = run_table.probing_rows(probing)
+        counts = [
+            [run_table.NAMES[name], run_table.plus_minus(found, digits=0)]
+            for name, found in probing["n_above_auc_bound"].items()
+        ]
+        grids += [
+            {
+                "name": "What the features are worth",
+                "note": run_table.probing_note(probing),
+                "head": head,
+                "rows": rows,
+            },
+            {
+                "name": f"Columns with an AUC above {probing['auc_bound']} for a category",
+                "note": "chosen on one half of the texts and measured on the other; those that are "
+                "not above chance are not counted.",
+                "head": ["", "columns"],
+                "rows": counts,
+            },
+        ]
+    if "recovered" in (loss := table.get("model_loss", {})):
+        grids.append(
+            {
+                "name": "What the model loses",
+                "note": run_table.sentence(run_table.model_loss_sentence(loss))
+                + " Loss in nats, of the next token; KL divergence from the model as it is.",
+                "head": ["in place of the stream", "loss", "KL"],
+                "rows": [
+                    [
+                        name,
+                        f"{loss['ce'][key]:.3f}",
+                        "" if key == "clean" else f"{loss['kl'][key]:.3f}",
+                    ]
+                    for key, name in (
+                        ("clean", "nothing"),
+                        ("spliced", "the reconstruction"),
+                        ("mean", "the mean"),
+                        ("zero", "zeros"),
+                    )
+                ],
+            }
+        )
+    if stability := table.get("seed_stability"):
+        grids.append(
+            {
+                "name": "Features that other seeds have too",
+                "note": run_table.sentence(run_table.stability_sentence(stability)),
+                "head": ["", "mean of the largest cosine", "in all, %"],
+                "rows": [
+                    [
+                        run_table.NAMES[name],
+                        f"{stability[name]['mean_max_cosine']:.3f}",
+                        f"{100 * stability[name]['found_in_all']:.0f}",
+                    ]
+                    for name in run_table.NAMES
+                    if name in stability
+                ],
+            }
+        )
+    return grids
+
+
+def shown_with_interval(entry: Mapping[str, Any]) -> str:
+    """'0.850 ±0.020' of a source of `target_features.compare`."""
+    if entry["held_out"] is None or entry["interval"] is None:
+        return "-" if entry["held_out"] is None else f"{entry['held_out']:.3f}"
+    return run_table.plus_minus({"value": entry["held_out"], "interval": entry["interval"]})
+
+
 def target_table(comparison: Mapping[str, Any]) -> tuple:
     """How well the target is predicted, with and without features, as a table of the run page."""
     note = (
         f"{comparison['measure']} of ridge regressions, fitted on {comparison['n_finding']:,} "
-        f"examples and measured on {comparison['n_held_out']:,} others. The features have to be "
+        f"examples and measured on {comparison['n_held_out']:,} others, over "
+        f"{comparison['n_splits']} half splits with a 95 % interval. The features have to be "
         "compared with what needs none."
     )
     return (
         "What predicts the target",
         note,
         [
-            (
-                f"{name} ({entry['n_columns']:,} columns)",
-                "-" if entry["held_out"] is None else f"{entry['held_out']:.3f}",
-            )
+            (f"{name} ({entry['n_columns']:,} columns)", shown_with_interval(entry))
             for name, entry in comparison["sources"].items()
         ],
         True,

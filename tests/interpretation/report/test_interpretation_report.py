@@ -11,7 +11,13 @@ from conftest import put_activations
 from inert_page import assert_inert
 
 from fastsae.interpretation.report import charts, report
-from fastsae.interpretation.report.run_page import describe_run, left_out, who_labelled
+from fastsae.interpretation.report.run_page import (
+    describe_run,
+    left_out,
+    who_labelled,
+    worth_charts,
+    worth_grids,
+)
 
 HOSTILE = (
     '<img src="http://evil.example/x.png" onerror="document.title=\'pwned\'">',
@@ -95,6 +101,7 @@ def test_the_story_says_what_was_done():
         source=source,
         categories=None,
         comparison=None,
+        run_table={},
         rows=[{"status": "llm label unusable", "label_source": "rule"}] * 3,
     )
     metadata = {
@@ -130,6 +137,46 @@ def test_the_story_says_what_was_done():
         and "not trained on" in run["tables"][0][1]
     )
     assert "beyond the line" in run["charts"][0].note and ">bound<" in svg(run["charts"][0])
+
+
+def test_what_the_features_are_worth_is_on_the_page():
+    def each(value):
+        return {"value": value, "interval": [value - 0.1, value + 0.1]}
+
+    sources = {"features": each(0.75), "random tokens": each(0.5)}
+    probing = {
+        "n_categories": 3,
+        "n_examples": 40,
+        "n_splits": 5,
+        "auc_bound": 0.8,
+        "sparse_probing": {"1": sources, "16": sources},
+        "dense_probing": sources,
+        "n_above_auc_bound": sources,
+        "added_by_training": {"random tokens": {"1": each(0.25), "16": each(0.25)}},
+    }
+    loss = {
+        "held_out": True,
+        "n_examples": 2,
+        "n_tokens": 10,
+        "ce": {"clean": 2, "spliced": 2.5, "mean": 5, "zero": 6},
+        "kl": {"spliced": 0.5, "mean": 3, "zero": 4},
+        "recovered": {"zero": each(0.875), "mean": each(0.8)},
+    }
+    seeds = {"n_seeds": 2, "features": {"mean_max_cosine": 0.9, "found_in_all": 0.5}}
+    table = {"probing": probing, "model_loss": loss, "seed_stability": seeds}
+    (chart,) = worth_charts(table)
+    # from 0.5 to 1: half of the width, and from 0.65 to 0.85 the interval
+    bars = [mark for mark in chart.marks if mark.tag == "rect"]
+    assert bars[0].width == pytest.approx(0.5 * (charts.WIDTH - 2)) and bars[0].cool
+    assert bars[1].width == 1.5 and not bars[1].cool
+    line = next(mark for mark in chart.marks if mark.tag == "line" and mark.kind == "guide")
+    assert (line.x1, line.x2) == pytest.approx((0.3 * (charts.WIDTH - 2), 0.7 * (charts.WIDTH - 2)))
+    worth, counts, model, stable = worth_grids(table)
+    assert worth["head"] == ["", "1 column", "16 columns", "all columns"]
+    assert worth["rows"][0] == ["the features"] + ["0.750 ±0.100"] * 3
+    assert len(counts["rows"]) == 2 and model["rows"][1] == ["the reconstruction", "2.500", "0.500"]
+    assert stable["rows"] == [["the features", "0.900", "50"]]
+    assert worth_charts({}) == [] == worth_grids({"model_loss": {"not_measured": "why"}})
 
 
 def test_what_is_left_out_and_who_labelled():
