@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 # Before numpy and torch are loaded, and for all processes that tests start: their threads would
@@ -17,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import sampling  # noqa: E402
-from tiny_world import forks, tiny_llama, worker, world  # noqa: E402, F401  (fixtures)
+from tiny_world import forks, tiny_llama, two_processes, worker, world  # noqa: E402, F401  (fixtures)
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -83,11 +84,13 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--rest"):
         dropped = set(items).difference(*cases.values())
     elif not sampling.exhaustive:
+        n_cases = Counter(item.nodeid.partition("[")[0] for item in items)
         for name, group in cases.items():
-            kept = _kept(group)
-            dropped |= set(group) - set(kept)
-            if len(kept) < len(group):
-                LEFT_OUT[name.rpartition("::")[2]] = (len(kept), len(group))
+            left_out = set(group) - set(_kept(group))
+            dropped |= left_out
+            if left_out:
+                n = n_cases[name]
+                LEFT_OUT[name.rpartition("::")[2]] = (n - len(left_out), n)
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=list(dropped))
     if hasattr(config, "workerinput"):

@@ -2,8 +2,6 @@
 damage, kills, torchrun."""
 
 import json
-import os
-import subprocess
 import sys
 import types
 
@@ -12,6 +10,7 @@ import pytest
 import sampling
 import torch
 from conftest import PROJECT
+from tiny_world import torchrun
 
 import extract_activations
 from fastsae.activations import extraction, files as activations_file
@@ -546,42 +545,13 @@ def test_kills_at_random_times_change_no_byte(tmp_path, dataset, tiny_llama, for
     assert done["out"].startswith("identical after ")
 
 
-def torchrun(*flags):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "0",
-        "--rdzv-endpoint",
-        "localhost:0",
-        PROJECT / "extract_activations.py",
-        "--device",
-        "cpu",
-        "--layer-idx",
-        "2",
-        "--chunk-tokens",
-        "200",
-        "--storage-dtype",
-        "float32",
-        *flags,
-    ]
-    return subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+SHARED = ["--device", "cpu", "--layer-idx", 2, "--chunk-tokens", 200, "--storage-dtype", "float32"]
 
 
 def test_two_processes_write_what_one_writes(tmp_path, extract, dataset, llama):
     assert extract() == 0
-    done = torchrun(
-        "--dataset-path", dataset, "--model-name", llama, "--output-dir", tmp_path / "two"
-    )
+    flags = [*SHARED, "--dataset-path", dataset, "--model-name", llama]
+    done = torchrun("extract_activations", *flags, output=tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote ") == 1 and done.stdout.count("settings: ") == 1
     one, two = (
@@ -598,13 +568,14 @@ def test_two_processes_write_what_one_writes(tmp_path, extract, dataset, llama):
     assert not list((tmp_path / "two" / "activations").glob(".parts*"))
 
 
-def test_what_one_process_cannot_do_stops_all_with_one_message(tmp_path, dataset, llama):
+def test_what_one_process_cannot_do_stops_all_with_one_message(
+    tmp_path, dataset, tiny_llama, two_processes
+):
     dataset.write_text(dataset.read_text() + '{"text": 7}\n')
-    done = torchrun(
-        "--dataset-path", dataset, "--model-name", llama, "--output-dir", tmp_path / "two"
-    )
-    assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if line.startswith(("error", "stopped"))] == [
+    flags = [*SHARED, "--dataset-path", dataset, "--model-name", tiny_llama]
+    code, err = two_processes("extract_activations", *flags, output=tmp_path / "two")
+    assert code != 0
+    assert [line for line in err.splitlines() if line.startswith(("error", "stopped"))] == [
         f"error: {dataset}:41: text is int, not text. write a JSON string."
     ]
 

@@ -298,44 +298,20 @@ def test_other_ranks_take_no_lock(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_under_torchrun_all_processes_end_where_one_may_not_write(tmp_path, world):
-    path = tmp_path / "activations" / "activations_layer1.npz"
-    flags = [
-        *map(str, world.flags["extract_activations"]),
-        "--layers",
-        "1",
-        "--output-dir",
-        str(tmp_path),
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-endpoint",
-        "localhost:0",
-        str(PROJECT / "extract_activations.py"),
-        *flags,
-    ]
-    done = []
+def test_under_torchrun_all_processes_end_where_one_may_not_write(tmp_path, world, two_processes):
+    path, done = tmp_path / "out" / "activations" / "activations_layer1.npz", []
+    flags = [*world.flags["extract_activations"], "--layers", 1]
 
     def held():
         storage.claim(path, "--output-dir")
-        done.append(
-            subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=100,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        )
+        done.append(two_processes("extract_activations", *flags, output=tmp_path / "out"))
 
-    assert run_stage(held) == 0 and done[0].returncode
+    assert run_stage(held) == 0
+    code, err = done[0]
+    assert code
     assert (
-        [line for line in done[0].stderr.splitlines() if line.startswith(("error", "stopped"))]
-        == [line for line in done[0].stderr.splitlines() if f"process {os.getpid()} on" in line]
+        [line for line in err.splitlines() if line.startswith(("error", "stopped"))]
+        == [line for line in err.splitlines() if f"process {os.getpid()} on" in line]
         != []
     )
 

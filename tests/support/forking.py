@@ -63,8 +63,8 @@ class Stages:
 
     def run(self, script, *flags, output, **how):
         """how: `kill_at=k` or `full_from=k` or `stop_at=k` (operation, from 1),
-        `kill_after=seconds`, `racers=n`, `environment={}`; `bare=True` for a module that takes no
-        --output-dir."""
+        `kill_after=seconds`, `racers=n`, `environment={}`; `processes=n` for so many that work
+        together; `bare=True` for a module that takes no --output-dir."""
         job = {"script": script, "flags": [*map(str, flags)], "output": str(output), **how}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -83,7 +83,8 @@ def serve():
     preload()
     for line in sys.stdin:
         job = json.loads(line)
-        replies.write(json.dumps(race(job) if job.get("racers") else once(job)) + "\n")
+        trial = race if job.get("racers") else together if job.get("processes") else once
+        replies.write(json.dumps(trial(job)) + "\n")
         replies.flush()
 
 
@@ -142,6 +143,25 @@ def race(job):
         "racers": racers,
         "foreign": [each for racer in racers for each in racer["foreign"]],
     }
+
+
+def together(job):
+    """Processes of one run, as torchrun starts them: each is told its rank, and where one fails the
+    others get SIGTERM. The code is that of the first to fail, `err` of all."""
+    n, running, ended = job["processes"], {}, []
+    for rank in range(n):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+        environment = job.get("environment", {}) | {name: str(i) for name, i in names.items()}
+        pid, report = start({**job, "racer": rank, "environment": environment})
+        running[pid] = report
+    while running:
+        pid, status = os.waitpid(-1, 0)
+        ended.append(outcome(job, running.pop(pid), status))
+        if ended[-1]["code"]:
+            for other in running:
+                os.kill(other, signal.SIGTERM)
+    code = next((each["code"] for each in ended if each["code"]), 0)
+    return {"code": code, "err": "".join(each["err"] for each in ended)}
 
 
 def start(job):
@@ -204,7 +224,7 @@ def in_fork(job, report):
     try:
         code = run_stage(importlib.import_module(job["script"]).main)
     except SystemExit as stop:
-        code = stop.code
+        code = stop.code if isinstance(stop.code, int) else print(stop.code, file=sys.stderr) or 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

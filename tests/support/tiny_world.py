@@ -5,13 +5,15 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from forking import Stages
+from forking import PROJECT, Stages
 from loopback import Endpoint, completion
 from sampling import cores
 
@@ -69,6 +71,29 @@ def forks(tiny_llama):
     yield stages
     for each in stages:
         each.close()
+
+
+def torchrun(script, *flags, output):
+    """Run a script in two processes as a user does; returns the finished torchrun."""
+    start = ["torch.distributed.run", "--nproc-per-node", 2, "--rdzv-endpoint", "localhost:0"]
+    command = [sys.executable, "-m", *start, PROJECT / f"{script}.py", "--output-dir", output]
+    return subprocess.run(
+        list(map(str, [*command, *flags])), capture_output=True, text=True, timeout=200
+    )
+
+
+@pytest.fixture(params=["forks", pytest.param("torchrun", marks=pytest.mark.exhaustive)])
+def two_processes(request, forks):
+    """Call `two_processes(script, *flags, output=folder)`: (exit code, stderr of both)."""
+
+    def run(script, *flags, output):
+        if request.param == "torchrun":
+            done = torchrun(script, *flags, output=output)
+            return done.returncode, done.stderr
+        done = forks[0].run(script, *flags, output=output, processes=2)
+        return done["code"], done["err"]
+
+    return run
 
 
 @pytest.fixture(scope="session")
