@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import line_of, snapshot
+from conftest import line_of, put_activations, snapshot
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from sampling import points
 
@@ -313,20 +313,19 @@ def test_rows_beyond_max_examples_are_not_looked_at(dataset):
     assert len(read_dataset(dataset(GOOD + GOOD + "bad"), max_examples=2)) == 2
 
 
-def test_a_bad_dataset_stops_the_script_and_harms_nothing(
-    run_script, write_activations, dataset, tmp_path
-):
-    write_activations(np.ones((4, 2), np.float16), [2, 2])
+def test_a_bad_dataset_stops_the_script_and_harms_nothing(forks, dataset, tmp_path):
+    put_activations(tmp_path / "out", np.ones((4, 2), np.float16), [2, 2])
     path = dataset((GOOD + GOOD).encode("utf-16"))
-    before = snapshot(tmp_path)
-    done = run_script("extract_activations.py", "--dataset-path", path, "--no-print-settings")
-    assert (
-        line_of(done, 2)
-        == f"{path}:1: is not UTF-8. convert it, for example: iconv -f UTF-16 -t UTF-8 d.jsonl."
+    before = snapshot(tmp_path / "out")
+    flags = ["--dataset-path", path, "--device", "cpu"]
+    done = forks[0].run("extract_activations", *flags, output=tmp_path / "out")
+    assert done["code"] == 2 and done["err"] == (
+        f"error: {path}:1: is not UTF-8. convert it, for example: "
+        "iconv -f UTF-16 -t UTF-8 d.jsonl.\n"
     )
-    model, changed = done.stdout.splitlines()
+    model, changed = done["out"].splitlines()
     assert model.startswith("model: ") and changed.startswith("changed: ")
-    assert snapshot(tmp_path) == before
+    assert snapshot(tmp_path / "out") == before
 
 
 def test_dialogues_that_no_template_takes():

@@ -17,6 +17,7 @@ import pytest
 from conftest import PROJECT
 from loopback import Endpoint
 from source_tree import python_files
+from tiny_world import replay
 
 from fastsae.lm import hub
 from fastsae.runtime import storage
@@ -449,36 +450,22 @@ def test_a_pipeline_that_ends_leaves_no_child(tmp_path, pipeline, number, signs)
     assert signs[0] == PART or "going on in epoch" in out_of_last
 
 
-def test_sigterm_does_not_wait_for_an_endpoint(tmp_path, planted):
-    server = Endpoint([(0, 60)])
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            str(PROJECT / "interpret_sae.py"),
-            *map(str, planted),
-            "--n-top-neurons",
-            "3",
-        ],
-        env={**os.environ, "OPENAI_BASE_URL": server.url},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_sigterm_does_not_wait_for_an_endpoint(tmp_path, world, worker):
+    asked, done = [], {}
+
+    def silent(prompt):
+        asked.append(time.monotonic())
+        (tmp_path / "asked").touch()
+        time.sleep(20)
+        return (200, {})
+
+    server = Endpoint(reply=silent)
     try:
-        assert (
-            until(lambda: server.requests or process.poll() is not None) and process.poll() is None
-        ), process.stderr.read()
-        process.send_signal(signal.SIGTERM)
-        started = time.monotonic()
-        _, err = process.communicate(timeout=30)
-        assert (
-            time.monotonic() - started < 5
-            and process.returncode == 143
-            and "the same command continues" in err
-        )
+        done = replay(world, worker, "interpret_sae", url=server.url, stop_when=tmp_path / "asked")
+        assert asked and time.monotonic() - asked[0] < 5
     finally:
-        process.kill()
         server.close()
+    assert done["code"] == 143 and "the same command continues" in done["err"]
 
 
 def test_works_without_terminal_and_stdin(tmp_path, write_activations):

@@ -63,10 +63,11 @@ class Stages:
 
     def run(self, script, *flags, output, **how):
         """how: `kill_at=k` or `full_from=k` or `stop_at=k` (operation, from 1),
-        `kill_after=seconds`, `racers=n`, `environment={}`; `processes=n` for so many that work
-        together; `bare=True` for a module that takes no --output-dir."""
+        `kill_after=seconds` or `stop_when=path` (once it is there), `environment={}`; `racers=n`,
+        `processes=n` for so many that work together, `bare=True` for a module that takes no
+        --output-dir."""
         job = {"script": script, "flags": [*map(str, flags)], "output": str(output), **how}
-        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.write(json.dumps(job, default=str) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
@@ -118,6 +119,8 @@ def preload():
 def once(job):
     started = time.monotonic()
     child, report = start(job)
+    if job.get("stop_when"):
+        stop_when(child, Path(job["stop_when"]))
     status = wait(child, job.get("kill_after"))
     return {**outcome(job, report, status), "seconds": time.monotonic() - started}
 
@@ -173,6 +176,16 @@ def start(job):
     if not child:
         in_fork(job, report)
     return child, report
+
+
+def stop_when(child, path):
+    """SIGTERM as soon as there is something at `path`."""
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
 
 
 def wait(child, kill_after):
