@@ -34,6 +34,8 @@ LABEL_FIELD: str | None  # dataset field with a category, for category_auc; none
 TEXT_FIELD: str = "text"           # dataset field that holds a plain text (one user turn);
                                    # another than text goes before messages
 MAX_EXAMPLES: int | None = None    # [2..] use only the first so many examples; none = all
+MAX_TRAIN_TOKENS: int | None = None  # [2..] train on the first so many tokens only, in the order of
+                                     # the data; none = all
 
 # Model:
 MODEL_REVISION: str | None = None  # branch, tag or commit of a hub model; none = its default
@@ -41,6 +43,12 @@ CACHE_DIR: str | None = None       # where models are kept; none = FASTSAE_CACHE
                                    # ~/.cache/fastsae, and the hub's own cache
 DEVICE: str = "auto"               # auto, cuda, cuda:1, mps or cpu; auto takes the first of these
                                    # that is there
+
+# Scale:
+STREAM_BYTES: int | None = None    # [1..] train while activations are extracted, and delete them:
+                                   # disk for parts that wait; none = all stay on the disk
+BUFFER_TOKENS: int = 1_000_000     # [6..] kept in memory; more are mixed in a buffer of that
+                                   # size as they are read. A part of a stream has a third of it
 
 # Run:
 RUN_NAME: str | None = None        # folder under checkpoints/; none = the dataset's name

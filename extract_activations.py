@@ -20,10 +20,11 @@ if __name__ == "__main__":
     startup.explain_slips()  # of config.py, which is imported below
 
 import hashlib
+from typing import Any, NamedTuple
 
 import config
-from fastsae.activations import extraction, results
-from fastsae.activations.work import Work
+from fastsae.activations import extraction, results, streaming
+from fastsae.activations.work import Work, configuration_and_tokenizer, model_of
 from fastsae.data import datasets, reading
 from fastsae.runtime import artifacts, progress, storage
 from fastsae.runtime.errors import InputError
@@ -47,6 +48,8 @@ BLOCK_LENGTH: int = 2048         # [2..2147483647] tokens per block, when PROCES
 DEDUP_NGRAM: int = 0             # [0..1000] drop examples that share so many words in a row with
                                  # an earlier one (FAST: 20); 0 = keep all
 STORAGE_DTYPE: str = "float16"   # {float16, float32} of the file
+SAMPLE_FRACTION: float = 0.02    # [1e-6..0.9] with STREAM_BYTES: part of the examples that is kept
+                                 # as activations_layer{L}.npz, for all but training
 
 # Constants:
 TEMPLATE_DATE: str = "26 Jul 2024"  # date for templates that print today's, pinned so that runs
@@ -85,52 +88,86 @@ def main():
             for layer in settings.LAYERS or (settings.LAYER_IDX,)
         }
         missing = not_up_to_date(wanted, settings)
-        if not missing:
+        streams = streaming.Streams(settings, wanted, world.rank) if settings.STREAM_BYTES else None
+        if not missing and (streams is None or streams.need_nothing()):
             if world.rank == 0:
                 extraction.clear_parts(parts_folder(settings, wanted), wanted)
                 results.print_summary(settings, wanted, started, "unchanged")
             return
         storage.require_writable(results.path_of(settings, layer) for layer in missing)
-        # parts of an interrupted run hold all of its layers
-        computed = wanted if parts_folder(settings, wanted).exists() else missing
+        job = Job(settings, world, wanted, missing, (dataset_path, dataset), inputs, model_files)
+        figures = make_files(job) if streams is None else make_stream(job, streams)
+        if world.rank == 0:
+            results.print_summary(settings, wanted, started, "written", **figures)
 
-        model_config, tokenizer = configuration_and_tokenizer(settings, max(missing))
-        table, counts = reading.read_tokens(settings, dataset_path, dataset, tokenizer)
-        folder = parts_folder(settings, computed)
-        n_values = len(table.ids) * model_config.hidden_size * len(missing)
-        extraction.require_disk_space(
-            settings.activations_path, n_values, settings.STORAGE_DTYPE, folder
+
+class Job(NamedTuple):
+    """What one run of this stage is to do: `missing` of the layers `wanted` {layer: metadata}."""
+
+    settings: config.Settings
+    world: extraction.World
+    wanted: dict
+    missing: dict
+    dataset: tuple[Any, str]  # (path, sha256)
+    inputs: dict
+    model_files: Any  # as they were when their content was looked at
+
+
+def make_files(job):
+    """Make the files of the missing layers; returns figures for the summary."""
+    settings, missing = job.settings, job.missing
+    # parts of an interrupted run hold all of its layers
+    computed = job.wanted if parts_folder(settings, job.wanted).exists() else missing
+    model_config, tokenizer = configuration_and_tokenizer(settings, max(missing))
+    path, sha256 = job.dataset
+    table, counts = reading.read_tokens(settings, path, sha256, tokenizer)
+    folder = parts_folder(settings, computed)
+    n_values = len(table.ids) * model_config.hidden_size * len(missing)
+    extraction.require_disk_space(
+        settings.activations_path, n_values, settings.STORAGE_DTYPE, folder
+    )
+    return write_files(job, load_model(job, computed), table, counts, folder)
+
+
+def make_stream(job, streams):
+    """Make the samples of the missing layers, then the parts of all layers, as the budget has room
+    for them; returns figures for the summary."""
+    settings, wanted = job.settings, job.wanted
+    model_config, tokenizer = configuration_and_tokenizer(settings, max(wanted))
+    path, sha256 = job.dataset
+    with storage.scratch_folder(settings.activations_path.parent) as scratch:
+        spool, counts = reading.spool_tokens(settings, path, sha256, tokenizer, scratch)
+        table = streams.plan(spool, model_config.hidden_size)
+        model = load_model(job, wanted)
+        counts["stream"] = streams.about()
+        if job.missing:
+            write_files(job, model, table, counts, parts_folder(settings, wanted))
+        for about in wanted.values():
+            results.complete(about, model, table, counts)
+        n_made = streams.make_parts(
+            model, wanted, job.world, lambda: require_same_model(settings, job.inputs)
         )
+    return {"n_parts_made": n_made}
 
-        progress.step("loading the model")
-        model = load_model(settings, computed)
-        model_files.require_unchanged()
-        require_same_model(settings, inputs)
-        for about in missing.values():
-            about.update(
-                n_examples=len(table.lengths),
-                n_tokens=len(table.ids),
-                d_model=model.d_model,
-                **counts,
-                compute_dtype=str(model.dtype).removeprefix("torch."),
-                device=model.device.partition(":")[0],
-                resolved_revision=model.revision,
-                **model.where,
-            )
-        work = Work(
-            model, table, missing,
-            n_shared=counts["n_shared_prefix"], settings=settings, folder=folder,
-        )  # fmt: skip
-        if world.rank == 0:
-            extraction.name_parts(folder, computed)
-        work.extract(world)
-        # weights are mapped from their file until they are used
-        require_same_model(settings, inputs, folder)
-        if world.rank == 0:
-            timing = work.write(world)
-            extraction.clear_parts(folder, wanted)
-            speed = timing["tokens_per_second"]
-            results.print_summary(settings, wanted, started, "written", tokens_per_second=speed)
+
+def write_files(job, model, table, counts, folder):
+    """Run the model over the examples of `table` and write the files of the missing layers;
+    `folder` is of the unfinished run. Returns figures for the summary."""
+    settings, world = job.settings, job.world
+    for about in job.missing.values():
+        results.complete(about, model, table, counts)
+    n_shared = counts["n_shared_prefix"]
+    work = Work(model, table, job.missing, n_shared=n_shared, settings=settings, folder=folder)
+    if world.rank == 0:
+        extraction.name_parts(folder, job.missing)
+    work.run_model(world)
+    # weights are mapped from their file until they are used
+    require_same_model(settings, job.inputs, folder)
+    if world.rank:
+        return {}
+    timing = work.write(world)
+    extraction.clear_parts(folder, job.wanted)
+    return {"tokens_per_second": timing["tokens_per_second"]}
 
 
 def describe(settings, layer, inputs):
@@ -140,6 +177,8 @@ def describe(settings, layer, inputs):
     if settings.PROCESSING == "block":
         decisive["BLOCK_LENGTH"] = settings.BLOCK_LENGTH
         del decisive["MAX_LENGTH"]
+    if settings.STREAM_BYTES:
+        decisive.update(settings.select(streaming.DECISIVE))
     return artifacts.new_metadata(
         "activations",
         decisive,
@@ -169,29 +208,14 @@ def parts_folder(settings, by_layer):
     return settings.activations_path.parent / f".parts-{content}"
 
 
-def configuration_and_tokenizer(settings, deepest):
-    """(configuration, tokenizer) of the model, which must have the deepest layer."""
-    from fastsae.lm import loading
-
-    source = {"revision": settings.MODEL_REVISION, "cache_dir": settings.CACHE_DIR}
-    model_config = loading.load_config(settings.MODEL_NAME, **source)
-    loading.check_layer(model_config, deepest, settings.MODEL_NAME)
-    return model_config, loading.load_tokenizer(settings.MODEL_NAME, **source)
-
-
-def load_model(settings, layers):
-    """The model up to the deepest of the layers, on DEVICE and in DTYPE."""
-    from fastsae.lm import devices, residual
-
-    device = devices.choose_device(settings.DEVICE)
-    return residual.ResidualModel(
-        settings.MODEL_NAME,
-        layers,
-        device=device,
-        dtype=devices.choose_dtype(settings.DTYPE, device),
-        revision=settings.MODEL_REVISION,
-        cache_dir=settings.CACHE_DIR,
-    )
+def load_model(job, layers):
+    """The model up to the deepest of the layers; InputError if it is not the one that was looked
+    at."""
+    progress.step("loading the model")
+    model = model_of(job.settings, layers)
+    job.model_files.require_unchanged()
+    require_same_model(job.settings, job.inputs)
+    return model
 
 
 def require_same_model(settings, inputs, parts=None):

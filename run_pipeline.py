@@ -1,4 +1,5 @@
-"""The three stages one after the other, and nothing else.
+"""The three stages one after the other, and nothing else. With STREAM_BYTES the first two run at
+once: stage 2 trains on what stage 1 makes, and deletes it.
 
     python run_pipeline.py                               # the demo
     python run_pipeline.py --dataset-path my.jsonl --k 16
@@ -14,15 +15,19 @@ if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
     startup.explain_slips()  # of config.py, which is imported below
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import config
 from fastsae.runtime import signals
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.runtime.stage import end, run_stage
+
+POLL = 0.1  # seconds between looks at two stages that run at once
 
 
 def main():
@@ -33,12 +38,22 @@ def main():
     if blocked := folders_that_take_no_files(settings):
         raise EnvironmentFailure(*blocked)
     settings.show()
-    for number, script in enumerate(scripts, 1):
-        if not settings.QUIET:
-            print(f"[{number}/{len(scripts)}] {script.name}", flush=True)
-        code = run(script, [*settings.flags_for(script.name), "--no-print-settings"])
+    flags = {s: [*settings.flags_for(s.name), "--no-print-settings"] for s in scripts}
+    together = [scripts[:2], *([s] for s in scripts[2:])]
+    n_done = 0
+    for group in together if settings.STREAM_BYTES else [[script] for script in scripts]:
+        stages = [
+            Stage(
+                script,
+                flags[script],
+                "" if settings.QUIET else f"[{n_done + i}/{len(scripts)}] {script.name}",
+            )
+            for i, script in enumerate(group, 1)
+        ]
+        code = run(stages, settings)
         if code:
             return code
+        n_done += len(group)
     return 0
 
 
@@ -55,6 +70,11 @@ def check_chain(settings):
         problems.append(
             "PROCESSING: stage 3 needs examples and refuses blocks. run extract_activations.py and "
             "train_sae.py by themselves."
+        )
+    if settings.STREAM_BYTES and settings.LAYERS and len(settings.LAYERS) > 1:
+        problems.append(
+            f"LAYERS: {settings.LAYERS} with STREAM_BYTES need a train_sae.py each, and "
+            "run_pipeline.py starts one. run the stages by themselves, or give one layer."
         )
     return problems
 
@@ -76,36 +96,104 @@ def folders_that_take_no_files(settings):
     return list(dict.fromkeys(problems))
 
 
-def run(script, flags):
-    """The stage's exit code. A stage gets the signals that end this process, each once, so that
-    none is left running.
+class Stage:
+    """A stage as a process of its own, which ends with this one.
 
     (In a session of its own: Ctrl-C at a terminal would otherwise reach it twice, and twice means
     at once, without saving.) Its stdin is a pipe that closes when this process ends, also by a
     kill: it then stops as well.
     """
+
+    def __init__(self, script, flags, title):
+        self.script, self.flags, self.title = script, flags, title
+        self.process = None
+
+    def start(self, name):
+        """Start it; stages of the run `name` know by it that they belong together."""
+        if self.title:
+            print(self.title, flush=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(self.script), *self.flags],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, "FASTSAE_STDIN_ENDS_WITH_PARENT": name},
+        )
+
+    def is_running(self):
+        return self.process is not None and self.process.poll() is None
+
+    def code(self):
+        """Its exit code; None before it has one."""
+        code = None if self.process is None else self.process.poll()
+        return 128 - code if code is not None and code < 0 else code
+
+
+def run(stages, settings):
+    """The exit code of the stages; a second one starts when the first has begun its stream.
+
+    A stage gets the signals that end this process, each once, so that none is left running. The
+    first that fails ends the other, and its code is returned. Where the second is done the first is
+    not needed any more.
+    """
     asked = []
 
     def stop(signum, frame):
         asked.append(signum)
-        if stage.poll() is None:
-            stage.send_signal(signum)
+        for stage in stages:
+            if stage.is_running():
+                stage.process.send_signal(signum)
 
+    name = f"{os.getpid()}-{time.time_ns()}"
     with signals.blocked():  # until both are there: the stage, and who passes signals on to it
-        stage = subprocess.Popen(
-            [sys.executable, str(script), *flags],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-            env={**os.environ, "FASTSAE_STDIN_ENDS_WITH_PARENT": "1"},
-        )
+        stages[0].start(name)
         previous = {number: signal.signal(number, stop) for number in signals.STOPS}
     try:
-        code = stage.wait()
+        code = ended(stages, settings, name, asked)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    code = 128 - code if code < 0 else code
     return code or (128 + asked[0] if asked else 0)
+
+
+def ended(stages, settings, name, asked):
+    """Wait for the stages, starting the second one in time; returns the code of the first that
+    fails, else 0."""
+    first, last = stages[0], stages[-1]
+    if first is last:
+        first.process.wait()
+        return first.code()
+    while True:
+        if last.process is None and not asked and has_begun(settings, name):
+            with signals.blocked():
+                last.start(name)
+        codes = [stage.code() for stage in stages]
+        if failed := [code for code in codes if code]:
+            end_all(stages)
+            return failed[0]
+        if last.code() == 0:
+            end_all(stages)
+            return 0
+        time.sleep(POLL)
+
+
+def end_all(stages):
+    """Ask those that still run to stop, and wait until they have."""
+    for stage in stages:
+        if stage.is_running():
+            stage.process.send_signal(signal.SIGTERM)
+    for stage in stages:
+        if stage.process is not None:
+            stage.process.wait()
+
+
+def has_begun(settings, name):
+    """Whether stage 1 of the run `name` has made the sample and announced its parts."""
+    folder = settings.activations_path.parent / f"stream_layer{settings.LAYER_IDX}"
+    try:
+        about = json.loads((folder / "stream.json").read_bytes())
+        return about["run"] == name
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
     startup.explain_slips()  # of config.py, which is imported below
 
+import shlex
+import sys
 from pathlib import Path
 
 import config
-from fastsae.activations.files import read_metadata
-from fastsae.runtime import artifacts, progress, ranks, storage
+from fastsae.activations import stream
+from fastsae.runtime import artifacts, progress, ranks, stage, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.runtime.stage import end, run_stage
 from fastsae.training.limits import require_memory
@@ -74,8 +76,6 @@ VALIDATION_FRACTION: float = 0.1     # (0..0.99] part of the examples (not of th
                                      # chooses the best epoch
 TEST_FRACTION: float = 0.1           # [0..0.98] part of the examples that decides nothing and gives
                                      # the reported figures; 0 = none
-MAX_TRAIN_TOKENS: int | None = None  # [2..] train on the first so many tokens only, in the order of
-                                     # the file; none = all
 USE_TOKENS: str = "all"              # {all, content, assistant} content: not the chat template's;
                                      # assistant: the assistant's own text
 EXCLUDE_SHARED_PREFIX: bool = True   # leave out the tokens that the chat template puts before every
@@ -90,10 +90,6 @@ EXPORT: tuple[str, ...] | None = None  # {saelens, sparsify} also write folders 
                                        # a trained one too; none = no
 LOGGER: str = "none"                   # {none, tensorboard, wandb} where the figures of each epoch
                                        # go as well
-
-# Scale:
-BUFFER_TOKENS: int = 1_000_000       # [6..] kept in memory; beyond, they are mixed in a buffer of
-                                     # that size as they are read
 
 # Constants:
 AUX_COEF: float = 0.03125            # [0..1e38] weight of the loss of AUX_K
@@ -130,7 +126,10 @@ def main():
     settings = config.resolve(__file__)
     started = progress.start(quiet=settings.QUIET)
     settings.show()
-    source = read_metadata(settings.activations_path)
+    progress.step("waiting for the activations")
+    source, parts = stream.opened(
+        settings.activations_path, settings.STREAM_BYTES, stage.pipeline()
+    )
     require_named_dataset(settings, source)
 
     progress.step("looking at what is there")
@@ -138,6 +137,8 @@ def main():
     from fastsae.training.plans import make_plans
 
     plans = make_plans(settings, source, DECISIVE)
+    if parts is not None:
+        storage.claim(parts.trainer_lock, "--output-dir")
     storage.claim(settings.run_dir, "--run-name")
     todo = [
         plan
@@ -146,9 +147,16 @@ def main():
     ]
     storage.require_writable(plan.path.with_suffix(".resume.jsonl") for plan in todo)
 
-    failed = train_all(todo, source, settings) if todo else {}
+    wanted = {plan.path.name: plan.metadata["fingerprint"] for plan in plans}
+    command = shlex.join(["python", *sys.argv])
+    is_first = ranks.current().rank == 0
+    if parts is not None and is_first:
+        parts.join(wanted, command, todo=bool(todo), run=stage.pipeline())
+    failed = train_all(todo, source, parts, settings) if todo else {}
+    if parts is not None and is_first and todo:
+        parts.end(wanted, command)
     trained = [plan for plan in plans if plan.path not in failed]
-    if trained and ranks.current().rank == 0:
+    if trained and is_first:
         from fastsae.training import results
 
         metas = results.write_beside(trained, settings, several=len(plans) > 1)
@@ -172,8 +180,9 @@ def require_named_dataset(settings, source):
         )
 
 
-def train_all(plans, source, settings):
-    """Open the activations of stage 1, say what is in them, and train the plans.
+def train_all(plans, source, parts, settings):
+    """Open the activations of stage 1, say what is in them, and train the plans; of a stream they
+    are the sample, and `parts` train.
 
     Returns {path: what to say} of those that came to no number.
     """
@@ -182,6 +191,7 @@ def train_all(plans, source, settings):
     from fastsae.runtime import distributed
     from fastsae.training.data import Tokens, print_split
     from fastsae.training.loop import train
+    from fastsae.training.stream_loop import train_on_stream
 
     print(
         f"activations: {described(source['model_name'])}, "
@@ -203,13 +213,21 @@ def train_all(plans, source, settings):
         use=settings.USE_TOKENS,
         exclude_shared_prefix=settings.EXCLUDE_SHARED_PREFIX,
         max_norm_ratio=settings.MAX_NORM_RATIO,
-        max_train_tokens=settings.MAX_TRAIN_TOKENS,
+        max_train_tokens=settings.MAX_TRAIN_TOKENS if parts is None else None,
     )
     if tokens.fingerprint != source["fingerprint"]:
         raise EnvironmentFailure(
             f"{settings.activations_path}: was replaced while this run began. run again."
         )
-    print_split(tokens, settings.activations_path, settings.USE_TOKENS, settings.TEST_FRACTION)
+    print_split(
+        tokens,
+        settings.activations_path,
+        settings.USE_TOKENS,
+        settings.TEST_FRACTION,
+        trained=None if parts is None else parts.in_words(),
+    )
+    if parts is not None:
+        return train_on_stream(plans, tokens, parts, settings, device)
     return train(plans, tokens, settings, device)
 
 

@@ -310,6 +310,26 @@ def called(monkeypatch, script, *flags):
     return run_stage(importlib.import_module(script).main)
 
 
+def put_part(stream, number, rows, lengths=None, kind=None):
+    """Write a part as stage 1 would, from made-up rows (n, d)."""
+    from fastsae.runtime import artifacts
+
+    n = len(rows)
+    metadata = {"format": artifacts.FORMAT, "fingerprint": stream.about["fingerprint"]}
+    artifacts.write_npz(
+        stream.part_path(number),
+        {
+            "activations": rows,
+            "seq_lengths": np.array([n] if lengths is None else lengths, np.int32),
+            "token_ids": np.zeros(n, np.int32),
+            "token_kind": np.zeros(n, np.uint8) if kind is None else np.asarray(kind, np.uint8),
+            "token_role": np.zeros(n, np.uint8),
+            "example_ids": np.array([1], np.int32),
+            "metadata": np.array(artifacts.to_json({**metadata, "part": number})),
+        },
+    )
+
+
 @pytest.fixture
 def run_main(monkeypatch):
     """Call a script's `main()` in this process with the given flags, through `run_stage`; returns

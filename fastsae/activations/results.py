@@ -32,6 +32,22 @@ def up_to_date(path: Path, metadata: Mapping[str, Any]) -> bool:
     )
 
 
+def complete(
+    about: dict[str, Any], model: Any, table: TokenTable, counts: Mapping[str, Any]
+) -> None:
+    """Add to the metadata of a file what is known once its examples and the model are there."""
+    about.update(
+        n_examples=len(table.lengths),
+        n_tokens=len(table.ids),
+        d_model=model.d_model,
+        **counts,
+        compute_dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.partition(":")[0],
+        resolved_revision=model.revision,
+        **model.where,
+    )
+
+
 def shards_of(
     table: TokenTable, d_model: int, storage_dtype: str, shard_bytes: int
 ) -> list[tuple[int, int]]:

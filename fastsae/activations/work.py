@@ -1,7 +1,7 @@
 """The examples of a run through the model, chunk by chunk, into the files of its layers."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,33 @@ from fastsae.runtime import progress
 from fastsae.settings.values import Settings
 
 
+def configuration_and_tokenizer(settings: Settings, deepest: int) -> tuple[Any, Any]:
+    """(configuration, tokenizer) of the model, which must have the deepest layer."""
+    from fastsae.lm import loading
+
+    source = {"revision": settings.MODEL_REVISION, "cache_dir": settings.CACHE_DIR}
+    model_config = loading.load_config(settings.MODEL_NAME, **source)
+    loading.check_layer(model_config, deepest, settings.MODEL_NAME)
+    return model_config, loading.load_tokenizer(settings.MODEL_NAME, **source)
+
+
+def model_of(settings: Settings, layers: Iterable[int]) -> Any:
+    """The model up to the deepest of the layers, on DEVICE and in DTYPE."""
+    from fastsae.lm import devices, residual
+
+    device = devices.choose_device(settings.DEVICE)
+    return residual.ResidualModel(
+        settings.MODEL_NAME,
+        layers,
+        device=device,
+        dtype=devices.choose_dtype(settings.DTYPE, device),
+        revision=settings.MODEL_REVISION,
+        cache_dir=settings.CACHE_DIR,
+    )
+
+
 class Work:
-    """How the examples of `table` are cut into chunks and files; `extract` and `write` do it.
+    """How the examples of `table` are cut into chunks and files; `run_model` and `write` do it.
 
     layers: {layer: metadata} of the files that are made, n_tokens and d_model included; `folder`
     keeps what is unfinished. The settings are stage 1's.
@@ -66,7 +91,7 @@ class Work:
             for layer, about in layers.items()
         }
 
-    def extract(self, world: extraction.World) -> None:
+    def run_model(self, world: extraction.World) -> None:
         """Run the model over the chunks that are not in place yet."""
         self.parts = extraction.extract_parts(
             self.forward, self.chunks, self.folder, self.plan, world, self.assemblies

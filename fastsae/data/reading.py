@@ -5,7 +5,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastsae.data.datasets import Deduplicator, Example, require_two, stream_examples, stream_text
+from fastsae.data.datasets import (
+    HUB,
+    Deduplicator,
+    Example,
+    require_two,
+    stream_examples,
+    stream_text,
+)
+from fastsae.data.token_spool import TokenSpool
 from fastsae.data.tokenization import (
     CONTENT,
     ChatTokenizer,
@@ -14,7 +22,7 @@ from fastsae.data.tokenization import (
     mark_shared_prefix,
     tokenise,
 )
-from fastsae.runtime import progress, ranks
+from fastsae.runtime import digests, progress, ranks
 from fastsae.runtime.errors import InputError
 from fastsae.settings.values import Settings
 
@@ -28,17 +36,11 @@ def read_tokens(
     the settings leave nothing of the texts, or too few examples.
     """
     in_blocks = settings.PROCESSING == "block"
-    chat = chat_tokenizer(settings, tokenizer)
-    if chat.lacks_template and ranks.current().rank == 0:
-        print("chat template: this model has none, texts go in as they are", flush=True)
+    chat = announced_tokenizer(settings, tokenizer)
     duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
     examples = examples_of(settings, dataset_path, sha256)
     table = tokenise(filter(duplicates.is_new, examples) if duplicates else examples, chat)
-    if table.n_truncated and not (table.kind == CONTENT).any():
-        only = "the chat template" if chat.chat_template else "what the tokenizer puts before it"
-        raise InputError(
-            f"MAX_LENGTH: {settings.MAX_LENGTH} tokens hold no text, only {only}. raise it."
-        )
+    require_content(settings, chat, table.n_truncated, bool((table.kind == CONTENT).any()))
     counts = {
         "n_truncated": table.n_truncated,
         "n_control_strings": table.n_control_strings,
@@ -53,9 +55,65 @@ def read_tokens(
     return table, {"n_shared_prefix": n_shared_prefix, **counts}
 
 
+def spool_tokens(
+    settings: Settings, dataset_path: Path | str, sha256: str, tokenizer: Any, folder: Path | str
+) -> tuple[TokenSpool, dict[str, int]]:
+    """`read_tokens` for a stream: the tokens are in files of `folder`, and there are no more of
+    them than MAX_TRAIN_TOKENS needs beside the sample."""
+    in_blocks = settings.PROCESSING == "block"
+    chat = announced_tokenizer(settings, tokenizer)
+    duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
+    examples = examples_of(settings, dataset_path, sha256)
+    spool = TokenSpool(Path(folder))
+    enough = None
+    if settings.MAX_TRAIN_TOKENS is not None:
+        enough = int(settings.MAX_TRAIN_TOKENS / (1 - settings.SAMPLE_FRACTION))
+    is_cut = spool.fill(
+        filter(duplicates.is_new, examples) if duplicates else examples, chat, enough
+    )
+    if is_cut and not str(dataset_path).startswith(HUB):
+        with digests.reading(dataset_path, sha256):  # the rest of the file must be as it was, too
+            pass
+    require_content(settings, chat, spool.n_truncated, spool.has_content)
+    counts = {
+        "n_truncated": spool.n_truncated,
+        "n_control_strings": spool.n_control_strings,
+        "n_duplicates": duplicates.n_dropped if duplicates else 0,
+    }
+    if chat.lacks_template:
+        counts["has_chat_template"] = False
+    if in_blocks:
+        n_tokens = int(spool.lengths.sum())
+        counts["n_left_over"] = spool.cut_blocks(settings.BLOCK_LENGTH)
+        require_blocks(len(spool.lengths), n_tokens, settings.BLOCK_LENGTH)
+    require_two(len(spool.lengths), settings.DATASET_PATH)
+    if not in_blocks:
+        spool.find_shared_prefix()
+    return spool, {"n_shared_prefix": spool.n_shared, **counts}
+
+
+def require_content(
+    settings: Settings, chat: ChatTokenizer, n_truncated: int, has_content: bool
+) -> None:
+    """InputError where MAX_LENGTH cuts all text off."""
+    if n_truncated and not has_content:
+        only = "the chat template" if chat.chat_template else "what the tokenizer puts before it"
+        raise InputError(
+            f"MAX_LENGTH: {settings.MAX_LENGTH} tokens hold no text, only {only}. raise it."
+        )
+
+
 def is_plain_text(settings: Settings) -> bool:
     """Whether the dataset is one text without rows."""
     return settings.DATASET_PATH.endswith(".txt")
+
+
+def announced_tokenizer(settings: Settings, tokenizer: Any) -> ChatTokenizer:
+    """`chat_tokenizer`; says so where the model has no chat template."""
+    chat = chat_tokenizer(settings, tokenizer)
+    if chat.lacks_template and ranks.current().rank == 0:
+        print("chat template: this model has none, texts go in as they are", flush=True)
+    return chat
 
 
 def chat_tokenizer(settings: Settings, tokenizer: Any) -> ChatTokenizer:
@@ -102,9 +160,14 @@ def labelled(settings: Settings, examples: Iterable[Example]) -> Iterator[Exampl
 def blocks_of(table: TokenTable, block_length: int) -> tuple[TokenTable, int]:
     """(all tokens in blocks of equal length, how many are left over); InputError below two."""
     blocks, n_left_over = cut_blocks(table, block_length)
-    if len(blocks.lengths) < 2:
-        raise InputError(
-            f"BLOCK_LENGTH: {len(table.ids)} tokens make {len(blocks.lengths)} blocks of "
-            f"{block_length}; at least 2 are needed. lower --block-length, or give more data."
-        )
+    require_blocks(len(blocks.lengths), len(table.ids), block_length)
     return blocks, n_left_over
+
+
+def require_blocks(n_blocks: int, n_tokens: int, block_length: int) -> None:
+    """InputError below two blocks."""
+    if n_blocks < 2:
+        raise InputError(
+            f"BLOCK_LENGTH: {n_tokens} tokens make {n_blocks} blocks of {block_length}; at least 2 "
+            "are needed. lower --block-length, or give more data."
+        )

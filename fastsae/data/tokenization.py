@@ -3,7 +3,7 @@ every token."""
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -346,36 +346,43 @@ class TokenTable:
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
 
+def token_batches(
+    examples: Iterable[Example], tokenizer: ChatTokenizer, batch_size: int = 512
+) -> Iterator[tuple[list[Tokens], list[int]]]:
+    """Yield (the Tokens of some examples, their lines) until all are done; no text is kept."""
+    batch: list[Example] = []
+    size = 0
+    for example in examples:
+        batch.append(example)
+        size += sum(len(message["content"]) for message in example.messages)
+        if len(batch) == batch_size or size > BATCH_CHARACTERS:
+            yield tokenizer(batch), [example.line for example in batch]
+            batch, size = [], 0
+    if batch:
+        yield tokenizer(batch), [example.line for example in batch]
+
+
 def tokenise(
     examples: Iterable[Example], tokenizer: ChatTokenizer, batch_size: int = 512
 ) -> TokenTable:
     """A TokenTable of an iterable of examples, by `tokenizer` (a ChatTokenizer), a batch at a time
     so that no text is kept."""
-    columns, lengths, lines, counts = ([], [], []), [], [], [0, 0]
-
-    def take(batch):
-        tokens = tokenizer(batch)
+    columns: tuple[list[np.ndarray], ...] = ([], [], [])
+    lengths: list[int] = []
+    all_lines: list[int] = []
+    counts = [0, 0]
+    for tokens, lines in token_batches(examples, tokenizer, batch_size):
         for column, name in zip(columns, ("ids", "kind", "role")):
             column.append(np.concatenate([getattr(t, name) for t in tokens]))
         lengths.extend(len(t.ids) for t in tokens)
-        lines.extend(example.line for example in batch)
+        all_lines.extend(lines)
         counts[0] += sum(t.truncated for t in tokens)
         counts[1] += sum(t.n_control_strings for t in tokens)
-
-    batch, size = [], 0
-    for example in examples:
-        batch.append(example)
-        size += sum(len(message["content"]) for message in example.messages)
-        if len(batch) == batch_size or size > BATCH_CHARACTERS:
-            take(batch)
-            batch, size = [], 0
-    if batch:
-        take(batch)
     ids, kind, role = (
         np.concatenate(column) if column else np.zeros(0, np.int32) for column in columns
     )
     return TokenTable(
-        ids, kind, role, np.array(lengths, np.int32), np.array(lines, np.int32), *counts
+        ids, kind, role, np.array(lengths, np.int32), np.array(all_lines, np.int32), *counts
     )
 
 

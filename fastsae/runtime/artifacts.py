@@ -29,6 +29,7 @@ from fastsae.runtime.machine_errors import cause_in_machine
 from fastsae.runtime.storage import (  # noqa: F401
     append_line,
     committed,
+    end_here,
     from_json,
     keep_aside,
     read_lines,
@@ -220,7 +221,7 @@ def complete_npz(
     file.write(around.before.getvalue())
     file.seek(around.end)
     file.write(around.after.getvalue())
-    file.truncate()  # an earlier try may have written more
+    end_here(file)  # an earlier try may have written more
 
 
 class _Around:

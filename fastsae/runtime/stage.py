@@ -22,12 +22,18 @@ from fastsae.runtime.errors import (
     Terminated,
 )
 
-_parent = {"in_pipeline": False}
+_parent: dict[str, str | None] = {"pipeline": None}
 
 
 def in_pipeline() -> bool:
     """Whether run_pipeline.py started this stage."""
-    return _parent["in_pipeline"]
+    return _parent["pipeline"] is not None
+
+
+def pipeline() -> str | None:
+    """A name of the run of run_pipeline.py that started this stage, the same for its stages; None
+    where a person started it."""
+    return _parent["pipeline"]
 
 
 def run_stage(main: Callable[[], int | None], *, ends_in_time: bool = True) -> int:
@@ -128,8 +134,8 @@ def end(code: int) -> NoReturn:
 def end_with_parent() -> None:
     """Under run_pipeline.py, whose end closes our stdin: stop then as at SIGTERM, even if it was
     killed."""
-    _parent["in_pipeline"] = bool(os.environ.pop("FASTSAE_STDIN_ENDS_WITH_PARENT", None))
-    if _parent["in_pipeline"]:
+    _parent["pipeline"] = os.environ.pop("FASTSAE_STDIN_ENDS_WITH_PARENT", None)
+    if _parent["pipeline"]:
         threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

@@ -99,6 +99,11 @@ def _open_or_create(path, flags):
     return os.open(path, flags | os.O_CREAT, 0o666)
 
 
+def end_here(file: BinaryIO) -> None:
+    """Let a `growing` file end where the last write ended."""
+    file.truncate()
+
+
 def put_in_place(made: Path, path: Path, *, keep_old: bool = False) -> None:
     """Give a file that is whole the name under which it is read; keep_old: as `committed`."""
     if keep_old and path.exists():

@@ -84,6 +84,7 @@ class Tokens:
         # (n_tokens,) written by the chat template
         self.special = kind != 0
         self.train = np.flatnonzero(chosen & (part == TRAIN))[:max_train_tokens]
+        self.n_trained = len(self.train)  # of a stream: the tokens of its parts
         self.validation = np.flatnonzero(chosen & (part == VALIDATION))
         self.test = np.flatnonzero(chosen & (part == TEST))
         self.all_validation = np.flatnonzero(part == VALIDATION)
@@ -134,14 +135,17 @@ class Tokens:
         return out
 
 
-def print_split(tokens: Tokens, path: Path | str, use: str, test_fraction: float) -> None:
+def print_split(
+    tokens: Tokens, path: Path | str, use: str, test_fraction: float, trained: str | None = None
+) -> None:
     """Which tokens are for what, and which are left out.
 
-    path, use, test_fraction: what `tokens` was made from.
+    path, use, test_fraction: what `tokens` was made from. trained: what is trained on, of a stream.
     """
+    trained = trained or f"{len(tokens.train):,} tokens"
     filtered = f", {tokens.n_filtered:,} tokens that are not {use}" if tokens.n_filtered else ""
     print(
-        f"training on {len(tokens.train):,} tokens; validating on {len(tokens.validation):,} of "
+        f"training on {trained}; validating on {len(tokens.validation):,} of "
         f"{len(tokens.examples_of(VALIDATION))} other examples, testing on {len(tokens.test):,} of "
         f"{len(tokens.examples_of(TEST))}; left out: {tokens.n_prefix:,} of the shared prefix, "
         f"{tokens.n_sinks:,} attention sinks{filtered}"

@@ -4,7 +4,7 @@ saved while it trains and written when it is finished."""
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,17 +189,10 @@ def one_step(run: PlannedRun, x: torch.Tensor, n_done: int, n_batches: int) -> N
     """One step of `run` on the batch x (batch, d_in), after `n_done` others; an epoch has
     `n_batches`."""
     settings = run.plan.settings
-    factor = learning_rate_factor(
-        n_done,
-        n_steps=settings.N_EPOCHS * n_batches,
-        schedule=settings.LR_SCHEDULE,
-        warmup_steps=settings.LR_WARMUP_STEPS,
-        decay_fraction=settings.LR_DECAY_FRACTION,
-    )
     run.step(
         objective.step_function(settings.values, n_done),
         x,
-        learning_rate=settings.LEARNING_RATE * factor,
+        learning_rate=learning_rate(settings, n_done, settings.N_EPOCHS * n_batches),
         dead_after=settings.DEAD_AFTER_TOKENS,
         clip_grad=settings.CLIP_GRAD,
     )
@@ -207,35 +200,53 @@ def one_step(run: PlannedRun, x: torch.Tensor, n_done: int, n_batches: int) -> N
         resample(run, x, dead_after=settings.DEAD_AFTER_TOKENS, seed=settings.SEED + n_done)
 
 
+def learning_rate(settings: Settings, n_done: int, n_steps: int) -> float:
+    """The learning rate of the step after `n_done` of `n_steps`."""
+    factor = learning_rate_factor(
+        n_done,
+        n_steps=n_steps,
+        schedule=settings.LR_SCHEDULE,
+        warmup_steps=settings.LR_WARMUP_STEPS,
+        decay_fraction=settings.LR_DECAY_FRACTION,
+    )
+    return settings.LEARNING_RATE * factor
+
+
 def end_epoch(run: PlannedRun, tokens: Tokens) -> dict[str, Any]:
     """Measure on validation, note it down, keep the best weights; returns the epoch's line.
 
     InputError without a finite loss: the run then cannot go on.
     """
+    line = distributed.from_rank_0(lambda: epoch_line(run, tokens, len(tokens.train)))
+    note_line(run, line)
+    return line
+
+
+def note_line(run: PlannedRun, line: dict[str, Any]) -> None:
+    """Keep what was measured, and the weights if they are the best; InputError without a finite
+    loss."""
     plan = run.plan
-    line = distributed.from_rank_0(lambda: epoch_line(run, tokens))
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
         name = plan.path.name if plan.several else ""
-        raise no_finite_loss(plan.settings.values, plan.settings.defaults, run.epoch, name)
+        raise no_finite_loss(plan.settings.values, plan.settings.defaults, line["epoch"], name)
     run.end_epoch(line)
     if distributed.world()[0] == 0:
         # not metrics.jsonl: until this run has ended, an earlier one's files stand together
         artifacts.write_text(
             plan.path.with_suffix(".resume.jsonl"), monitoring.lines_of(run.history)
         )
-    return line
 
 
-def epoch_line(run: PlannedRun, tokens: Tokens) -> dict[str, Any]:
-    """What metrics.jsonl says of an epoch."""
+def epoch_line(run: PlannedRun, tokens: Tokens, n_tokens: int) -> dict[str, Any]:
+    """What metrics.jsonl says of an epoch of `n_tokens`."""
     settings = run.plan.settings
     result = evaluate(
         run.result(), tokens.activations, tokens.validation, tokens.example, tokens.special
     )
     dead = run.tokens_since_fired >= settings.DEAD_AFTER_TOKENS  # (d_sae,)
     line = {
-        "epoch": run.epoch,
-        "loss": float(run.loss_sum) / len(tokens.train),
+        "epoch": len(run.history) + 1,
+        "loss": float(run.loss_sum) / n_tokens,
         "normalized_mse": result["normalized_mse"],
         "prefix_normalized_mse": result["prefix_normalized_mse"],
         "l0": result["l0"],
@@ -253,9 +264,9 @@ def epoch_line(run: PlannedRun, tokens: Tokens) -> dict[str, Any]:
     return line
 
 
-def finish(run: PlannedRun, tokens: Tokens) -> None:
+def finish(run: PlannedRun, tokens: Tokens, about: Mapping[str, Any] | None = None) -> None:
     """Write the weights that are best on validation, their figures (of the test part) and
-    curves."""
+    curves; `about` is recorded with them."""
     seconds = run.elapsed()
     timing: dict[str, Any] = {"seconds": round(seconds, 2), "device": run.device}
     if not run.plan.several:  # else these are the seconds of the whole pass
@@ -276,6 +287,7 @@ def finish(run: PlannedRun, tokens: Tokens) -> None:
             "history": history,
             "validation_examples": tokens.examples_of(VALIDATION),
             "test_examples": tokens.examples_of(TEST),
+            **(about or {}),
         },
     )
     artifacts.write_json(

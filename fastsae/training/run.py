@@ -53,6 +53,7 @@ class TrainingRun:
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
         self.best_state: dict[str, torch.Tensor] | None = None
+        self.of_stream: dict[str, Any] = {}  # what a stream adds to the state (stream_loop.py)
         self._since = time.perf_counter()
 
     def step(
@@ -108,15 +109,18 @@ class TrainingRun:
         self.seconds, self._since = self.seconds + now - self._since, now
         return self.seconds
 
-    def end_epoch(self, line: dict[str, Any]) -> None:
+    def end_epoch(self, line: dict[str, Any] | None) -> None:
         """Append the epoch's line to the history and keep the weights if they are the best on
-        validation."""
-        self.history.append(line)
-        if best_epoch(self.history) == self.epoch:
-            self.best_epoch = self.epoch
-            self.best_state = {name: value.clone() for name, value in self.sae.state_dict().items()}
+        validation. Without a line (after most rounds of a stream) just go on to the next."""
+        if line is not None:
+            self.history.append(line)
+            if best_epoch(self.history) == len(self.history):
+                self.best_epoch = len(self.history)
+                self.best_state = {
+                    name: value.clone() for name, value in self.sae.state_dict().items()
+                }
+            self.loss_sum.zero_()
         self.epoch, self.batch = self.epoch + 1, 0
-        self.loss_sum.zero_()
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write the whole state; it takes the place of the one before when it is complete. Rank 0
@@ -125,7 +129,7 @@ class TrainingRun:
             return
         plain = {
             name: getattr(self, name)
-            for name in ("epoch", "batch", "trained_tokens", "history", "best_epoch")
+            for name in ("epoch", "batch", "trained_tokens", "history", "best_epoch", "of_stream")
         }
         artifacts.write_checkpoint(
             path,
@@ -211,7 +215,7 @@ def final_metrics(
         "measured_on": "test" if tokens.has_test else "validation",
         **metrics,
         "dead_fraction_training": history[best - 1]["dead_fraction_training"],
-        "n_train_tokens": len(tokens.train),
+        "n_train_tokens": tokens.n_trained,
         "n_validation_tokens": len(tokens.validation),
         "n_test_tokens": len(tokens.test) if tokens.has_test else 0,
         "epochs": len(history),

@@ -95,6 +95,7 @@ HARMLESS = {  # what decides nothing
         "SHARD_BYTES": 10**9,
         "BATCH_TOKENS": 64,
         "CHUNK_TOKENS": 500,
+        "SAMPLE_FRACTION": 0.5,  # of a stream: test_guarantees_stream
     },
     "train_sae": {"ENGINE": "reference", "SAVE_EVERY": 5, "LOGGER": None, "EXPORT": None},
     "interpret_sae": {

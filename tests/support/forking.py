@@ -71,6 +71,17 @@ class Stages:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
+    def at_once(self, *jobs, output):
+        """Run different stages at once, each given as (script, flags, how); their outcomes in that
+        order."""
+        several = [
+            {"script": script, "flags": [*map(str, flags)], "output": str(output), **how}
+            for script, flags, how in jobs
+        ]
+        self.process.stdin.write(json.dumps({"at_once": several}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
     def close(self):
         self.process.stdin.close()
         self.process.wait()
@@ -85,6 +96,7 @@ def serve():
     for line in sys.stdin:
         job = json.loads(line)
         trial = race if job.get("racers") else together if job.get("processes") else once
+        trial = at_once if "at_once" in job else trial
         replies.write(json.dumps(trial(job)) + "\n")
         replies.flush()
 
@@ -165,6 +177,23 @@ def together(job):
                 os.kill(other, signal.SIGTERM)
     code = next((each["code"] for each in ended if each["code"]), 0)
     return {"code": code, "err": "".join(each["err"] for each in ended)}
+
+
+def at_once(job):
+    """The outcomes of several stages that run at once; each may be killed after a while."""
+    jobs = [{**each, "racer": i} for i, each in enumerate(job["at_once"])]
+    running = {i: start(each) for i, each in enumerate(jobs)}
+    began, outcomes = time.monotonic(), {}
+    while running:
+        for i, (pid, report) in list(running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                outcomes[i] = outcome(jobs[i], report, status)
+                del running[i]
+            elif time.monotonic() - began > jobs[i].get("kill_after", 120):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return [outcomes[i] for i in range(len(jobs))]
 
 
 def start(job):
