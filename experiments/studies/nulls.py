@@ -8,7 +8,8 @@ Each OUT holds the outputs of stages 1 and 2; behind it the flags with which the
 runs on it with either POOLING, without a language model, and its run table is kept: probes of the
 categories on held-out halves from the features, from random tokens and random directions as
 dictionaries, from the model's stream and from the words; loss recovered; seconds and memory of the
-stage. Writes experiments/results/<name>.json.
+stage. Writes experiments/results/<name>.json; what this code measured before is read from
+OUT/experiments/nulls.jsonl.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.provenance import environment, module_command, write_result
+from experiments.shared.provenance import environment, module_command, remembered, write_result
 
 POOLINGS = ("mean", "max")
 
@@ -35,10 +36,15 @@ def main() -> None:
     )
     parser.add_argument("--name", default="nulls")
     args = parser.parse_args()
-    results = {
-        name: {pooling: measured(Path(folder), shlex.split(flags), pooling) for pooling in POOLINGS}
-        for name, folder, flags in args.data
-    }
+    results: dict[str, dict[str, Any]] = {}
+    for name, folder, flags in args.data:
+        journal = Path(folder) / "experiments" / "nulls.jsonl"
+        for pooling in POOLINGS:
+            results.setdefault(name, {})[pooling] = remembered(
+                journal,
+                {"flags": flags, "pooling": pooling},
+                lambda: measured(Path(folder), shlex.split(flags), pooling),
+            )
     for name, by_pooling in results.items():
         show(name, by_pooling)
     write_result(args.name, {"poolings": POOLINGS}, {"datasets": results})
