@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import sparse
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from fastsae.interpretation import probing
@@ -43,6 +44,28 @@ def test_intervals_hold_the_truth():
         found = estimate([aucs(column[~first], inside[:, ~first])[0] for first in splits])
         holds.append(found.low <= truth <= found.high)
     assert np.mean(holds) > 0.85
+
+
+@pytest.mark.parametrize("k", [1, 2, 16])
+@pytest.mark.parametrize("n, share", [(20, 0.5), (60, 0.1), (700, 0.3), (3000, 0.02)])
+def test_a_logistic_regression_is_scikit_learns(n, share, k):
+    """Also where columns are equal, constant, or tell the category without a mistake."""
+    generator = np.random.default_rng(n + k)
+    inside = generator.permutation(np.arange(n) < share * n)
+    for strength in (0, 1, 50):
+        x = np.maximum(generator.standard_normal((n, k)) + strength * inside[:, None], 0)
+        x[:, 1:3] = x[:, :1]
+        x = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
+        x[:, 3:4] = 0
+        slow = LogisticRegression(solver="newton-cholesky", tol=probing.TOLERANCE, max_iter=30)
+        expected = slow.fit(x, inside).coef_[0]
+        found = probing._logistic_weights(x, inside)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
+        scores = probing.logistic_scores(x, inside, x)
+        assert roc_auc_score(inside, scores) == pytest.approx(
+            roc_auc_score(inside, x @ expected), abs=1e-3
+        )
+    assert not probing.logistic_scores(x, np.ones(n, bool), x).any()
 
 
 def planted(n=600, seed=0):
