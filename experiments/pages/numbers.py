@@ -22,6 +22,9 @@ from fastsae.lm.names import described
 from fastsae.settings import declarations
 from fastsae.settings.help_page import markdown_table
 
+LABELS = ("labels_demo", "labels_cognitive_1350", "labels_gsm8k")  # results of benchmarks/labels.py
+NULLS = ("random tokens", "random directions")
+
 
 def main():
     parser = argparse.ArgumentParser(
@@ -241,8 +244,48 @@ def measured():
         parts.append(extraction_speed(r))
     if (r := result("target_methods")) is not None:
         parts.append(target_methods(r))
-    parts += training() + interpretation()
+    parts += labels() + training() + interpretation()
     return "\n\n".join(parts)
+
+
+def labels():
+    """What the labels without a language model are worth on each dataset, and to a reader."""
+    found = [r for name in LABELS if (r := result(name)) is not None]
+    if not found:
+        return []
+    head = [
+        "**Labels without a language model** (`results/labels_*.json`): mean F1 of each feature's "
+        "rule on the half of the texts that it was not found on (0 without a rule), for “fires "
+        "above 0.3 of its maximum”; what else such an F1 can be had with; and the mean AUC of "
+        "five-shot detection, in brackets of how many features. The last two columns are of "
+        "dictionaries of the same width that nobody trained: their directions have rules too.",
+        "",
+        "| | rules | four characteristic tokens | eight tokens by F1 | another feature's rule "
+        "| random tokens | random directions |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in found:
+        f1, null = r["f1"], r["untrained"]
+        names = ("rules", "four tokens", "tokens by F1", "another's rule")
+        cells = [f"{f1[name]['mean']:.2f}" for name in names]
+        cells += [f"{null[kind]['rules']['mean']:.2f}" for kind in NULLS]
+        head.append(f"| `{r['settings']['dataset']}`, F1 | {' | '.join(cells)} |")
+        aucs = [r["detection"]["features"], *(null[kind]["detection"] for kind in NULLS)]
+        shown = [f"{auc['mean']:.2f} ({auc['n']})" for auc in aucs]
+        head.append(f"| five-shot detection | {shown[0]} | | | | {' | '.join(shown[1:])} |")
+    after, before = result("label_sample"), result("label_sample_before")
+    if after is None or before is None:
+        return ["\n".join(head)]
+    now, then = after["counts"], before["counts"]
+    read = (
+        f"Of {sum(now.values())} features of the demo drawn by a seed, one reader, who knew both "
+        "kinds of label, counted "
+        f"{now['right']} rules as right, {now['partial']} as partly right and {now['useless']} as "
+        f"useless; of the four tokens that were the labels before, {then['right']}, "
+        f"{then['partial']} and {then['useless']} (`results/label_sample.json`, "
+        "`results/label_sample_before.json`, with the texts and a reason each)."
+    )
+    return ["\n".join(head), read]
 
 
 def target_methods(r):

@@ -155,10 +155,11 @@ def largest(values: np.ndarray, n: int) -> np.ndarray:
 
 def tokens_of(table: ConditionTable, alternative: Alternative) -> np.ndarray:
     """The tokens on which all conditions of an alternative hold."""
-    tokens = min((table.tokens(i) for i in alternative), key=len)
-    for i in alternative:
-        tokens = tokens[np.isin(tokens, table.tokens(i), assume_unique=True)]
-    return tokens
+    first, *others = sorted((table.tokens(i) for i in alternative), key=len)
+    for tokens in others:  # ascending, as the first
+        place = np.minimum(np.searchsorted(tokens, first), len(tokens) - 1)
+        first = first[tokens[place] == first]
+    return first
 
 
 def tokens_of_any(table: ConditionTable, alternatives: Sequence[Alternative]) -> np.ndarray:
@@ -194,6 +195,8 @@ def grow(
 ) -> list[int]:
     """Columns of covers (n_touched, n), added to the first one while each adds what it has to."""
     chosen, covered = [start], covers[:, start] > 0
+    costs = np.array([cost(kind) for kind in kinds])
+    more = GAIN_VALUE + np.where([kind[0] in LETTERS for kind in kinds], costs, 0)
     f1 = 2 * float(is_strong @ covered) / (n_strong + covered.sum())
     while len(chosen) < MAX_ALTERNATIVES:
         free = (~covered).astype(np.float32)
@@ -201,15 +204,8 @@ def grow(
         both, size = float(is_strong @ covered), covered.sum()
         after = 2 * (both + np.maximum(new_strong - 1, 0)) / (n_strong + size + new)
         have = {kinds[i] for i in chosen}
-        costs = [
-            GAIN_VALUE + (cost(kind) if kind[0] in LETTERS else 0)
-            if kind in have
-            else cost(kind)
-            if len(have) < MAX_KINDS
-            else 1
-            for kind in kinds
-        ]
-        gain = after - f1 - np.array(costs)
+        there = np.array([kind in have for kind in kinds])
+        gain = after - f1 - np.where(there, more, costs if len(have) < MAX_KINDS else 1)
         i = int(np.argmax(gain))
         if gain[i] <= 0:
             break
