@@ -340,33 +340,25 @@ def test_report_and_batches_show_that_peak_too(smol_tokenizer):
         {**row, **dict.fromkeys(("best_category", "category_auc", "score", "fidelity_f1"))}
         for row in evidence.rows(3)
     ]
-    shown = report.report_data(evidence, rows, [0, 1, 2], {}, "mass", None)
+    index, (shown,) = report.report_data(evidence, rows, [0, 1, 2], {})
     n_moved = 0
-    for feature in shown["features"]:
+    for j, feature in zip([0, 1, 2], shown["features"], strict=True):
         for example, (_, number, peak) in zip(
-            feature["examples"], evidence.shown_examples([feature["id"]])[feature["id"]]
+            feature["examples"], evidence.shown_examples([j])[j], strict=True
         ):
             place = shown["dialogues"][example["dialogue"]]["ids"]
-            assert shown["strings"][place[example["peak"]]] and example["peak"] in example["at"]
+            assert index["strings"][place[example["peak"]]] and example["peak"] in example["at"]
             assert example["values"][example["at"].index(example["peak"])] == example["top"]
             n_moved += peak != example["peak"]
-            where, strengths = evidence.token_values([(feature["id"], number)])[
-                feature["id"], number
-            ]
-            batch = neuronpedia.activation(
-                evidence, feature["id"], None, number, peak, where, strengths
-            )
+            where, strengths = evidence.token_values([(j, number)])[j, number]
+            batch = neuronpedia.activation(evidence, j, None, number, peak, where, strengths)
             assert batch["tokens"][int(np.argmax(batch["values"]))]
     assert n_moved
     evidence.token_values = lambda pairs: {
         pair: (np.zeros(0, np.int64), np.zeros(0, np.float32)) for pair in pairs
     }
-    assert (
-        report.report_data(evidence, rows, [0], {}, "mass", None)["features"][0]["examples"][0][
-            "top"
-        ]
-        == 0
-    )
+    _, (silent,) = report.report_data(evidence, rows, [0], {})
+    assert silent["features"][0]["examples"][0]["top"] == 0
     nothing = SimpleNamespace(
         token_texts=lambda e: ["a"],
         statistics=SimpleNamespace(

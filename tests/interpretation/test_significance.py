@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from conftest import read_table
+from inert_page import read_report
 from scipy.stats import hypergeom, rankdata
 
 from fastsae.interpretation.categories import category_above_chance, shuffled_aucs
@@ -122,9 +123,7 @@ def test_tables_report_and_summary_agree(tmp_path, planted, run_main, capsys):
         for row in lines
     )
     page = (tmp_path / "interpretations.html").read_text()
-    data = json.loads(
-        page.split('<script type="application/json" id="data">')[1].split("</script>")[0]
-    )
+    data = read_report(page)
     assert {str(f["id"]) for f in data["features"] if f["category"]} == set(named)
     assert (
         head["summary"]["n_with_category"] == len(named)

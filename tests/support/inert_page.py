@@ -1,5 +1,9 @@
-"""Whether an HTML page can do anything besides its own script."""
+"""Whether a report can do anything besides its own script, and what its packed data are."""
 
+import base64
+import json
+import re
+import zlib
 from html.parser import HTMLParser
 
 from fastsae.interpretation.report import report
@@ -25,16 +29,33 @@ class Tags(HTMLParser):
         self.inside = None
 
 
+def unpack(text):
+    """What `packing.pack` was given."""
+    return json.loads(zlib.decompress(base64.b64decode(text)))
+
+
+def read_report(text):
+    """The data of a report in one piece: each feature with its details, and all dialogues."""
+    index, *parts = [unpack(packed) for packed in Tags(text).scripts[:-1]]
+    dialogues, details = [], []
+    for part in parts:
+        for feature in part["features"]:
+            for example in feature["examples"]:
+                example["dialogue"] += len(dialogues)
+        details += part["features"]
+        dialogues += part["dialogues"]
+    features = [{**entry, **more} for entry, more in zip(index["features"], details, strict=True)]
+    return {**index, "features": features, "dialogues": dialogues}
+
+
 def assert_inert(text):
     """A report in which nothing acts but its own script; returns its `Tags`."""
     assert "data:image" not in text
     parsed = Tags(text)
-    scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
-    assert (
-        len(scripts) == 2
-        and scripts[0] == {"type": "application/json", "id": "data"}
-        and scripts[1] == {}
-    )
+    *blocks, script = [attributes for tag, attributes in parsed.tags if tag == "script"]
+    names = ["data", *(f"part-{i}" for i in range(len(blocks) - 1))]
+    assert blocks == [{"type": "text/plain", "id": name} for name in names] and script == {}
+    assert all(re.fullmatch("[A-Za-z0-9+/=]*", packed) for packed in parsed.scripts[:-1])
     allowed = {
         "html",
         "head",
@@ -52,6 +73,12 @@ def assert_inert(text):
         "button",
         "main",
         "section",
+        "span",
+        "ul",
+        "li",
+        "dl",
+        "dt",
+        "dd",
         "mark",
         "label",
         "input",
@@ -90,6 +117,6 @@ def assert_inert(text):
     assert (
         policy.startswith("default-src 'none'")
         and "unsafe" not in policy
-        and report.csp_hash(parsed.scripts[1]) in policy
+        and report.csp_hash(parsed.scripts[-1]) in policy
     )
     return parsed

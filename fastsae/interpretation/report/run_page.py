@@ -13,6 +13,7 @@ from fastsae.formats.load import architecture_text
 from fastsae.interpretation import run_table
 from fastsae.interpretation.features import AUC_BOUND, Features
 from fastsae.interpretation.report import charts
+from fastsae.interpretation.report.overview import verdict
 from fastsae.interpretation.significance import LEVEL
 from fastsae.interpretation.tables import by_language_model
 from fastsae.lm.names import described, short_name
@@ -89,7 +90,10 @@ def describe_run(
         "subtitle": f"after layer {layer} · {n_examples:,} examples of {dataset} · "
         f"{s.n_kept:,} tokens · {m - n_alive:,} dead",
         "story": story,
+        "verdict": verdict(sae_meta.get("metrics", {}), features.summary(), features.run_table),
         "notice": notice,
+        "field": settings.get("LABEL_FIELD"),
+        "table": features.run_table,
         "chance": None
         if features.categories is None
         else round(float(np.nanquantile(features.categories.shuffled, 0.95)), 3),

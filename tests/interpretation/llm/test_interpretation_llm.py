@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from conftest import PROJECT, read_table as table
+from inert_page import read_report
 from loopback import Endpoint, RealModel, completion
 
 from fastsae.interpretation.llm import client, labels, replies as llm_replies
@@ -300,7 +301,8 @@ def test_labels_scores_and_validation_end_to_end(tmp_path, planted, run_main, en
         == 0
     )
     assert len(server.requests) == n
-    assert "mentions a river" in (tmp_path / "interpretations.html").read_text(encoding="utf-8")
+    page = read_report((tmp_path / "interpretations.html").read_text(encoding="utf-8"))
+    assert "mentions a river" in [feature["label"] for feature in page["features"]]
     no_key_anywhere(tmp_path)
 
 

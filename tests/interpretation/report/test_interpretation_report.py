@@ -7,10 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import put_activations
-from inert_page import assert_inert
+from conftest import WORDS, put_activations
+from inert_page import Tags, assert_inert, read_report, unpack
 
-from fastsae.interpretation.report import charts, report
+from fastsae.interpretation.report import charts, overview, packing, report
 from fastsae.interpretation.report.run_page import (
     describe_run,
     left_out,
@@ -103,6 +103,7 @@ def test_the_story_says_what_was_done():
         comparison=None,
         run_table={},
         rows=[{"status": "llm label unusable", "label_source": "rule"}] * 3,
+        summary=lambda: {"n_features": 3, "n_dead": 0},
     )
     metadata = {
         "settings": {"llm": {"INTERPRETER_MODEL": "gpt"}},
@@ -210,20 +211,92 @@ def test_numbers_keep_their_digits():
 
 
 def test_the_report_holds_no_code_but_its_own(hostile):
-    parsed = assert_inert(hostile.read_text(encoding="utf-8"))
-    data = json.loads(parsed.scripts[0])
-    assert len(data["features"]) == 20 and not set("<>&\u2028\u2029") & set(parsed.scripts[0])
+    text = hostile.read_text(encoding="utf-8")
+    assert_inert(text)
+    data = read_report(text)
+    assert len(data["features"]) == 20
     shown = "".join(data["strings"][i] for i in data["dialogues"][0]["ids"])
     assert any(text.startswith(shown[:8]) for text in HOSTILE)
 
 
-def test_embedded_json_survives_hostile_text():
+def test_packed_data_survive_hostile_text():
     value = {"text": "".join(HOSTILE), "n": [1, None]}
-    assert json.loads(report.embed(value)) == value and not set("<>&\u2028\u2029") & set(
-        report.embed(value)
+    assert unpack(packing.pack(value)) == value and re.fullmatch(
+        "[A-Za-z0-9+/=]+", packing.pack(value)
     )
     with pytest.raises(ValueError):
-        report.embed(float("nan"))
+        packing.pack(float("nan"))
+
+
+def test_a_number_as_category_carries_its_field():
+    for value in ("1", "3.5", "-2e3", "true", "No"):
+        assert overview.category_name(value, "steps") == f"steps = {value}"
+    assert overview.category_name("river 1", "steps") == "river 1"
+    assert overview.category_name("1", None) == "1" and overview.category_name(None, "a") == ""
+
+
+def test_what_a_feature_that_means_something_is():
+    names, counts = ["the", "of", "river", ".", "⏎"], [40, 30, 30, 90, 10]
+    common = overview.commonest(names, counts)
+    assert common == {"the", ".", "⏎"}  # 30 of 100 words are reached with the first
+    assert overview.is_plain([("the", 0.3), ("river", 0.2)], 0.0, common)
+    assert not overview.is_plain([("the", 0.2), ("river", 0.3)], 0.0, common)
+    assert overview.is_plain([("river", 1.0)], 0.6, common)
+    assert not overview.is_plain([], None, common)
+    row = {"label_source": "rule", "label_f1": 0.6, "fidelity_f1": 0.9, "category_auc": 0.85}
+    assert overview.evidence_of(row, None) == 0.6
+    assert overview.evidence_of(row, 0.7) == pytest.approx((0.6 + 0.5) / 2)
+    assert overview.evidence_of({**row, "category_auc": 0.6}, 0.7) == pytest.approx(0.3)
+    assert overview.evidence_of({**row, "label_source": "gpt"}, None) == 0.9
+
+
+def probed(one, many):
+    """A run table whose features differ from random tokens by these (value, low, high)."""
+
+    def found(value, low, high):
+        return {"value": value, "interval": [low, high]}
+
+    return {
+        "probing": {
+            "n_categories": 4,
+            "sparse_probing": {
+                "1": {"features": found(0.7, 0.6, 0.8)},
+                "16": {"features": found(0.9, 0.8, 1.0)},
+            },
+            "added_by_training": {"random tokens": {"1": found(*one), "16": found(*many)}},
+        }
+    }
+
+
+def test_whether_a_run_is_good_is_said_beside_its_nulls():
+    counts = {
+        "n_features": 10,
+        "n_dead": 1,
+        "n_with_rule": 8,
+        "mean_label_f1": 0.5,
+        "mean_label_f1_other_rule": 0.02,
+        "mean_detection_auc": 0.8,
+        "mean_detection_auc_random": 0.6,
+    }
+    metrics = {"normalized_mse": 0.3, "test": {}}
+
+    def said(added, **more):
+        return overview.verdict(metrics, {**counts, **more}, added)
+
+    first, second, third = said(probed((0.1, 0.05, 0.15), (-0.1, -0.2, -0.01)))
+    assert first[1] == "partly" and "30 % of the variance" in first[2]  # a tenth is dead
+    assert second[1] == "partly" and second[2].endswith(
+        "apart with an AUC of 0.90, by 16 random tokens in their place more (difference -0.10 "
+        "±0.10); by one feature with 0.70, by one random token less (difference +0.10 ±0.05)."
+    )
+    assert third[1] == "partly" and "8 of 9 features have a rule" in third[2]
+    assert said(probed((0.1, -0.1, 0.3), (0, -0.1, 0.1)))[1][1] == "no"
+    assert said(probed((0.1, 0.05, 0.2), (0.1, 0.01, 0.2)), n_dead=0)[1][1] == "yes"
+    # without categories random directions are the null
+    assert said({})[1][1] == "yes" and "of a random direction with 0.60" in said({})[1][2]
+    assert [entry[1] for entry in overview.verdict({}, {"n_features": 1, "n_dead": 0}, {})] == [
+        "unknown"
+    ] * 3
 
 
 def test_long_dialogues_are_cut_around_what_is_shown():
@@ -235,10 +308,11 @@ def test_long_dialogues_are_cut_around_what_is_shown():
         token_texts=lambda e: ["x"] * 3000,
         examples=[SimpleNamespace(line=1, label=None)],
     )
-    dialogues = report.Dialogues(evidence)
-    for peak in (0, 511, 1500, 2999):
-        _, start, stop = dialogues.place(0, peak)
-        assert start <= peak < stop and stop - start == 1024
+    for length in (48, 1024):
+        dialogues = report.Dialogues(evidence, report.Strings(), length)
+        for peak in (0, 511, 1500, 2999):
+            _, start, stop = dialogues.place(0, peak)
+            assert start <= peak < stop and stop - start == length
 
 
 def svg(chart):
@@ -329,6 +403,20 @@ def requested(driver):
     return [url for url in urls if not url.startswith(("chrome:", "about:", "data:"))]
 
 
+def visit(driver, url):
+    """Load a page of the report anew and wait until it shows what it unpacks."""
+    driver.get("about:blank")
+    driver.get(url)
+    wait(driver, "return document.body.dataset.ready")
+
+
+def wait(driver, script):
+    """Wait until `script` returns something true, 10 s at most."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(driver, 10, poll_frequency=0.02).until(lambda d: d.execute_script(script))
+
+
 def ids(driver):
     return driver.execute_script(
         "return [...document.querySelectorAll('.row')].map(r => Number(r.dataset.id))"
@@ -350,7 +438,7 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     assert run_main("interpret_sae", *planted) == 0
     url = (tmp_path / "interpretations.html").as_uri()
     requested(browser)
-    browser.get(url)
+    visit(browser, f"{url}#features")
     assert browser.execute_script("return Number(document.body.dataset.ready)") < 1000
     everything = ids(browser)
     rows = {
@@ -360,8 +448,13 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
         )
     }
     assert sorted(everything) == [j for j, row in rows.items() if row["status"] != "dead"]
+    # the list opens on what has most evidence: the four planted words, each a category's own
+    assert {rows[j]["best_category"] for j in everything[:4]} == {f"cat_{word}" for word in WORDS}
+    browser.execute_script(
+        "const s = $('order'); s.value = 'auc'; s.dispatchEvent(new Event('change'))"
+    )
     # features without a category come last
-    aucs = [rows[j]["category_auc"] or 0 for j in everything]
+    aucs = [rows[j]["category_auc"] or 0 for j in ids(browser)]
     assert aucs == sorted(aucs, reverse=True)
     browser.find_element("css selector", "[data-sort=density]").click()
     densities = [rows[j]["density"] for j in ids(browser)]
@@ -370,11 +463,15 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     assert [rows[j]["density"] for j in ids(browser)] == sorted(densities)
     search = browser.find_element("id", "search")
     search.send_keys("river")
-    assert (
-        ids(browser)
-        and all("river" in json.dumps(rows[j]) for j in ids(browser))
-        and len(ids(browser)) < len(everything)
+    wait(browser, "return reading.done")
+    told = browser.execute_script(
+        "return [...document.querySelectorAll('.row')].map(r => Boolean(r.querySelector('.found')))"
     )
+    names = ("label", "top_tokens", "best_category", "promoted_tokens")
+    assert [not any("river" in str(rows[j][name]) for name in names) for j in ids(browser)] == told
+    assert sorted(told) == told and not told[0] and told[-1]  # in an example only: these come last
+    search.send_keys(" nowhere")
+    assert ids(browser) == []
     search.send_keys("\ue00c")  # Escape
     assert len(ids(browser)) == len(everything)
     choose(browser, "category", "cat_apple")
@@ -385,7 +482,7 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     assert {rows[j]["status"] for j in ids(browser)} == {"dead"}
     choose(browser, "dead", "")
     river = next(j for j, row in rows.items() if row["label"].startswith("“river”"))
-    browser.get(f"{url}#feature={river}")
+    visit(browser, f"{url}#feature={river}")
     marks = browser.execute_script(
         "return [...document.querySelectorAll('#panel .example mark.peak')].map(m => m.textContent)"
     )
@@ -394,6 +491,7 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     assert browser.find_element("css selector", "#panel .tokens.whole mark").text == "river"
     shown = browser.execute_script("return state.shown")
     browser.find_element("tag name", "body").send_keys("\ue015")  # arrow down
+    wait(browser, f"return state.open !== {river}")
     assert (
         browser.execute_script("return state.open")
         == shown[min(shown.index(river) + 1, len(shown) - 1)]
@@ -405,12 +503,12 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     assert (
         browser.execute_script("return getComputedStyle(document.body).backgroundColor") != before
     )
-    browser.get(f"{url}#run")
+    visit(browser, f"{url}#run")
     assert (
         browser.find_element("id", "run-page").is_displayed()
         and len(browser.find_elements("css selector", ".charts svg")) >= 3
     )
-    browser.get(f"{url}#feature=99999")
+    visit(browser, f"{url}#feature=99999")
     assert "not in this report" in browser.find_element("id", "panel").text
     assert not [
         entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
@@ -418,25 +516,81 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     assert [url for url in requested(browser) if not url.startswith("file://")] == []
 
 
+def test_the_first_page_and_its_terms_in_a_browser(planted, run_main, tmp_path, browser):
+    """Categories with their best features; every term says what it means by keyboard and by tap;
+    the strongest token of a row is never cut off."""
+    assert run_main("interpret_sae", *planted) == 0
+    url = (tmp_path / "interpretations.html").as_uri()
+    visit(browser, url)
+    page = browser.find_element("id", "overview")
+    assert page.is_displayed() and "cat_river" in page.text and "Is this run good?" in page.text
+    best = browser.execute_script(
+        "return [...document.querySelectorAll('.categories li')]"
+        ".map(li => [li.children[0].textContent, li.children[3].textContent])"
+    )
+    assert len(best) == 4
+    assert all(category[4:] in label for category, label in best)  # “river” for cat_river
+    term, tip = (
+        "document.querySelector('#overview [data-term=auc]')",
+        "document.querySelector('.tip')",
+    )
+    browser.execute_script(f"{term}.focus()")
+    shown = browser.execute_script(f"return {tip}.hidden ? '' : {tip}.textContent")
+    assert shown == browser.execute_script(
+        f"return document.getElementById({term}.getAttribute('aria-describedby')).textContent"
+    )
+    browser.find_element("tag name", "body").send_keys("\ue00c")  # Escape
+    assert browser.execute_script(f"return {tip}.hidden")
+    browser.execute_script(f"{term}.click()")
+    assert not browser.execute_script(f"return {tip}.hidden")
+    assert (
+        browser.execute_script(
+            "return [...document.querySelectorAll('[data-term]')].filter("
+            "term => !document.getElementById(term.getAttribute('aria-describedby'))).length"
+        )
+        == 0
+    )
+    for width in (390, 1300):
+        browser.set_window_size(width, 900)
+        visit(browser, f"{url}#features")
+        assert browser.execute_script(
+            "return [...document.querySelectorAll('.row .snippet')].map(node => {"
+            " const peak = node.querySelector('.peak'), text = document.createRange();"
+            " text.selectNodeContents(peak);"
+            " const [a, b, c] = [node, peak, text].map(x => x.getBoundingClientRect());"
+            " return b.left >= a.left && b.right <= a.right + 1 && c.width <= b.width + 1;"
+            "}).every(Boolean)"
+        )
+    assert unnamed(browser) == []
+
+
+def unnamed(driver):
+    """Controls and pictures that a screen reader could not name."""
+    return driver.execute_script(
+        "return [...document.querySelectorAll('a, button, select, input, svg, [role=img]')]"
+        ".filter(node => !(node.getAttribute('aria-label') || node.textContent.trim()"
+        " || node.labels?.length)).map(node => node.outerHTML)"
+    )
+
+
 def test_small_numbers_and_states_in_a_browser(planted, run_main, tmp_path, browser):
     assert run_main("interpret_sae", *planted) == 0
     path = tmp_path / "interpretations.html"
-    before, data, after = re.split(
-        r'(?<=id="data">)(.*?)(?=</script>)',
-        path.read_text(encoding="utf-8"),
-        maxsplit=1,
-        flags=re.S,
-    )
-    data = json.loads(data)
-    small, asked, dead = [f for f in data["features"] if not f["dead"]][:2] + [
-        next(f for f in data["features"] if f["dead"])
-    ]
-    for example in small["examples"]:
+    text = path.read_text(encoding="utf-8")
+    blocks = Tags(text).scripts[:2]
+    index, part = map(unpack, blocks)
+    alive = [i for i, f in enumerate(index["features"]) if not f["dead"]][:2]
+    small, asked = (index["features"][i] for i in alive)
+    dead = next(f for f in index["features"] if f["dead"])
+    details = part["features"][alive[0]]
+    for example in details["examples"]:
         example.update(top=example["top"] / 200, values=[v / 200 for v in example["values"]])
-    small.update(max=0.0298, mean=0.0251, histogramEnd=0.0301)
+    details.update(max=0.0298, mean=0.0251, histogramEnd=0.0301)
     asked.update(status="llm label unusable", label="x")
-    path.write_text(before + report.embed(data) + after, encoding="utf-8")
-    browser.get(f"{path.as_uri()}#feature={small['id']}")
+    for block, changed in zip(blocks, (index, part)):
+        text = text.replace(block, packing.pack(changed))
+    path.write_text(text, encoding="utf-8")
+    visit(browser, f"{path.as_uri()}#feature={small['id']}")
     text = browser.find_element("id", "panel").text
     assert (
         "0.0298" in text
@@ -445,12 +599,12 @@ def test_small_numbers_and_states_in_a_browser(planted, run_main, tmp_path, brow
         and "no language model was asked" in text
     )
     shown = float(browser.find_element("css selector", "#panel .example header b").text)
-    assert shown == pytest.approx(small["examples"][0]["top"], rel=0.01)
+    assert shown == pytest.approx(details["examples"][0]["top"], rel=0.01)
     assert (
         browser.find_element("css selector", "#panel .example .tokens").get_attribute("dir")
         == "auto"
     )
-    browser.get(f"{path.as_uri()}#feature={asked['id']}")
+    visit(browser, f"{path.as_uri()}#feature={asked['id']}")
     text = browser.find_element("id", "panel").text
     assert (
         "A rule, found on half of the texts. On the other half it has F1 1.00 for “fires above"
@@ -458,7 +612,7 @@ def test_small_numbers_and_states_in_a_browser(planted, run_main, tmp_path, brow
         and "llm label unusable." in text
         and "was asked" not in text
     )
-    browser.get(f"{path.as_uri()}#feature={dead['id']}")
+    visit(browser, f"{path.as_uri()}#feature={dead['id']}")
     assert (
         "did not fire on any of the tokens counted here" in browser.find_element("id", "panel").text
     )
@@ -466,10 +620,10 @@ def test_small_numbers_and_states_in_a_browser(planted, run_main, tmp_path, brow
 
 def test_hostile_texts_are_inert_in_a_browser(hostile, browser):
     requested(browser)
-    browser.get(hostile.as_uri())
+    visit(browser, hostile.as_uri())
     assert "pwned" not in browser.title
     for j in ids(browser):
-        browser.get(f"{hostile.as_uri()}#feature={j}")
+        visit(browser, f"{hostile.as_uri()}#feature={j}")
     planted = "#panel img, #panel script, #list img, #list script, #panel svg[onload]"
     assert browser.execute_script(f"return document.querySelectorAll('{planted}').length") == 0
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -486,7 +640,6 @@ def test_fits_a_phone_and_prints(planted, run_main, tmp_path, browser):
     )
     url = (tmp_path / "interpretations.html").as_uri()
     for place in ("", "#feature=1", "#run"):
-        browser.get("about:blank")
-        browser.get(url + place)
+        visit(browser, url + place)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 390, place
     assert len(browser.execute_cdp_cmd("Page.printToPDF", {})["data"]) > 5000
