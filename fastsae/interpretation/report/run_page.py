@@ -410,8 +410,8 @@ def _category_chart(categories: Any) -> charts.Chart:
         "features by the AUC of their best category, on examples not used to choose it; "
         "dashed: with shuffled labels. A category is named for the "
         f"{counts['n_with_category']} that are above chance, with a share of false ones "
-        f"of {100 * LEVEL:.0f} % at most expected; {counts['n_above_auc_bound']} of them "
-        f"are beyond {AUC_BOUND}",
+        f"of {100 * LEVEL:.0f} % at most expected; how many are beyond {AUC_BOUND}, beside "
+        "dictionaries that nobody trained, is in a table below",
         found.tolist(),
         [f"{edges[i]:.1f}" if i % 2 == 0 else None for i in range(14)],
         cool=set(range(10, 14)),
