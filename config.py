@@ -23,8 +23,10 @@ OUTPUT_DIR: str | None = None  # folder for activations/, checkpoints/ and inter
                                # none = the project's folder
 # These five come from the preset. Write a value here (`LAYER_IDX = 18`) and it wins.
 MODEL_NAME: str          # the embedded SmolLM2-135M-Instruct (4-bit Q4_1, dequantised), a hub id,
-                         # a local folder or a .gguf file
-LAYER_IDX: int           # [1..] residual stream after this many blocks, 1 to the model's number
+                         # (owner/name, or owner/name@branch, @tag, @commit), a local folder or a
+                         # .gguf file
+LAYER_IDX: int | tuple[int, ...]  # [1..] residual stream after this many blocks, 1 to the model's
+                         # number. Several: a file each in one pass; later stages take the first
 DATASET_PATH: str        # JSONL file (or JSON array) with text, messages or conversations;
                          # hf:owner/name; .txt for blocks
 
@@ -38,7 +40,6 @@ MAX_TRAIN_TOKENS: int | None = None  # [2..] train on the first so many tokens o
                                      # the data; none = all
 
 # Model:
-MODEL_REVISION: str | None = None  # branch, tag or commit of a hub model; none = its default
 CACHE_DIR: str | None = None       # where models are kept; none = FASTSAE_CACHE or
                                    # ~/.cache/fastsae, and the hub's own cache
 DEVICE: str = "auto"               # auto, cuda, cuda:1, mps or cpu; auto takes the first of these
@@ -52,10 +53,11 @@ BUFFER_TOKENS: int = 1_000_000     # [6..] kept in memory; more are mixed in a b
 
 # Run:
 RUN_NAME: str | None = None        # folder under checkpoints/; none = the dataset's name
-SEED: int = 0                      # [0..] of the split, the initial weights and the data order
+SEED: int | tuple[int, ...] = 0    # [0..] of the split, the first weights and the data order.
+                                   # Several: an autoencoder for each, whose first weights alone
+                                   # differ
 QUIET: bool = False                # print only warnings, errors and each stage's summary line;
                                    # no progress bars
-PRINT_SETTINGS: bool = True        # print at the start which settings differ from the defaults
 # fmt: on
 
 # Each sets exactly these: a name that has a value in a file is refused here, as that would win.

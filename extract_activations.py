@@ -2,9 +2,9 @@
 several layers' (FAST, arXiv 2506.07691).
 
     python extract_activations.py --dataset-path my.jsonl --layer-idx 18
-    torchrun --nproc-per-node 4 extract_activations.py --layers 12,18 --dataset-path hf:owner/name
+    torchrun --nproc-per-node 4 extract_activations.py --layer-idx 12,18 --dataset-path hf:a/b
 
-Reads rows with `text`, `messages` or ShareGPT `conversations` (for PROCESSING = "block" also a
+Reads rows with `text`, `messages` or ShareGPT `conversations` (with BLOCK_LENGTH also a
 plain .txt). Writes `activations/activations_layer{L}.npz` (docs/files.md) and, beside it, a .json
 with timings. Examples never see each other: a batch holds several, padded on the right, and
 attention is causal. Work is kept in parts of about CHUNK_TOKENS tokens, so an interrupted run
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import config
 from fastsae.activations import extraction, results, streaming
 from fastsae.activations.work import Work, configuration_and_tokenizer, model_of
-from fastsae.data import datasets, reading
+from fastsae.data import datasets, reading, tokenization
 from fastsae.runtime import artifacts, progress, storage
 from fastsae.runtime.errors import InputError
 from fastsae.runtime.stage import end, run_stage
@@ -33,31 +33,20 @@ from fastsae.runtime.stage import end, run_stage
 # fmt: off
 # Main settings:
 USE_CHAT_TEMPLATE: bool = True  # render each example with the model's own template; off: plain text
-PROCESSING: str = "example"     # {example, block} example: each alone (FAST); block: all joined and
-                                # cut into equal blocks (the usual baseline)
-LAYERS: tuple[int, ...] | None = None  # [1..] several layers in one pass, a file each, at the cost
-                                       # of the deepest; none = LAYER_IDX
 BATCH_TOKENS: int | None = None  # [1..] padded tokens per forward pass, halved when memory runs
                                  # out; none = 1024 on a CPU, 16384 on CUDA
 DTYPE: str = "auto"              # {auto, float32, bfloat16, float16} of the model;
                                  # auto: bfloat16 on CUDA, else float32
 
 # Data:
-BLOCK_LENGTH: int = 2048         # [2..2147483647] tokens per block, when PROCESSING is block;
-                                 # MAX_LENGTH then plays no part
+BLOCK_LENGTH: int | None = None  # [2..2147483647] join all examples and cut them into blocks of so
+                                 # many tokens (the usual baseline; MAX_LENGTH then plays no part);
+                                 # none = each example alone (FAST)
 DEDUP_NGRAM: int = 0             # [0..1000] drop examples that share so many words in a row with
                                  # an earlier one (FAST: 20); 0 = keep all
 STORAGE_DTYPE: str = "float16"   # {float16, float32} of the file
 SAMPLE_FRACTION: float = 0.02    # [1e-6..0.9] with STREAM_BYTES: part of the examples that is kept
                                  # as activations_layer{L}.npz, for all but training
-
-# Constants:
-TEMPLATE_DATE: str = "26 Jul 2024"  # date for templates that print today's, pinned so that runs
-                                    # repeat
-CHUNK_TOKENS: int = 65536           # [1..] tokens per part of an unfinished run, the most that an
-                                    # interruption loses
-SHARD_BYTES: int = 16_000_000_000   # [1..] larger results are written as numbered shards of about
-                                    # this size
 # fmt: on
 
 # What decides a layer's activations, besides the layer, the dataset and the model.
@@ -173,7 +162,8 @@ def write_files(job, model, table, counts, folder):
 def describe(settings, layer, inputs):
     """The metadata of one layer's file before anything is computed: it does not depend on which
     other layers are asked for."""
-    decisive = {"LAYER_IDX": layer, **settings.select(DECISIVE)}
+    recorded = settings.replace(TEMPLATE_DATE=tokenization.TEMPLATE_DATE)
+    decisive = {"LAYER_IDX": layer, **recorded.select(DECISIVE)}
     if settings.PROCESSING == "block":
         decisive["BLOCK_LENGTH"] = settings.BLOCK_LENGTH
         del decisive["MAX_LENGTH"]

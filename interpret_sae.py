@@ -27,7 +27,7 @@ from pathlib import Path
 
 import config
 from fastsae.interpretation import inputs, outputs
-from fastsae.interpretation.features import Features
+from fastsae.interpretation.features import Features, pooling
 from fastsae.interpretation.llm.client import choose_backend
 from fastsae.runtime import artifacts, progress, ranks, storage
 from fastsae.runtime.stage import end, require_printed, run_stage
@@ -71,14 +71,8 @@ N_HYPOTHESES: int = 20                  # [1..] features to select for the targe
 N_REPORT_FEATURES: int = 1024           # [1..] features in interpretations.html at most; the tables
                                         # hold all
 NEURONPEDIA_SET: str | None = None      # also write upload batches under neuronpedia/, for the
-                                        # source "<layer>-<this name>"
-NEURONPEDIA_MODEL: str | None = None    # Neuronpedia's id of the model; none = the model's own name
-                                        # in lower case
-
-# Constants:
-POOLING: str = "mean"                   # {max, mean} of a feature over an example's tokens, for
-                                        # category_auc
-TARGET_POOLING: str = "mean"            # {max, mean} the same for the target
+                                        # source "<layer>-<this name>"; model/name gives also
+                                        # Neuronpedia's id of the model, else its own name
 RUN_MODEL: bool = True                  # run the model, where its weights are here, on a few
                                         # held-out examples: loss recovered
 # fmt: on
@@ -178,15 +172,16 @@ def describe(settings, checkpoint_path, sae_meta, backend):
     """The metadata of the outputs: what decides them, and where they come from."""
     from fastsae.interpretation.report.report import template_sha256
 
+    recorded = settings.replace(**pooling())
     target = None
     if settings.TARGET_FIELD or settings.TARGET_VALUE:
         from fastsae.interpretation.target_features import METHOD_VERSION
 
-        target = {**settings.select(TARGET_SETTINGS), "method_version": METHOD_VERSION}
+        target = {**recorded.select(TARGET_SETTINGS), "method_version": METHOD_VERSION}
     llm = {**settings.select(LLM_SETTINGS), "base_url": backend.scope[1]} if backend else None
     return artifacts.new_metadata(
         "interpretations",
-        {**settings.select(DECISIVE), "llm": llm, "target": target},
+        {**recorded.select(DECISIVE), "llm": llm, "target": target},
         {
             "checkpoint": sae_meta["fingerprint"],
             **inputs.inputs_now(settings, sae_meta),

@@ -26,6 +26,7 @@ import config
 from fastsae.runtime import signals
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.runtime.stage import end, run_stage
+from fastsae.settings.values import SHOWN
 
 POLL = 0.1  # seconds between looks at two stages that run at once
 
@@ -38,7 +39,7 @@ def main():
     if blocked := folders_that_take_no_files(settings):
         raise EnvironmentFailure(*blocked)
     settings.show()
-    flags = {s: [*settings.flags_for(s.name), "--no-print-settings"] for s in scripts}
+    flags = {s: settings.flags_for(s.name) for s in scripts}
     together = [scripts[:2], *([s] for s in scripts[2:])]
     n_done = 0
     for group in together if settings.STREAM_BYTES else [[script] for script in scripts]:
@@ -60,20 +61,14 @@ def main():
 def check_chain(settings):
     """What each stage could do by itself, but the next one could not go on from."""
     problems = []
-    if settings.LAYERS and settings.LAYER_IDX not in settings.LAYERS:
-        problems.append(
-            f"LAYERS: {settings.LAYERS} are without LAYER_IDX={settings.LAYER_IDX}, on which the "
-            "later stages work. give "
-            f"--layer-idx {settings.LAYERS[0]}, or add {settings.LAYER_IDX} to --layers."
-        )
     if settings.PROCESSING == "block":
         problems.append(
-            "PROCESSING: stage 3 needs examples and refuses blocks. run extract_activations.py and "
-            "train_sae.py by themselves."
+            "BLOCK_LENGTH: stage 3 needs examples and refuses blocks. run extract_activations.py "
+            "and train_sae.py by themselves."
         )
     if settings.STREAM_BYTES and settings.LAYERS and len(settings.LAYERS) > 1:
         problems.append(
-            f"LAYERS: {settings.LAYERS} with STREAM_BYTES need a train_sae.py each, and "
+            f"LAYER_IDX: {settings.LAYERS} with STREAM_BYTES need a train_sae.py each, and "
             "run_pipeline.py starts one. run the stages by themselves, or give one layer."
         )
     return problems
@@ -116,7 +111,7 @@ class Stage:
             [sys.executable, str(self.script), *self.flags],
             stdin=subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, "FASTSAE_STDIN_ENDS_WITH_PARENT": name},
+            env={**os.environ, "FASTSAE_STDIN_ENDS_WITH_PARENT": name, SHOWN: "1"},
         )
 
     def is_running(self):

@@ -2,7 +2,7 @@
 Matryoshka objective).
 
     python train_sae.py --m 512 --k 8 --matryoshka-prefixes 64,512
-    python train_sae.py --seeds 0,1,2 --k 4,8,16          # nine from one reading of the data
+    python train_sae.py --seed 0,1,2 --k 4,8,16           # nine from one reading of the data
 
 Reads `activations/activations_layer{LAYER_IDX}.npz`. Writes `checkpoints/<run>/SAE_....pt` (which
 `hypothesaes.sae.load_model` reads), `metrics.json` with the final figures, `metrics.jsonl` with one
@@ -35,22 +35,19 @@ from fastsae.training.limits import require_memory
 ARCHITECTURE: str = "topk"    # how features become active; standard: ReLU and L1
 M: int = 256                  # [1..2**26] features
 K: int | tuple[int, ...] = 8  # [1..] active features per token; batchtopk: on average. Several
-                              # values here, of L1_COEFFICIENT or SEEDS: an autoencoder for each
-                              # combination, from one reading of the data
+                              # values here, of SPARSITY_COEFFICIENT or SEED: an autoencoder for
+                              # each combination, from one reading of the data
 N_EPOCHS: int = 100           # [1..] at most; see PATIENCE
 LEARNING_RATE: float = 5e-4   # (0..1e38] of Adam
 
 # Sparsity:
-USE_MATRYOSHKA: bool | None = None  # nested prefixes of features (arXiv 2503.17547);
-                                    # none = on for topk and batchtopk
-MATRYOSHKA_PREFIXES: tuple[int, ...] | None = None  # lengths of the prefixes, rising, the last = M;
-                                                    # none = M / 4 and M
-L1_COEFFICIENT: float | tuple[float, ...] = 5.0  # [0..1e38] standard, gated, aligned: weight of the
-                                                 # L1 penalty
-JUMPRELU_LOSS: str = "target"       # {target, step} target: (L0 - K) squared * 2 / K; step: L0
-L0_COEFFICIENT: float = 6.0         # [0..1e38] jumprelu: weight of that
-SPARSITY_WARMUP_STEPS: int = 0      # [0..] steps over which L1_COEFFICIENT and L0_COEFFICIENT rise
-                                    # from 0
+MATRYOSHKA_PREFIXES: str | tuple[int, ...] | None = "auto"  # lengths of nested prefixes of features
+                                    # (arXiv 2503.17547), rising, the last = M; auto: M / 4 and M
+                                    # for topk and batchtopk; none = no prefixes
+SPARSITY_COEFFICIENT: float | tuple[float, ...] | None = None  # [0..1e38] weight of the penalty on
+                                    # active features. standard, gated, aligned: of their L1, none =
+                                    # 5; jumprelu: of (L0 - K) squared * 2 / K, none = 6; the others
+                                    # have none
 AUX_K: int | None = None            # [0..] dead features that try to explain what is left over;
                                     # none = 2 K, 0 = off
 DEAD_AFTER_TOKENS: int | None = None  # [1..] training tokens without firing until a feature is
@@ -62,10 +59,11 @@ RESAMPLE_EVERY: int | None = None   # [1..] steps between fresh starts of dead f
 PATIENCE: int = 5                   # [1..] epochs without a better validation loss (topk:
                                     # normalised MSE) before stopping
 BATCH_SIZE: int = 512               # [2..] tokens per step
+SELECT_DTYPE: str = "float32"       # {float32, bfloat16} bfloat16 picks the top K from a coarser
+                                    # product: faster, their values stay float32
 LR_SCHEDULE: str = "constant"       # {constant, linear, cosine} how it falls over the last
-                                    # LR_DECAY_FRACTION of the steps
-LR_WARMUP_STEPS: int = 0            # [0..] steps over which it rises first
-CLIP_GRAD: float | None = 1.0       # (0..] bound of the gradient's norm; none = no bound
+                                    # fifth of the steps
+WARMUP_STEPS: int = 0               # [0..] steps over which it and SPARSITY_COEFFICIENT rise first
 INIT_FROM: str | None = None        # autoencoder to go on from: a .pt, or a folder of SAELens,
                                     # sparsify, ...; none = random
 
@@ -76,38 +74,17 @@ VALIDATION_FRACTION: float = 0.1     # (0..0.99] part of the examples (not of th
                                      # chooses the best epoch
 TEST_FRACTION: float = 0.1           # [0..0.98] part of the examples that decides nothing and gives
                                      # the reported figures; 0 = none
-USE_TOKENS: str = "all"              # {all, content, assistant} content: not the chat template's;
-                                     # assistant: the assistant's own text
-EXCLUDE_SHARED_PREFIX: bool = True   # leave out the tokens that the chat template puts before every
-                                     # example
+USE_TOKENS: str = "all"              # {all, all+prefix, content, assistant} all: but those that the
+                                     # chat template puts before every example; all+prefix: these
+                                     # too; content: not the template's; assistant: its own text
 MAX_NORM_RATIO: float | None = 10.0  # (1..] leave out attention sinks: norms above this many times
                                      # the median; none = keep
 
-# Several at once, and output:
-SEEDS: tuple[int, ...] | None = None   # [0..] several autoencoders from one reading of the data, by
-                                       # the seed of their first weights; SEED still splits the data
+# Output:
 EXPORT: tuple[str, ...] | None = None  # {saelens, sparsify} also write folders for these; works for
                                        # a trained one too; none = no
 LOGGER: str = "none"                   # {none, tensorboard, wandb} where the figures of each epoch
                                        # go as well
-
-# Constants:
-AUX_COEF: float = 0.03125            # [0..1e38] weight of the loss of AUX_K
-JUMPRELU_BANDWIDTH: float = 1.0      # [1e-6..1e6] width around its threshold in which a
-                                     # pre-activation moves the threshold
-LR_DECAY_FRACTION: float = 0.2       # (0..1] part of N_EPOCHS over which the learning rate falls
-INIT_DIRECTIONS: str = "mixed"       # {mixed, xavier, kaiming, orthogonal, data} decoder rows at
-                                     # the start; mixed: leaning to tokens
-INIT_CENTRE: str = "median"          # {median, mean, geometric_median} b_dec at the start, of a
-                                     # sample
-INIT_ENCODER_SCALE: float | None = None  # [1e-6..1e6] encoder rows at the start / decoder rows;
-                                         # none = by least squares; HypotheSAEs: 1
-ENGINE: str = "sparse"               # {sparse, reference} sparse: from the active features only;
-                                     # reference: HypotheSAEs' dense code
-SELECT_DTYPE: str = "float32"        # {float32, bfloat16} bfloat16 picks the top K from a coarser
-                                     # product: faster, their values stay float32
-SAVE_EVERY: float = 60.0             # (0..] seconds between saves of an unfinished run, the most
-                                     # that a kill loses
 # fmt: on
 
 # What decides an autoencoder, in the order in which it is recorded; SEED and INIT_SEED besides.
@@ -233,15 +210,11 @@ def train_all(plans, source, parts, settings):
 
 def require_several_can(settings):
     """InputError for what works in one process only."""
-    for name, chosen in (
-        ("RESAMPLE_EVERY", settings.RESAMPLE_EVERY),
-        ("ENGINE", settings.ENGINE == "reference"),
-    ):
-        if chosen:
-            raise InputError(
-                f"{name}: looks at one process's tokens only. leave it out under torchrun, or "
-                "train without torchrun."
-            )
+    if settings.RESAMPLE_EVERY:
+        raise InputError(
+            "RESAMPLE_EVERY: looks at one process's tokens only. leave it out under torchrun, or "
+            "train without torchrun."
+        )
 
 
 if __name__ == "__main__":

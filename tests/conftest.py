@@ -259,6 +259,43 @@ def summaries(text):
     ]
 
 
+CONSTANTS = """\
+import importlib.util
+import sys
+
+VALUES = {values!r}  # by module
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name not in VALUES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)
+        run = spec.loader.exec_module
+
+        def run_and_set(module):
+            run(module)
+            assert set(VALUES[name]) <= set(vars(module))
+            vars(module).update(VALUES[name])
+
+        spec.loader.exec_module = run_and_set
+        return spec
+
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def other_constants(folder, values):
+    """Variables of the environment in which every Python process, those that it starts included,
+    has other values of constants: {module: {NAME: value}}."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(CONSTANTS.format(values=values))
+    return {"PYTHONPATH": str(folder)}
+
+
 def snapshot(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -303,11 +340,21 @@ def put_activations(folder, activations, lengths, *, dataset=None, kind=None, to
 
 
 def called(monkeypatch, script, *flags):
-    """The exit code of a script's `main()`, called in this process with the given flags."""
+    """The exit code of a script's `main()`, called in this process with the given flags.
+    `fastsae.MODULE.NAME=value` among them is another value of a constant."""
+    from experiments.shared.constants import value_of
     from fastsae.runtime.stage import run_stage
+    from fastsae.settings.values import SHOWN
 
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--no-print-settings", *map(str, flags)])
-    return run_stage(importlib.import_module(script).main)
+    words = list(map(str, flags))
+    constants = [word for word in words if word.startswith("fastsae.")]
+    given = [word for word in words if word not in constants]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *given])
+    with monkeypatch.context() as patched:
+        patched.setenv(SHOWN, "1")
+        for place, text in (word.split("=", 1) for word in constants):
+            patched.setattr(place, value_of(text))
+        return run_stage(importlib.import_module(script).main)
 
 
 def put_part(stream, number, rows, lengths=None, kind=None):
@@ -388,7 +435,7 @@ def planted_once(tmp_path_factory, smol_tokenizer):
         20,
         "--k",
         1,
-        "--no-use-matryoshka",
+        "--matryoshka-prefixes=none",
         "--n-epochs",
         60,
         "--learning-rate",

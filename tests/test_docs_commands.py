@@ -36,9 +36,9 @@ ELSEWHERE = {  # what a command holds: the file that runs it, or what CI does wi
 SMALL = {  # flags whose values are made small
     "--model-name": "MODEL",
     "--layer-idx": "1",
-    "--layers": "1,2",
     "--sae-path": "gemma/layer_0/width_16/average_l0_4",
     "--init-from": "gemma/layer_0/width_16/average_l0_4",
+    "--block-length": "16",
     "--m": "16",
     "--k": "4",
     "--matryoshka-prefixes": "4,16",
@@ -60,7 +60,6 @@ TINY = {  # flags that every command gets besides
     "--n-top-neurons": "2",
     "--n-scored-features": "1",
     "--n-fidelity-examples": "6",
-    "--block-length": "16",
 }
 
 

@@ -19,7 +19,7 @@ TINY = [
     16,
     "--k",
     2,
-    "--no-use-matryoshka",
+    "--matryoshka-prefixes=none",
     "--n-epochs",
     2,
     "--run-name",

@@ -50,7 +50,7 @@ TRAINING = [
     0.01,
 ]
 VARIANTS = {
-    "topk": ["--no-use-matryoshka"],
+    "topk": ["--matryoshka-prefixes=none"],
     "matryoshka": ["--matryoshka-prefixes", "8,24"],
     "batchtopk": [
         "--architecture",
@@ -60,25 +60,30 @@ VARIANTS = {
         "--resample-every",
         5,
     ],
-    "bfloat16": ["--no-use-matryoshka", "--select-dtype", "bfloat16", "--init-encoder-scale", 1],
-    "reference": ["--no-use-matryoshka", "--engine", "reference"],
+    "bfloat16": [
+        "--matryoshka-prefixes=none",
+        "--select-dtype",
+        "bfloat16",
+        "fastsae.training.objective.INIT_ENCODER_SCALE=1",
+    ],
+    "reference": ["--matryoshka-prefixes=none", "fastsae.training.objective.ENGINE=reference"],
     "standard": [
         "--architecture",
         "standard",
-        "--no-use-matryoshka",
+        "--matryoshka-prefixes=none",
         "--resample-every",
         5,
-        "--l1-coefficient",
+        "--sparsity-coefficient",
         0.1,
     ],
-    "jumprelu": ["--architecture", "jumprelu", "--no-use-matryoshka", "--resample-every", 5],
+    "jumprelu": ["--architecture", "jumprelu", "--matryoshka-prefixes=none", "--resample-every", 5],
     "gated": [
         "--architecture",
         "gated",
-        "--no-use-matryoshka",
+        "--matryoshka-prefixes=none",
         "--buffer-tokens",
         300,
-        "--l1-coefficient",
+        "--sparsity-coefficient",
         0.1,
     ],
 }
@@ -139,7 +144,12 @@ def run_stages(small, run_main, capsys, monkeypatch):
     ):
         flags = [*small[1], "--device", device, "--output-dir", out]
         own = {
-            "extract_activations": ["--batch-tokens", 200, "--chunk-tokens", 400, *extraction],
+            "extract_activations": [
+                "--batch-tokens",
+                200,
+                "fastsae.activations.extraction.CHUNK_TOKENS=400",
+                *extraction,
+            ],
             "train_sae": [*TRAINING, *(training or VARIANTS["matryoshka"])],
             "interpret_sae": [
                 "--n-top-neurons",

@@ -38,7 +38,6 @@ def run_folder(tmp_path_factory):
     dataset = folder / "texts.jsonl"
     dataset.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     common = [
-        "--no-print-settings",
         "--output-dir",
         str(folder),
         "--dataset-path",
@@ -155,7 +154,7 @@ def test_without_a_model_it_still_encodes(tmp_path, run_main):
             20,
             "--k",
             2,
-            "--no-use-matryoshka",
+            "--matryoshka-prefixes=none",
             "--n-epochs",
             2,
             "--run-name",

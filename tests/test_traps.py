@@ -133,7 +133,7 @@ def test_initialisation_takes_a_sample(write_activations, run_main, monkeypatch)
             4,
             "--k",
             1,
-            "--no-use-matryoshka",
+            "--matryoshka-prefixes=none",
             "--n-epochs",
             1,
             "--batch-size",

@@ -25,15 +25,15 @@ VARIANTS = {
     "topk": [],
     "batchtopk": [],
     "jumprelu": [],
-    "standard": ["--l1-coefficient", "3.5"],
-    "gated": ["--l1-coefficient", "6"],
+    "standard": ["--sparsity-coefficient", "3.5"],
+    "gated": ["--sparsity-coefficient", "6"],
 }
 COMMON = [
     "--m",
     "256",
     "--k",
     "8",
-    "--no-use-matryoshka",
+    "--matryoshka-prefixes=none",
     "--n-epochs",
     "10",
     "--patience",

@@ -32,8 +32,9 @@ from experiments.shared.provenance import (
 
 MEMORY = {"tokens": 3_500_000, "d": 576, "buffer_tokens": 222_000, "m": 256, "k": 8}
 
-EPOCHS = ["--no-use-matryoshka", "--patience", 1000, "--n-epochs"]
-ON_THE_DEMO = {  # {part: {run: flags of train_sae.py}}
+EPOCHS = ["--matryoshka-prefixes=none", "--patience", 1000, "--n-epochs"]
+# {part: {run: flags of train_sae.py, and constants of the code as shared/constants.py takes them}}
+ON_THE_DEMO = {
     "buffer": {
         "full shuffle": [*EPOCHS, 15, "--learning-rate", 1e-3],
         "buffer of 1/8": [*EPOCHS, 15, "--learning-rate", 1e-3, "--buffer-tokens", 7600],
@@ -47,15 +48,14 @@ ON_THE_DEMO = {  # {part: {run: flags of train_sae.py}}
             32,
             *EPOCHS,
             3,
-            "--init-directions",
-            "data",
+            "fastsae.training.objective.INIT_DIRECTIONS=data",
         ],
     },
     "several": {
         "seed 0": ["--seed", 0, *EPOCHS, 10],
         "seed 1": ["--seed", 1, *EPOCHS, 10],
         "seed 2": ["--seed", 2, *EPOCHS, 10],
-        "seeds 0,1,2": ["--seeds", "0,1,2", *EPOCHS, 10],
+        "seeds 0,1,2": ["--seed", "0,1,2", *EPOCHS, 10],
     },
 }
 
@@ -96,12 +96,11 @@ def memory():
             MEMORY["m"],
             "--k",
             MEMORY["k"],
-            "--no-use-matryoshka",
+            "--matryoshka-prefixes=none",
             "--n-epochs",
             1,
             "--batch-size",
             4096,
-            "--no-print-settings",
         ]
         done = subprocess.run(
             module_command("experiments.benchmarks.claims", "train", *flags),

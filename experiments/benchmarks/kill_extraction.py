@@ -24,6 +24,7 @@ import transformers.models.llama.tokenization_llama  # noqa: F401
 
 import extract_activations
 from experiments.shared.provenance import write_result
+from fastsae.activations import extraction
 from fastsae.lm import cpu_kernels, residual  # noqa: F401
 from fastsae.runtime.stage import run_stage
 
@@ -37,7 +38,11 @@ def main():
     parser.add_argument(
         "--write", action="store_true", help="write experiments/results/kill_extraction.json"
     )
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=2048, help="tokens of a part of an unfinished run"
+    )
     args, flags = parser.parse_known_args()
+    extraction.CHUNK_TOKENS = args.chunk_tokens
     chance, kept, n_runs = random.Random(args.seed), [], 0
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
@@ -65,7 +70,11 @@ def main():
             "seconds_uninterrupted": round(seconds, 2),
             "parts_there_at_each_kill": kept,
         }
-        write_result("kill_extraction", {"flags": flags}, {**found, "identical": True})
+        write_result(
+            "kill_extraction",
+            {"flags": flags, "chunk_tokens": args.chunk_tokens},
+            {**found, "identical": True},
+        )
 
 
 def content(folder):
@@ -77,13 +86,7 @@ def run(out, flags, kill_after=None):
     """True if the run was done, False if it was killed."""
     child = os.fork()
     if child == 0:
-        sys.argv = [
-            "extract_activations.py",
-            "--output-dir",
-            str(out),
-            "--no-print-settings",
-            *flags,
-        ]
+        sys.argv = ["extract_activations.py", "--output-dir", str(out), *flags]
         sys.stdout = open(os.devnull, "w")
         os._exit(run_stage(extract_activations.main))
     if kill_after is not None:

@@ -68,7 +68,6 @@ def stage_3(flags):
     return [
         sys.executable,
         str(PROJECT / "interpret_sae.py"),
-        "--no-print-settings",
         *map(str, flags),
         "--n-top-neurons",
         str(N_FEATURES),
@@ -122,7 +121,9 @@ def prepare(folder):
     )
     flags = ["--dataset-path", dataset, "--output-dir", folder]
     run_stage("extract_activations.py", *flags)
-    run_stage("train_sae.py", *flags, "--m", 48, "--k", 4, "--no-use-matryoshka", "--n-epochs", 20)
+    run_stage(
+        "train_sae.py", *flags, "--m", 48, "--k", 4, "--matryoshka-prefixes=none", "--n-epochs", 20
+    )
     return flags
 
 

@@ -523,6 +523,6 @@ def stability(r):
             f"{100 * last['found_by_all']:.0f} % (M = {last['m']:,}, K = {last['k']}) of the "
             "features are found by every seed: the others "
             "are one choice of many, so check a feature that matters under another seed "
-            "(`train_sae.py --seeds 0,1,2`)." + doubt,
+            "(`train_sae.py --seed 0,1,2`)." + doubt,
         ]
     )

@@ -14,13 +14,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+from fastsae.settings.values import SHOWN
+
 PROJECT = Path(__file__).resolve().parents[2]
 RESULTS = Path(os.environ.get("FASTSAE_RESULTS") or PROJECT / "experiments" / "results").absolute()
 
 
 def run_stage(script: str, *flags: Any) -> None:
-    """Run one of the project's scripts as a user would."""
-    run_to_its_end([sys.executable, str(PROJECT / script), "--no-print-settings", *map(str, flags)])
+    """Run one of the project's scripts as a user would; `fastsae.MODULE.NAME=value` among the flags
+    is another value of a constant, for which `experiments.shared.constants` runs it."""
+    given = list(map(str, flags))
+    constants = [flag for flag in given if flag.startswith("fastsae.")]
+    rest = [flag for flag in given if flag not in constants]
+    if constants:
+        command = module_command("experiments.shared.constants", *constants, script, *rest)
+    else:
+        command = [sys.executable, str(PROJECT / script), *rest]
+    run_to_its_end(command, env=environment())
 
 
 def module_command(name: str, *flags: Any) -> list[str]:
@@ -29,9 +39,10 @@ def module_command(name: str, *flags: Any) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with the project where `python -m` finds it from any folder."""
+    """This process's environment, with the project where `python -m` finds it from any folder, and
+    without the line of settings that a stage prints."""
     paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), SHOWN: "1"}
 
 
 def run_to_its_end(

@@ -17,7 +17,13 @@ import config
 from experiments.shared.provenance import PROJECT, run_stage
 from fastsae.data.datasets import Deduplicator, identity, stream_examples
 from fastsae.data.token_masks import chosen_tokens, usable_tokens
-from fastsae.data.tokenization import ChatTokenizer, TokenTable, mark_shared_prefix, tokenise
+from fastsae.data.tokenization import (
+    TEMPLATE_DATE,
+    ChatTokenizer,
+    TokenTable,
+    mark_shared_prefix,
+    tokenise,
+)
 from fastsae.formats.load import architecture_of
 from fastsae.lm import decoders, devices, loading, sources
 from fastsae.lm.names import short_name
@@ -210,16 +216,9 @@ def scope(subject: Subject, settings: Settings) -> dict[str, Any]:
         "dtype": str(devices.choose_dtype(settings.DTYPE, device)),
         "dataset": dataset_of(subject, settings)[0],
         **settings.select(
-            (
-                "MAX_LENGTH",
-                "MAX_EXAMPLES",
-                "TEXT_FIELD",
-                "USE_CHAT_TEMPLATE",
-                "TEMPLATE_DATE",
-                "DEDUP_NGRAM",
-                "SEED",
-            )
+            ("MAX_LENGTH", "MAX_EXAMPLES", "TEXT_FIELD", "USE_CHAT_TEMPLATE", "DEDUP_NGRAM", "SEED")
         ),
+        "TEMPLATE_DATE": TEMPLATE_DATE,
     }
 
 
@@ -268,7 +267,7 @@ def tokens_of(
     tokenizer = ChatTokenizer(
         tokenizer,
         max_length=how["MAX_LENGTH"],
-        date=how["TEMPLATE_DATE"],
+        date=how.get("TEMPLATE_DATE", TEMPLATE_DATE),
         chat_template=how["USE_CHAT_TEMPLATE"],
         dataset_name=str(path),
     )

@@ -21,21 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.shared import provenance
+from fastsae.settings.flags import as_flags
 
 if TYPE_CHECKING:
     from fastsae.settings.values import Settings
 
 
 # settings that a study and its stages know: of the model, and of all that is read
-MODEL_SETTINGS = (
-    "PRESET",
-    "MODEL_NAME",
-    "MODEL_REVISION",
-    "CACHE_DIR",
-    "DEVICE",
-    "MAX_LENGTH",
-    "TEXT_FIELD",
-)
+MODEL_SETTINGS = ("PRESET", "MODEL_NAME", "CACHE_DIR", "DEVICE", "MAX_LENGTH", "TEXT_FIELD")
 DATA_SETTINGS = (*MODEL_SETTINGS, "LAYER_IDX", "DATASET_PATH", "MAX_EXAMPLES", "SEED")
 
 
@@ -60,16 +53,14 @@ def quick_settings(settings: "Settings", quick: dict[str, Any]) -> "Settings":
         {**settings.values, **small},
         {**settings.source, **dict.fromkeys(small, "QUICK")},
         settings.owner,
+        typed={**settings.typed, **small},
     )
 
 
 def passed_on(settings: "Settings", names: Iterable[str]) -> list[str]:
     """The flags given to an experiment that its stages know too, of the settings named."""
-    given = {name: settings.values[name] for name in names if settings.source[name] == "flag"}
-    return [
-        f"--{name.lower().replace('_', '-')}={'none' if value is None else value}"
-        for name, value in given.items()
-    ]
+    given = {name: settings.typed[name] for name in names if settings.source[name] == "flag"}
+    return [as_flags(name, value) for name, value in given.items()]
 
 
 def listed(values: Iterable[Any]) -> str:
@@ -101,7 +92,7 @@ def recorded(settings: "Settings") -> dict[str, Any]:
     return {
         name: Path(value).name if name in paths and value else value
         for name, value in settings.select(settings.values).items()
-        if name not in ("OUTPUT_DIR", "CACHE_DIR", "PRINT_SETTINGS")
+        if name not in ("OUTPUT_DIR", "CACHE_DIR")
     }
 
 
@@ -127,7 +118,7 @@ def main() -> int:
     jobs = [json.loads(line) for line in sys.stdin]
     warnings = collections.Counter()
     for number, flags in enumerate(jobs, 1):
-        sys.argv = [str(script.__file__), "--no-print-settings", *flags]
+        sys.argv = [str(script.__file__), *flags]
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             code = run_stage(script.main)

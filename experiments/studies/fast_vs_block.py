@@ -69,7 +69,7 @@ QUICK_VALUES = {
 SOURCES = {"FAST": "example", "BT(F)": "block", "BT(P)": "block"}
 FOLDERS = {"FAST": "fast", "BT(F)": "block_dialogues", "BT(P)": "block_text"}
 PER_SINKS = {
-    True: ["--no-exclude-shared-prefix", "--max-norm-ratio", "none"],
+    True: ["--use-tokens", "all+prefix", "--max-norm-ratio", "none"],
     False: [],
 }  # are prefix and sinks in the training?
 VALIDATION_FRACTION = 0.1
@@ -165,7 +165,7 @@ def write_datasets(settings, work):
 
 def extract(settings, work, datasets):
     """One pass of the model over each dataset, all layers at once."""
-    block = ["--processing", "block", "--block-length", settings.BLOCK_LENGTH]
+    block = ["--block-length", settings.BLOCK_LENGTH]
     parts = {
         "fast": ("training", []),
         "held_out": ("held_out", []),
@@ -178,7 +178,7 @@ def extract(settings, work, datasets):
             run_stage(
                 "extract_activations.py",
                 *passed_on(settings, MODEL_SETTINGS),
-                "--layers",
+                "--layer-idx",
                 listed(settings.LAYERS),
                 "--output-dir",
                 work / folder,
@@ -243,9 +243,9 @@ def train_flags(settings, work, n_tokens, source, architecture, layer, sinks, se
         settings.M,
         "--k",
         settings.K,
-        "--l1-coefficient",
+        "--sparsity-coefficient",
         settings.L1_COEFFICIENT,
-        "--no-use-matryoshka",
+        "--matryoshka-prefixes=none",
         *epochs_and_steps(settings),
         "--validation-fraction",
         VALIDATION_FRACTION,

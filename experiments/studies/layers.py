@@ -50,7 +50,7 @@ def main():
         *quick_flag(settings, "MAX_EXAMPLES"),
         "--output-dir",
         root,
-        "--layers",
+        "--layer-idx",
         listed(settings.COMPARED_LAYERS),
     )
     rows = []
@@ -84,12 +84,11 @@ def main():
         "ARCHITECTURE",
         "M",
         "K",
-        "USE_MATRYOSHKA",
+        "MATRYOSHKA_PREFIXES",
         "N_EPOCHS",
         "PATIENCE",
         "BATCH_SIZE",
         "LEARNING_RATE",
-        "POOLING",
         "SEED",
         "N_SEEDS",
     ]

@@ -190,7 +190,7 @@ def write_activations(folder, x, tokens_per_example):
 
 def train_flags(settings, site, architecture, m):
     """The flags of train_sae.py for all autoencoders of one architecture and size."""
-    sparsities = ["--k", 1, "--l1-coefficient"] if architecture == "standard" else ["--k"]
+    sparsities = ["--k", 1, "--sparsity-coefficient"] if architecture == "standard" else ["--k"]
     values = settings.L1_COEFFICIENTS if architecture == "standard" else settings.KS
     return [
         "--output-dir",
@@ -207,9 +207,9 @@ def train_flags(settings, site, architecture, m):
         m,
         *sparsities,
         listed(values),
-        "--seeds",
+        "--seed",
         listed(settings.SEEDS),
-        "--no-use-matryoshka",
+        "--matryoshka-prefixes=none",
         "--n-epochs",
         settings.N_EPOCHS,
         "--patience",

@@ -56,8 +56,10 @@ def measured(folder: Path, flags: list[str], pooling: str) -> dict[str, Any]:
     for path in folder.glob("interpretations*"):
         path.unlink()
     shutil.rmtree(folder / "neuronpedia", ignore_errors=True)
-    settings = ["--output-dir", str(folder), "--pooling", pooling, "--n-top-neurons", "0", *flags]
-    command = module_command("interpret_sae", *settings, "--no-print-settings")
+    settings = ["--output-dir", str(folder), "--n-top-neurons", "0", *flags]
+    constant = f"fastsae.interpretation.features.POOLING={pooling}"
+    how = ("experiments.shared.constants", constant, "interpret_sae.py")
+    command = module_command(*how, *settings)
     started = time.perf_counter()
     # not subprocess: wait4 says what this one process took
     pid = os.posix_spawn(sys.executable, command, environment())

@@ -104,7 +104,7 @@ def train_flags(settings, work, architecture):
     prefixes = (
         ["--matryoshka-prefixes", f"{settings.M // 4},{settings.M}"]
         if architecture == "matryoshka"
-        else ["--no-use-matryoshka"]
+        else ["--matryoshka-prefixes=none"]
     )
     how = "L1_COEFFICIENT_LIST" if architecture in BY_COEFFICIENT else "K_LIST"
     return [
@@ -116,9 +116,9 @@ def train_flags(settings, work, architecture):
         "--architecture",
         name,
         *prefixes,
-        f"--{config.flag_name(how.removesuffix('_LIST'))}",
+        "--sparsity-coefficient" if architecture in BY_COEFFICIENT else "--k",
         listed(settings.values[how]),
-        "--seeds",
+        "--seed",
         listed(settings.SEEDS),
         "--m",
         settings.M,

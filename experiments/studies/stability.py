@@ -98,9 +98,9 @@ def train_flags(settings, m):
         m,
         "--k",
         listed(settings.KS),
-        "--seeds",
+        "--seed",
         listed(settings.SEEDS),
-        "--no-use-matryoshka",
+        "--matryoshka-prefixes=none",
         *epochs_and_steps(settings),
     ]
 

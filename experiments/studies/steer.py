@@ -41,6 +41,7 @@ from experiments.shared.subjects import (
 from experiments.shared.sweeps import quick_settings
 from experiments.studies import side_by_side
 from experiments.studies.ablate import ablation
+from fastsae.data.tokenization import TEMPLATE_DATE
 from fastsae.lm import loading
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import InputError
@@ -282,7 +283,7 @@ class Work:
             tokenize=True,
             return_dict=False,
             add_generation_prompt=True,
-            date_string=self.settings.TEMPLATE_DATE,
+            date_string=TEMPLATE_DATE,
         )
 
     def unsteered(self, question):

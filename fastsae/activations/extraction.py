@@ -24,6 +24,10 @@ from fastsae.runtime.machine_errors import is_out_of_memory
 
 NOTE = "run.json"  # in a folder of parts: what they are of
 MAKER = "extract_activations.py"
+# tokens of a part of an unfinished run: the most that an interruption loses
+CHUNK_TOKENS = 65536
+# larger results are written as numbered shards of about this size
+SHARD_BYTES = 16_000_000_000
 # bytes of one part in memory, all layers together; two parts are held at a time
 PART_BYTES = 192 << 20
 # padded tokens of a batch; on a CPU larger batches leave its caches (bench_extract.json)

@@ -59,10 +59,10 @@ class Work:
         batch_tokens = settings.BATCH_TOKENS or extraction.BATCH_TOKENS[kind]
         dtype = settings.STORAGE_DTYPE
         chunk_tokens = extraction.chunk_tokens_for(
-            settings.CHUNK_TOKENS, model.d_model, len(model.layers), dtype
+            extraction.CHUNK_TOKENS, model.d_model, len(model.layers), dtype
         )
         self.chunks = extraction.split_chunks(table.lengths, chunk_tokens)
-        self.shards = results.shards_of(table, model.d_model, dtype, settings.SHARD_BYTES)
+        self.shards = results.shards_of(table, model.d_model, dtype, extraction.SHARD_BYTES)
         self.forward = extraction.Forward(
             model,
             table,

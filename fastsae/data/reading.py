@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastsae.data import tokenization
 from fastsae.data.datasets import (
     HUB,
     Deduplicator,
@@ -122,7 +123,7 @@ def chat_tokenizer(settings: Settings, tokenizer: Any) -> ChatTokenizer:
     return ChatTokenizer(
         tokenizer,
         max_length=None if settings.PROCESSING == "block" else settings.MAX_LENGTH,
-        date=settings.TEMPLATE_DATE,
+        date=tokenization.TEMPLATE_DATE,
         chat_template=settings.USE_CHAT_TEMPLATE and rows,
         dataset_name=settings.DATASET_PATH,
         special_tokens=rows,

@@ -16,6 +16,8 @@ from fastsae.data import long_texts
 from fastsae.data.datasets import Example, place, read_dataset  # noqa: F401
 from fastsae.runtime.errors import InputError
 
+# for templates that print today's date, pinned so that runs repeat
+TEMPLATE_DATE = "26 Jul 2024"
 CONTENT, TEMPLATE, SHARED_PREFIX = 0, 1, 2  # values of token_kind
 BATCH_CHARACTERS = 1 << 22  # of the examples tokenised together
 # characters searched for a content when others were missing

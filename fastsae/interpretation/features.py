@@ -18,6 +18,8 @@ from fastsae.settings.flags import flag_name
 from fastsae.settings.values import Settings
 
 AUC_BOUND = 0.8  # a feature above this separates its category well; the report counts them
+# of a feature over an example's tokens, max or mean: for the categories, and for the target
+POOLING, TARGET_POOLING = "mean", "mean"
 N_TOP_TOKENS = 8  # characteristic tokens in a row
 N_TOP_EXAMPLES = 5  # strongest examples in a row
 N_LENS_TOKENS, N_LENS_COLUMN = 20, 8  # promoted tokens in the report, and in a row
@@ -32,6 +34,11 @@ OPTIONAL = (
     "label_protocol",
     "note",
 )
+
+
+def pooling() -> dict[str, str]:
+    """The constants that decide rows, recorded as settings are."""
+    return {"POOLING": POOLING, "TARGET_POOLING": TARGET_POOLING}
 
 
 class Features:
@@ -75,7 +82,7 @@ class Features:
         if source["settings"].get("PROCESSING") == "block":
             raise InputError(
                 f"{settings.activations_path}: holds blocks of joined examples, whose examples "
-                "cannot be told apart. run extract_activations.py with --processing example."
+                "cannot be told apart. run extract_activations.py with --block-length none."
             )
         if datasets.identity(settings.DATASET_PATH)[0] != source["inputs"]["dataset"]:
             raise InputError(
@@ -173,7 +180,7 @@ class Features:
             self.labels(),
             evidence.text_numbers,
             evidence.text_read,
-            settings.POOLING,
+            POOLING,
         )
         return probe(probed, AUC_BOUND, settings.SEED)
 
@@ -277,7 +284,7 @@ class Features:
             self.rows,
             evidence.statistics,
             self.labels(),
-            settings.POOLING,
+            POOLING,
             settings.SEED,
             evidence.text_numbers,
         )
@@ -351,7 +358,7 @@ class Features:
         examples = s.pooled_examples[rows]
         texts = self.evidence.text_numbers[examples]
         target = target_numbers([values[i] for i in examples], field, value)
-        pooled = (s.pooled_max if settings.TARGET_POOLING == "max" else s.pooled_mean)[rows]
+        pooled = (s.pooled_max if TARGET_POOLING == "max" else s.pooled_mean)[rows]
         found = select_features(
             pooled, target, settings.N_HYPOTHESES, settings.SELECTION_METHOD, settings.SEED, texts
         )
@@ -366,12 +373,12 @@ class Features:
                 self.evidence.text_read,
                 n_select=settings.N_HYPOTHESES,
                 method=settings.SELECTION_METHOD,
-                pooling=settings.TARGET_POOLING,
+                pooling=TARGET_POOLING,
                 seed=settings.SEED,
             )
         else:
             print(f"hypotheses: none, for no feature predicts {name} on these examples")
-        how = {"method": settings.SELECTION_METHOD, "pooling": settings.TARGET_POOLING}
+        how = {"method": settings.SELECTION_METHOD, "pooling": TARGET_POOLING}
         return [{"rank": i, "target": name, **how, **entry} for i, entry in enumerate(found, 1)]
 
     def summary(self) -> dict[str, Any]:

@@ -12,8 +12,8 @@ WHERE_WRITTEN = {  # another output folder helps as well
     "check the folder's rights": (errno.EACCES, errno.EPERM, errno.EROFS),
     "move away what is there": (errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
     "give shorter names": (errno.ENAMETOOLONG,),
-    "the file system (FAT32: 4 GB) or ulimit -f allows no file of this size. lower --shard-bytes "
-    "(SHARD_BYTES)": (errno.EFBIG,),
+    "the file system (FAT32: 4 GB) or ulimit -f allows no file of this size. lower SHARD_BYTES in "
+    "fastsae/activations/extraction.py": (errno.EFBIG,),
 }
 ANYWHERE = {
     "raise the limit of open files (ulimit -n), then run again": (errno.EMFILE, errno.ENFILE),

@@ -24,7 +24,9 @@ class About:
     picks_k: training keeps the K largest (of a token or a batch): `sparse_step`, prefixes, aux-k,
         and a loss relative to the variance. Else training goes through `Architecture.loss`.
     aims_at_k: training drives the number of active features to K.
-    coefficient: the setting that weighs what the loss adds to the squared error.
+    coefficient: the name under which results record the weight of what the loss adds to the squared
+        error (the setting SPARSITY_COEFFICIENT), if it adds something.
+    weight: that weight where none is given.
     saved_as: the architecture it is kept as, where it computes the same as a simpler one.
     in_hypothesaes: `hypothesaes.sae.load_model` reads its checkpoints.
     saelens, sparsify: what these libraries call what it computes; None = they cannot hold it.
@@ -36,7 +38,8 @@ class About:
     starts_from: tuple[str, ...]
     picks_k: bool = False
     aims_at_k: bool = False
-    coefficient: str = "L1_COEFFICIENT"
+    coefficient: str | None = "L1_COEFFICIENT"
+    weight: float = 5.0
     saved_as: str | None = None
     in_hypothesaes: bool = False
     saelens: str | None = None

@@ -32,12 +32,49 @@ CORE = (
 CONSTANT = r"[A-Z][A-Z0-9_]*"
 REGISTERED = {"ARCHITECTURE": Limits(choices=tuple(ARCHITECTURES))}  # not on the setting's line
 # {what has all values of a setting that may have several: the setting}
-SEVERAL = {"K_LIST": "K", "L1_COEFFICIENT_LIST": "L1_COEFFICIENT"}
+SEVERAL = {
+    "LAYERS": "LAYER_IDX",
+    "SEEDS": "SEED",
+    "K_LIST": "K",
+    "SPARSITY_COEFFICIENT_LIST": "SPARSITY_COEFFICIENT",
+}
 # {former setting: (the one in its place, what to give it for example)}
 RENAMED: dict[str, tuple[str, Any]] = {
     "K_LIST": ("K", (8, 16)),
-    "L1_COEFFICIENT_LIST": ("L1_COEFFICIENT", (1.0, 5.0)),
+    "L1_COEFFICIENT_LIST": ("SPARSITY_COEFFICIENT", (1.0, 5.0)),
+    "L1_COEFFICIENT": ("SPARSITY_COEFFICIENT", 5.0),
+    "L0_COEFFICIENT": ("SPARSITY_COEFFICIENT", 6.0),
+    "SEEDS": ("SEED", (0, 1)),
+    "LAYERS": ("LAYER_IDX", (12, 18)),
+    "PROCESSING": ("BLOCK_LENGTH", 2048),
+    "USE_MATRYOSHKA": ("MATRYOSHKA_PREFIXES", "auto"),
+    "NO_USE_MATRYOSHKA": ("MATRYOSHKA_PREFIXES", None),
+    "LR_WARMUP_STEPS": ("WARMUP_STEPS", 100),
+    "SPARSITY_WARMUP_STEPS": ("WARMUP_STEPS", 100),
+    "EXCLUDE_SHARED_PREFIX": ("USE_TOKENS", "all"),
+    "NO_EXCLUDE_SHARED_PREFIX": ("USE_TOKENS", "all+prefix"),
+    "MODEL_REVISION": ("MODEL_NAME", "owner/name@main"),
+    "NEURONPEDIA_MODEL": ("NEURONPEDIA_SET", "model/set"),
+    "PRINT_SETTINGS": ("QUIET", True),
     **{name: ("ARCHITECTURE", now) for name, now in FORMER_SWITCHES.items()},
+}
+# {former setting: the file whose constant it is now}
+CONSTANTS = {
+    "TEMPLATE_DATE": "fastsae/data/tokenization.py",
+    "CHUNK_TOKENS": "fastsae/activations/extraction.py",
+    "SHARD_BYTES": "fastsae/activations/extraction.py",
+    "AUX_COEF": "fastsae/training/objective.py",
+    "JUMPRELU_BANDWIDTH": "fastsae/training/objective.py",
+    "LR_DECAY_FRACTION": "fastsae/training/objective.py",
+    "INIT_DIRECTIONS": "fastsae/training/objective.py",
+    "INIT_CENTRE": "fastsae/training/objective.py",
+    "INIT_ENCODER_SCALE": "fastsae/training/objective.py",
+    "ENGINE": "fastsae/training/objective.py",
+    "JUMPRELU_LOSS": "fastsae/training/objective.py",
+    "CLIP_GRAD": "fastsae/training/objective.py",
+    "SAVE_EVERY": "fastsae/training/loop.py",
+    "POOLING": "fastsae/interpretation/features.py",
+    "TARGET_POOLING": "fastsae/interpretation/features.py",
 }
 LARGEST_EXPONENT = 64
 ARITHMETIC: dict[type, Any] = {
@@ -391,12 +428,8 @@ def strangers(source: Source, path: str | Path) -> list[str]:
     file, problems = Path(path).name, []
     known = shipped().get(file, {})
     for name, line in names_set(source.tree):
-        if name in RENAMED and file in CORE:
-            now, example = RENAMED[name]
-            problems.append(
-                f"{file}:{line}: {name} is not a setting any more. "
-                f"write for example {now} = {example!r} in {home_of(now)}."
-            )
+        if file in CORE and (remedy := instead_of(name)):
+            problems.append(f"{file}:{line}: {name} is not a setting any more. {remedy}.")
             continue
         home = home_of(name.upper()) if file in CORE else file * (name.upper() in known)
         if name in known or (name != name.upper() and not home):
@@ -412,6 +445,14 @@ def strangers(source: Source, path: str | Path) -> list[str]:
             remedy = f"perhaps {near} is meant" if near else "remove it"
         problems.append(f"{file}:{line}: {what}. {remedy}.")
     return problems
+
+
+def instead_of(name: str) -> str | None:
+    """What to write in a file in place of a former setting; None of any other name."""
+    if name in RENAMED and not name.startswith("NO_"):
+        now, example = RENAMED[name]
+        return f"write for example {now} = {example!r} in {home_of(now)}"
+    return f"edit the constant in {CONSTANTS[name]}" if name in CONSTANTS else None
 
 
 def names_set(tree: ast.Module) -> Iterator[tuple[str, int]]:

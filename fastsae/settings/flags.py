@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastsae.settings import kinds
+from fastsae.settings import declarations, kinds
 from fastsae.settings.declarations import RENAMED, SEVERAL, home_of
 from fastsae.settings.suggestions import listed, nearest
 
@@ -124,9 +124,8 @@ def no_such_flag(flag: str, declared: dict[str, dict], script: str | Path) -> st
     """What to say of a flag that the script does not have."""
     word = flag.strip("-").lower().replace("_", "-")
     name = word.upper().replace("-", "_")
-    now = RENAMED.get(name) or RENAMED.get(name.removeprefix("NO_"))
-    if now:
-        return f"{flag}: no such setting any more. give {as_flags(*now)}."
+    if remedy := instead_of(name) or instead_of(name.removeprefix("NO_")):
+        return f"{flag}: not a setting any more. {remedy}."
     home = home_of(name) or home_of(name.removeprefix("NO_"))
     if home and name not in declared and name.removeprefix("NO_") not in declared:
         return (
@@ -144,6 +143,13 @@ def no_such_flag(flag: str, declared: dict[str, dict], script: str | Path) -> st
         f"{flag}: no such setting. perhaps {listed([f'--{each}' for each in near])} is meant; "
         "--help-all lists all."
     )
+
+
+def instead_of(name: str) -> str | None:
+    """What to give on the command line in place of a former setting; None of any other name."""
+    if name in RENAMED:
+        return f"give {as_flags(*RENAMED[name])}"
+    return declarations.instead_of(name)
 
 
 def as_flags(name: str, value: Any) -> str:

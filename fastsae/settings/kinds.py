@@ -12,6 +12,7 @@ EXAMPLES = {
     "tuple[float, ...]": "0.5,2",
     "tuple[str, ...]": "saelens",
 }
+AUTO = "auto"  # of a setting that then follows from others
 LARGEST_FLOAT = sys.float_info.max
 LONGEST = 60  # characters of a value that a message repeats
 
@@ -19,7 +20,7 @@ LONGEST = 60  # characters of a value that a message repeats
 def is_known(kind: str) -> bool:
     """Whether `kind` is a type that settings can have."""
     one = r"(int|float|str)"
-    forms = rf"bool|{one}|tuple\[{one}, \.\.\.\]|(?P<it>{one}) \| tuple\[(?P=it), \.\.\.\]"
+    forms = rf"bool|{one}|tuple\[{one}, \.\.\.\]|(?P<it>{one}) \| tuple\[((?P=it)|int), \.\.\.\]"
     return re.fullmatch(rf"({forms})( \| None)?", kind) is not None
 
 
@@ -29,7 +30,10 @@ def base_of(kind: str) -> str:
 
 
 def one_or_several(kind: str) -> tuple[str, str] | None:
-    """("int", "tuple[int, ...]") of `int | tuple[int, ...]`; None of any other type."""
+    """("int", "tuple[int, ...]") of `int | tuple[int, ...]`; None of any other type.
+
+    Of `str | tuple[int, ...]` the one is AUTO.
+    """
     one, _, several = base_of(kind).partition(" | ")
     return (one, several) if several else None
 
@@ -46,6 +50,8 @@ def parse(text: str, kind: str) -> Any:
             return None
         kind = base_of(kind)
     if both := one_or_several(kind):  # a comma at the end makes a tuple of one
+        if both[0] == "str":
+            return text if text == AUTO else parse(text, both[1])
         return parse(text, both["," in text])
     if kind.startswith("tuple["):
         return tuple(parse(part, item_of(kind)) for part in text.removesuffix(",").split(","))
@@ -57,7 +63,8 @@ def has_type(value: Any, kind: str) -> bool:
     if kind.endswith(" | None"):
         return value is None or has_type(value, base_of(kind))
     if both := one_or_several(kind):
-        return any(has_type(value, each) for each in both)
+        one = value == AUTO if both[0] == "str" else has_type(value, both[0])
+        return one or has_type(value, both[1])
     if kind.startswith("tuple["):
         return isinstance(value, (tuple, list)) and all(
             has_type(each, item_of(kind)) for each in value
@@ -83,7 +90,8 @@ def expectation(kind: str) -> str:
     """The type in a message: `int`, `float or none`, `a tuple of int`."""
     base = base_of(kind)
     if both := one_or_several(base):
-        return f"{both[0]} or {expectation(both[1])}"
+        one = AUTO if both[0] == "str" else both[0]
+        return f"{one} or {expectation(both[1])}" + " or none" * kind.endswith(" | None")
     words = f"a tuple of {item_of(base)}" if base.startswith("tuple[") else base
     return words + " or none" * kind.endswith(" | None")
 
@@ -91,7 +99,9 @@ def expectation(kind: str) -> str:
 def metavar(kind: str) -> str:
     """What `--help` shows for a flag's value: `INT`, `INT,INT,...|none`."""
     if both := one_or_several(kind):
-        return f"{both[0]}[,{both[0]}...]".upper()
+        numbers = f"{item_of(both[1])}[,{item_of(both[1])}...]".upper()
+        word = f"{AUTO}|" * (both[0] == "str")
+        return f"{word}{numbers}" + "|none" * kind.endswith(" | None")
     base = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1,\1,...", base_of(kind)).upper()
     return base + "|none" * kind.endswith(" | None")
 

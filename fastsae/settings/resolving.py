@@ -75,7 +75,7 @@ def resolve(project: Path, presets: Any, scripts: tuple, argv: list[str] | None 
     refuse(problems)
     completed = complete(right)
     for name, value in right.items():
-        if not isinstance(value, tuple) and completed[name] != value:
+        if value in (None, kinds.AUTO) and completed[name] != value:
             source[name] = "follows"
     return Settings(
         completed,

@@ -13,11 +13,12 @@ from fastsae.settings.architectures import ARCHITECTURES, DENSE
 from fastsae.settings.declarations import SEVERAL, shipped_limits
 from fastsae.settings.flags import flag_name
 from fastsae.settings.folders import folder_advice
-from fastsae.settings.kinds import shown
+from fastsae.settings.kinds import AUTO, shown
 from fastsae.settings.limits import Limits, each, problems_with
 from fastsae.settings.values import LONGEST_NAME
 
-FEATURES = {"M", "K", "AUX_K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES"}
+FEATURES = {"M", "K", "AUX_K", "MATRYOSHKA_PREFIXES"}
+HUB_REVISION = re.compile(r"([\w.-]+/[\w.-]+)@([\w./-]+)")
 
 Require = Callable[[Any, str, str, str], None]  # (what must hold, NAME, what is wrong, remedy)
 
@@ -25,25 +26,52 @@ Require = Callable[[Any, str, str, str], None]  # (what must hold, NAME, what is
 def complete(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with what follows from them, under the names by which results record it.
 
-    USE_MATRYOSHKA is on for the TopK family and wherever prefixes are given, and
-    MATRYOSHKA_PREFIXES are a quarter of M and M. Of several values, K_LIST has all and K the first.
+    Of several values LAYERS, SEEDS and the like have all, and the setting itself the first.
     """
     values = dict(values)
-    trains = bool({"USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES"} & set(values))  # as only stage 2 does
     for several, name in SEVERAL.items():
         value = values.get(name)
         if isinstance(value, tuple):
             values[name] = value[0] if value else None
-        if trains and name in values:
-            values[several] = value if isinstance(value, tuple) else None
-    if not {"ARCHITECTURE", *FEATURES} <= set(values):
-        return values
-    architecture, m, prefixes = values["ARCHITECTURE"], values["M"], values["MATRYOSHKA_PREFIXES"]
+        if name in values:
+            values.setdefault(several, value if isinstance(value, tuple) else None)
+    if "MODEL_NAME" in values:
+        found = HUB_REVISION.fullmatch(str(values["MODEL_NAME"]))
+        if found:
+            values["MODEL_NAME"], values["MODEL_REVISION"] = found.groups()
+        values.setdefault("MODEL_REVISION", None)
+    if "DEDUP_NGRAM" in values:
+        values.setdefault("PROCESSING", "block" if values.get("BLOCK_LENGTH") else "example")
+    if "NEURONPEDIA_SET" in values:
+        model, slash, name = str(values["NEURONPEDIA_SET"]).rpartition("/")
+        if slash:
+            values["NEURONPEDIA_MODEL"], values["NEURONPEDIA_SET"] = model, name
+        values.setdefault("NEURONPEDIA_MODEL", None)
+    return complete_training(values) if {"ARCHITECTURE", *FEATURES} <= set(values) else values
+
+
+def complete_training(values: dict[str, Any]) -> dict[str, Any]:
+    """The part of `complete` that only stage 2 needs: what follows from ARCHITECTURE and M."""
+    architecture, m = values["ARCHITECTURE"], values["M"]
     values["USE_BATCH_TOPK"] = architecture == "batchtopk"
-    if values["USE_MATRYOSHKA"] is None:
-        values["USE_MATRYOSHKA"] = architecture not in DENSE or prefixes is not None
-    if values["USE_MATRYOSHKA"] and prefixes is None and architecture not in DENSE:
-        values["MATRYOSHKA_PREFIXES"] = (m // 4, m) if m >= 4 else (m,)
+    if values["MATRYOSHKA_PREFIXES"] == AUTO:
+        nested = (m // 4, m) if m >= 4 else (m,)
+        values["MATRYOSHKA_PREFIXES"] = None if architecture in DENSE else nested
+    values["USE_MATRYOSHKA"] = values["MATRYOSHKA_PREFIXES"] is not None
+    if "WARMUP_STEPS" in values:
+        for name in ("LR_WARMUP_STEPS", "SPARSITY_WARMUP_STEPS"):
+            values[name] = values["WARMUP_STEPS"]
+    if "USE_TOKENS" in values:
+        values.setdefault("EXCLUDE_SHARED_PREFIX", values["USE_TOKENS"] != "all+prefix")
+        values["USE_TOKENS"] = values["USE_TOKENS"].removesuffix("+prefix")
+    for each_about in ARCHITECTURES.values():
+        if each_about.coefficient:
+            values[each_about.coefficient] = each_about.weight
+    about = ARCHITECTURES.get(architecture)
+    if about and about.coefficient:
+        given = values.get("SPARSITY_COEFFICIENT")
+        weight = about.weight if given is None else given
+        values["SPARSITY_COEFFICIENT"] = values[about.coefficient] = weight
     return values
 
 
@@ -57,7 +85,8 @@ def check_values(values: dict[str, Any], limits: dict[str, Limits] | None = None
         problem
         for name, value in values.items()
         for own in [SEVERAL.get(name, name) if name not in limits else name]
-        for problem in problems_with(own, value, limits.get(own, Limits()))
+        if own in limits  # what follows from others is recorded, not given
+        for problem in problems_with(own, value, limits[own])
     ]
 
     def require(ok: Any, name: str, what: str, remedy: str) -> None:
@@ -86,6 +115,7 @@ def check_values(values: dict[str, Any], limits: dict[str, Limits] | None = None
             f"{length} bytes are too long for a folder's name",
             f"give at most {LONGEST_NAME}",
         )
+    check_several(values, limits, require)
     check_paths(values, require)
     check_extraction(values, require)
     if FEATURES <= set(values):
@@ -95,9 +125,21 @@ def check_values(values: dict[str, Any], limits: dict[str, Limits] | None = None
     return list(dict.fromkeys(problems))
 
 
+def check_several(values: dict[str, Any], limits: dict[str, Limits], require: Require) -> None:
+    """Several values of one setting differ."""
+    for several, name in SEVERAL.items():
+        found = values.get(several)
+        require(
+            not isinstance(found, tuple) or 0 < len(found) == len(set(found)),
+            several if several in limits else name,
+            f"{found} are not different values",
+            "name each once",
+        )
+
+
 def check_paths(values: dict[str, Any], require: Require) -> None:
     """The dataset is there, and outputs go to a folder."""
-    reads_it = {"BATCH_TOKENS", "POOLING"} & set(values) and values.get("TEXT") is None
+    reads_it = {"BATCH_TOKENS", "N_TOP_NEURONS"} & set(values) and values.get("TEXT") is None
     if reads_it and "DATASET_PATH" in values:
         path = values["DATASET_PATH"]
         what, remedy = "is not a file", "give your data with --dataset-path FILE.jsonl"
@@ -127,24 +169,16 @@ def check_paths(values: dict[str, Any], require: Require) -> None:
 TEXT_REMEDY = (
     "make one of each line: python -c \"import json; [print(json.dumps({'text': "
     "t.strip()})) for t in open('FILE.txt', encoding='utf-8') if t.strip()]\" > FILE.jsonl; "
-    "or train on all of it joined, without stage 3: --processing block"
+    "or train on all of it joined, without stage 3: --block-length 2048"
 )
 
 
 def check_extraction(values: dict[str, Any], require: Require) -> None:
-    """LAYERS, and what a plain text can be used for."""
-    if values.get("LAYERS") is not None:
-        layers = values["LAYERS"]
-        require(
-            len(layers) > 0 and len(set(layers)) == len(layers),
-            "LAYERS",
-            f"{layers} are not different layers",
-            "give for example --layers 12,18",
-        )
+    """What a plain text can be used for."""
     if {"PROCESSING", "DEDUP_NGRAM", "DATASET_PATH"} <= set(values) and values[
         "DATASET_PATH"
     ].endswith(".txt"):
-        require(values["PROCESSING"] == "block", "PROCESSING", "a .txt has no rows", TEXT_REMEDY)
+        require(values["PROCESSING"] == "block", "BLOCK_LENGTH", "a .txt has no rows", TEXT_REMEDY)
         require(
             values["DEDUP_NGRAM"] == 0,
             "DEDUP_NGRAM",
@@ -176,22 +210,13 @@ def check_features(values: dict[str, Any], require: Require) -> None:
         f"{shown(values['AUX_K'])} is more than M={shown(m)}",
         "lower --aux-k",
     )
-    for several_name, name in {**SEVERAL, "SEEDS": "SEEDS"}.items():
-        several = values.get(several_name)
-        require(
-            several is None or 0 < len(several) == len(set(several)),
-            name,
-            f"{several} are not different values",
-            "name each once",
-        )
     require(
         not (values.get("INIT_FROM") and values.get("SEEDS")),
-        "SEEDS",
+        "SEED",
         "all would start alike, from INIT_FROM",
         "leave one of the two out",
     )
-    nested = values["USE_MATRYOSHKA"] and values.get("ARCHITECTURE") not in DENSE
-    if nested and prefixes is not None:
+    if values.get("ARCHITECTURE") not in DENSE and prefixes is not None:
         rising = (
             len(prefixes) > 0
             and prefixes[0] >= 1
@@ -201,26 +226,24 @@ def check_features(values: dict[str, Any], require: Require) -> None:
             rising or m < 1,
             "MATRYOSHKA_PREFIXES",
             f"{prefixes} do not rise from 1 or more",
-            "give for example 64,256, or none for a quarter of M and M",
+            "give for example 64,256, or auto for a quarter of M and M",
         )
         require(
             not rising or prefixes[-1] == m,
             "MATRYOSHKA_PREFIXES",
             f"the last of {prefixes} is not M={shown(m)}",
-            f"give for example {max(1, m // 4)},{shown(m)}, or none for these two",
+            f"give for example {max(1, m // 4)},{shown(m)}, or auto for these two",
         )
 
 
 def check_architecture(values: dict[str, Any], require: Require) -> None:
     """What only some architectures have."""
     architecture = values.get("ARCHITECTURE")
-    dense = architecture in DENSE
-    which = "USE_MATRYOSHKA" if values["MATRYOSHKA_PREFIXES"] is None else "MATRYOSHKA_PREFIXES"
     require(
-        not (dense and values["USE_MATRYOSHKA"]),
-        which,
+        architecture not in DENSE or values["MATRYOSHKA_PREFIXES"] is None,
+        "MATRYOSHKA_PREFIXES",
         f"{architecture} has no prefixes",
-        "give --no-use-matryoshka, or --architecture topk",
+        "give --matryoshka-prefixes none, or --architecture topk",
     )
     require(
         values.get("SELECT_DTYPE") != "bfloat16" or architecture == "topk",
@@ -229,8 +252,9 @@ def check_architecture(values: dict[str, Any], require: Require) -> None:
         "set it to float32, or give --architecture topk",
     )
     about = ARCHITECTURES.get(str(architecture))
-    by_l1 = about is not None and about.coefficient == "L1_COEFFICIENT"
-    for name, plays_a_part in (("L1_COEFFICIENT_LIST", by_l1), ("K_LIST", not by_l1)):
+    penalised = about is not None and about.coefficient is not None
+    by_k = about is not None and about.aims_at_k
+    for name, plays_a_part in (("SPARSITY_COEFFICIENT_LIST", penalised), ("K_LIST", by_k)):
         require(
             plays_a_part or not values.get(name),
             SEVERAL[name],
@@ -261,7 +285,8 @@ def check_interpretation(values: dict[str, Any], require: Require) -> None:
             "QUIET hides what it prints",
             "leave out --quiet",
         )
-    n, set_name = values.get("N_FIDELITY_EXAMPLES") or 0, values.get("NEURONPEDIA_SET")
+    n = values.get("N_FIDELITY_EXAMPLES") or 0
+    names = [values.get("NEURONPEDIA_MODEL"), values.get("NEURONPEDIA_SET")]
     require(
         n <= 0 or n >= 6,
         "N_FIDELITY_EXAMPLES",
@@ -269,8 +294,8 @@ def check_interpretation(values: dict[str, Any], require: Require) -> None:
         "give 6 or more, or 0 for no test",
     )
     require(
-        set_name is None or re.fullmatch(r"[\w.-]*\w", set_name),
+        all(name is None or re.fullmatch(r"[\w.-]*\w", name) for name in names),
         "NEURONPEDIA_SET",
-        f"{shown(set_name)} cannot be the name of a set",
-        "use letters, digits and . _ -",
+        f"{shown('/'.join(filter(None, names)))} cannot be the name of a set",
+        "use letters, digits and . _ -, and one / after the model's id",
     )

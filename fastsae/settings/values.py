@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from fastsae.settings.flags import as_flags, flag_name
 PROJECT = Path(__file__).resolve().parents[2]
 WIDTH, LONGEST = 150, 60  # columns of a line; characters of one value
 LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, locks and versions need some
+SHOWN = "FASTSAE_SETTINGS_SHOWN"  # in the environment: settings are not printed again
 RANK = {"flag": 0, "preset": 2, "follows": 3}  # the order in which sources are printed; files are 1
 
 
@@ -123,15 +125,16 @@ class Settings:
         ]
 
     def show(self) -> None:
-        """Print what differs from the defaults, unless PRINT_SETTINGS is off or QUIET on."""
-        if self.PRINT_SETTINGS and not self.QUIET:
+        """Print what differs from the defaults, unless QUIET is on or what started this process,
+        as `run_pipeline.py` does, has shown it (the variable SHOWN)."""
+        if not self.QUIET and SHOWN not in os.environ:
             print(*self.describe().split("\n"), sep="\n", flush=True)
 
     def describe(self) -> str:
         """What differs from the defaults, and where to find the rest: three lines at most."""
         by_source: dict[str, list[str]] = {}
         for name in self.source:
-            value = self.typed[name] if isinstance(self.typed[name], tuple) else self.values[name]
+            value = (self.values if self.source[name] == "follows" else self.typed)[name]
             if name not in self.defaults or value != self.defaults[name]:
                 by_source.setdefault(self.source[name], []).append(f"{name}={brief(value)}")
         rest = "--help lists all; what decides a result is recorded in it"

@@ -101,7 +101,7 @@ class Tokens:
             raise InputError(
                 f"{path}: every token is of the prefix that all examples share, "
                 "or an attention sink. raise --max-length, or give stage 2 "
-                "--no-exclude-shared-prefix."
+                "--use-tokens all+prefix."
             )
         if len(self.train) < 2 or len(self.validation) < 2:
             raise InputError(

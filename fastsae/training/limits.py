@@ -58,10 +58,11 @@ def require_memory(m: int, d: int, n_autoencoders: int, device: str) -> None:
 
 def cause_of_divergence(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """The setting to blame for a loss that is not finite: the one furthest above its default."""
-    names = ["LEARNING_RATE", ARCHITECTURES[values["ARCHITECTURE"]].coefficient]
-    above = {name: values[name] / defaults[name] for name in names if defaults.get(name)}
-    if values.get("INIT_ENCODER_SCALE"):
-        above["INIT_ENCODER_SCALE"] = values["INIT_ENCODER_SCALE"]  # whose usual value is 1
+    architecture = ARCHITECTURES[values["ARCHITECTURE"]]
+    usual = {"LEARNING_RATE": defaults.get("LEARNING_RATE")}
+    if architecture.coefficient:
+        usual["SPARSITY_COEFFICIENT"] = architecture.weight
+    above = {name: values[name] / default if default else 1.0 for name, default in usual.items()}
     return max(above, key=lambda name: above[name], default="LEARNING_RATE")
 
 

@@ -27,6 +27,7 @@ from fastsae.training.plans import Plan
 from fastsae.training.resampling import resample
 from fastsae.training.run import TrainingRun, final_metrics, learning_rate_factor
 
+SAVE_EVERY = 60.0  # seconds between saves of an unfinished run: the most that a kill loses
 INIT_SAMPLE = 32768  # tokens from which centre, directions, encoder scale and normalisation start
 VALIDATION_BATCH = 4096  # tokens whose loss is computed together
 DEAD_WARNING = 0.05  # fraction of dead features above which a warning is printed
@@ -47,9 +48,9 @@ class PlannedRun(TrainingRun):
             device=device,
             learning_rate=settings.LEARNING_RATE,
             normalise=objective.normalisation(settings.values),
-            directions=settings.INIT_DIRECTIONS,
-            centre=settings.INIT_CENTRE,
-            encoder_scale=settings.INIT_ENCODER_SCALE,
+            directions=objective.INIT_DIRECTIONS,
+            centre=objective.INIT_CENTRE,
+            encoder_scale=objective.INIT_ENCODER_SCALE,
         )
         self.plan, self.device = plan, device
         self.state_path = plan.path.with_suffix(".resume.pt")
@@ -83,7 +84,7 @@ def train(plans: list[Plan], tokens: Tokens, settings: Settings, device: str) ->
         seed=settings.SEED,
     )
     failed: dict[Path, str] = {}
-    saver = Saver(settings.SAVE_EVERY)
+    saver = Saver(SAVE_EVERY)
     bar = progress.bar(
         settings.N_EPOCHS,
         "training",
@@ -194,7 +195,7 @@ def one_step(run: PlannedRun, x: torch.Tensor, n_done: int, n_batches: int) -> N
         x,
         learning_rate=learning_rate(settings, n_done, settings.N_EPOCHS * n_batches),
         dead_after=settings.DEAD_AFTER_TOKENS,
-        clip_grad=settings.CLIP_GRAD,
+        clip_grad=objective.CLIP_GRAD,
     )
     if settings.RESAMPLE_EVERY and (n_done + 1) % settings.RESAMPLE_EVERY == 0:
         resample(run, x, dead_after=settings.DEAD_AFTER_TOKENS, seed=settings.SEED + n_done)
@@ -207,7 +208,7 @@ def learning_rate(settings: Settings, n_done: int, n_steps: int) -> float:
         n_steps=n_steps,
         schedule=settings.LR_SCHEDULE,
         warmup_steps=settings.LR_WARMUP_STEPS,
-        decay_fraction=settings.LR_DECAY_FRACTION,
+        decay_fraction=objective.LR_DECAY_FRACTION,
     )
     return settings.LEARNING_RATE * factor
 

@@ -1,5 +1,5 @@
-"""What a training minimises, from its settings: the autoencoder to build, how activations are
-normalised, and the function that fills the gradients of a batch."""
+"""What a training minimises and where it starts, from its settings: the autoencoder to build, how
+activations are normalised, and the function that fills the gradients of a batch."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -13,8 +13,36 @@ from fastsae.sae.dense_step import dense_step
 from fastsae.sae.sparse_step import sparse_step
 from fastsae.settings.architectures import ARCHITECTURES, About
 
+# Constants that decide weights, recorded beside the settings.
+AUX_COEF = 1 / 32  # weight of the loss of AUX_K
+JUMPRELU_BANDWIDTH = 1.0  # width around its threshold in which a pre-activation moves the threshold
+JUMPRELU_LOSS = "target"  # its penalty: target: (L0 - K) squared * 2 / K; step: L0
+CLIP_GRAD: float | None = 1.0  # bound of the gradient's norm; None = no bound
+LR_DECAY_FRACTION = 0.2  # part of N_EPOCHS over which the learning rate falls
+# decoder rows at the start, b_dec (of a sample), and encoder rows / decoder rows; None = by least
+# squares. `initialise` has the choices; HypotheSAEs' are xavier, median and 1
+INIT_DIRECTIONS, INIT_CENTRE = "mixed", "median"
+INIT_ENCODER_SCALE: float | None = None
+RECORDED = (
+    "AUX_COEF",
+    "JUMPRELU_BANDWIDTH",
+    "JUMPRELU_LOSS",
+    "CLIP_GRAD",
+    "LR_DECAY_FRACTION",
+    "INIT_DIRECTIONS",
+    "INIT_CENTRE",
+    "INIT_ENCODER_SCALE",
+)
+# sparse: a step from the active features only; reference: HypotheSAEs' dense code, its slow twin
+ENGINE = "sparse"
+
 Values = Mapping[str, Any]  # of the settings of a training, by name
 Step = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (sae, x, dead) -> (loss, fired)
+
+
+def constants() -> dict[str, Any]:
+    """The constants of the code that decide weights, by name."""
+    return {name: globals()[name] for name in RECORDED}
 
 
 def about(values: Values) -> About:
@@ -56,16 +84,17 @@ def step_function(values: Values, n_done: int) -> Step:
         n_warmup = values["SPARSITY_WARMUP_STEPS"]
         warmup = min(1.0, (n_done + 1) / n_warmup) if n_warmup else 1.0
         return functools.partial(dense_step, **penalty(values, warmup))
-    if values["ENGINE"] == "reference":
-        return functools.partial(reference_step, aux_coef=values["AUX_COEF"])
+    if ENGINE == "reference":
+        return functools.partial(reference_step, aux_coef=AUX_COEF)
     select = getattr(torch, values["SELECT_DTYPE"])
-    return functools.partial(sparse_step, aux_coef=values["AUX_COEF"], select=select)
+    return functools.partial(sparse_step, aux_coef=AUX_COEF, select=select)
 
 
 def penalty(values: Values, warmup: float = 1.0) -> dict[str, Any]:
     """What the losses of the architectures that pick no K take."""
+    coefficient = about(values).coefficient
     return {
-        "sparsity": values[about(values).coefficient] * warmup,
-        "bandwidth": values["JUMPRELU_BANDWIDTH"],
-        "target_l0": values["K"] if values["JUMPRELU_LOSS"] == "target" else None,
+        "sparsity": values[coefficient] * warmup if coefficient else 0.0,
+        "bandwidth": JUMPRELU_BANDWIDTH,
+        "target_l0": values["K"] if JUMPRELU_LOSS == "target" else None,
     }

@@ -10,6 +10,7 @@ from fastsae.formats.source import Source
 from fastsae.runtime import artifacts
 from fastsae.sae import autoencoder
 from fastsae.settings.values import Settings
+from fastsae.training import objective
 from fastsae.training.dead_features import tokens_until_dead
 
 
@@ -29,8 +30,8 @@ class Plan(NamedTuple):
 
 
 def make_plans(settings: Settings, source: dict[str, Any], decisive: Iterable[str]) -> list[Plan]:
-    """A Plan for each of SEEDS x K_LIST x L1_COEFFICIENT_LIST, or the one that the settings without
-    lists describe.
+    """A Plan for each of SEEDS x K_LIST x SPARSITY_COEFFICIENT_LIST, or the one that the settings
+    without lists describe.
 
     `source` is the metadata of the activations, `decisive` names the settings that decide the
     weights.
@@ -39,12 +40,12 @@ def make_plans(settings: Settings, source: dict[str, Any], decisive: Iterable[st
         itertools.product(
             settings.SEEDS or [settings.SEED],
             settings.K_LIST or [settings.K],
-            settings.L1_COEFFICIENT_LIST or [settings.L1_COEFFICIENT],
+            settings.SPARSITY_COEFFICIENT_LIST or [settings.SPARSITY_COEFFICIENT],
         )
     )
     plans = []
-    for seed, k, l1 in choices:
-        own = own_settings(settings, k, l1)
+    for seed, k, coefficient in choices:
+        own = own_settings(settings, k, coefficient)
         path = settings.run_dir / checkpoint_name(own, seed)
         start = start_of(settings.INIT_FROM, path)
         inputs = {"activations": source["fingerprint"]}
@@ -56,10 +57,13 @@ def make_plans(settings: Settings, source: dict[str, Any], decisive: Iterable[st
     return plans
 
 
-def own_settings(settings: Settings, k: int, l1: float) -> Settings:
-    """The settings of one autoencoder, with what follows from its K."""
+def own_settings(settings: Settings, k: int, coefficient: float | None) -> Settings:
+    """The settings of one autoencoder, with what follows from its own and the code's constants."""
     dead_after = settings.DEAD_AFTER_TOKENS or tokens_until_dead(settings.M, k, settings.BATCH_SIZE)
-    return settings.replace(K=k, L1_COEFFICIENT=l1, DEAD_AFTER_TOKENS=dead_after)
+    own = {"K": k, "SPARSITY_COEFFICIENT": coefficient, "DEAD_AFTER_TOKENS": dead_after}
+    if recorded_as := objective.about(settings.values).coefficient:
+        own[recorded_as] = coefficient
+    return settings.replace(**own, **objective.constants())
 
 
 def checkpoint_name(settings: Settings, seed: int) -> str:
@@ -68,9 +72,10 @@ def checkpoint_name(settings: Settings, seed: int) -> str:
     name = autoencoder.checkpoint_name(
         settings.M, settings.K, prefixes, settings.ARCHITECTURE
     ).removesuffix(".pt")
-    if settings.L1_COEFFICIENT_LIST:
-        l1 = settings.L1_COEFFICIENT
-        name += f"_L1={l1:g}" if float(f"{l1:g}") == l1 else f"_L1={l1!r}"
+    if settings.SPARSITY_COEFFICIENT_LIST:
+        value = settings.SPARSITY_COEFFICIENT
+        kind = str(objective.about(settings.values).coefficient).partition("_")[0]  # L1 or L0
+        name += f"_{kind}={value:g}" if float(f"{value:g}") == value else f"_{kind}={value!r}"
     if settings.SEEDS:
         name += f"_seed={seed}"
     return f"{name}.pt"

@@ -17,7 +17,7 @@ from fastsae.runtime import distributed, progress, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError, Terminated
 from fastsae.runtime.stops import deferred_stop, stop, stop_asked
 from fastsae.settings.values import Settings
-from fastsae.training import objective
+from fastsae.training import loop, objective
 from fastsae.training.data import Tokens
 from fastsae.training.loop import (
     INIT_SAMPLE,
@@ -54,7 +54,7 @@ def train_on_stream(
     for run in runs:
         open_log(run)
     distributed.wait_for_all()  # until all have read the states that rank 0 may soon remove
-    saver = StreamSaver(settings.SAVE_EVERY, stream)
+    saver = StreamSaver(loop.SAVE_EVERY, stream)
     use = Use(settings.USE_TOKENS, settings.EXCLUDE_SHARED_PREFIX, tokens.max_norm)
     counts = stream.about["n_tokens"]  # of each part
     with progress.bar(sum(counts), "training", "token", unit_scale=True) as bar:
@@ -131,7 +131,7 @@ def one_step(run: PlannedRun, x: Any, n_steps: int) -> None:
         x,
         learning_rate=learning_rate(settings, min(n_done, n_steps), n_steps),
         dead_after=settings.DEAD_AFTER_TOKENS,
-        clip_grad=settings.CLIP_GRAD,
+        clip_grad=objective.CLIP_GRAD,
     )
     run.of_stream["steps"] = n_done + 1
     if settings.RESAMPLE_EVERY and (n_done + 1) % settings.RESAMPLE_EVERY == 0:

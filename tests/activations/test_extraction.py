@@ -168,8 +168,7 @@ def test_tiny_models_equal_one_at_a_time(
                 "float32",
                 "--batch-tokens",
                 batch_tokens,
-                "--chunk-tokens",
-                90,
+                "fastsae.activations.extraction.CHUNK_TOKENS=90",
             )
             == 0
         )
@@ -389,8 +388,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_equal_bytes(
         "cpu",
         "--layer-idx",
         2,
-        "--chunk-tokens",
-        60,
+        "fastsae.activations.extraction.CHUNK_TOKENS=60",
     ]
     assert run_main("extract_activations", *flags) == 0
     path = tmp_path / "activations" / "activations_layer2.npz"

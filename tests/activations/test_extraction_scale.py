@@ -90,8 +90,7 @@ def extract(tmp_path, run_main, dataset, llama):
             "cpu",
             "--layer-idx",
             2,
-            "--chunk-tokens",
-            200,
+            "fastsae.activations.extraction.CHUNK_TOKENS=200",
             "--storage-dtype",
             "float32",
             *flags,
@@ -118,15 +117,15 @@ def relative_errors(found, expected):
 
 
 def test_layers_of_one_pass_are_those_of_single_runs(tmp_path, extract, monkeypatch, capsys):
-    assert extract("--layers", "3,1", out="both") == 0
+    assert extract("--layer-idx", "3,1", out="both") == 0
     for layer in (1, 3):
-        assert extract("--layers", layer, out=f"one{layer}") == 0
+        assert extract("--layer-idx", layer, out=f"one{layer}") == 0
         path = f"activations/activations_layer{layer}.npz"
         assert (tmp_path / "both" / path).read_bytes() == (
             tmp_path / f"one{layer}" / path
         ).read_bytes()
     capsys.readouterr()
-    assert extract("--layers", "1,2,3", out="both") == 0  # only the missing one is computed
+    assert extract("--layer-idx", "1,2,3", out="both") == 0  # only the missing one is computed
     out = capsys.readouterr().out
     assert out.count("up to date") == 2 and out.count("wrote") == 1
     assert extract("--layer-idx", 3, out="both") == 0 and "up to date" in capsys.readouterr().out
@@ -135,9 +134,9 @@ def test_layers_of_one_pass_are_those_of_single_runs(tmp_path, extract, monkeypa
 @pytest.mark.parametrize("layers", ["0,1", "2,2"])
 def test_impossible_layers(extract, layers, capsys):
     with pytest.raises(SystemExit, match="2"):
-        extract("--layers", layers)
-    assert "error: LAYERS: " in capsys.readouterr().err
-    assert extract("--layers", "2,4") == 2
+        extract("--layer-idx", layers)
+    assert "error: LAYER_IDX: " in capsys.readouterr().err
+    assert extract("--layer-idx", "2,4") == 2
 
 
 # Exactness of the shortcuts
@@ -288,10 +287,11 @@ def test_parts_stay_small():
 
 
 # Shards and the mapped reader
+SHARDS = "fastsae.activations.extraction.SHARD_BYTES=60000"
 
 
 def test_shards_hold_what_one_file_holds(tmp_path, extract, capsys):
-    assert extract() == 0 and extract("--shard-bytes", 60_000, out="shards") == 0
+    assert extract() == 0 and extract(SHARDS, out="shards") == 0
     whole, shards = activations_of(tmp_path / "out"), activations_of(tmp_path / "shards")
     files = sorted((tmp_path / "shards" / "activations").glob("*.npz"))
     assert len(files) > 2 and files[0].name == f"activations_layer2-00001-of-{len(files):05}.npz"
@@ -308,18 +308,15 @@ def test_shards_hold_what_one_file_holds(tmp_path, extract, capsys):
     one = artifacts.read_npz(files[1], made_by="the test")  # each is complete in itself
     assert one["seq_lengths"].sum() == len(one["activations"]) == len(one["token_ids"])
     capsys.readouterr()
-    assert (
-        extract("--shard-bytes", 60_000, out="shards") == 0
-        and "up to date" in capsys.readouterr().out
-    )
+    assert extract(SHARDS, out="shards") == 0 and "up to date" in capsys.readouterr().out
     # the old shards are set aside ...
-    assert extract("--shard-bytes", 60_000, "--max-examples", 30, out="shards") == 0
+    assert extract(SHARDS, "--max-examples", 30, out="shards") == 0
     assert (
         list((tmp_path / "shards" / "activations").glob("*.old-1.npz"))
         and len(activations_of(tmp_path / "shards")["activations"]) < n
     )
     capsys.readouterr()
-    assert extract("--shard-bytes", 60_000, "--max-examples", 30, out="shards") == 0
+    assert extract(SHARDS, "--max-examples", 30, out="shards") == 0
     assert "up to date" in capsys.readouterr().out  # ... and count no more
     activations_file.find_shards(tmp_path / "shards" / "activations" / "activations_layer2.npz")[
         1
@@ -378,9 +375,7 @@ def test_blocks_by_hand():
 
 
 def test_block_mode_joins_the_examples(tmp_path, extract, llama):
-    assert (
-        extract() == 0 and extract("--processing", "block", "--block-length", 64, out="blocks") == 0
-    )
+    assert extract() == 0 and extract("--block-length", 64, out="blocks") == 0
     single, blocks = activations_of(tmp_path / "out"), activations_of(tmp_path / "blocks")
     n = len(blocks["token_ids"])
     assert set(blocks["seq_lengths"]) == {64} and np.array_equal(
@@ -398,7 +393,7 @@ def test_block_mode_joins_the_examples(tmp_path, extract, llama):
     model = residual.ResidualModel(str(llama), 2, dtype=torch.float32, exact_twin=True)
     expected = model(torch.tensor(blocks["token_ids"][64:128][None].astype(np.int64)))[2][0]
     assert relative_errors(blocks["activations"][64:128], expected).max() <= 1e-5
-    assert extract("--processing", "block", "--block-length", 10_000) == 2
+    assert extract("--block-length", 10_000) == 2
 
 
 def test_a_plain_text_in_blocks(tmp_path, extract, smol_tokenizer, monkeypatch, capsys):
@@ -410,7 +405,7 @@ def test_a_plain_text_in_blocks(tmp_path, extract, smol_tokenizer, monkeypatch, 
     path = tmp_path / "corpus.txt"
     path.write_text(text)
     assert "".join(e.messages[0]["content"] for e in stream_text(path)) == text
-    assert extract("--processing", "block", "--block-length", 50, data=path) == 0
+    assert extract("--block-length", 50, data=path) == 0
     data = activations_of(tmp_path / "out")
     decoded = smol_tokenizer.decode(data["token_ids"])
     assert text.startswith(decoded) and len(text) - len(decoded) < 400
@@ -419,7 +414,7 @@ def test_a_plain_text_in_blocks(tmp_path, extract, smol_tokenizer, monkeypatch, 
     ) not in data["token_ids"]
     with pytest.raises(SystemExit, match="2"):
         extract(data=path)
-    assert "without stage 3: --processing block" in capsys.readouterr().err
+    assert "without stage 3: --block-length 2048" in capsys.readouterr().err
 
 
 def test_duplicates_by_hand():
@@ -545,7 +540,8 @@ def test_kills_at_random_times_change_no_byte(tmp_path, dataset, tiny_llama, for
     assert done["out"].startswith("identical after ")
 
 
-SHARED = ["--device", "cpu", "--layer-idx", 2, "--chunk-tokens", 200, "--storage-dtype", "float32"]
+CHUNKS = "fastsae.activations.extraction.CHUNK_TOKENS=200"
+SHARED = ["--device", "cpu", "--layer-idx", 2, CHUNKS, "--storage-dtype", "float32"]
 
 
 def test_two_processes_write_what_one_writes(tmp_path, extract, dataset, llama):

@@ -251,7 +251,7 @@ def test_a_plain_text_names_both_ways_at_once(tmp_path, run_script):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert (
         "json.dumps({'text': t.strip()})" in done.stderr
-        and "without stage 3: --processing block" in done.stderr
+        and "without stage 3: --block-length 2048" in done.stderr
     )
 
 

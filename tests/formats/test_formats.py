@@ -917,7 +917,7 @@ SMALL = [
     48,
     "--k",
     3,
-    "--no-use-matryoshka",
+    "--matryoshka-prefixes=none",
     "--device",
     "cpu",
     "--run-name",
@@ -962,14 +962,14 @@ def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main
     ("flags", "line"),
     [
         (
-            ["--export", "sparsify", "--architecture", "jumprelu", "--no-use-matryoshka"],
+            ["--export", "sparsify", "--architecture", "jumprelu", "--matryoshka-prefixes=none"],
             "EXPORT: sparsify holds topk only, not jumprelu.",
         ),
         (
             ["--export", "sparsify", "--architecture", "batchtopk"],
             "EXPORT: sparsify holds topk only, not batchtopk.",
         ),
-        (["--init-from", "x", "--seeds", "0,1"], "SEEDS: all would start alike, from INIT_FROM."),
+        (["--init-from", "x", "--seed", "0,1"], "SEED: all would start alike, from INIT_FROM."),
         (["--export", "saelens,onnx"], "EXPORT: 'onnx' is unknown. choose saelens, sparsify."),
     ],
 )

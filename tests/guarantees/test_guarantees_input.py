@@ -383,13 +383,10 @@ def test_impossible_settings_are_reported_at_once_before_anything_runs(run_scrip
 
 
 def test_a_chain_that_would_break_later_is_refused_at_once(run_script, tmp_path):
-    done = run_script(
-        "run_pipeline.py", "--layers", "12,13", "--layer-idx", "14", "--processing", "block"
-    )
+    done = run_script("run_pipeline.py", "--layer-idx", "12,12", "--block-length", "64")
     assert (done.returncode, done.stdout, snapshot(tmp_path)) == (2, "", {})
     assert [line.partition(": ")[2].partition(":")[0] for line in done.stderr.splitlines()] == [
-        "LAYERS",
-        "PROCESSING",
+        "LAYER_IDX"
     ]
 
 
@@ -413,8 +410,12 @@ BAD_FLAGS = [  # script, flags, what the line begins with
         ["--layer-idx", 31],
         "LAYER_IDX: 31 is beyond the 30 layers of SmolLM2-135M-Instruct. give 1 to 30.",
     ),
-    ("extract_activations", ["--layers", "12,31"], "LAYER_IDX: 31 is beyond the 30 layers"),
-    ("extract_activations", ["--layers", "12,12"], "LAYERS: (12, 12) are not different layers"),
+    ("extract_activations", ["--layer-idx", "12,31"], "LAYER_IDX: 31 is beyond the 30 layers"),
+    (
+        "extract_activations",
+        ["--layer-idx", "12,12"],
+        "LAYER_IDX: (12, 12) are not different values",
+    ),
     ("extract_activations", ["--dataset-path", "nowhere.jsonl"], "DATASET_PATH: "),
     ("extract_activations", ["--dataset-path", "/"], "DATASET_PATH: /"),
     ("extract_activations", ["--dataset-path="], "DATASET_PATH: "),
@@ -432,7 +433,7 @@ BAD_FLAGS = [  # script, flags, what the line begins with
     ("extract_activations", ["--output-dir", "DATASET"], "OUTPUT_DIR: "),
     ("extract_activations", ["--output-dir", "DATASET/out"], "OUTPUT_DIR: "),
     ("extract_activations", ["--bogus", 1], "--bogus: no such setting"),
-    ("extract_activations", ["--processing", "block", "--block-length", 100000], "BLOCK_LENGTH: "),
+    ("extract_activations", ["--block-length", 100000], "BLOCK_LENGTH: "),
     ("extract_activations", ["--k", 8], "--k: no such setting"),
     (
         "extract_activations",
@@ -442,7 +443,7 @@ BAD_FLAGS = [  # script, flags, what the line begins with
     (
         "train_sae",
         ["--no-matryoshka"],
-        "--no-matryoshka: no such setting. perhaps --no-use-matryoshka is meant",
+        "--no-matryoshka: no such setting. perhaps --matryoshka-prefixes is meant",
     ),
     ("extract_activations", ["--label-field", "colour"], "LABEL_FIELD: no row of "),
     ("extract_activations", ["--device", "tpu"], "DEVICE: 'tpu' is unknown"),
@@ -464,14 +465,14 @@ BAD_FLAGS = [  # script, flags, what the line begins with
     ("train_sae", ["--seed", -1], "SEED: -1 is below 0"),
     (
         "train_sae",
-        ["--architecture", "gated", "--use-matryoshka"],
-        "USE_MATRYOSHKA: gated has no prefixes",
+        ["--architecture", "gated", "--matryoshka-prefixes", "64,256"],
+        "MATRYOSHKA_PREFIXES: gated has no prefixes",
     ),
     ("train_sae", ["--run-name", "a/b"], "RUN_NAME: "),
     ("train_sae", ["--validation-fraction", 1], "VALIDATION_FRACTION: "),
     ("train_sae", ["--output-dir", "DATASET"], "OUTPUT_DIR: "),
     ("interpret_sae", [], "FOLDER/checkpoints/d/metrics.json: not found. run train_sae.py first"),
-    ("interpret_sae", ["--pooling", "sum"], "POOLING: 'sum' is unknown"),
+    ("interpret_sae", ["--llm-protocol", "sum"], "LLM_PROTOCOL: 'sum' is unknown"),
     ("interpret_sae", ["--n-fidelity-examples", 3], "N_FIDELITY_EXAMPLES: 3"),
     ("interpret_sae", ["--run-name", ".."], "RUN_NAME: '..' cannot be a folder's name"),
     ("interpret_sae", ["--llm-timeout", 0], "LLM_TIMEOUT: 0.0 is not above 0"),

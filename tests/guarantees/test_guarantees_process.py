@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, other_constants
 from loopback import Endpoint
 from source_tree import python_files
 from tiny_world import replay
@@ -220,7 +220,17 @@ def no_network(monkeypatch):
 
 def test_stages_2_and_3_ask_nothing_of_the_network(planted, run_main, no_network, tmp_path):
     assert (
-        run_main("train_sae", *planted, "--m", 20, "--k", 2, "--no-use-matryoshka", "--n-epochs", 1)
+        run_main(
+            "train_sae",
+            *planted,
+            "--m",
+            20,
+            "--k",
+            2,
+            "--matryoshka-prefixes=none",
+            "--n-epochs",
+            1,
+        )
         == 0
     )
     assert run_main("interpret_sae", *planted, "--target-value", "cat_river") == 0
@@ -301,7 +311,7 @@ def test_other_ranks_take_no_lock(tmp_path, monkeypatch):
 
 def test_under_torchrun_all_processes_end_where_one_may_not_write(tmp_path, world, two_processes):
     path, done = tmp_path / "out" / "activations" / "activations_layer1.npz", []
-    flags = [*world.flags["extract_activations"], "--layers", 1]
+    flags = [*world.flags["extract_activations"], "--layer-idx", 1]
 
     def held():
         storage.claim(path, "--output-dir")
@@ -401,18 +411,21 @@ def pipeline(tmp_path, tmp_path_factory, smol_tokenizer):
         3,
         "--device",
         "cpu",
-        "--chunk-tokens",
-        1500,
         "--m",
         64,
         "--matryoshka-prefixes",
         "16,64",
         "--run-name",
         "r",
-        "--save-every",
-        0.2,
     ]
     command = [sys.executable, str(PROJECT / "run_pipeline.py"), *map(str, flags)]
+    constants = other_constants(
+        tmp_path / "constants",
+        {
+            "fastsae.activations.extraction": {"CHUNK_TOKENS": 1500},
+            "fastsae.training.loop": {"SAVE_EVERY": 0.2},
+        },
+    )
 
     def start(*more):
         return subprocess.Popen(
@@ -420,7 +433,7 @@ def pipeline(tmp_path, tmp_path_factory, smol_tokenizer):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **constants},
         )
 
     return start
@@ -480,7 +493,7 @@ def test_works_without_terminal_and_stdin(tmp_path, write_activations):
         "8",
         "--k",
         "2",
-        "--no-use-matryoshka",
+        "--matryoshka-prefixes=none",
         "--n-epochs",
         "1",
         "--device",
@@ -517,7 +530,7 @@ def test_a_reader_that_leaves_ends_no_work(tmp_path, write_activations, more):
         "8",
         "--k",
         "2",
-        "--no-use-matryoshka",
+        "--matryoshka-prefixes=none",
         "--n-epochs",
         "2",
         "--run-name",

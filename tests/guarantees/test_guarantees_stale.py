@@ -18,13 +18,11 @@ CHANGES = {
         "MAX_EXAMPLES": 20,
         "TEXT_FIELD": "topic",
         "USE_CHAT_TEMPLATE": False,
-        "TEMPLATE_DATE": "1 Jan 2020",
+        "fastsae.data.tokenization.TEMPLATE_DATE": "1 Jan 2020",
         "DTYPE": "bfloat16",
         "STORAGE_DTYPE": "float32",
-        "PROCESSING": "block --block-length 16",
+        "BLOCK_LENGTH": 16,
         "DEDUP_NGRAM": 3,
-        "MODEL_REVISION": None,
-        "BLOCK_LENGTH": None,
         "MODEL_NAME": None,
         "DATASET_PATH": None,
         "LAYER_IDX": None,
@@ -33,16 +31,10 @@ CHANGES = {
         "ARCHITECTURE": "batchtopk",
         "M": "32 --matryoshka-prefixes 8,32",
         "K": 3,
-        "USE_MATRYOSHKA": False,
         "MATRYOSHKA_PREFIXES": "6,24",
-        "L1_COEFFICIENT": 4,
-        "JUMPRELU_LOSS": "step",
-        "L0_COEFFICIENT": 5,
-        "JUMPRELU_BANDWIDTH": 2,
-        "SPARSITY_WARMUP_STEPS": 3,
+        "SPARSITY_COEFFICIENT": "4 --architecture standard --matryoshka-prefixes auto",
         "NORMALIZE_ACTIVATIONS": "norm",
         "AUX_K": 3,
-        "AUX_COEF": 0.1,
         "DEAD_AFTER_TOKENS": 99,
         "RESAMPLE_EVERY": 3,
         "N_EPOCHS": 3,
@@ -50,26 +42,27 @@ CHANGES = {
         "BATCH_SIZE": 32,
         "LEARNING_RATE": 0.02,
         "LR_SCHEDULE": "linear",
-        "LR_DECAY_FRACTION": 0.5,
-        "LR_WARMUP_STEPS": 2,
-        "INIT_DIRECTIONS": "data",
-        "INIT_CENTRE": "mean",
-        "INIT_ENCODER_SCALE": 0.5,
+        "WARMUP_STEPS": 2,
         "BUFFER_TOKENS": 300,
-        "CLIP_GRAD": 0.5,
         "VALIDATION_FRACTION": 0.2,
         "TEST_FRACTION": 0.2,
         "USE_TOKENS": "content",
-        "EXCLUDE_SHARED_PREFIX": False,
         "MAX_NORM_RATIO": 9,
         "SELECT_DTYPE": "bfloat16",
+        "fastsae.training.objective.AUX_COEF": 0.1,
+        "fastsae.training.objective.JUMPRELU_BANDWIDTH": 2,
+        "fastsae.training.objective.JUMPRELU_LOSS": "step",
+        "fastsae.training.objective.CLIP_GRAD": 0.5,
+        "fastsae.training.objective.LR_DECAY_FRACTION": 0.5,
+        "fastsae.training.objective.INIT_DIRECTIONS": "data",
+        "fastsae.training.objective.INIT_CENTRE": "mean",
+        "fastsae.training.objective.INIT_ENCODER_SCALE": 0.5,
         "SEED": 5,
-        "SEEDS": "1,2",
         "INIT_FROM": None,
         "MAX_TRAIN_TOKENS": 200,
     },
     "interpret_sae": {
-        "POOLING": "max",
+        "fastsae.interpretation.features.POOLING": "max",
         "RUN_MODEL": True,
         "N_REPORT_FEATURES": 3,
         "INTERPRETER_MODEL": "other",
@@ -80,24 +73,26 @@ CHANGES = {
         "TARGET_FIELD": "topic --target-value t1",
         "TARGET_VALUE": "t0",
         "NEURONPEDIA_SET": "s",
-        "NEURONPEDIA_MODEL": "x",
         "LABEL_FIELD": "none",
         "SEED": 5,
         "SELECTION_METHOD": None,
-        "TARGET_POOLING": None,
         "N_HYPOTHESES": None,
         "TEXT_FIELD": None,
     },
 }
 HARMLESS = {  # what decides nothing
     "extract_activations": {
-        "LAYERS": "2,1",
-        "SHARD_BYTES": 10**9,
         "BATCH_TOKENS": 64,
-        "CHUNK_TOKENS": 500,
+        "fastsae.activations.extraction.CHUNK_TOKENS": 500,
+        "fastsae.activations.extraction.SHARD_BYTES": 10**9,
         "SAMPLE_FRACTION": 0.5,  # of a stream: test_guarantees_stream
     },
-    "train_sae": {"ENGINE": "reference", "SAVE_EVERY": 5, "LOGGER": None, "EXPORT": None},
+    "train_sae": {
+        "fastsae.training.objective.ENGINE": "reference",
+        "fastsae.training.loop.SAVE_EVERY": 5,
+        "LOGGER": None,
+        "EXPORT": None,
+    },
     "interpret_sae": {
         "LLM_TIMEOUT": 9,
         "N_LLM_WORKERS": 2,
@@ -108,7 +103,8 @@ HARMLESS = {  # what decides nothing
     },
 }
 # by its name
-OTHER_FILE = ("ARCHITECTURE", "M", "K", "USE_MATRYOSHKA", "MATRYOSHKA_PREFIXES", "SEEDS")
+OTHER_FILE = ("ARCHITECTURE", "M", "K", "MATRYOSHKA_PREFIXES", "SPARSITY_COEFFICIENT")
+RECORDED_AS = {"WARMUP_STEPS": "LR_WARMUP_STEPS", "BLOCK_LENGTH": "PROCESSING"}
 GROUPED = {
     "llm": (
         "INTERPRETER_MODEL",
@@ -130,6 +126,9 @@ def test_every_setting_of_a_stage_is_known_here(script):
 
 
 def flag(name, value):
+    """The flags that change one setting, or one constant of the code."""
+    if name.startswith("fastsae."):
+        return [f"{name}={value}"]
     first, *more = str(value).split(" --")
     flags = [
         f"--{'no-' if value is False else ''}{config.flag_name(name)}"
@@ -153,7 +152,10 @@ def test_each_changed_setting_is_named_and_redone(world, script, tally):
                 done["code"] == 0 and "up to date" in done["out"] and "changed: " not in done["out"]
             ), (name, done)
             return
-        shown = next((group for group, names in GROUPED.items() if name in names), name)
+        name = RECORDED_AS.get(name, name)
+        shown = next(
+            (group for group, names in GROUPED.items() if name in names), name.rpartition(".")[2]
+        )
         assert done["code"] in (0, 143), (name, done)
         assert (
             name in OTHER_FILE

@@ -13,7 +13,7 @@ from tiny_world import contents
 from fastsae.activations.stream import Stream
 
 MAKE, TRAIN = "extract_activations", "train_sae"
-PARTS = ["--sample-fraction", 0.3, "--layers", 1]
+PARTS = ["--sample-fraction", 0.3, "--layer-idx", 1]
 UNLIMITED = 10**8
 FOLDER = "activations/stream_layer1"
 

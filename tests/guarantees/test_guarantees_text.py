@@ -84,7 +84,6 @@ def place(world):
                         f"--label-field={text}",
                         f"--target-value={text}0",
                         f"--interpreter-model={text}",
-                        f"--neuronpedia-model={text}",
                         "--neuronpedia-set",
                         "s",
                         "--selection-method",

@@ -179,7 +179,7 @@ def test_up_to_date_changed_by_hand_and_other_settings(tmp_path, planted, run_ma
     assert run_main("interpret_sae", *planted) == 0
     assert "changed by hand" in capsys.readouterr().out
     assert (tmp_path / "interpretations.old-1.csv").read_text().endswith("my notes\n")
-    assert run_main("interpret_sae", *planted, "--pooling", "max") == 0
+    assert run_main("interpret_sae", *planted, "fastsae.interpretation.features.POOLING=max") == 0
     assert "POOLING mean -> max" in capsys.readouterr().out
 
 
@@ -396,7 +396,9 @@ def test_batches_of_texts_beyond_ascii_pass_neuronpedias_rules(
         "cpu",
     ]
     assert (
-        run_main("train_sae", *flags, "--m", 12, "--k", 2, "--no-use-matryoshka", "--n-epochs", 3)
+        run_main(
+            "train_sae", *flags, "--m", 12, "--k", 2, "--matryoshka-prefixes=none", "--n-epochs", 3
+        )
         == 0
     )
     assert run_main("interpret_sae", *flags, "--label-field", "none", "--neuronpedia-set", "s") == 0

@@ -27,7 +27,7 @@ SMALL = [
     "8",
     "--k",
     "2",
-    "--no-use-matryoshka",
+    "--matryoshka-prefixes=none",
     "--n-epochs",
     "1",
     "--device",

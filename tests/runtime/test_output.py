@@ -336,7 +336,7 @@ def test_names_that_are_not_utf_8(tmp_path, run_main, world, capsys):
                 8,
                 "--k",
                 2,
-                "--no-use-matryoshka",
+                "--matryoshka-prefixes=none",
                 "--n-epochs",
                 1,
                 *quiet,

@@ -21,7 +21,7 @@ SMALL = [
     16,
     "--k",
     2,
-    "--no-use-matryoshka",
+    "--matryoshka-prefixes=none",
     "--run-name",
     "test",
     "--device",
@@ -177,12 +177,7 @@ def test_what_cannot_be_written_is_said_before_training(
         and not list((tmp_path / "checkpoints" / "test").iterdir())
     )
     names = ",".join(map(str, [*range(1, 80), 256]))
-    assert (
-        run_main(
-            "train_sae", *flags[:-2], "--use-matryoshka", "--m", 256, "--matryoshka-prefixes", names
-        )
-        == 3
-    )
+    assert run_main("train_sae", *flags[:-2], "--m", 256, "--matryoshka-prefixes", names) == 3
     assert "File name too long. give shorter names" in capsys.readouterr().err
 
 

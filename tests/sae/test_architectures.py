@@ -270,7 +270,7 @@ SMALL = [
     48,
     "--k",
     3,
-    "--no-use-matryoshka",
+    "--matryoshka-prefixes=none",
     "--device",
     "cpu",
     "--run-name",
@@ -290,12 +290,12 @@ SMALL = [
 @pytest.mark.parametrize(
     "flags",
     [
-        ["standard", "--l1-coefficient", 0.5],
+        ["standard", "--sparsity-coefficient", 0.5],
         ["jumprelu"],
-        ["gated", "--l1-coefficient", 2.0],
-        ["jumprelu", "--jumprelu-loss", "step", "--sparsity-warmup-steps", 100],
+        ["gated", "--sparsity-coefficient", 2.0],
+        ["jumprelu", "fastsae.training.objective.JUMPRELU_LOSS=step", "--warmup-steps", 100],
         ["batchtopk"],
-        ["aligned", "--l1-coefficient", 0.5],
+        ["aligned", "--sparsity-coefficient", 0.5],
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
@@ -345,7 +345,7 @@ def test_hypothesaes_reads_a_standard_one(tmp_path, write_activations, run_main)
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        (["--architecture", "standard", "--use-matryoshka"], "USE_MATRYOSHKA"),
+        (["--architecture", "standard", "--matryoshka-prefixes", "64,256"], "MATRYOSHKA_PREFIXES"),
         (["--architecture", "relu"], "ARCHITECTURE"),
     ],
 )

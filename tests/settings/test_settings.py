@@ -15,6 +15,7 @@ import config
 from fastsae.settings import declarations, resolving, rules, startup
 from fastsae.settings.help_page import command_of
 from fastsae.settings.suggestions import nearest
+from fastsae.settings.values import SHOWN
 
 STAGES = [PROJECT / name for name in config.STAGES]
 FILES = [PROJECT / name for name in declarations.shipped() if (PROJECT / name).exists()]
@@ -99,7 +100,7 @@ def test_the_list_of_what_is_shipped_is_right():
         ("config.py", "LABEL_FIELD", "LABEL_FIELD: None = None", None),
         ("config.py", "MAX_EXAMPLES", "MAX_EXAMPLES = 100; RUN_NAME = 'r'", 100),
         ("config.py", "QUIET", "QUIET = True", True),
-        ("extract_activations.py", "LAYERS", "LAYERS = [12, 18]", (12, 18)),
+        ("train_sae.py", "MATRYOSHKA_PREFIXES", "MATRYOSHKA_PREFIXES = [64, 256]", (64, 256)),
         ("extract_activations.py", "BATCH_TOKENS", "BATCH_TOKENS = 2 ** 12", 4096),
         ("train_sae.py", "M", "M = 512", 512),
         ("train_sae.py", "M", "M: 'int' = 512", 512),
@@ -108,12 +109,12 @@ def test_the_list_of_what_is_shipped_is_right():
         ("train_sae.py", "M", "M = BATCH_SIZE = 1_024", 1024),
         ("train_sae.py", "LEARNING_RATE", "LEARNING_RATE = 1e-3", 1e-3),
         ("train_sae.py", "LEARNING_RATE", "LEARNING_RATE = 1", 1.0),
-        ("train_sae.py", "L1_COEFFICIENT", "L1_COEFFICIENT = -(-3) / 2", 1.5),
-        ("train_sae.py", "CLIP_GRAD", "CLIP_GRAD = None", None),
-        ("train_sae.py", "USE_MATRYOSHKA", "USE_MATRYOSHKA = False", False),
-        ("extract_activations.py", "LAYERS", "LAYERS = (8, 16)", (8, 16)),
-        ("extract_activations.py", "LAYERS", "LAYERS = [8, 16]", (8, 16)),
-        ("extract_activations.py", "LAYERS", "LAYERS = 8, 16", (8, 16)),
+        ("interpret_sae.py", "LLM_TIMEOUT", "LLM_TIMEOUT = -(-3) / 2", 1.5),
+        ("train_sae.py", "MAX_NORM_RATIO", "MAX_NORM_RATIO = None", None),
+        ("extract_activations.py", "USE_CHAT_TEMPLATE", "USE_CHAT_TEMPLATE = False", False),
+        ("train_sae.py", "MATRYOSHKA_PREFIXES", "MATRYOSHKA_PREFIXES = (8, 256)", (8, 256)),
+        ("train_sae.py", "MATRYOSHKA_PREFIXES", "MATRYOSHKA_PREFIXES = [8, 256]", (8, 256)),
+        ("train_sae.py", "MATRYOSHKA_PREFIXES", "MATRYOSHKA_PREFIXES = 8, 256", (8, 256)),
         ("train_sae.py", "EXPORT", "EXPORT = ('saelens',)", ("saelens",)),
         ("interpret_sae.py", "LLM_TIMEOUT", "LLM_TIMEOUT = 5", 5.0),
         ("interpret_sae.py", "TARGET_FIELD", "TARGET_FIELD = 'stars'", "stars"),
@@ -128,19 +129,16 @@ def test_a_constant_without_its_annotation_works(project, file, name, line, expe
 
 def test_its_flag_still_has_the_type_that_was_declared(project):
     """None, and an int for a float, say nothing of what a flag may be given."""
-    project.edit("train_sae.py", "CLIP_GRAD", "CLIP_GRAD = None")
+    project.edit("train_sae.py", "MAX_NORM_RATIO", "MAX_NORM_RATIO = None")
     project.edit("train_sae.py", "LEARNING_RATE", "LEARNING_RATE = 1")
-    project.edit("extract_activations.py", "LAYERS", "LAYERS = None")
+    project.edit("config.py", "LAYER_IDX", "LAYER_IDX = 3")
     project.edit("config.py", "MAX_EXAMPLES", "MAX_EXAMPLES = 100")
     settings = project.read(
-        "--clip-grad", "0.5", "--learning-rate", "1e-3", "--layers", "4,8", "--max-examples", "none"
+        *("--max-norm-ratio", "5", "--learning-rate", "1e-3"),
+        *("--layer-idx", "4,8", "--max-examples", "none"),
     )
-    assert (settings.CLIP_GRAD, settings.LEARNING_RATE, settings.LAYERS, settings.MAX_EXAMPLES) == (
-        0.5,
-        1e-3,
-        (4, 8),
-        None,
-    )
+    found = (settings.MAX_NORM_RATIO, settings.LEARNING_RATE, settings.LAYERS)
+    assert found == (5.0, 1e-3, (4, 8)) and settings.MAX_EXAMPLES is None
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
@@ -232,11 +230,18 @@ def test_names_inside_functions_are_their_own(project):
             "M: expected int, got 512.0. edit it in train_sae.py, for example 512.",
         ),
         (
-            "extract_activations.py",
-            "LAYERS",
-            "LAYERS = 8",
-            "LAYERS: expected a tuple of int or none, got 8. "
-            "edit it in extract_activations.py, for example `(8,)`.",
+            "train_sae.py",
+            "MATRYOSHKA_PREFIXES",
+            "MATRYOSHKA_PREFIXES = 256",
+            "MATRYOSHKA_PREFIXES: expected auto or a tuple of int or none, got 256. "
+            "edit it in train_sae.py, for example `(256,)`.",
+        ),
+        (
+            "train_sae.py",
+            "MATRYOSHKA_PREFIXES",
+            "MATRYOSHKA_PREFIXES = 'on'",
+            "MATRYOSHKA_PREFIXES: expected auto or a tuple of int or none, got 'on'. "
+            "edit it in train_sae.py.",
         ),
         (
             "train_sae.py",
@@ -402,11 +407,12 @@ PRESET = {
         ),
         (
             {**PRESET, "LAYER_IDX": "twelve"},
-            "LAYER_IDX: expected int, got 'twelve'. edit it in PRESETS of config.py.",
+            "LAYER_IDX: expected int or a tuple of int, got 'twelve'. "
+            "edit it in PRESETS of config.py.",
         ),
         (
             {**PRESET, "LAYER_IDX": None},
-            "LAYER_IDX: expected int, got None. edit it in PRESETS of config.py.",
+            "LAYER_IDX: expected int or a tuple of int, got None. edit it in PRESETS of config.py.",
         ),
         (["M"], "PRESETS: expected a dict of dicts, {name: {SETTING: value}}."),
     ],
@@ -502,12 +508,12 @@ def test_settings_can_be_copied():
         (["--m", "3", "--k", "1"], (True, (3,), False)),
         (["--m", "4", "--k", "1"], (True, (1, 4), False)),
         (["--m", "512", "--matryoshka-prefixes", "8,512"], (True, (8, 512), False)),
-        (["--no-use-matryoshka", "--m", "300"], (False, None, False)),
+        (["--matryoshka-prefixes=none", "--m", "300"], (False, None, False)),
         (["--architecture", "jumprelu"], (False, None, False)),
         (["--architecture", "standard"], (False, None, False)),
         (["--architecture", "gated", "--m", "512"], (False, None, False)),
         (["--architecture", "batchtopk"], (True, (64, 256), True)),
-        (["--architecture", "gated", "--no-use-matryoshka"], (False, None, False)),
+        (["--architecture", "gated", "--matryoshka-prefixes=none"], (False, None, False)),
     ],
 )
 def test_what_follows_from_m_and_the_architecture(flags, expected):
@@ -522,7 +528,7 @@ def test_what_follows_from_m_and_the_architecture(flags, expected):
 @pytest.mark.parametrize(
     "flags, name",
     [
-        (["--architecture", "jumprelu", "--use-matryoshka"], "USE_MATRYOSHKA"),
+        (["--architecture", "jumprelu", "--matryoshka-prefixes", "256"], "MATRYOSHKA_PREFIXES"),
         (["--architecture", "gated", "--matryoshka-prefixes", "64,256"], "MATRYOSHKA_PREFIXES"),
     ],
 )
@@ -548,20 +554,18 @@ def test_what_contradicts_the_architecture(refused, flags, name):
         ("--learningrate", "--learning-rate"),
         ("--lerning-rate", "--learning-rate"),
         ("--datset-path", "--dataset-path"),
-        ("--matryoshka", "--use-matryoshka"),
+        ("--matryoshka", "--matryoshka-prefixes"),
         ("--output", "--output-dir"),
         ("--label", "--label-field"),
         ("--top-neurons", "--n-top-neurons"),
         ("--archi", "--architecture"),
-        ("--no-matryoshka", "--no-use-matryoshka"),
-        ("--no-print", "--no-print-settings"),
+        ("--no-matryoshka", "--matryoshka-prefixes"),
         ("--context-length", "--max-length"),
         ("--num-epochs", "--n-epochs"),
         ("--timeout", "--llm-timeout"),
-        ("--aux-coefficient", "--aux-coef"),
-        ("--l1", "--l1-coefficient"),
+        ("--l1", "--sparsity-coefficient"),
         ("--n-features", "--m"),
-        ("--prefix", "--exclude-shared-prefix"),
+        ("--prefixes", "--matryoshka-prefixes"),
     ],
 )
 def test_a_flag_that_does_not_exist(refused, flag, meant):
@@ -589,32 +593,24 @@ def test_a_flag_of_another_stage_says_whose_it_is(refused):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--m", str(2**62), "--no-use-matryoshka"],
+        ["--m", str(2**62), "--matryoshka-prefixes=none"],
         ["--dead-after-tokens", "9" * 22],
         ["--dedup-ngram", "100000000000"],
         ["--n-epochs", "9" * 30],
         ["--max-examples", "9" * 5000],
         ["--batch-tokens", "-" + "9" * 40],
         ["--seed", str(2**63 - 1)],
-        ["--seeds", f"1,{2**60}"],
+        ["--seed", f"1,{2**60}"],
         ["--k", f"1,{2**60}"],
-        ["--l1-coefficient", "1e39"],
-        ["--l0-coefficient", "1e39"],
-        ["--aux-coef", "1e300"],
-        ["--l1-coefficient", "1,1e39"],
+        ["--sparsity-coefficient", "1e39"],
+        ["--sparsity-coefficient", "1,1e39"],
         ["--learning-rate", "1e39"],
         ["--learning-rate", "1e-300"],
-        ["--jumprelu-bandwidth", "1e-40"],
-        ["--jumprelu-bandwidth", "1e40"],
-        ["--init-encoder-scale", "1e-30"],
-        ["--init-encoder-scale", "1e30"],
         ["--max-norm-ratio", "1e300"],
-        ["--clip-grad", "1e-320"],
         ["--llm-timeout", "1e9"],
         ["--n-llm-workers", "100000"],
-        ["--save-every", "1e300"],
         ["--layer-idx", "9" * 40],
-        ["--layers", "12," + "9" * 40],
+        ["--layer-idx", "12," + "9" * 40],
     ],
 )
 def test_absurd_values_are_refused_by_name(refused, flags):
@@ -690,8 +686,8 @@ def test_a_start_takes_three_lines_whatever_is_given(tmp_path):
         "40",
         "--use-tokens",
         "content",
-        "--pooling",
-        "mean",
+        "--llm-protocol",
+        "fast",
         "--n-hypotheses",
         "3",
         "--llm-timeout",
@@ -713,9 +709,11 @@ def test_a_start_takes_three_lines_whatever_is_given(tmp_path):
     assert n + sum(line.count("=") for line in lines[:2]) == len(many) // 2
 
 
-def test_show_is_silent_where_it_should_be(capsys):
-    config.resolve(*STAGES, argv=["--no-print-settings"]).show()
+def test_show_is_silent_where_it_should_be(capsys, monkeypatch):
     config.resolve(*STAGES, argv=["--quiet"]).show()
+    with monkeypatch.context() as started_by_the_pipeline:
+        started_by_the_pipeline.setenv(SHOWN, "1")
+        config.resolve(*STAGES, argv=[]).show()
     assert capsys.readouterr().out == ""
     config.resolve(*STAGES, argv=[]).show()
     assert capsys.readouterr().out.count("\n") == 1
@@ -737,9 +735,10 @@ def test_every_script_explains_a_slip_before_it_imports_config(script):
         (["--k", "4,8"], {"K_LIST": (4, 8)}),
         (["--k=8,"], {"K_LIST": (8,)}),
         (
-            ["--l1-coefficient", "1,0.5", "--architecture", "gated"],
-            {"L1_COEFFICIENT_LIST": (1, 0.5)},
+            ["--sparsity-coefficient", "1,0.5", "--architecture", "gated"],
+            {"SPARSITY_COEFFICIENT_LIST": (1, 0.5)},
         ),
+        (["--seed", "3,4", "--layer-idx=7,"], {"SEEDS": (3, 4), "LAYERS": (7,)}),
     ],
 )
 def test_one_value_or_several(flags, several):
@@ -748,7 +747,7 @@ def test_one_value_or_several(flags, several):
     for all_of_them, name in declarations.SEVERAL.items():
         assert settings.values[all_of_them] == several.get(all_of_them)
         one = settings.values[name]
-        assert isinstance(one, (int, float)) and one == several.get(all_of_them, (one,))[0]
+        assert not isinstance(one, tuple) and one == several.get(all_of_them, (one,))[0]
     again = config.resolve(STAGES[1], argv=settings.flags_for("train_sae.py"))
     assert {n: again.values[n] for n in declarations.SEVERAL} == {
         n: settings.values[n] for n in declarations.SEVERAL
@@ -766,22 +765,51 @@ def test_several_values_in_a_file(project):
 def test_a_former_setting_is_refused_with_the_one_in_its_place(project, refused, name):
     now, example = declarations.RENAMED[name]
     flag = f"--{config.flag_name(name)}"
-    (line,) = refused(flag, "1")
-    assert line.startswith(
-        f"error: {flag}: no such setting any more. give --{config.flag_name(now)}="
-    )
+    (line,) = refused(f"{flag}=1")
+    assert line.startswith(f"error: {flag}: not a setting any more. give --{config.flag_name(now)}")
     remedy = re.search(r"give (\S+)\.$", line)[1]
-    more = ["--architecture", "standard"] if name.startswith("L1") else []
+    more = ["--architecture", "standard"] if now == "SPARSITY_COEFFICIENT" else []
     assert project.read(remedy, *more).typed[now] == example
+    if name.startswith("NO_"):  # the flag that switched it off
+        return
     project.add("train_sae.py", f"\n{name} = {example!r}\n")
     (line,) = refused()
     assert line.endswith(f"write for example {now} = {example!r} in {declarations.home_of(now)}.")
 
 
+@pytest.mark.parametrize("name", declarations.CONSTANTS)
+def test_a_setting_that_became_a_constant_is_refused_with_its_file(project, refused, name):
+    file = declarations.CONSTANTS[name]
+    assert re.search(rf"\b{name}\b.* = ", (PROJECT / file).read_text())
+    flag = f"--{config.flag_name(name)}"
+    assert refused(flag, "1") == [
+        f"error: {flag}: not a setting any more. edit the constant in {file}."
+    ]
+    project.add("train_sae.py", f"\n{name} = 1\n")
+    (line,) = refused()
+    assert re.fullmatch(
+        rf"error: train_sae.py:\d+: {name} is not a setting any more. "
+        rf"edit the constant in {file}.",
+        line,
+    )
+
+
 def test_whatever_train_sae_declares_is_recorded_or_decides_nothing():
     """What decides an autoencoder is listed in the order in which results record it."""
     import train_sae
+    from fastsae.training import objective
 
-    free = {"ENGINE", "SAVE_EVERY", "LOGGER", "SEEDS", "EXPORT", "INIT_FROM"}
-    shared = {"USE_BATCH_TOPK", "BUFFER_TOKENS", "MAX_TRAIN_TOKENS"}  # of config.py, or derived
-    assert set(train_sae.DECISIVE) - shared == set(config.read_settings(STAGES[1])) - free
+    free = {"LOGGER", "EXPORT", "INIT_FROM"}
+    shared = {"BUFFER_TOKENS", "MAX_TRAIN_TOKENS"}  # of config.py
+    # recorded under these names
+    follows = {
+        "MATRYOSHKA_PREFIXES": {"USE_MATRYOSHKA"},
+        "ARCHITECTURE": {"USE_BATCH_TOPK"},
+        "SPARSITY_COEFFICIENT": {"L1_COEFFICIENT", "L0_COEFFICIENT"},
+        "WARMUP_STEPS": {"LR_WARMUP_STEPS", "SPARSITY_WARMUP_STEPS"},
+        "USE_TOKENS": {"EXCLUDE_SHARED_PREFIX"},
+    }
+    only_so = {"SPARSITY_COEFFICIENT", "WARMUP_STEPS"}
+    recorded = set(train_sae.DECISIVE) - set(objective.RECORDED) - set().union(*follows.values())
+    assert set(follows) - only_so <= recorded
+    assert recorded - shared | only_so == set(config.read_settings(STAGES[1])) - free

@@ -225,7 +225,7 @@ def test_training_takes_the_first_tokens_in_the_order_of_the_file(tmp_path, run_
         16,
         "--k",
         2,
-        "--no-use-matryoshka",
+        "--matryoshka-prefixes=none",
         "--n-epochs",
         1,
         "--run-name",
@@ -338,13 +338,13 @@ def test_many_runs_are_the_scripts_own_and_a_failure_is_raised(tmp_path, capfd):
         8,
         "--k",
         2,
-        "--no-use-matryoshka",
+        "--matryoshka-prefixes=none",
         "--n-epochs",
         1,
         "--device",
         "cpu",
-        "--init-encoder-scale",
-        30,
+        "--learning-rate",
+        1,
     ]
     sweeps.run_many(
         "train_sae.py", [[*common_flags, "--run-name", name] for name in ("one", "two")]

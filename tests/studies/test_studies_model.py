@@ -246,7 +246,7 @@ TINY = [
     "--device",
     "cpu",
 ]
-TRAINING = ["--m", 16, "--k", 2, "--no-use-matryoshka", "--n-epochs", 2, "--batch-size", 64]
+TRAINING = ["--m", 16, "--k", 2, "--matryoshka-prefixes=none", "--n-epochs", 2, "--batch-size", 64]
 
 
 @pytest.fixture(scope="session")
@@ -296,7 +296,7 @@ def tiny(tmp_path_factory, smol_tokenizer):
             if script == "train_sae"
             else flags
         )
-        sys.argv = [script, "--no-print-settings", *map(str, known), *map(str, more)]
+        sys.argv = [script, *map(str, known), *map(str, more)]
         assert run_stage(importlib.import_module(script).main) == 0
     sys.argv = argv
     return folder, flags
@@ -628,7 +628,7 @@ def test_layers_of_a_tiny_model(tiny, study, run_main, tmp_path, monkeypatch):
     module = importlib.import_module("experiments.studies.layers")
 
     def in_process(script, *stage_flags):
-        monkeypatch.setattr(sys, "argv", [script, "--no-print-settings", *map(str, stage_flags)])
+        monkeypatch.setattr(sys, "argv", [script, *map(str, stage_flags)])
         assert importlib.import_module(script.removesuffix(".py")).main() in (None, 0)
 
     monkeypatch.setattr(module, "run_stage", in_process)

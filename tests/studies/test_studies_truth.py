@@ -195,9 +195,7 @@ def run_study(monkeypatch, tmp_path, name, *flags):
     for module in (provenance, study):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(
-        sys,
-        "argv",
-        [study.__file__, "--no-print-settings", "--output-dir", str(tmp_path), *map(str, flags)],
+        sys, "argv", [study.__file__, "--output-dir", str(tmp_path), *map(str, flags)]
     )
     assert not study.main()
     return json.loads((tmp_path / "results" / f"{name}.json").read_text())

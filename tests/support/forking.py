@@ -246,8 +246,10 @@ def read(report, suffix):
 
 
 def in_fork(job, report):
+    from experiments.shared.constants import set_constant
     from fastsae.runtime import storage
     from fastsae.runtime.stage import run_stage
+    from fastsae.settings.values import SHOWN
 
     for number, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(
@@ -256,9 +258,15 @@ def in_fork(job, report):
         os.dup2(file, number)
         os.close(file)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    if not job.get("bare"):
+        os.environ[SHOWN] = "1"
     os.environ.update(job.get("environment", {}))
-    shared = [] if job.get("bare") else ["--output-dir", job["output"], "--no-print-settings"]
-    sys.argv = [job["script"] + ".py", *shared, *job["flags"]]
+    constants = [flag for flag in job["flags"] if flag.startswith("fastsae.")]
+    for constant in constants:
+        set_constant(constant)
+    shared = [] if job.get("bare") else ["--output-dir", job["output"]]
+    given = (flag for flag in job["flags"] if flag not in constants)
+    sys.argv = [job["script"] + ".py", *shared, *given]
     operations, foreign = [], []
     sys.addaudithook(functools.partial(look_for_foreign, foreign, job["output"]))
     storage.watch = functools.partial(at_operation, job, operations)

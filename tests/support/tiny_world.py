@@ -76,9 +76,17 @@ def forks(tiny_llama):
 def torchrun(script, *flags, output):
     """Run a script in two processes as a user does; returns the finished torchrun."""
     start = ["torch.distributed.run", "--nproc-per-node", 2, "--rdzv-endpoint", "localhost:0"]
-    command = [sys.executable, "-m", *start, PROJECT / f"{script}.py", "--output-dir", output]
+    words = list(map(str, flags))
+    constants = [word for word in words if word.startswith("fastsae.")]
+    given = [word for word in words if word not in constants]
+    run = ["-m", "experiments.shared.constants", *constants, f"{script}.py"]
+    command = [sys.executable, "-m", *start, *(run if constants else [PROJECT / f"{script}.py"])]
     return subprocess.run(
-        list(map(str, [*command, *flags])), capture_output=True, text=True, timeout=200
+        list(map(str, [*command, "--output-dir", output, *given])),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
     )
 
 
@@ -119,10 +127,9 @@ def world(tmp_path_factory, tiny_llama, forks):
             *shared,
             "--model-name",
             folder / "model",
-            "--layers",
+            "--layer-idx",
             "1,2",
-            "--chunk-tokens",
-            180,
+            "fastsae.activations.extraction.CHUNK_TOKENS=180",
         ],
         "train_sae": [
             *shared,
@@ -138,8 +145,7 @@ def world(tmp_path_factory, tiny_llama, forks):
             64,
             "--dead-after-tokens",
             190,
-            "--save-every",
-            1e-9,
+            "fastsae.training.loop.SAVE_EVERY=1e-9",
             "--learning-rate",
             0.01,
             "--max-norm-ratio",
@@ -167,7 +173,7 @@ def world(tmp_path_factory, tiny_llama, forks):
     older = {
         "extract_activations": ["--max-length", 40],
         "train_sae": ["--seed", 7],
-        "interpret_sae": ["--n-top-neurons", 0, "--pooling", "max"],
+        "interpret_sae": ["--n-top-neurons", 0, "--n-report-features", 9],
     }
     world = SimpleNamespace(
         folder=folder, flags=flags, expected={}, old={}, operations={}, idle=SimpleQueue()

@@ -41,7 +41,7 @@ def test_the_checkpoint_says_which_number_it_was(
     tokens, _ = planted_tokens(200, 8, 16, 2)
     common = [
         *write_activations(tokens, [10] * 20),
-        "--no-use-matryoshka",
+        "--matryoshka-prefixes=none",
         "--n-epochs",
         1,
         "--run-name",

@@ -27,7 +27,7 @@ SMALL = [
     16,
     "--k",
     2,
-    "--no-use-matryoshka",
+    "--matryoshka-prefixes=none",
     "--n-epochs",
     2,
     "--device",
@@ -102,10 +102,7 @@ def test_hypothesaes_reads_the_checkpoint(tmp_path, write_activations, run_main)
 
     tokens, _ = planted_tokens(600, 8, 16, 2)
     flags = write_activations(tokens, [20] * 30)
-    assert (
-        run_main("train_sae", *flags, *SMALL, "--use-matryoshka", "--matryoshka-prefixes", "4,16")
-        == 0
-    )
+    assert run_main("train_sae", *flags, *SMALL, "--matryoshka-prefixes", "4,16") == 0
     path = checkpoint_of(tmp_path)
     assert (
         path.name
@@ -208,8 +205,7 @@ def test_engines_train_the_same_autoencoder(tmp_path, write_activations, run_mai
                 "train_sae",
                 *flags,
                 *SMALL,
-                "--engine",
-                engine,
+                f"fastsae.training.objective.ENGINE={engine}",
                 "--dead-after-tokens",
                 512,
                 "--run-name",
@@ -326,7 +322,7 @@ def test_checkpoints_hold_no_time(tmp_path, write_activations, run_main):
 
 @pytest.mark.parametrize(
     "variant",
-    [[], ["--architecture=batchtopk", "--lr-schedule", "linear", "--lr-warmup-steps", 7]],
+    [[], ["--architecture=batchtopk", "--lr-schedule", "linear", "--warmup-steps", 7]],
     ids=["topk", "batchtopk, schedule"],
 )
 def test_an_interrupted_run_ends_in_the_same_bytes(
@@ -444,7 +440,7 @@ def test_several_autoencoders_in_one_pass_equal_those_trained_alone(
     for k in (1, 2):
         assert run_main("train_sae", *flags, "--k", k) == 0
         alone[k] = load_sae(checkpoint_of(tmp_path))[0].state_dict(), metrics_of(tmp_path)
-    assert run_main("train_sae", *flags, "--seeds", "0,5", "--k", "1,2") == 0
+    assert run_main("train_sae", *flags, "--seed", "0,5", "--k", "1,2") == 0
     folder = tmp_path / "checkpoints" / "test"
     saes = {path.stem: load_sae(path)[0].state_dict() for path in folder.glob("*_seed=*.pt")}
     assert sorted(saes) == [f"SAE_M=16_K={k}_seed={seed}" for k in (1, 2) for seed in (0, 5)]
@@ -474,7 +470,7 @@ def test_several_autoencoders_in_one_pass_equal_those_trained_alone(
         meta = load_sae(path)[1]
         assert len(meta["history"]) == meta["metrics"]["epochs"]
     capsys.readouterr()
-    assert run_main("train_sae", *flags, "--seeds", "0,5,6", "--k", "1,2") == 0
+    assert run_main("train_sae", *flags, "--seed", "0,5,6", "--k", "1,2") == 0
     assert capsys.readouterr().out.count("up to date") == 4  # only the new seed is trained
 
 
@@ -513,8 +509,7 @@ def test_a_loss_that_is_no_number_is_one_line(tmp_path, write_activations, run_m
             *more,
             "--learning-rate",
             1e30,
-            "--clip-grad",
-            "none",
+            "fastsae.training.objective.CLIP_GRAD=None",
         )
         == 2
     )
@@ -531,7 +526,7 @@ def test_of_several_the_good_ones_are_handed_over(tmp_path, write_activations, r
         *SMALL,
         "--architecture",
         "standard",
-        "--l1-coefficient",
+        "--sparsity-coefficient",
         "0.5,1e38",
         "--export",
         "saelens",
@@ -558,7 +553,7 @@ def test_coefficients_that_look_alike_have_names_of_their_own(
             *SMALL,
             "--architecture",
             "standard",
-            "--l1-coefficient",
+            "--sparsity-coefficient",
             "1.0000001,1.0000002,2",
         )
         == 0
@@ -679,14 +674,13 @@ def test_an_interrupted_pass_of_several_ends_in_the_same_bytes(
         *SMALL,
         "--architecture",
         "standard",
-        "--l1-coefficient",
+        "--sparsity-coefficient",
         "0.5,2.5",
         "--n-epochs",
         4,
         "--batch-size",
         50,
-        "--save-every",
-        1e-9,
+        "fastsae.training.loop.SAVE_EVERY=1e-9",
     ]
     assert run_main("train_sae", *flags) == 0
     paths = [
@@ -723,11 +717,11 @@ def test_one_of_several_that_fails_stops_no_other(tmp_path, write_activations, r
         "--batch-size",
         50,
     ]
-    assert run_main("train_sae", *flags, "--l1-coefficient", "1e38,0.5") == 2
+    assert run_main("train_sae", *flags, "--sparsity-coefficient", "1e38,0.5") == 2
     name = "SAE_standard_M=16_K=2_L1={}.pt"
     assert (
-        f"error: L1_COEFFICIENT: the loss of {name.format('1e+38')} is not a number after epoch 1"
-        in capsys.readouterr().err
+        f"error: SPARSITY_COEFFICIENT: the loss of {name.format('1e+38')} is not a number after "
+        "epoch 1" in capsys.readouterr().err
     )
     folder = tmp_path / "checkpoints" / "test"
     assert not (folder / name.format("1e+38")).exists()
@@ -735,10 +729,15 @@ def test_one_of_several_that_fails_stops_no_other(tmp_path, write_activations, r
 
 
 def test_lists_that_change_nothing_are_refused(run_main, capsys):
-    for architecture, flag in (("topk", "--l1-coefficient"), ("standard", "--k")):
+    for architecture, flag in (("topk", "--sparsity-coefficient"), ("standard", "--k")):
         with pytest.raises(SystemExit):
             run_main(
-                "train_sae", "--architecture", architecture, "--no-use-matryoshka", flag, "1,2"
+                "train_sae",
+                "--architecture",
+                architecture,
+                "--matryoshka-prefixes=none",
+                flag,
+                "1,2",
             )
         name = flag[2:].upper().replace("-", "_")
         assert capsys.readouterr().err == (
@@ -753,17 +752,17 @@ def test_lists_are_checked_before_anything_loads(run_main, capsys):
             "train_sae",
             "--m",
             16,
-            "--no-use-matryoshka",
+            "--matryoshka-prefixes=none",
             "--k",
             "4,99",
-            "--seeds",
+            "--seed",
             "1,1",
-            "--l1-coefficient",
+            "--sparsity-coefficient",
             "1,x",
         )
     errors = capsys.readouterr().err
     assert (
         "K: 99 active features of only M=16" in errors
-        and "SEEDS: (1, 1) are not different" in errors
+        and "SEED: (1, 1) are not different" in errors
     )
-    assert "L1_COEFFICIENT: expected float or a tuple of float, got '1,x'" in errors
+    assert "SPARSITY_COEFFICIENT: expected float or a tuple of float or none, got '1,x'" in errors

@@ -20,7 +20,7 @@ SMALL = [
     16,
     "--k",
     2,
-    "--no-use-matryoshka",
+    "--matryoshka-prefixes=none",
     "--n-epochs",
     3,
     "--device",
@@ -155,9 +155,7 @@ def test_a_run_with_resampling_goes_on_where_it_was_stopped(
 
 
 @pytest.mark.parametrize(
-    "more",
-    [[], ["--use-matryoshka", "--matryoshka-prefixes", "4,16"], ["--architecture", "standard"]],
-    ids=str,
+    "more", [[], ["--matryoshka-prefixes", "4,16"], ["--architecture", "standard"]], ids=str
 )
 def test_the_figure_is_drawn(tmp_path, write_activations, run_main, more):
     tokens, _ = planted_tokens(600, 8, 16, 2)
@@ -168,7 +166,7 @@ def test_the_figure_is_drawn(tmp_path, write_activations, run_main, more):
         for line in (tmp_path / "checkpoints" / "test" / "metrics.jsonl").read_text().splitlines()
     ]
     assert set(lines[0]["prefix_normalized_mse"]) == (
-        {"4", "16"} if "--use-matryoshka" in more else {"16"}
+        {"4", "16"} if "--matryoshka-prefixes" in more else {"16"}
     )
 
 
@@ -219,7 +217,7 @@ def test_wandb_takes_a_run_offline(tmp_path, write_activations, run_main, monkey
             *SMALL,
             "--logger",
             "wandb",
-            "--seeds",
+            "--seed",
             "0,1",
         )
         == 0

@@ -96,7 +96,7 @@ SMALL = [
     16,
     "--k",
     2,
-    "--no-use-matryoshka",
+    "--matryoshka-prefixes=none",
     "--n-epochs",
     2,
     "--device",

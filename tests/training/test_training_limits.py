@@ -8,28 +8,19 @@ from fastsae.runtime.errors import InputError
 from fastsae.training import limits
 from fastsae.training.limits import bytes_needed, cause_of_divergence, memory_of, require_memory
 
-DEFAULTS = {
-    "LEARNING_RATE": 5e-4,
-    "L1_COEFFICIENT": 5.0,
-    "L0_COEFFICIENT": 6.0,
-    "AUX_COEF": 1 / 32,
-    "INIT_ENCODER_SCALE": None,
-}
+DEFAULTS = {"LEARNING_RATE": 5e-4, "SPARSITY_COEFFICIENT": 5.0}
 
 
 @pytest.mark.parametrize(
     "architecture, changed, name",
     [
         ("standard", {}, "LEARNING_RATE"),
-        ("standard", {"L1_COEFFICIENT": 1e30}, "L1_COEFFICIENT"),
-        ("gated", {"L1_COEFFICIENT": 1e30, "LEARNING_RATE": 0.1}, "L1_COEFFICIENT"),
-        ("standard", {"L1_COEFFICIENT": 10.0, "LEARNING_RATE": 1.0}, "LEARNING_RATE"),
-        ("jumprelu", {"L0_COEFFICIENT": 1e30, "L1_COEFFICIENT": 1e38}, "L0_COEFFICIENT"),
-        ("topk", {"AUX_COEF": 1e30}, "AUX_COEF"),
-        ("batchtopk", {"AUX_COEF": 1e30}, "AUX_COEF"),
-        ("topk", {"L1_COEFFICIENT": 1e30}, "LEARNING_RATE"),
-        ("topk", {"INIT_ENCODER_SCALE": 1e6}, "INIT_ENCODER_SCALE"),
-        ("topk", {"LEARNING_RATE": 1e-5}, "AUX_COEF"),
+        ("standard", {"SPARSITY_COEFFICIENT": 1e30}, "SPARSITY_COEFFICIENT"),
+        ("gated", {"SPARSITY_COEFFICIENT": 1e30, "LEARNING_RATE": 0.1}, "SPARSITY_COEFFICIENT"),
+        ("standard", {"SPARSITY_COEFFICIENT": 10.0, "LEARNING_RATE": 1.0}, "LEARNING_RATE"),
+        ("jumprelu", {"SPARSITY_COEFFICIENT": 1e30}, "SPARSITY_COEFFICIENT"),
+        ("topk", {"SPARSITY_COEFFICIENT": 1e30}, "LEARNING_RATE"),
+        ("topk", {"LEARNING_RATE": 1e-5}, "LEARNING_RATE"),
     ],
 )
 def test_the_setting_furthest_above_its_default_is_blamed(architecture, changed, name):
@@ -45,8 +36,8 @@ def test_where_no_defaults_are_known_it_is_the_learning_rate():
 @pytest.mark.parametrize(
     "flags, name",
     [
-        (["--architecture", "standard", "--l1-coefficient", "1e38"], "L1_COEFFICIENT"),
-        (["--architecture", "jumprelu", "--l0-coefficient", "1e38"], "L0_COEFFICIENT"),
+        (["--architecture", "standard", "--sparsity-coefficient", "1e38"], "SPARSITY_COEFFICIENT"),
+        (["--architecture", "jumprelu", "--sparsity-coefficient", "1e38"], "SPARSITY_COEFFICIENT"),
     ],
 )
 def test_a_huge_coefficient_is_named(write_activations, run_main, capsys, flags, name):
@@ -110,8 +101,8 @@ def test_stage_2_asks_before_it_reads(tmp_path, world, worker):
         2**26,
         "--matryoshka-prefixes",
         "none",
-        "--no-use-matryoshka",
-        "--seeds",
+        "--matryoshka-prefixes=none",
+        "--seed",
         ",".join(map(str, range(40))),
     )
     assert done["code"] == 2 and done["err"].startswith(

@@ -20,7 +20,7 @@ FLAGS = [
     "64",
     "--k",
     "3",
-    "--no-use-matryoshka",
+    "--matryoshka-prefixes=none",
     "--n-epochs",
     "3",
     "--device",
@@ -75,7 +75,6 @@ def test_two_processes_train_what_one_does(tmp_path, write_activations):
         *write_activations(tokens, [15] * 100),
         *FLAGS,
         "--architecture=batchtopk",
-        "--use-matryoshka",
         "--matryoshka-prefixes",
         "16,64",
     ]

@@ -23,7 +23,7 @@ SMALL = [
     16,
     "--k",
     2,
-    "--no-use-matryoshka",
+    "--matryoshka-prefixes=none",
     "--n-epochs",
     3,
     "--device",

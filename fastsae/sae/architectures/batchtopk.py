@@ -15,7 +15,7 @@ class BatchTopK(Architecture):
         starts_from=("batchtopk", "topk", "jumprelu"),
         picks_k=True,
         aims_at_k=True,
-        coefficient="AUX_COEF",
+        coefficient=None,
         in_hypothesaes=True,
         saelens="jumprelu",
     )

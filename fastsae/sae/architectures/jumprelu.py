@@ -26,6 +26,7 @@ class JumpReLU(Architecture):
         starts_from=("jumprelu", "batchtopk", "standard"),
         aims_at_k=True,
         coefficient="L0_COEFFICIENT",
+        weight=6.0,
         saelens="jumprelu",
     )
 

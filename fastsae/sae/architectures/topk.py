@@ -13,7 +13,7 @@ class TopK(Architecture):
         starts_from=("topk",),
         picks_k=True,
         aims_at_k=True,
-        coefficient="AUX_COEF",
+        coefficient=None,
         in_hypothesaes=True,
         saelens="topk",
         sparsify="topk",

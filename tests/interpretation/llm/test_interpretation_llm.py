@@ -536,8 +536,7 @@ def test_a_real_model_behind_a_real_endpoint(tmp_path, planted, run_main, endpoi
         "SmolLM2-135M-Instruct",
         "--n-llm-workers",
         2,
-        "--pooling",
-        "mean",
+        "fastsae.interpretation.features.POOLING=mean",
     )
     assert len([p for p in server.prompts()[n:] if p in server.prompts()[:n]]) == 0
 
