@@ -29,7 +29,12 @@ SHAPES = {
     "part of a character": "parts of a character",
     "letters without case": "letters without case",
 }
-SHOWN = {"␠": "a lone space", "⏎": "a line break", "⏎⏎": "an empty line"}
+SHOWN = {
+    "\ufffd": "a part of a character",
+    "␠": "a lone space",
+    "⏎": "a line break",
+    "⏎⏎": "an empty line",
+}
 
 
 def in_words(rule: Rule) -> str:

@@ -286,6 +286,7 @@ def test_rules_in_words():
         ([[["sentence place", ["4", "2"]]]], "the 2nd or 4th token of a sentence"),
         ([[["shape", ["number"]], ["role", ["user"]]]], "numbers in the user's text"),
         ([[["token", [".", "⏎", "!"]]]], "“.”, a line break or “!”"),
+        ([[["token", ["\ufffd"]]]], "a part of a character"),
         ([[["category", ["sad"]]], [["inside", ["brackets"]]]],
          "texts of category “sad”; text inside brackets"),
         ([[["begins", ["i"]], ["shape", ["capitalised"]]]],

@@ -103,7 +103,17 @@ def test_the_story_says_what_was_done():
         comparison=None,
         run_table={},
         rows=[{"status": "llm label unusable", "label_source": "rule"}] * 3,
-        summary=lambda: {"n_features": 3, "n_dead": 0},
+        summary=lambda: {
+            "n_features": 3,
+            "n_dead": 0,
+            "n_with_rule": 2,
+            "n_rule_tested": 3,
+            "mean_label_f1": 0.5,
+            "mean_label_f1_other_rule": 0.25,
+            "n_detection": 1,
+            "mean_detection_auc": 0.875,
+            "mean_detection_auc_random": 0.625,
+        },
     )
     metadata = {
         "settings": {"llm": {"INTERPRETER_MODEL": "gpt"}},
@@ -123,6 +133,8 @@ def test_the_story_says_what_was_done():
     # no norm lies beyond 9
     assert "line" not in run["charts"][0].note and "bound" not in svg(run["charts"][0])
     assert run["tables"][0][1] == "On tokens of this dataset, drawn at random."
+    labels = {name: entries for name, _, entries, _ in run["tables"]}["What the labels are worth"]
+    assert [value for _, value in labels] == ["2 of 3", "0.500", "0.250", "0.875", "0.625"]
     del about["source"]
     about.update(metrics={"l0": 1234.4}, max_norm=3.5)
     statistics.n_kept = 3
