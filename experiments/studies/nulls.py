@@ -1,30 +1,27 @@
 """What training added over dictionaries that nobody trained, with mean and max pooling, on several
 datasets.
 
-    python -m experiments.studies.nulls --data demo OUT_1 "" \\
-        --data "cognitive actions" OUT_2 "--dataset-path texts.jsonl --label-field action"
+    python -m experiments.studies.nulls --data demo OUT_1 data/cognitive_actions.jsonl \\
+        cognitive_action --data other OUT_2 texts.jsonl action
 
-Each OUT holds the outputs of stages 1 and 2; behind it the flags with which they were made. Stage 3
-runs on it with either POOLING, without a language model, and its run table is kept: probes of the
-categories on held-out halves from the features, from random tokens and random directions as
-dictionaries, from the model's stream and from the words; loss recovered; seconds and memory of the
-stage. Writes experiments/results/<name>.json; what this code measured before is read from
-OUT/experiments/nulls.jsonl.
+Each OUT holds the outputs of stages 1 and 2 on the dataset named behind it; then comes its field of
+categories. With either POOLING the probes of stage 3: of the categories on held-out halves, from
+the features, from random tokens and random directions as dictionaries, from the model's stream and
+from the words. And what the model loses with the reconstruction in place of its stream, as stage 3
+measures it. Writes experiments/results/<name>.json; what is there of other datasets stays.
 """
 
 import argparse
 import json
-import os
-import shlex
-import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.provenance import environment, module_command, remembered, write_result
+from experiments.shared.finished_runs import Finished, finished
+from experiments.shared.provenance import RESULTS, write_result
 
 POOLINGS = ("mean", "max")
+AUC_BOUND = 0.8
 
 
 def main() -> None:
@@ -32,60 +29,93 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--data", nargs=3, action="append", required=True, metavar=("NAME", "OUTPUT_DIR", "FLAGS")
+        "--data",
+        nargs=4,
+        action="append",
+        required=True,
+        metavar=("NAME", "OUTPUT_DIR", "DATASET", "FIELD"),
     )
     parser.add_argument("--name", default="nulls")
     args = parser.parse_args()
-    results: dict[str, dict[str, Any]] = {}
-    for name, folder, flags in args.data:
-        journal = Path(folder) / "experiments" / "nulls.jsonl"
-        for pooling in POOLINGS:
-            results.setdefault(name, {})[pooling] = remembered(
-                journal,
-                {"flags": flags, "pooling": pooling},
-                lambda: measured(Path(folder), shlex.split(flags), pooling),
-            )
-    for name, by_pooling in results.items():
-        show(name, by_pooling)
-    write_result(args.name, {"poolings": POOLINGS}, {"datasets": results})
+    path = RESULTS / f"{args.name}.json"
+    results = json.loads(path.read_text())["datasets"] if path.exists() else {}
+    for name, folder, dataset, field in args.data:
+        results[name] = measured(finished(Path(folder), dataset, field))
+        show(name, results[name])
+    write_result(args.name, {"poolings": POOLINGS, "auc_bound": AUC_BOUND}, {"datasets": results})
 
 
-def measured(folder: Path, flags: list[str], pooling: str) -> dict[str, Any]:
-    """The run table of stage 3 on the outputs in `folder`, with the seconds and the memory that the
-    stage took."""
-    for path in folder.glob("interpretations*"):
-        path.unlink()
-    shutil.rmtree(folder / "neuronpedia", ignore_errors=True)
-    settings = ["--output-dir", str(folder), "--n-top-neurons", "0", *flags]
-    constant = f"fastsae.interpretation.features.POOLING={pooling}"
-    how = ("experiments.shared.constants", constant, "interpret_sae.py")
-    command = module_command(*how, *settings)
-    started = time.perf_counter()
-    # not subprocess: wait4 says what this one process took
-    pid = os.posix_spawn(sys.executable, command, environment())
-    _, status, usage = os.wait4(pid, 0)
-    seconds = time.perf_counter() - started
-    if code := os.waitstatus_to_exitcode(status):
-        sys.exit(code)
-    with open(folder / "interpretations.jsonl", encoding="utf-8") as table:
-        head = json.loads(next(table))
-    return {
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_megabytes": round(usage.ru_maxrss / 1000),
-        "summary": head["summary"],
-        **head["run_table"],
+def measured(run: Finished) -> dict[str, Any]:
+    """What the features are worth with each pooling, and what the model loses; CPU seconds."""
+    from fastsae.interpretation.run_table import Probed, core_figures, probe
+
+    evidence = run.evidence
+    labels = [example.label for example in evidence.examples]
+    result: dict[str, Any] = {
+        "autoencoder": run.about(),
+        "core": core_figures(run.meta, evidence.statistics),
     }
+    for pooling in POOLINGS:
+        started = time.process_time()
+        probed = Probed(
+            evidence.statistics,
+            run.untrained,
+            labels,
+            evidence.text_numbers,
+            evidence.text_read,
+            pooling,
+        )
+        found = probe(probed, AUC_BOUND, 0)
+        assert found is not None  # only where no category has four texts
+        if pooling != POOLINGS[0]:
+            del found["per_category"]  # one pooling's are long enough
+        result[pooling] = {"probing": found}
+        result[pooling]["cpu_seconds"] = round(time.process_time() - started, 1)
+    started = time.process_time()
+    result["model_loss"] = model_loss_of(run)
+    result["model_loss"]["cpu_seconds"] = round(time.process_time() - started, 1)
+    return result
 
 
-def show(name: str, by_pooling: dict[str, Any]) -> None:
+def model_loss_of(run: Finished) -> dict[str, Any]:
+    """Loss recovered and KL, on the CPU, on examples that decided nothing."""
+    from fastsae.interpretation import model_loss
+
+    evidence, source = run.evidence, run.meta["activations"]
+    model, why_not = model_loss.model_at_hand(
+        source["model_name"],
+        revision=source["model_revision"],
+        cache_dir=None,
+        device="cpu",
+        width=evidence.sae.input_dim,
+    )
+    if model is None:
+        return {"not_measured": why_not}
+    unseen = run.meta.get("test_examples") or run.meta["validation_examples"]
+    found = model_loss.measure(
+        model,
+        evidence.sae,
+        source["settings"]["LAYER_IDX"],
+        evidence.data,
+        evidence.statistics.kept,
+        model_loss.some_held_out(evidence.data, unseen, 0),
+        run.untrained.dictionaries[0].input_bias,
+        0,
+    )
+    return {"held_out": True, **found}
+
+
+def show(name: str, found: dict[str, Any]) -> None:
     """The figures of a dataset on the terminal."""
-    from fastsae.interpretation.run_table import describe
+    from fastsae.interpretation.run_table import model_loss_sentence, probing_rows, verdict
 
-    for pooling, found in by_pooling.items():
-        used = f"{found['cpu_seconds']} CPU seconds, {found['peak_megabytes']} MB"
-        print(f"{name}, {pooling} pooling ({used})")
-        print(*(f"  {line}" for line in describe(found, found["summary"])), sep="\n")
+    print(f"{name}: {model_loss_sentence(found['model_loss'])}")
+    for pooling in POOLINGS:
+        head, rows = probing_rows(found[pooling]["probing"])
+        print(f"  {pooling} pooling: {', '.join(head[1:])}")
+        for source, *shown in rows:
+            print(f"    {source:<34}{'  '.join(shown)}")
+        print(f"    {verdict(found[pooling]['probing'])}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import fastsae.interpretation.target_features as tf
+from experiments.shared.finished_runs import finished
 from experiments.shared.provenance import write_result
 
 METHODS = ("separation_score", "correlation", "lasso")
@@ -62,8 +63,8 @@ def main():
 
 def study(folder, dataset, fields, args):
     """Means over targets and half splits of one dataset."""
-    evidence, untrained, autoencoder = evidence_of(folder, dataset)
-    s = evidence.statistics
+    run = finished(folder, dataset)
+    evidence, s = run.evidence, run.evidence.statistics
     pooled = {"max": s.pooled_max, "mean": s.pooled_mean}
     targets = dict(targets_of(dataset, fields, evidence, args.n_values))
     rows, sources = {}, {}
@@ -79,7 +80,7 @@ def study(folder, dataset, fields, args):
             target,
             s.pooled_examples,
             np.arange(len(target)),
-            untrained,
+            run.untrained,
             evidence.text_read,
             n_select=N_SELECTED,
             method="correlation",
@@ -95,7 +96,7 @@ def study(folder, dataset, fields, args):
         "n_examples": len(s.pooled_examples),
         "n_targets": len(targets),
         "targets": list(targets),
-        "autoencoder": autoencoder,
+        "autoencoder": run.about(),
         "measure": "AUC" if all(tf.is_binary(t) for t in targets.values()) else "R2",
         "methods": [
             {"method": method, "pooling": pooling, "least_support": support, **means(found)}
@@ -106,46 +107,6 @@ def study(folder, dataset, fields, args):
             for source, values in sources.items()
         },
     }
-
-
-def evidence_of(folder, dataset):
-    """(`Evidence` of the autoencoder under `folder`, dictionaries that nobody trained, what the
-    result says of it)."""
-    from fastsae.activations.files import open_activations
-    from fastsae.data.datasets import read_dataset
-    from fastsae.formats.load import load_sae
-    from fastsae.interpretation import nulls
-    from fastsae.interpretation.evidence import Evidence
-    from fastsae.lm.loading import load_tokenizer
-
-    metrics_path = next(folder.glob("checkpoints/*/metrics.json"))
-    sae, meta = load_sae(metrics_path.with_name(json.loads(metrics_path.read_text())["checkpoint"]))
-    source = meta["activations"]
-    data = open_activations(
-        folder / "activations" / f"activations_layer{source['settings']['LAYER_IDX']}.npz"
-    )
-    examples = read_dataset(
-        dataset, text_field="text", label_field=None, only_lines=data["example_ids"]
-    )
-    bounds = {
-        "max_norm": meta["max_norm"],
-        "exclude_shared_prefix": meta["settings"]["EXCLUDE_SHARED_PREFIX"],
-    }
-    unseen = [*meta["validation_examples"], *meta.get("test_examples", [])]
-    untrained = nulls.prepare(
-        sae, data, **bounds, use="all", not_trained_on=np.array(unseen, np.int64), seed=0
-    )
-    evidence = Evidence(
-        sae,
-        data,
-        examples,
-        load_tokenizer(source["model_name"]),
-        bounds,
-        n_top=1,
-        watch=untrained.watch,
-    )
-    about = {name: meta["settings"][name] for name in ("M", "K", "MATRYOSHKA_PREFIXES", "N_EPOCHS")}
-    return evidence, untrained.finish(), about
 
 
 def targets_of(dataset, fields, evidence, n_values):
