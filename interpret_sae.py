@@ -10,7 +10,8 @@ labels, and an LLM if there is one.
 Reads the activations, the checkpoint that `checkpoints/<run>/metrics.json` names, and the dataset.
 Writes `interpretations.html` (a report for people), `interpretations.csv`, one row per feature, and
 `interpretations.jsonl` (the same and more, unrounded; first line: settings and provenance); with a
-target `hypotheses.csv`, with NEURONPEDIA_SET `neuronpedia/`. Where a variable named at
+target `hypotheses.csv`, with NEURONPEDIA_SET `neuronpedia/`. What the run is worth also goes into
+`metrics.json` and the model card of `checkpoints/<run>/`. Where a variable named at
 INTERPRETER_MODEL is set, excerpts of the data go to that endpoint and the answers to
 `checkpoints/<run>/llm_replies.jsonl`; without an LLM every label is a rule on the tokens,
 tested on half of the texts, and nothing is sent anywhere.
