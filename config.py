@@ -40,6 +40,9 @@ MAX_TRAIN_TOKENS: int | None = None  # [2..] train on the first so many tokens o
                                      # the data; none = all
 
 # Model:
+HOOK: str = "resid_post"           # {resid_post, resid_mid, attn_out, mlp_out} what is read: the
+                                   # residual stream after the block or between its two parts, or
+                                   # what attention or the MLP adds to it
 CACHE_DIR: str | None = None       # where models are kept; none = FASTSAE_CACHE or
                                    # ~/.cache/fastsae, and the hub's own cache
 DEVICE: str = "auto"               # auto, cuda, cuda:1, mps or cpu; auto takes the first of these

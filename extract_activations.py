@@ -164,6 +164,8 @@ def describe(settings, layer, inputs):
     other layers are asked for."""
     recorded = settings.replace(TEMPLATE_DATE=tokenization.TEMPLATE_DATE)
     decisive = {"LAYER_IDX": layer, **recorded.select(DECISIVE)}
+    if settings.HOOK != "resid_post":
+        decisive["HOOK"] = settings.HOOK
     if settings.PROCESSING == "block":
         decisive["BLOCK_LENGTH"] = settings.BLOCK_LENGTH
         del decisive["MAX_LENGTH"]

@@ -1,7 +1,8 @@
 """The whole model with its residual stream after one layer replaced: what that does to its losses,
 and to the text it writes.
 
-`layer` counts blocks as LAYER_IDX does: the stream after `layer` blocks. Several examples go
+`at` is a layer, counted as LAYER_IDX counts: the stream after so many blocks; or a `HookPoint`, for
+what there is in a block. Several examples go
 through the model together, padded on the right; attention is causal, so none of them sees another
 or its padding. Works on any model that `decoder_stack` knows.
 """
@@ -17,6 +18,7 @@ import torch
 from fastsae.activations.extraction import split_batches
 from fastsae.lm.decoders import decoder_stack, stream_of, with_stream
 from fastsae.lm.hook_points import HookPoint
+from fastsae.lm.places import place_of
 from fastsae.runtime.machine_errors import is_out_of_memory
 from fastsae.sae import Autoencoder
 from fastsae.sae.autoencoder import decode, encode
@@ -38,17 +40,20 @@ class Losses:
     kl: np.ndarray
 
 
+def point_of(at: int | HookPoint) -> HookPoint:
+    """The hook point that a layer stands for, or the one given."""
+    return at if isinstance(at, HookPoint) else HookPoint(at)
+
+
 @contextlib.contextmanager
 def replaced(
-    model: Any, layer: int, function: Callable[[torch.Tensor], torch.Tensor]
+    model: Any, at: int | HookPoint, function: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[None]:
-    """Within, the residual stream after `layer` blocks is what `function` makes of it, (batch,
-    length, d_model) both."""
-
-    def hook(_, __, output):
-        return with_stream(output, function(stream_of(output)))
-
-    handle = HookPoint(layer).module_in(decoder_stack(model)).register_forward_hook(hook)
+    """Within, what there is at the hook point is what `function` makes of it, (batch, length,
+    d_model) both. InputError where this model has no such place."""
+    decoder, point = decoder_stack(model), point_of(at)
+    place = place_of(decoder, point.block, point.kind)
+    handle = place.hook(decoder.layers[point.block], function)
     try:
         yield
     finally:
@@ -94,10 +99,24 @@ def can_continue(
     return torch.allclose(found.float(), logits.float(), rtol=1e-2, atol=1e-2)
 
 
+@contextlib.contextmanager
+def returned(model: Any, block: int, outputs: list[Any]) -> Iterator[None]:
+    """Within, whatever the block of this index, from 0, returns is added to `outputs`."""
+    handle = (
+        decoder_stack(model)
+        .layers[block]
+        .register_forward_hook(lambda _, __, output: outputs.append(output))
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @torch.inference_mode()
 def next_token_losses(
     model: Any,
-    layer: int,
+    at: int | HookPoint,
     examples: Sequence[np.ndarray],
     replacements: Mapping[str, Replacement],
     *,
@@ -114,37 +133,37 @@ def next_token_losses(
     with the tokens done.
     """
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
-    kept: list[Any] = []
+    point = point_of(at)
+    kept: list[torch.Tensor] = []  # (batch, length, d_model)
+    outputs: list[Any] = []  # of the block
     skips = None  # whether blocks before the layer can be skipped: found with the first batch
     result = {
         name: Losses(*(np.full(starts[-1], np.nan, np.float32) for _ in range(2)))
         for name in ("clean", *replacements)
     }
 
+    def keep(stream):
+        kept.append(stream.clone())  # what is below a block can be changed in place
+        return stream
+
     for batch in split_batches([len(ids) for ids in examples], batch_tokens):
         ids, real, token = padded(examples, batch, starts, model.device)
-        hook = (
-            HookPoint(layer)
-            .module_in(decoder_stack(model))
-            .register_forward_hook(lambda _, __, output: kept.append(output))
-        )
-        try:
+        with replaced(model, at, keep), returned(model, point.block, outputs):
             clean = model(input_ids=ids, use_cache=False).logits
-        finally:
-            hook.remove()
-        output = kept.pop()
+        stream, output = kept.pop(), outputs.pop()
         if skips is None:
-            skips = can_continue(model, layer, ids, output, clean)
-        # (batch, length, d_model), (batch, length, vocabulary)
-        stream, clean = stream_of(output), clean.float().log_softmax(-1)
+            skips = point.kind == "resid_post" and can_continue(
+                model, point.layer, ids, output, clean
+            )
+        clean = clean.float().log_softmax(-1)  # (batch, length, vocabulary)
         write_losses(result["clean"], clean, clean, ids, batch, examples, starts)
         for name, function in replacements.items():
             new = stream.clone()
             new[real] = function(stream[real], token).to(stream.dtype)
             with (
-                continued(model, layer, new, output)
+                continued(model, point.layer, new, output)
                 if skips
-                else replaced(model, layer, constantly(new))
+                else replaced(model, at, constantly(new))
             ):
                 logits = model(input_ids=ids, use_cache=False).logits
             write_losses(result[name], clean, logits, ids, batch, examples, starts)
@@ -254,9 +273,9 @@ class _Seen(Exception):
 
 @torch.inference_mode()
 def residual_stream(
-    model: Any, layer: int, examples: Sequence[np.ndarray], *, batch_tokens: int = 1024
+    model: Any, at: int | HookPoint, examples: Sequence[np.ndarray], *, batch_tokens: int = 1024
 ) -> torch.Tensor:
-    """(n_tokens, d_model) float32 on the CPU: the stream after `layer` blocks, later blocks left
+    """(n_tokens, d_model) float32 on the CPU: what there is at the hook point, later blocks left
     out."""
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
     rows: torch.Tensor | None = None
@@ -268,7 +287,7 @@ def residual_stream(
 
     for batch in split_batches([len(ids) for ids in examples], batch_tokens):
         ids, real, token = padded(examples, batch, starts, model.device)
-        with replaced(model, layer, see), contextlib.suppress(_Seen):
+        with replaced(model, at, see), contextlib.suppress(_Seen):
             model(input_ids=ids, use_cache=False)
         part = seen.pop()[real].float().cpu()
         rows = torch.empty((int(starts[-1]), part.shape[1])) if rows is None else rows
@@ -307,7 +326,7 @@ def generate(
     *,
     n_new: int,
     stop_ids: Sequence[int],
-    layer: int | None = None,
+    layer: int | HookPoint | None = None,
     function: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[list[int]]:
     """Greedy continuations of prompts (batch, length), with a key-value cache: a list of lists of

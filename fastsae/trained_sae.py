@@ -217,6 +217,7 @@ class TrainedSae:
         model = ResidualModel(
             name,
             layer,
+            kind=settings.get("HOOK", "resid_post"),
             device=self.device,
             dtype=getattr(torch, source.get("compute_dtype", "float32")),
             **origin,

@@ -16,7 +16,8 @@ import torch
 from experiments.shared import families
 from experiments.shared.families import FAMILIES
 from experiments.shared.provenance import PROJECT, RESULTS, write_result
-from fastsae.lm import residual
+from fastsae.lm import places, residual
+from fastsae.lm.decoders import decoder_stack
 from fastsae.lm.hub import quiet_transformers
 
 RESULT = RESULTS / "families.json"
@@ -54,6 +55,7 @@ def measured(family: families.Family, folder: str) -> dict[str, Any]:
         "kernels": families.uses_kernels(fast),
         "lens": lens is not None,
         "lens_error": lens,
+        "places": sorted(places.places_in(decoder_stack(model), 1)),
         "largest_error": max(alone.largest_error, shared.largest_error),
     }
 
@@ -61,14 +63,16 @@ def measured(family: families.Family, folder: str) -> dict[str, Any]:
 def table() -> str:
     """The families as Markdown."""
     lines = [
-        "| family | for example | blocks | prefix once | packed products | lens | difference |",
-        "|---|---|---|---|---|---|---|",
+        "| family | for example | blocks | prefix once | packed products | lens | parts "
+        "| difference |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in json.loads(RESULT.read_text())["families"].items():
         flags = ("yes" if row[key] else "no" for key in ("reuses", "kernels", "lens"))
+        parts = {3: "all", 2: "no `resid_mid`", 0: "none"}[len(row["places"])]
         lines.append(
             f"| {name} | {row['models']} | `{row['blocks']}` | {' | '.join(flags)} "
-            f"| {row['largest_error']:.0e} |"
+            f"| {parts} | {row['largest_error']:.0e} |"
         )
     return "\n".join(lines) + "\n"
 

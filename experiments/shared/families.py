@@ -6,7 +6,7 @@ experiments/benchmarks/families.py measures. A family stands for a class of tran
 options that change how it computes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -340,12 +340,18 @@ class Compared:
 
 
 def compare(
-    model: Any, fast: residual.ResidualModel, family: Family, lengths: Sequence[int], n_shared: int
+    model: Any,
+    fast: residual.ResidualModel,
+    family: Family,
+    lengths: Sequence[int],
+    n_shared: int,
+    states_of: Callable[[np.ndarray], Mapping[int, torch.Tensor]] | None = None,
 ) -> Compared:
-    """Batches of padded examples, with the prefix where it is reused, against `hidden_states` of
-    the whole model on each example alone, at the layers of `fast`.
+    """Batches of padded examples, with the prefix where it is reused, against the whole model on
+    each example alone, at the layers of `fast`.
 
-    transformers norms the last hidden state; the model's norm is put aside for that.
+    states_of: what the whole model gives for an example (length,), {layer: (1, length, d_model)};
+    by default its `hidden_states`.
     """
     table = table_of(lengths, n_shared)
     forward = extraction.Forward(
@@ -357,11 +363,12 @@ def compare(
         dataset_name="made up",
     )
     found = forward.chunk(0, len(lengths), lambda _: None)
-    expected = {layer: [] for layer in fast.layers}
+    expected: dict[int, list[np.ndarray]] = {layer: [] for layer in fast.layers}
     for ids in np.split(table.ids, np.cumsum(table.lengths)[:-1]):
-        states = hidden_states(model, ids)
+        states = states_of(ids) if states_of else hidden_states(model, ids)
+        shift = 0 if states_of else family.shift
         for layer, rows in expected.items():
-            rows.append(states[layer - family.shift][0].numpy())
+            rows.append(states[layer - shift][0].numpy())
     errors = [largest_error(found[layer], np.concatenate(expected[layer])) for layer in fast.layers]
     return Compared(max(errors), forward.n_prefix)
 

@@ -26,6 +26,7 @@ from fastsae.data.tokenization import (
 )
 from fastsae.formats.load import architecture_of
 from fastsae.lm import decoders, devices, loading, sources
+from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import short_name
 from fastsae.runtime.errors import InputError
 from fastsae.sae import Autoencoder
@@ -49,6 +50,11 @@ class Subject:
     model_name: str
     revision: str | None
     source: dict
+
+    @property
+    def point(self) -> HookPoint:
+        """Where in its model it is for."""
+        return HookPoint(self.layer, (self.source.get("settings") or {}).get("HOOK", "resid_post"))
 
     @property
     def knows_its_examples(self) -> bool:

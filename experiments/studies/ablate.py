@@ -23,14 +23,14 @@ def ablation(subject, model, settings, features, *, n_others, n_examples):
 
     table = some_dialogues(subject, settings, n_examples, held_out=True)
     examples, sae = example_ids(table), subject.sae
-    stream = residual_stream(model, subject.layer, examples)
+    stream = residual_stream(model, subject.point, examples)
     usable = usable_tokens_of(subject, stream, table)
     entries = encode(sae, stream[usable].to(sae.input_bias.device))
     token, column = np.flatnonzero(usable)[entries.row.cpu().numpy()], entries.column.cpu().numpy()
     alive = np.setdiff1d(np.unique(column), features)
     at_random = np.sort(np.random.default_rng(settings.SEED).permutation(alive)[:n_others]).tolist()
     replacements = {k: only(usable, without_feature(sae, k)) for k in [*features, *at_random]}
-    losses = next_token_losses(model, subject.layer, examples, replacements)
+    losses = next_token_losses(model, subject.point, examples, replacements)
     example = np.repeat(np.arange(len(examples)), table.lengths)
     counted = (table.kind != SHARED_PREFIX) & ~np.isnan(losses["clean"].ce)
     rows = []

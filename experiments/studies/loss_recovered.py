@@ -89,7 +89,7 @@ def measure(subject, settings):
     model, examples = load_model(subject, settings), example_ids(table)
     batch_tokens = settings.BATCH_TOKENS or {"cuda": 4096}.get(model.device.type, 1024)
     stream = intervention.residual_stream(
-        model, subject.layer, examples, batch_tokens=batch_tokens
+        model, subject.point, examples, batch_tokens=batch_tokens
     )  # (n_tokens, d)
     usable = usable_tokens_of(subject, stream, table)
     functions = {
@@ -106,7 +106,7 @@ def measure(subject, settings):
     ) as bar:
         losses = intervention.next_token_losses(
             model,
-            subject.layer,
+            subject.point,
             examples,
             replacements,
             batch_tokens=batch_tokens,

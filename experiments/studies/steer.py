@@ -183,7 +183,7 @@ class Work:
         table = some_dialogues(
             self.subject, self.settings, self.settings.N_DIALOGUES, held_out=False
         )
-        stream = residual_stream(self.model, self.subject.layer, example_ids(table))
+        stream = residual_stream(self.model, self.subject.point, example_ids(table))
         usable = usable_tokens_of(self.subject, stream, table)
         token = self.tokenizer.convert_tokens_to_ids(self.settings.SPECIAL_TOKEN)
         example = np.repeat(np.arange(len(table.lengths)), table.lengths)
@@ -325,7 +325,7 @@ class Work:
                     as_batch([ids] * len(self.alphas)),
                     n_new=self.settings.N_NEW_TOKENS,
                     stop_ids=self.stop_ids,
-                    layer=self.subject.layer,
+                    layer=self.subject.point,
                     function=function,
                 ),
             )
@@ -369,7 +369,7 @@ class Work:
         from fastsae.intervention import next_token_losses
 
         losses = next_token_losses(
-            self.model, self.subject.layer, [np.array([*prompt, *ids]) for ids in written], {}
+            self.model, self.subject.point, [np.array([*prompt, *ids]) for ids in written], {}
         )["clean"].ce
         ends = np.cumsum([len(prompt) + len(ids) for ids in written])
         return [

@@ -20,7 +20,8 @@ SINK_RATIO = 10
 
 def path_of(settings: Settings, layer: int) -> Path:
     """The file of a layer's activations."""
-    return settings.activations_path.with_name(f"{HookPoint(layer).file_stem}.npz")
+    stem = HookPoint(layer, settings.HOOK).file_stem
+    return settings.activations_path.with_name(f"{stem}.npz")
 
 
 def up_to_date(path: Path, metadata: Mapping[str, Any]) -> bool:
@@ -44,7 +45,7 @@ def complete(
         compute_dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.partition(":")[0],
         resolved_revision=model.revision,
-        **model.where,
+        **model.where(about["settings"]["LAYER_IDX"]),
     )
 
 

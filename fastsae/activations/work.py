@@ -30,6 +30,7 @@ def model_of(settings: Settings, layers: Iterable[int]) -> Any:
     return residual.ResidualModel(
         settings.MODEL_NAME,
         layers,
+        kind=settings.HOOK,
         device=device,
         dtype=devices.choose_dtype(settings.DTYPE, device),
         revision=settings.MODEL_REVISION,

@@ -145,7 +145,8 @@ def saelens_metadata(meta: dict) -> dict[str, Any]:
         "sae_lens_version": SAELENS_VERSION,
         "model_name": hub_id(source["model_name"]) or short_name(source["model_name"]),
         "hook_name": hook_point.transformer_lens,
-        "hf_hook_name": hook_point.hugging_face,
+        # hooks of transformers are on outputs
+        "hf_hook_name": None if hook_point.is_input else hook_point.hugging_face,
         "hook_head_index": None,
         # a chat template writes its own
         "prepend_bos": not with_chat_template(source),
@@ -191,7 +192,13 @@ def sparsify_files(sae: Any, meta: dict) -> dict[str, bytes]:
         "metadata": own_metadata(meta),
     }
     weights = save({name: value.contiguous().clone() for name, value in tensors.items()})
-    layer = HookPoint.of_activations(meta["activations"]).sparsify
+    point = HookPoint.of_activations(meta["activations"])
+    if point.is_input:
+        raise InputError(
+            f"EXPORT: sparsify names its folders by modules' outputs, and {point.kind} is none. "
+            "leave sparsify out."
+        )
+    layer = point.sparsify
     return {f"{layer}/cfg.json": _json(config), f"{layer}/sae.safetensors": weights}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastsae.data.token_masks import chosen_tokens, token_norms, usable_tokens
 from fastsae.formats.source import Source, locate
+from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import described, short_name
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import InputError
@@ -115,6 +116,8 @@ def check_fit(
             f"{activations_path} holds layer {layer}. "
             f"give --layer-idx {its_layer} here and to extract_activations.py."
         )
+    if its_layer is not None:
+        problems += _other_place(path, meta["activations"], activations_path, activations_meta)
     if problems:
         raise InputError(*problems)
     its_model, model = meta["activations"].get("model_name"), activations_meta["model_name"]
@@ -125,6 +128,22 @@ def check_fit(
         )
     if its_layer is None:
         print(f"note: {path} does not say which layer it was trained on; taken for layer {layer}.")
+
+
+def _other_place(path, source, activations_path, activations_meta):
+    """[what to say] where an autoencoder and activations are of different kinds of hook point."""
+    its, other = HookPoint.of_activations(dict(source)), HookPoint.of_activations(activations_meta)
+    if its.kind != other.kind:
+        return [
+            f"HOOK: {path} was trained on {its.kind}, {activations_path} holds {other.kind}. "
+            f"give --hook {its.kind} here and to extract_activations.py."
+        ]
+    if its.module and other.module and its.module != other.module:
+        return [
+            f"HOOK: {path} was trained on what {its.module} gives, {activations_path} holds what "
+            f"{other.module} gives, which is what this model adds to its stream. choose another."
+        ]
+    return []
 
 
 def is_plain_text(source: dict) -> bool:

@@ -126,6 +126,22 @@ def signed(text: str) -> str:
     )
 
 
+def place(point: HookPoint) -> str:
+    """What an autoencoder reads, and what libraries call it."""
+    if point.kind == "resid_post":
+        return (
+            f"the residual stream after {point.layer} blocks "
+            f"(`hidden_states[{point.hidden_states_index}]`, in TransformerLens "
+            f"`{point.transformer_lens}`)"
+        )
+    side = "what" if point.is_input else "the output of"
+    reads = " reads" if point.is_input else ""
+    return (
+        f"{point.text}, counted from 0 ({side} `{point.hugging_face}`{reads} in transformers, "
+        f"in TransformerLens `{point.transformer_lens}`)"
+    )
+
+
 def card(entries: list[tuple[Path, dict]]) -> str:
     """The text for [(a checkpoint's path, its metadata)], of one model, layer and dataset."""
     source = entries[0][1]["activations"]
@@ -140,9 +156,7 @@ def card(entries: list[tuple[Path, dict]]) -> str:
             "",
             f"# {title} of {code(described(model))}, layer {layer}",
             "",
-            f"Reads the residual stream after {layer} blocks "
-            f"(`hidden_states[{hook_point.hidden_states_index}]`, in TransformerLens "
-            f"`{hook_point.transformer_lens}`) as it is: scale and mean are part of the weights.",
+            f"Reads {place(hook_point)} as it is: scale and mean are part of the weights.",
             "",
             *([f"The model's weights: {code(note)}.", ""] if (note := weights_note(model)) else []),
             *provenance(entries[0][1]),

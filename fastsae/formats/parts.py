@@ -228,17 +228,27 @@ def read_safetensors(path: Path) -> Tensors:
         ) from None
 
 
-def layer_of_hook(name: str | None, where: Path) -> int | None:
-    """LAYER_IDX of a hook's name; None if there is no name. InputError if it is another place than
-    the residual stream."""
+def place_of_hook(name: str | None, where: Path) -> dict[str, Any]:
+    """{"layer", "kind", "hook_module"} of a hook's name, {"layer": None} if there is no name.
+    InputError if it is a place that is not read here."""
     if not name:
-        return None
+        return {"layer": None}
     if hook_point := HookPoint.parse(name):
-        return hook_point.layer
+        return about_place(hook_point)
     raise InputError(
-        f"{where}: was trained on {name[:80]!r}, not on the residual stream. "
-        "only residual-stream autoencoders fit here."
+        f"{where}: was trained on {name[:80]!r}, not on the residual stream or what attention or "
+        "MLP add to it. choose another autoencoder."
     )
+
+
+def about_place(hook_point: HookPoint | None) -> dict[str, Any]:
+    """What `Parts.about` says of a place: LAYER_IDX, and HOOK and a module where they differ from
+    the stream after a block."""
+    if hook_point is None:
+        return {"layer": None}
+    kind = {} if hook_point.kind == "resid_post" else {"kind": hook_point.kind}
+    module = {} if hook_point.module is None else {"hook_module": hook_point.module}
+    return {"layer": hook_point.layer, **kind, **module}
 
 
 def refuse_other_inputs(cfg: Config) -> None:

@@ -81,7 +81,11 @@ class Source:
             "activations": {
                 "model_name": parts.about.get("model_name"),
                 "model_revision": None,
-                "settings": {"LAYER_IDX": parts.about.get("layer")},
+                "settings": {
+                    "LAYER_IDX": parts.about.get("layer"),
+                    **({"HOOK": kind} if (kind := parts.about.get("kind")) else {}),
+                },
+                **({"hook_module": name} if (name := parts.about.get("hook_module")) else {}),
             },
             "max_norm": None,
             "validation_examples": [],

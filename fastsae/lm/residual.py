@@ -1,12 +1,13 @@
-"""The residual stream of a model up to one layer or several."""
+"""The residual stream of a model up to one layer or several, or what a block adds to it."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fastsae.lm.checks import equal_up_to_rounding, move, require_causal, require_chain, sample_ids
-from fastsae.lm.decoders import Enough, decoder_stack, stream_of
+from fastsae.lm.decoders import Enough, decoder_stack
 from fastsae.lm.hook_points import BLOCKS, HookPoint
 from fastsae.lm.loading import load_model
+from fastsae.lm.places import place_of
 from fastsae.runtime.errors import InputError
 from fastsae.runtime.machine_errors import is_out_of_memory
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 class ResidualModel:
     """A model's blocks up to the highest of `layers`; `model(ids)` gives the residual stream after
-    each of them.
+    each of them, or of another `kind` of hook point what there is in the last of these blocks.
 
     Raises InputError for a model whose stream is not where it is looked for, or that is not causal.
     `exact_twin` leaves transformers' own kernels in place: the slow twin that tests and the
@@ -31,6 +32,7 @@ class ResidualModel:
         name: str,
         layers: int | Iterable[int],
         *,
+        kind: str = "resid_post",
         revision: str | None = None,
         cache_dir: str | None = None,
         device: str = "cpu",
@@ -44,26 +46,40 @@ class ResidualModel:
         self.stack.module.eval()
         self.device, self.dtype = "cpu", dtype
         self.d_model = self.stack.config.hidden_size
+        self.kind = kind
         self._streams: dict[int, torch.Tensor] = {}
         require_chain(self.stack, max(self.layers), sample_ids(self), name)
         # later blocks, the final norm and the head never run
         self.stack.keep_first(max(self.layers))
-        for layer in self.layers:
-            HookPoint(layer).module_in(self.stack).register_forward_hook(
-                lambda _, __, output, layer=layer: self._seen(layer, output)
-            )
+        self.places = {
+            layer: place_of(self.stack, HookPoint(layer).block, kind) for layer in self.layers
+        }
+        handles = self._hooks()
         if device != "cpu":
             move(self, device)
         require_causal(self, name)
         if device == "cpu" and not exact_twin:
             from fastsae.lm.cpu_kernels import quicken
 
+            for handle in handles:
+                handle.remove()
             quicken(self.stack)
+            self._hooks()  # on the modules that are there now
 
-    def _seen(self, layer, output):
-        self._streams[layer] = stream_of(output)
-        if layer == max(self.layers):
-            raise Enough
+    def _hooks(self):
+        def seeing(layer):
+            def see(stream):
+                # what is below a block can be changed in place when it is added
+                self._streams[layer] = stream if self.kind == "resid_post" else stream.clone()
+                if layer == max(self.layers):
+                    raise Enough
+
+            return see
+
+        return [
+            place.hook(self.stack.layers[layer - 1], seeing(layer))
+            for layer, place in self.places.items()
+        ]
 
     def __call__(
         self, ids: "torch.Tensor", prefix: "Prefix | None" = None
@@ -91,10 +107,12 @@ class ResidualModel:
             streams, self._streams = self._streams, {}
             return streams
 
-    @property
-    def where(self) -> dict[str, str]:
-        """{"blocks": where they are in the model}, for metadata; {} where they are as in Llama."""
-        return {} if self.stack.path == BLOCKS else {"blocks": self.stack.path}
+    def where(self, layer: int) -> dict[str, str]:
+        """Where a layer's hook is in the model, for metadata: "blocks" where these are not as in
+        Llama, and "hook_module" where it is below a block."""
+        blocks = {} if self.stack.path == BLOCKS else {"blocks": self.stack.path}
+        module = self.places[layer].module
+        return {**blocks, **({"hook_module": module} if module else {})}
 
     def require_length(self, n_tokens: int) -> None:
         """InputError if the model cannot read `n_tokens` tokens in a row: its positions are a

@@ -267,6 +267,12 @@ def check_architecture(values: dict[str, Any], require: Require) -> None:
         f"sparsify holds topk only, not {architecture}",
         "leave sparsify out, or give --architecture topk",
     )
+    require(
+        "sparsify" not in each(values.get("EXPORT")) or values.get("HOOK") != "resid_mid",
+        "EXPORT",
+        "sparsify names its folders by modules' outputs, and resid_mid is none",
+        "leave sparsify out",
+    )
 
 
 def check_interpretation(values: dict[str, Any], require: Require) -> None:

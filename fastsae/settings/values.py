@@ -35,9 +35,9 @@ def run_name_of(dataset_path: str) -> str:
     return name if name.strip(". ") else "dataset"
 
 
-def activations_stem(layer: int) -> str:
+def activations_stem(layer: int, hook: str = "resid_post") -> str:
     """The name, without its ending, of the files of a layer's activations."""
-    return f"activations_layer{layer}"
+    return f"activations_layer{layer}{'' if hook == 'resid_post' else f'_{hook}'}"
 
 
 class Settings:
@@ -108,8 +108,9 @@ class Settings:
 
     @property
     def activations_path(self) -> Path:
-        """The activations of LAYER_IDX."""
-        return self.output_dir / "activations" / f"{activations_stem(self.LAYER_IDX)}.npz"
+        """The activations of LAYER_IDX and HOOK."""
+        stem = activations_stem(self.LAYER_IDX, self.values.get("HOOK", "resid_post"))
+        return self.output_dir / "activations" / f"{stem}.npz"
 
     @property
     def run_dir(self) -> Path:

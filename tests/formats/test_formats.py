@@ -647,6 +647,19 @@ def test_gemma_scope(tmp_path):
         load_sae(folder)
 
 
+def test_gemma_scope_of_other_places(tmp_path):
+    """The MLP's outputs are read; attention's, before they are projected, are refused."""
+    state = dictionary_state("JumpReluAutoEncoder")
+    for site in ("mlp", "att"):
+        folder = tmp_path / f"gemma-scope-2b-pt-{site}" / "layer_20" / "width_16k"
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", **{name: value.numpy() for name, value in state.items()})
+    settings = load_sae(tmp_path / "gemma-scope-2b-pt-mlp/layer_20/width_16k")[1]["activations"]
+    assert settings["settings"] == {"LAYER_IDX": 21, "HOOK": "mlp_out"}
+    with pytest.raises(InputError, match="params.npz: Gemma Scope's att is not the residual"):
+        load_sae(folder)
+
+
 # What is refused
 
 REFUSED = [
@@ -660,8 +673,8 @@ REFUSED = [
     ({"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu'"),
     ({"reshape_activations": "hook_z"}, "reshape_activations"),
     (
-        {"metadata": {"hook_name": "blocks.3.hook_mlp_out"}},
-        "blocks.3.hook_mlp_out', not on the residual stream",
+        {"metadata": {"hook_name": "blocks.3.attn.hook_z"}},
+        "blocks.3.attn.hook_z', not on the residual stream or what attention or MLP add",
     ),
     ({"architecture": "topk"}, "cfg.json: k is missing"),
     ({"architecture": "topk", "k": 41}, "k 41 is not from 1 to 40"),

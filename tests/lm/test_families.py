@@ -12,7 +12,7 @@ from experiments.benchmarks import families as benchmark
 from experiments.shared import families
 from experiments.shared.families import FAMILIES, Family
 from fastsae.intervention import next_token_losses
-from fastsae.lm import checks, cpu_kernels, decoders, loading, residual
+from fastsae.lm import checks, cpu_kernels, decoders, loading, places, residual
 from fastsae.runtime.errors import InputError
 
 LAYERS = (1, 2, 4)  # the first, a middle one, the last
@@ -46,6 +46,7 @@ def test_what_is_read_is_what_transformers_gives(built, name):
     known = json.loads(benchmark.RESULT.read_text())["families"][name]
     assert known["blocks"] == fast.stack.path and known["reuses"] == family.reuses
     assert known["lens"] == (error is not None)
+    assert known["places"] == sorted(places.places_in(decoders.decoder_stack(model), 1))
 
 
 def test_the_table_in_docs_has_every_family():

@@ -1,9 +1,8 @@
 """The addresses of a layer in each library, worked out by hand."""
 
 import pytest
-import torch
 
-from fastsae.lm.hook_points import KINDS, HookPoint, Kind
+from fastsae.lm.hook_points import HookPoint
 
 
 def test_the_addresses_of_layer_12():
@@ -38,9 +37,10 @@ def test_names_are_read_back(name, layer):
 @pytest.mark.parametrize(
     "name",
     [
-        "blocks.11.hook_mlp_out",
         "blocks.11.attn.hook_z",
-        "model.layers.11.mlp",
+        "blocks.11.hook_mlp_in",
+        "model.layers.11.mlp.down_proj",
+        "model.layers.11.input_layernorm",
         "blocks.hook_resid_post",
         "layers.",
         "",
@@ -84,13 +84,35 @@ def test_what_is_no_hook_point_is_refused(arguments):
         HookPoint(*arguments)
 
 
-def test_the_module_whose_output_it_is(monkeypatch):
-    stack = torch.nn.Module()
-    blocks = [torch.nn.ModuleDict({"mlp": torch.nn.Linear(1, 1)}) for _ in range(3)]
-    stack.layers = torch.nn.ModuleList(blocks)
-    assert HookPoint(3).module_in(stack) is blocks[2]
-    monkeypatch.setitem(KINDS, "mlp_out", Kind(transformer_lens="hook_mlp_out", module="mlp"))
-    point = HookPoint(2, "mlp_out")
-    assert point.module_in(stack) is blocks[1]["mlp"]
-    assert point.transformer_lens == "blocks.1.hook_mlp_out"
-    assert point.hugging_face == "model.layers.1.mlp"
+@pytest.mark.parametrize(
+    "kind, lens, module",
+    [
+        ("resid_mid", "blocks.11.hook_resid_mid", "model.layers.11.post_attention_layernorm"),
+        ("attn_out", "blocks.11.hook_attn_out", "model.layers.11.self_attn"),
+        ("mlp_out", "blocks.11.hook_mlp_out", "model.layers.11.mlp"),
+    ],
+)
+def test_the_addresses_of_other_kinds(kind, lens, module):
+    point = HookPoint(12, kind)
+    assert (point.transformer_lens, point.hugging_face) == (lens, module)
+    assert point.sparsify == module.removeprefix("model.")
+    assert point.file_stem == f"activations_layer12_{kind}"
+    assert point.is_input == (kind == "resid_mid")
+    assert HookPoint.parse(lens) == point
+    if not point.is_input:
+        assert HookPoint.parse(module) == HookPoint.parse(point.sparsify) == point
+    settings = {"LAYER_IDX": 12, "HOOK": kind}
+    assert HookPoint.of_activations({"settings": settings}) == point
+    found = HookPoint.of_activations(
+        {"settings": settings, "blocks": "transformer.h", "hook_module": "attn"}
+    )
+    assert found.hugging_face == "transformer.h.11.attn" and found.sparsify == "h.11.attn"
+
+
+def test_gemma_scope_names_the_kind_in_its_repository():
+    path = "/hub/models--google--gemma-scope-2b-pt-{}/layer_20/width_16k/params.npz"
+    assert HookPoint.of_gemma_scope(path.format("res")) == HookPoint(21)
+    assert HookPoint.of_gemma_scope(path.format("mlp")) == HookPoint(21, "mlp_out")
+    for site in ("att", "transcoders"):
+        with pytest.raises(ValueError, match=site):
+            HookPoint.of_gemma_scope(path.format(site))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastsae.formats.parts import Config, Parts, Tensors, layer_of_hook, prefixes_of, read_config
+from fastsae.formats.parts import Config, Parts, Tensors, place_of_hook, prefixes_of, read_config
 from fastsae.lm.hook_points import HookPoint
 from fastsae.runtime.errors import InputError
 
@@ -44,10 +44,10 @@ def read(path: Path, values: dict) -> Parts:
     hook, layer = trainer.get("submodule_name", str), trainer.get("layer", int)
     if layer is not None and layer < 0:
         trainer.refuse("layer", "is below 0. get another copy of the file")
-    if hook and not hook.startswith("resid_post"):
-        layer_of_hook(hook, trainer.path)
+    named = hook and not hook.startswith("resid_post")
     parts.about = {
         "format": "dictionary_learning",
+        **(place_of_hook(hook, trainer.path) if named else {}),
         "layer": None if layer is None else HookPoint.of_block(layer).layer,
         "hook_name": hook,
         "model_name": trainer.get("lm_name", str),

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsae.formats.parts import Parts, Tensors
+from fastsae.formats.parts import Parts, Tensors, about_place
 from fastsae.lm.hook_points import HookPoint
+from fastsae.runtime.errors import InputError
 
 
 def holds(values: dict[str, np.ndarray]) -> bool:
@@ -30,10 +31,16 @@ def read(path: Path, values: dict[str, np.ndarray]) -> Parts:
         weights.take("threshold", m),
     )
     weights.finish()
-    hook_point = HookPoint.of_gemma_scope(str(path.resolve()))
+    try:
+        hook_point = HookPoint.of_gemma_scope(str(path.resolve()))
+    except ValueError as error:
+        raise InputError(
+            f"{path}: Gemma Scope's {error} is not the residual stream or what the MLP adds to it. "
+            "choose one of -res or -mlp."
+        ) from None
     parts.about = {
         "format": "gemma scope",
-        "layer": hook_point and hook_point.layer,
+        **about_place(hook_point),
         "hook_name": None,
         "model_name": None,
     }

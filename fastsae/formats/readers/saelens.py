@@ -9,7 +9,7 @@ from fastsae.formats.parts import (
     Config,
     Parts,
     Tensors,
-    layer_of_hook,
+    place_of_hook,
     prefixes_of,
     read_config,
     read_safetensors,
@@ -71,7 +71,7 @@ def read(path: Path) -> Parts:
         )
     parts.about = {
         "format": "saelens",
-        "layer": layer_of_hook(hook, cfg.path),
+        **place_of_hook(hook, cfg.path),
         "hook_name": hook,
         "model_name": more.get("model_name") or cfg.values.get("model_name"),
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastsae.formats.parts import (
     Parts,
-    layer_of_hook,
+    place_of_hook,
     read_config,
     read_safetensors,
     refuse_other_inputs,
@@ -41,7 +41,7 @@ def read(path: Path) -> Parts:
     hook = folder.name if re.search(r"(layers|h)[._]\d", folder.name) else None
     parts.about = {
         "format": "sparsify",
-        "layer": layer_of_hook(hook, folder),
+        **place_of_hook(hook, folder),
         "hook_name": hook,
         "model_name": None,
     }

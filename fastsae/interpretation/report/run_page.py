@@ -16,6 +16,7 @@ from fastsae.interpretation.report import charts
 from fastsae.interpretation.report.overview import verdict
 from fastsae.interpretation.significance import LEVEL
 from fastsae.interpretation.tables import by_language_model
+from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import described, short_name
 from fastsae.sae.metrics import measured_on
 
@@ -340,6 +341,14 @@ def run_tables(
     ]
 
 
+def where_read(source: Mapping[str, Any]) -> str:
+    """The place in the model, in words."""
+    point = HookPoint.of_activations(dict(source))
+    if point.kind == "resid_post":
+        return f"residual stream after {point.layer} blocks"
+    return f"{point.text}, counted from 0 (layer {point.layer})"
+
+
 def provenance(
     sae_meta: Mapping[str, Any], source: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
@@ -348,7 +357,7 @@ def provenance(
         ("model", described(source["model_name"])),
         ("autoencoder", architecture_text(sae_meta["settings"])),
         ("revision", source.get("resolved_revision") or source.get("model_revision") or "as named"),
-        ("layer", f"residual stream after {source['settings']['LAYER_IDX']} blocks"),
+        ("layer", where_read(source)),
         ("dataset", dataset_name(source["dataset_path"])),
         ("dataset sha256", source["inputs"]["dataset"]),
         ("checkpoint", short_name(metadata["checkpoint"])),
