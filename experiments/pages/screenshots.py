@@ -5,27 +5,16 @@ pip install selenium).
     python -m experiments.pages.screenshots --report path/to/interpretations.html --feature 42 \\
         --out /tmp
 
-Writes report_index.png, report_feature.png, report_run.png, report_phone.png, report_dark.png.
+Writes report_overview.png, report_index.png, report_feature.png, report_run.png, report_phone.png,
+report_phone_feature.png, report_dark.png.
 """
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
 
+from experiments.shared.browser import READY, open_browser, wait
 from experiments.shared.provenance import PROJECT, RESULTS
-
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-)
 
 
 def main():
@@ -36,21 +25,11 @@ def main():
     parser.add_argument("--feature", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    from selenium import webdriver
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
-
-    options = Options()
-    options.binary_location = "/usr/bin/chromium"
-    for flag in FLAGS:
-        options.add_argument(flag)
-    with tempfile.TemporaryDirectory() as profile:
-        options.add_argument(f"--user-data-dir={profile}")
-        browser = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
-        try:
-            take_all(browser, args.report.resolve().as_uri(), args.feature, args.out)
-        finally:
-            browser.quit()
+    browser = open_browser()
+    try:
+        take_all(browser, args.report.resolve().as_uri(), args.feature, args.out)
+    finally:
+        browser.quit()
 
 
 def take_all(browser, url, feature, out):
@@ -68,6 +47,7 @@ def take_all(browser, url, feature, out):
         )
         browser.get("about:blank")
         browser.get(url + hash)
+        wait(browser, READY)
         time.sleep(0.4)
         path = out / f"report_{name}.png"
         browser.save_screenshot(str(path))
@@ -75,15 +55,17 @@ def take_all(browser, url, feature, out):
         print(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB)")
 
     browser.get(url)
+    wait(browser, READY)
     first = (
-        browser.execute_script("return state.shown[1] ?? state.shown[0]")
+        browser.execute_script("return state.shown[2] ?? state.shown[0]")
         if feature is None
         else feature
     )
-    take("index", "", 1360, 860)
-    take("feature", f"#feature={first}", 1360, 860)
+    take("overview", "", 1360, 860)
+    take("index", f"#feature={first}", 1360, 860)
+    take("feature", f"#feature={first}", 1360, 1500)
     take("run", "#run", 1360, 860)
-    take("dark", f"#feature={first}", 1360, 860, dark=True)
+    take("dark", "", 1360, 860, dark=True)
     take("phone", "", 400, 800, phone=True)
     take("phone_feature", f"#feature={first}", 400, 800, phone=True)
 

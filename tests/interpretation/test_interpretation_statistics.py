@@ -9,7 +9,7 @@ from scipy import sparse
 from fastsae.data import token_text
 from fastsae.interpretation import statistics
 from fastsae.interpretation.evidence import Evidence, level_name
-from fastsae.interpretation.logit_lens import promoted_and_suppressed
+from fastsae.interpretation.logit_lens import chance_logits, promoted_and_suppressed
 from fastsae.interpretation.statistics import (
     Histogram,
     LargestExamples,
@@ -380,6 +380,25 @@ def test_levels_by_hand():
         "fine",
     ]
     assert level_name(0, None) == "" and level_name(0, [16]) == ""
+
+
+def test_promoted_tokens_stand_out_from_random_mixes_of_the_features():
+    """Of other mixes a few reach beyond the bound; a feature that is one token's direction does; a
+    shift of all logits alike changes nothing; the bound grows with the feature's length."""
+    generator = torch.Generator().manual_seed(3)
+    unembedding = torch.randn(500, 16, generator=generator)
+    rows = torch.randn(40, 16, generator=generator)
+    rows[0], rows[2] = 3 * unembedding[7], 2 * rows[1]
+    bounds = chance_logits(rows, unembedding)
+    logits = rows @ unembedding.t()
+    assert logits[0].max() > bounds[0, 0] and logits[0].argmax() == 7
+    assert torch.allclose(bounds[2], 2 * bounds[1])
+    mixes = torch.randn(400, 40, generator=generator) @ rows
+    reach = (bounds[0, 0] - bounds[0, 1]) / 2 / rows[0].norm()
+    centred = (unembedding - unembedding.mean(0)) @ (mixes / mixes.norm(dim=1, keepdim=True)).t()
+    assert 0.01 < (centred.amax(0) > reach).float().mean() < 0.12
+    shifted = chance_logits(rows, unembedding + rows[5])
+    assert torch.allclose(shifted - bounds, (rows @ rows[5])[:, None].expand(-1, 2), atol=1e-3)
 
 
 def test_logit_lens_by_hand():

@@ -117,6 +117,22 @@ function exampleGroups(f) {
     .flatMap(([name, list]) => [name, ...list.map(e => exampleNode(f, e))]);
 }
 
+// The tokens that a direction promotes and suppresses, where they stand out from random mixes of the
+// features; else a sentence, for then they are noise.
+function lensNodes(f) {
+  if (!f.promoted.length) return [];
+  const outside = (list, chance, sign) =>
+    chance === null ? list : list.filter(([, value]) => sign * value > sign * chance);
+  const [up, down] = [outside(f.promoted, f.lensChance[0], 1), outside(f.suppressed, f.lensChance[1], -1)];
+  const bound = chance => chance === null ? [] : ["next tokens; ", term("lens-chance", "by chance"), ` up to ${figure(chance)}`];
+  if (!up.length && !down.length)
+    return [heading(term("lens", "Promotes")), make("p", { class: "origin" }, "No next token stands out: random mixes of the features promote and suppress some as much.")];
+  const block = (name, list, className, chance) => list.length
+    ? make("div", {}, heading(name, ...bound(chance)), bars(list, className, figure)) : null;
+  return [make("div", { class: "two" }, block(term("lens", "Promotes"), up, "", f.lensChance[0]),
+    block("Suppresses", down, "down", f.lensChance[1]))];
+}
+
 function panel(f) {
   const i = state.shown.indexOf(f.id), [before, after] = i < 0 ? [] : [state.shown[i - 1], state.shown[i + 1]];
   const go = (id, text) => id === undefined ? null : make("a", { href: `#feature=${id}` }, text);
@@ -132,9 +148,7 @@ function panel(f) {
         side(heading(term("characteristic", "Characteristic tokens"), "share of its activation"), bars(f.tokens, "", percent)),
         side(heading("Where it fires", "share of its activation"), bars(f.groups, "", percent, 1))),
       heading("Activations", "tokens by strength, where it fires"), histogram(f),
-      f.promoted.length ? make("div", { class: "two" },
-        side(heading(term("lens", "Promotes"), "next tokens"), bars(f.promoted, "", figure)),
-        side(heading("Suppresses"), bars(f.suppressed, "down", figure))) : null,
+      ...lensNodes(f),
       make("div", { class: "two" },
         side(heading("Similar direction", term("cosine", "cosine")), links(f.near, v => round(v))),
         side(heading("Fires together with", term("jaccard", "Jaccard index")), links(f.together, v => round(v)))),

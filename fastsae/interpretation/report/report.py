@@ -251,6 +251,7 @@ def feature_data(
         "examples": entries,
         "promoted": pairs(lens[0][:N_PROMOTED]),
         "suppressed": pairs(lens[1][:N_PROMOTED]),
+        "lensChance": [number(row.get(f"{side}_chance"), 3) for side in ("promoted", "suppressed")],
         "near": pairs(near),
         "together": pairs(together),
     }

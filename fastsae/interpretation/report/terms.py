@@ -81,6 +81,11 @@ TERMS = {
         "The logit lens: which next tokens the feature's direction alone would make more likely; "
         "in early and middle layers often noise.",
     ),
+    "lens-chance": (
+        "by chance, of promoted tokens",
+        "What the strongest token of 95 % of random mixes of the features stays within; weaker "
+        "tokens are left out as noise.",
+    ),
     "cosine": (
         "cosine",
         "How alike two directions are: 1 for the same, 0 for unrelated, -1 for opposite.",
