@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import sampling  # noqa: E402
+import scheduling  # noqa: E402
 from tiny_world import forks, tiny_llama, two_processes, worker, world  # noqa: E402, F401  (fixtures)
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -58,10 +59,11 @@ def pytest_cmdline_main(config):
         return
     whole = config.args_source is config.ArgsSource.TESTPATHS and not option.keyword
     if whole and not (option.usepdb or option.collectonly):
-        option.numprocesses, option.dist, option.loadscopereorder = n, "loadgroup", False
+        option.numprocesses = n
 
 
 def pytest_configure(config):
+    config.option.loadscopereorder = False  # of pytest-xdist: files keep their order
     sampling.exhaustive = config.getoption("--exhaustive") or config.getoption("--rest")
     os.environ["TEST_DAY"] = str(sampling.day)  # of all processes, also after midnight
 
@@ -72,7 +74,6 @@ def pytest_report_header():
     return f"quick run: TEST_DAY={sampling.day} repeats its points; --exhaustive tries all"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     """In the quick run: `@pytest.mark.sampled(n)` keeps about n of a test's cases, and
     `@pytest.mark.exhaustive` none. With --rest: the marked tests only."""
@@ -94,31 +95,13 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=list(dropped))
     if hasattr(config, "workerinput"):
-        items.sort(key=_rank)
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
+        items.sort(key=lambda item: scheduling.rank(item.nodeid))
 
 
-# those that take longest: a process that begins with one of them does not end long after the rest
-LONG = (
-    "test_pipeline",
-    "world",
-    "test_guarantees_process",
-    "test_extraction_scale",
-    "test_studies_fast",
-    "test_training",
-)
-
-
-def _group(item):
-    """Tests that run in one of several processes: a file's, which share its fixtures, or those of
-    the tiny world."""
-    return "world" if "forks" in item.fixturenames else item.path.stem
-
-
-def _rank(item):
-    group = _group(item)
-    return LONG.index(group) if group in LONG else len(LONG)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Unless another --dist is given, the tests of a file stay in one process."""
+    return scheduling.scheduler(config, log) if config.getvalue("dist") == "load" else None
 
 
 def _kept(group):

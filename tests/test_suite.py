@@ -1,9 +1,13 @@
 """How the tests are run: in how many processes, which points, and what is said of them."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import conftest
 import pytest
+import scheduling
 
 ARGUMENTS = pytest.Config.ArgsSource
 
@@ -12,7 +16,7 @@ def configured(source=ARGUMENTS.TESTPATHS, cores=2, worker=False, monkeypatch=No
     """pytest's options after `pytest_cmdline_main`, as pytest-xdist then reads them."""
     plain = {"numprocesses": None, "keyword": "", "usepdb": False, "collectonly": False}
     config = SimpleNamespace(
-        option=SimpleNamespace(**plain | {"dist": "no", "loadscopereorder": True} | options),
+        option=SimpleNamespace(**plain | {"dist": "no"} | options),
         args_source=source,
         ArgsSource=ARGUMENTS,
     )
@@ -27,7 +31,6 @@ def configured(source=ARGUMENTS.TESTPATHS, cores=2, worker=False, monkeypatch=No
 def test_the_whole_suite_runs_on_all_cores(monkeypatch, cores, expected):
     option = configured(cores=cores, monkeypatch=monkeypatch)
     assert option.numprocesses == expected
-    assert option.dist == ("loadgroup" if expected else "no")
 
 
 @pytest.mark.parametrize(
@@ -68,20 +71,48 @@ def test_what_all_processes_tried_is_added_up(monkeypatch):
     assert conftest.LEFT_OUT == {"test_a": (1, 4)}
 
 
-def test_the_tests_of_a_file_stay_together_and_so_do_those_of_the_tiny_world():
-    def item(path, *fixtures):
-        return SimpleNamespace(path=SimpleNamespace(stem=path), fixturenames=fixtures)
+def test_the_tests_of_a_file_stay_together_and_so_do_those_of_the_tiny_world(request):
+    """As pytest sees their fixtures."""
+    for item in request.session.items:
+        path = item.nodeid.partition("::")[0]
+        expected = "forks" if "forks" in item.fixturenames else path
+        assert scheduling.group(item.nodeid) == expected, item.nodeid
+    some = {
+        "tests/guarantees/test_guarantees_llm.py::test_an_attack_ends_in_whole_tables[nested JSON]",
+        "tests/test_docs_commands.py::test_the_command_does_what_it_says[a-b]",
+        "tests/activations/test_extraction_scale.py::test_kills_at_random_times_change_no_byte",
+    }
+    assert {scheduling.group(each) for each in some} == {"forks"}
+    scale = "tests/activations/test_extraction_scale.py"
+    assert scheduling.group(f"{scale}::test_shards_by_hand") == scale
 
-    world = [item("test_guarantees_kill", "forks"), item("test_docs_commands", "tiny", "forks")]
-    others = [item("test_pipeline"), item("test_tables", "tmp_path"), item("test_docs")]
-    assert {conftest._group(each) for each in world} == {"world"}
-    assert [conftest._group(each) for each in others] == [each.path.stem for each in others]
-    # the longest first, the others in their order
-    ordered = sorted([*others[::-1], *world], key=conftest._rank)
-    assert [each.path.stem for each in ordered[:1]] == ["test_pipeline"]
-    assert [each.path.stem for each in ordered[-2:]] == ["test_docs", "test_tables"]
-    known = {path.stem for path in (conftest.PROJECT / "tests").rglob("test_*.py")}
-    assert set(conftest.LONG) <= known | {"world"}
+
+def test_the_longest_go_first_and_the_others_in_their_order():
+    names = [f"tests/{path}.py::test_a" for path in ("test_docs", "test_pipeline", "test_config")]
+    assert sorted(names, key=scheduling.rank) == [names[1], names[0], names[2]]
+    assert all(name == "forks" or (conftest.PROJECT / name).exists() for name in scheduling.LONG)
+
+
+def test_several_processes_set_up_a_file_once(tmp_path):
+    """As pytest-xdist gives them out: of two files with a fixture each, in two processes."""
+    pytest.importorskip("xdist")
+    fixture = "import os, pytest\n@pytest.fixture(scope='module')\ndef mine():\n"
+    tests = "".join(f"def test_{i}(mine): pass\n" for i in range(6))
+    for name in ("one", "two"):
+        text = f"{fixture}    open(f'{name}-{{os.getpid()}}', 'w')\n{tests}"
+        (tmp_path / f"test_{name}.py").write_text(text)
+    (tmp_path / "conftest.py").write_text(
+        "import pathlib, scheduling\n"
+        "scheduling.PROJECT, scheduling.SHARED = pathlib.Path(__file__).parent, ()\n"
+        "def pytest_xdist_make_scheduler(config, log): return scheduling.scheduler(config, log)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2"]
+    env = {**os.environ, "PYTHONPATH": str(conftest.PROJECT / "tests" / "support")}
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=env
+    )
+    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("one-*"))) == len(list(tmp_path.glob("two-*"))) == 1
 
 
 def test_the_quick_run_comes_to_every_point(monkeypatch):
