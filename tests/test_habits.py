@@ -9,24 +9,13 @@ import sys
 
 import pytest
 from conftest import PROJECT, planted_tokens, summaries
+from small import small
 
 import config
 from fastsae.runtime import progress
 
 SCRIPTS = ["extract_activations.py", "train_sae.py", "interpret_sae.py", "run_pipeline.py"]
-TINY = [
-    "--m",
-    16,
-    "--k",
-    2,
-    "--matryoshka-prefixes=none",
-    "--n-epochs",
-    2,
-    "--run-name",
-    "r",
-    "--device",
-    "cpu",
-]
+TINY = small(run_name="r")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import PROJECT, planted_tokens, put_activations
 from inert_page import read_report
+from small import small
 
 import fastsae
 from fastsae.formats import load
@@ -146,24 +147,7 @@ def test_a_runs_folder_stands_for_its_checkpoint(sae, checkpoint):
 def test_without_a_model_it_still_encodes(tmp_path, run_main):
     tokens, _ = planted_tokens(300, 16, 20, 2)
     flags = put_activations(tmp_path, tokens, [10] * 30)
-    assert (
-        run_main(
-            "train_sae",
-            *flags,
-            "--m",
-            20,
-            "--k",
-            2,
-            "--matryoshka-prefixes=none",
-            "--n-epochs",
-            2,
-            "--run-name",
-            "r",
-            "--device",
-            "cpu",
-        )
-        == 0
-    )
+    assert run_main("train_sae", *flags, *small(m=20, run_name="r")) == 0
     (path,) = (tmp_path / "checkpoints" / "r").glob("SAE_*.pt")
     sae = fastsae.load_sae(path)
     assert sae.encode(tokens).shape == (300, 20)

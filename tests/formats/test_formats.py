@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import planted_tokens
 from safetensors.torch import load_file, save_file
+from small import small
 
 from fastsae.formats import export
 from fastsae.formats.load import (
@@ -925,23 +926,7 @@ def test_which_architecture_it_is(tmp_path, kind, settings, said):
 
 # The scripts
 
-SMALL = [
-    "--m",
-    48,
-    "--k",
-    3,
-    "--matryoshka-prefixes=none",
-    "--device",
-    "cpu",
-    "--run-name",
-    "test",
-    "--max-norm-ratio",
-    "none",
-    "--n-epochs",
-    2,
-    "--batch-size",
-    256,
-]
+SMALL = small(m=48, k=3, max_norm_ratio=None, batch_size=256)
 
 
 def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main, capsys):

@@ -11,25 +11,14 @@ import numpy as np
 import pytest
 import torch
 from sampling import points
+from small import small
 
 from fastsae.activations import files
 from fastsae.formats import load as formats
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure
 
-SMALL = [
-    "--m",
-    "8",
-    "--k",
-    "2",
-    "--matryoshka-prefixes=none",
-    "--n-epochs",
-    "1",
-    "--device",
-    "cpu",
-    "--run-name",
-    "r",
-]
+SMALL = small(m=8, n_epochs=1, run_name="r")
 
 
 # Pickles

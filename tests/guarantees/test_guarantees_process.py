@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import PROJECT, other_constants
 from loopback import Endpoint
+from small import small
 from source_tree import python_files
 from tiny_world import replay
 
@@ -489,17 +490,7 @@ def test_works_without_terminal_and_stdin(tmp_path, write_activations):
         sys.executable,
         str(PROJECT / "train_sae.py"),
         *flags,
-        "--m",
-        "8",
-        "--k",
-        "2",
-        "--matryoshka-prefixes=none",
-        "--n-epochs",
-        "1",
-        "--device",
-        "cpu",
-        "--run-name",
-        "r",
+        *small(m=8, n_epochs=1, run_name="r"),
     ]
     done = subprocess.run(
         command,

@@ -16,25 +16,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, line_of, snapshot
+from small import small
 
 from fastsae.activations import extraction
 from fastsae.interpretation.inputs import named_checkpoint
 from fastsae.runtime import artifacts, stops, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
-SMALL = [
-    "--m",
-    "8",
-    "--k",
-    "2",
-    "--matryoshka-prefixes=none",
-    "--n-epochs",
-    "1",
-    "--device",
-    "cpu",
-    "--run-name",
-    "r",
-]
+SMALL = small(m=8, n_epochs=1, run_name="r")
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import planted_tokens
+from small import small
 from source_tree import PROJECT, python_files
 
 from fastsae.formats.load import load_sae
@@ -265,25 +266,7 @@ def gates_decoder_gradient(sae, x):
     return {"W_dec": weight - (weight * rows).sum(1, keepdim=True) * rows, "b_dec": error.sum(0)}
 
 
-SMALL = [
-    "--m",
-    48,
-    "--k",
-    3,
-    "--matryoshka-prefixes=none",
-    "--device",
-    "cpu",
-    "--run-name",
-    "test",
-    "--max-norm-ratio",
-    "none",
-    "--n-epochs",
-    40,
-    "--batch-size",
-    256,
-    "--learning-rate",
-    3e-3,
-]
+SMALL = small(m=48, k=3, max_norm_ratio=None, n_epochs=40, batch_size=256, learning_rate=0.003)
 
 
 @pytest.mark.sampled(3)

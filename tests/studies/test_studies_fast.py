@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import PROJECT, put_activations
 from scipy import sparse
+from small import small
 
 from experiments.pages import studies_page_fast, studies_table
 from experiments.shared import evidence, heldout, provenance, statistics, sweeps
@@ -220,19 +221,7 @@ def test_resampled_features_leave_out_the_dead_and_keep_the_mean():
 def test_training_takes_the_first_tokens_in_the_order_of_the_file(tmp_path, run_main, capsys):
     lengths, random = [10] * 20, np.random.default_rng(0)
     flags = put_activations(tmp_path, random.standard_normal((200, 8)).astype(np.float32), lengths)
-    more = [
-        "--m",
-        16,
-        "--k",
-        2,
-        "--matryoshka-prefixes=none",
-        "--n-epochs",
-        1,
-        "--run-name",
-        "first",
-        "--device",
-        "cpu",
-    ]
+    more = small(n_epochs=1, run_name="first")
     assert run_main("train_sae", *flags, *more, "--max-train-tokens", 64) == 0
     assert (
         json.loads((tmp_path / "checkpoints" / "first" / "metrics.json").read_text())[

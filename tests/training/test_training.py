@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import planted_tokens
+from small import small
 
 from fastsae.data.token_masks import (
     TEST,
@@ -22,19 +23,7 @@ from fastsae.runtime import artifacts
 from fastsae.sae.autoencoder import checkpoint_name, encode
 from fastsae.sae.metrics import evaluate
 
-SMALL = [
-    "--m",
-    16,
-    "--k",
-    2,
-    "--matryoshka-prefixes=none",
-    "--n-epochs",
-    2,
-    "--device",
-    "cpu",
-    "--run-name",
-    "test",
-]
+SMALL = small()
 
 
 def metrics_of(tmp_path):
@@ -628,14 +617,14 @@ def test_batchtopk_starts_without_all_pre_activations(monkeypatch):
 def test_activations_replaced_while_training_begins(
     tmp_path, write_activations, run_main, monkeypatch, capsys
 ):
-    import train_sae
+    from fastsae.activations import stream
 
     tokens, _ = planted_tokens(300, 8, 16, 2)
     flags = write_activations(tokens, [20] * 15)
-    read = train_sae.read_metadata
+    read = stream.read_metadata
     # as they were a second ago
     monkeypatch.setattr(
-        train_sae, "read_metadata", lambda path: {**read(path), "fingerprint": "0" * 64}
+        stream, "read_metadata", lambda path: {**read(path), "fingerprint": "0" * 64}
     )
     assert (
         run_main("train_sae", *flags, *SMALL) == 3

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from conftest import planted_tokens
+from small import small
 
 from fastsae.sae.autoencoder import decode, encode
 from fastsae.sae.dense_step import dense_step
@@ -15,21 +16,7 @@ from fastsae.sae.sparse_step import sparse_step
 from fastsae.training.resampling import resample
 from fastsae.training.run import TrainingRun
 
-SMALL = [
-    "--m",
-    16,
-    "--k",
-    2,
-    "--matryoshka-prefixes=none",
-    "--n-epochs",
-    3,
-    "--device",
-    "cpu",
-    "--run-name",
-    "test",
-    "--max-norm-ratio",
-    "none",
-]
+SMALL = small(n_epochs=3, max_norm_ratio=None)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard", "jumprelu", "gated"])

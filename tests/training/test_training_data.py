@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, planted_tokens
+from small import small
 
 from fastsae.data.token_masks import chosen_tokens
 from fastsae.training.data import CHUNK_ROWS, TrainingRows, batch_ends, mixed
@@ -91,21 +92,7 @@ def test_token_choice_by_hand():
     assert chosen_tokens("assistant", kind, role).tolist() == [False, False, False, True, False]
 
 
-SMALL = [
-    "--m",
-    16,
-    "--k",
-    2,
-    "--matryoshka-prefixes=none",
-    "--n-epochs",
-    2,
-    "--device",
-    "cpu",
-    "--run-name",
-    "test",
-    "--max-norm-ratio",
-    "none",
-]
+SMALL = small(max_norm_ratio=None)
 
 
 def test_only_the_chosen_tokens_train(tmp_path, write_activations, run_main, capsys):

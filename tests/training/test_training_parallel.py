@@ -12,28 +12,11 @@ import parallel_steps
 import pytest
 import torch
 from conftest import PROJECT, planted_tokens
+from small import small
 
 from fastsae.formats.load import load_sae
 
-FLAGS = [
-    "--m",
-    "64",
-    "--k",
-    "3",
-    "--matryoshka-prefixes=none",
-    "--n-epochs",
-    "3",
-    "--device",
-    "cpu",
-    "--run-name",
-    "test",
-    "--batch-size",
-    "100",
-    "--max-norm-ratio",
-    "none",
-    "--dead-after-tokens",
-    "400",
-]
+FLAGS = small(m=64, k=3, n_epochs=3, batch_size=100, max_norm_ratio=None, dead_after_tokens=400)
 
 
 def launch(command, n_processes):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import planted_tokens
+from small import small
 
 from fastsae.data.token_masks import (
     TEST,
@@ -18,19 +19,7 @@ from fastsae.data.token_masks import (
 )
 from fastsae.formats.load import load_sae
 
-SMALL = [
-    "--m",
-    16,
-    "--k",
-    2,
-    "--matryoshka-prefixes=none",
-    "--n-epochs",
-    3,
-    "--device",
-    "cpu",
-    "--run-name",
-    "test",
-]
+SMALL = small(n_epochs=3)
 
 
 def metrics_of(folder):
