@@ -1,0 +1,286 @@
+"""Training while activations are extracted, on millions of tokens with a budget of a few percent of
+them, against extraction and training one after the other.
+
+    python -m experiments.benchmarks.stream --work-dir /tmp/w                # all of it
+    python -m experiments.benchmarks.stream --work-dir /tmp/w --step both    # or step by step
+
+The data are dialogues made of two of the demo's passages each, read at a low layer of the embedded
+model. Steps: data, extract (all parts stay), shuffled (the same rows in one full shuffle, in
+memory), train (on the stream that is there), both (at once, with the budget), write. Wall time says
+little on a machine that does other work, so CPU seconds stand beside it. Writes
+experiments/results/stream.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.shared.provenance import PROJECT, environment, module_command, write_result
+
+STEPS = ("data", "extract", "shuffled", "train", "both", "write")
+SEED = 0
+UNLIMITED = 10**13
+TRAINING = ("--m", 256, "--k", 8, "--matryoshka-prefixes", "64,256", "--learning-rate", 1e-3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--step", choices=STEPS, help="one step; without it all of them")
+    parser.add_argument("--tokens", type=int, default=5_500_000, help="of the dialogues, about")
+    parser.add_argument("--layer", type=int, default=1)
+    parser.add_argument("--buffer-tokens", type=int, default=190_000)
+    parser.add_argument("--budget", type=float, default=0.05, help="part of all rows' bytes")
+    parser.add_argument("train", nargs="*", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.train:  # in a process of its own
+        sys.exit(train_shuffled(args.train))
+    for step in (args.step,) if args.step else STEPS:
+        globals()[f"step_{step}"](args)
+
+
+def step_data(args: argparse.Namespace) -> None:
+    """Dialogues of two passages each, no two alike."""
+    passages = [
+        json.loads(line)["text"]
+        for line in (PROJECT / "data" / "cognitive_actions.jsonl").read_text().splitlines()
+    ]
+    chance, n_characters = random.Random(SEED), 0
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    with open(args.work_dir / "dialogues.jsonl", "w") as file:
+        while n_characters < 4.6 * args.tokens:  # characters a token, the template's left out
+            first, second = chance.sample(passages, 2)
+            roles = zip(("user", "assistant"), (first, second))
+            row = {"messages": [{"role": role, "content": text} for role, text in roles]}
+            file.write(json.dumps(row) + "\n")
+            n_characters += len(first) + len(second)
+
+
+def step_extract(args: argparse.Namespace) -> None:
+    """Stage 1 alone; all parts stay."""
+    keep(args, "extract", measured(args, "alone", [extract(args, "alone", UNLIMITED)]))
+
+
+def step_shuffled(args: argparse.Namespace) -> None:
+    """Stage 2 on the same rows in one full shuffle."""
+    copied = args.work_dir / "shuffled"
+    shutil.rmtree(copied, ignore_errors=True)
+    shutil.copytree(args.work_dir / "alone", copied, copy_function=os.link)
+    command = module_command("experiments.benchmarks.stream", "--work-dir", args.work_dir, "--")
+    found = measured(args, "shuffled", [[*command, *train(args, "shuffled", UNLIMITED)[2:]]])
+    keep(args, "shuffled", {**found, "metrics": metrics_of(args, "shuffled")})
+
+
+def step_train(args: argparse.Namespace) -> None:
+    """Stage 2 alone, on all parts."""
+    found = measured(args, "alone", [train(args, "alone", UNLIMITED)])
+    keep(args, "train", {**found, "metrics": metrics_of(args, "alone")})
+
+
+def step_both(args: argparse.Namespace) -> None:
+    """Both stages at once, with the budget."""
+    budget = budget_of(args)
+    commands = [extract(args, "both", budget), train(args, "both", budget)]
+    found = measured(args, "both", commands)
+    same = checkpoint_of(args, "alone").read_bytes() == checkpoint_of(args, "both").read_bytes()
+    figures = {"budget_bytes": budget, "same_bytes": same, "metrics": metrics_of(args, "both")}
+    keep(args, "both", {**found, **figures})
+
+
+def step_write(args: argparse.Namespace) -> None:
+    """The result of all steps."""
+    found = {step: kept(args, step) for step in ("extract", "shuffled", "train", "both")}
+    about = stream_of(args, "alone")
+    errors = {
+        name: each["metrics"]["normalized_mse"] for name, each in found.items() if name != "extract"
+    }
+    one_by_one = [found[step]["stages"][0] for step in ("extract", "train")]
+    at_once = found["both"]["stages"]
+    settings = {"layer": args.layer, "buffer_tokens": args.buffer_tokens, "training": TRAINING}
+    write_result(
+        "stream",
+        settings,
+        {
+            "n_tokens": sum(about["n_tokens"]),
+            "n_parts": len(about["n_tokens"]),
+            "bytes_of_all_parts": sum(about["sizes"]),
+            "budget_bytes": found["both"]["budget_bytes"],
+            "peak_bytes": {name: found[name]["peak_bytes"] for name in ("extract", "both")},
+            "seconds_one_after_the_other": sum(each["seconds"] for each in one_by_one),
+            "seconds_at_once": found["both"]["seconds"],
+            "cpu_seconds_one_after_the_other": sum(each["cpu_seconds"] for each in one_by_one),
+            "cpu_seconds_at_once": sum(each["cpu_seconds"] for each in at_once),
+            "peak_memory_mb": {
+                "extract, all parts stay": one_by_one[0]["peak_memory_mb"],
+                "train, all parts there": one_by_one[1]["peak_memory_mb"],
+                "extract, at once": at_once[0]["peak_memory_mb"],
+                "train, at once": at_once[1]["peak_memory_mb"],
+            },
+            "same_bytes": found["both"]["same_bytes"],
+            "normalized_mse": errors,
+            "mixing_loss": errors["both"] / errors["shuffled"] - 1,
+            "load": {step: found[step]["load"] for step in found},
+        },
+    )
+
+
+# Stages as processes
+
+
+def extract(args: argparse.Namespace, folder: str, budget: int) -> list[str]:
+    """The command of stage 1."""
+    own = ["--layer-idx", args.layer, "--label-field", "none", "--sample-fraction", 0.04]
+    return command_of(args, "extract_activations.py", folder, budget, *own)
+
+
+def train(args: argparse.Namespace, folder: str, budget: int) -> list[str]:
+    """The command of stage 2."""
+    own = ["--layer-idx", args.layer, "--label-field", "none", "--run-name", "r", *TRAINING]
+    return command_of(args, "train_sae.py", folder, budget, *own)
+
+
+def command_of(args, script, folder, budget, *more):
+    shared = [
+        "--output-dir", args.work_dir / folder, "--dataset-path", args.work_dir / "dialogues.jsonl",
+        "--device", "cpu", "--stream-bytes", budget, "--buffer-tokens", args.buffer_tokens,
+        "--no-print-settings",
+    ]  # fmt: skip
+    return [sys.executable, str(PROJECT / script), *map(str, [*shared, *more])]
+
+
+def measured(args: argparse.Namespace, folder: str, commands: list[list[str]]) -> dict[str, Any]:
+    """Run the commands, the second as soon as the first has a stream: wall and CPU seconds, peak
+    memory of each, and the most bytes on the disk, of parts and of all files."""
+    out = args.work_dir / folder
+    peak, over = {"parts": 0, "all": 0}, threading.Event()
+    thread = threading.Thread(target=watch, args=(out, peak, over), daemon=True)
+    began, stages = time.monotonic(), []
+    thread.start()
+    running = [subprocess.Popen(commands[0], env=environment())]
+    for command in commands[1:]:
+        while not (out / "activations" / f"stream_layer{args.layer}" / "stream.json").exists():
+            if running[0].poll() is not None:
+                sys.exit(running[0].returncode or 1)
+            time.sleep(0.1)
+        running.append(subprocess.Popen(command, env=environment()))
+    for process in running:
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(os.waitstatus_to_exitcode(status))
+        stages.append(
+            {
+                "seconds": round(time.monotonic() - began, 1),
+                "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+                "peak_memory_mb": usage.ru_maxrss // 1024,
+            }
+        )
+    over.set()
+    thread.join()
+    seconds = round(time.monotonic() - began, 1)
+    return {"seconds": seconds, "stages": stages, "peak_bytes": peak, "load": os.getloadavg()[1]}
+
+
+def watch(out: Path, peak: dict[str, int], over: threading.Event) -> None:
+    """Note the most bytes that lie in `out`."""
+    while not over.wait(0.1):
+        found = {"parts": 0, "all": 0}
+        for path in out.rglob("*"):
+            try:
+                n = path.stat().st_blocks * 512 if path.is_file() else 0
+            except FileNotFoundError:
+                continue
+            found["all"] += n
+            found["parts"] += n * ("part-" in path.name)
+        for name, n in found.items():
+            peak[name] = max(peak[name], n)
+
+
+def stream_of(args, folder):
+    path = args.work_dir / folder / "activations" / f"stream_layer{args.layer}" / "stream.json"
+    return json.loads(path.read_text())
+
+
+def budget_of(args):
+    return int(args.budget * sum(stream_of(args, "alone")["sizes"]))
+
+
+def checkpoint_of(args, folder):
+    (path,) = (args.work_dir / folder / "checkpoints" / "r").glob("SAE_*.pt")
+    return path
+
+
+def metrics_of(args, folder):
+    path = args.work_dir / folder / "checkpoints" / "r" / "metrics.json"
+    return json.loads(path.read_text())
+
+
+def keep(args, step, found):
+    (args.work_dir / f"{step}.json").write_text(json.dumps(found))
+    print(step, {name: found[name] for name in ("seconds", "stages", "peak_bytes")}, flush=True)
+
+
+def kept(args, step):
+    return json.loads((args.work_dir / f"{step}.json").read_text())
+
+
+# One full shuffle of the same rows
+
+
+def train_shuffled(flags: list[str]) -> int:
+    """Stage 2 with all rows of the stream in one random order, and all else the same."""
+    from fastsae.runtime.stage import run_stage
+    from fastsae.training import stream_data, stream_loop
+
+    class Shuffled(stream_data.StreamRows):
+        """Rounds of the same sizes, of rows of all parts."""
+
+        rows: np.ndarray
+
+        def batches(self, number: int, first: int = 0) -> Iterator[torch.Tensor]:
+            if number == 1:
+                self.load()
+            a, b = self.ends[number - 1], self.ends[number]
+            order = self.order[a:b]
+            bounds = stream_data.batch_bounds(len(order), self.batch_size)
+            for start, end in list(zip(bounds, bounds[1:]))[first:]:
+                yield torch.from_numpy(self.rows[order[start:end]]).float()
+
+        def load(self) -> None:
+            counts, at = [], 0
+            for number in range(1, self.stream.n_parts + 1):
+                part = stream_data.read_part(self.stream, number, self.use)
+                if number == 1:
+                    n = sum(self.stream.about["n_tokens"])
+                    self.rows = np.empty((n, part.rows.shape[1]), part.rows.dtype)
+                self.rows[at : at + len(part.rows)] = part.rows
+                at += len(part.rows)
+                counts.append(len(part.rows))
+                self.digests.append(part.sha256)
+            served = [a // 2 + (b + 1) // 2 for a, b in zip([0, *counts], [*counts, 0])]
+            self.ends = [0, *np.cumsum(served).tolist()]
+            self.order = np.random.default_rng(SEED).permutation(at)
+
+    stream_loop.StreamRows = Shuffled  # type: ignore[misc]
+    sys.argv = ["train_sae.py", *flags]
+    sys.path.insert(0, str(PROJECT))
+    import train_sae
+
+    return run_stage(train_sae.main)
+
+
+if __name__ == "__main__":
+    main()
