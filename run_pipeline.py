@@ -183,7 +183,8 @@ def end_all(stages):
 
 def has_begun(settings, name):
     """Whether stage 1 of the run `name` has made the sample and announced its parts."""
-    folder = settings.activations_path.parent / f"stream_layer{settings.LAYER_IDX}"
+    path = settings.activations_path
+    folder = path.with_name(path.stem.replace("activations", "stream", 1))
     try:
         about = json.loads((folder / "stream.json").read_bytes())
         return about["run"] == name

@@ -33,8 +33,7 @@ PER_TOKEN, PER_EXAMPLE = 6, 8  # bytes besides the row
 
 def folder_of(activations_path: Path) -> Path:
     """The stream's folder beside a layer's activations file, which holds its sample."""
-    layer = activations_path.stem.rpartition("layer")[2]
-    return activations_path.with_name(f"stream_layer{layer}")
+    return activations_path.with_name(activations_path.stem.replace("activations", "stream", 1))
 
 
 def split_parts(lengths: np.ndarray, numbers: np.ndarray, part_tokens: int) -> list[np.ndarray]:
