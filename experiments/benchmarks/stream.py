@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--step", choices=STEPS, help="one step; without it all of them")
     parser.add_argument("--tokens", type=int, default=5_500_000, help="of the dialogues, about")
     parser.add_argument("--layer", type=int, default=1)
+    parser.add_argument("--small-model", action="store_true", help="128 wide, random weights")
+    parser.add_argument("--name", default="stream", help="of the result")
     parser.add_argument("--buffer-tokens", type=int, default=190_000)
     parser.add_argument("--budget", type=float, default=0.05, help="part of all rows' bytes")
     parser.add_argument("train", nargs="*", help=argparse.SUPPRESS)
@@ -54,7 +56,9 @@ def main() -> None:
 
 
 def step_data(args: argparse.Namespace) -> None:
-    """Dialogues of two passages each, no two alike."""
+    """Dialogues of two passages each, and the small model."""
+    if args.small_model:
+        make_small_model(args.work_dir / "model")
     passages = [
         json.loads(line)["text"]
         for line in (PROJECT / "data" / "cognitive_actions.jsonl").read_text().splitlines()
@@ -68,6 +72,26 @@ def step_data(args: argparse.Namespace) -> None:
             row = {"messages": [{"role": role, "content": text} for role, text in roles]}
             file.write(json.dumps(row) + "\n")
             n_characters += len(first) + len(second)
+
+
+def make_small_model(folder: Path) -> None:
+    """A random Llama, 128 wide, with the embedded model's tokenizer."""
+    import transformers
+
+    from fastsae.lm.loading import load_tokenizer
+
+    torch.manual_seed(SEED)
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=2,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    load_tokenizer("SmolLM2-135M-Instruct").save_pretrained(folder)
 
 
 def step_extract(args: argparse.Namespace) -> None:
@@ -110,9 +134,15 @@ def step_write(args: argparse.Namespace) -> None:
     }
     one_by_one = [found[step]["stages"][0] for step in ("extract", "train")]
     at_once = found["both"]["stages"]
-    settings = {"layer": args.layer, "buffer_tokens": args.buffer_tokens, "training": TRAINING}
+    model = "128 wide, random" if args.small_model else "SmolLM2-135M-Instruct"
+    settings = {
+        "model": model,
+        "layer": args.layer,
+        "buffer_tokens": args.buffer_tokens,
+        "training": TRAINING,
+    }
     write_result(
-        "stream",
+        args.name,
         settings,
         {
             "n_tokens": sum(about["n_tokens"]),
@@ -144,6 +174,8 @@ def step_write(args: argparse.Namespace) -> None:
 def extract(args: argparse.Namespace, folder: str, budget: int) -> list[str]:
     """The command of stage 1."""
     own = ["--layer-idx", args.layer, "--label-field", "none", "--sample-fraction", 0.04]
+    if args.small_model:
+        own += ["--model-name", args.work_dir / "model"]
     return command_of(args, "extract_activations.py", folder, budget, *own)
 
 
@@ -157,7 +189,6 @@ def command_of(args, script, folder, budget, *more):
     shared = [
         "--output-dir", args.work_dir / folder, "--dataset-path", args.work_dir / "dialogues.jsonl",
         "--device", "cpu", "--stream-bytes", budget, "--buffer-tokens", args.buffer_tokens,
-        "--no-print-settings",
     ]  # fmt: skip
     return [sys.executable, str(PROJECT / script), *map(str, [*shared, *more])]
 

@@ -27,7 +27,7 @@ def run(world, worker, script, *more, budget=UNLIMITED, **how):
     """A stage in the worker's folder."""
     flags = flags_of(world, script, *more, budget=budget)
     done = worker.stages.run(script, *flags, output=worker.out, **how)
-    assert not done["foreign"], done["foreign"]
+    assert not done.get("foreign"), done["foreign"]
     return done
 
 
@@ -227,3 +227,23 @@ def test_one_line_each(world, worker, outcome):
     assert said.startswith("error: STREAM_BYTES: ")
     said = line(run(world, worker, TRAIN, "--layer-idx", 2), 2)
     assert "not found" in said
+
+
+def test_several_processes_make_the_parts_that_one_makes(world, worker, outcome):
+    """As torchrun starts them: part i is that of rank i % size, the sample that of rank 0."""
+    begin(worker)
+    done = run(world, worker, MAKE, processes=2)
+    assert done["code"] == 0, done
+    found = contents(worker.out)
+    timing = "activations/activations_layer1.json"  # which says how many there were
+    assert found.pop(timing) != outcome.made[timing]
+    assert found == {name: each for name, each in outcome.made.items() if name != timing}
+
+
+def test_several_autoencoders_train_in_one_pass(world, worker, outcome):
+    """The first of them is the one that trains alone."""
+    begin(worker, outcome.kept)
+    assert run(world, worker, TRAIN, "--k", "2,3")["code"] == 0
+    found = checkpoints(worker.out)
+    assert len(found) == 2 and set(outcome.trained.items()) <= set(found.items())
+    assert not list((worker.out / FOLDER).glob("*.npz"))

@@ -159,3 +159,27 @@ def test_what_is_left_out_is_left_out(stream):
     served = [row for r in (1, 2) for batch in data.batches(r) for row in batch.tolist()]
     data.close()
     assert sorted(a for a, b in served if b == 0) == [2, 3, 4, 5]
+
+
+def test_a_partner_that_is_gone_is_one_line_and_what_was_trained_is_saved(stream, monkeypatch):
+    from fastsae.runtime import progress
+    from fastsae.training import stream_loop
+
+    saved = []
+
+    class Saver:
+        def while_waiting(self, runs):
+            saved.append(runs)
+
+    monkeypatch.setattr(stream_loop, "ABSENT", 0.3)
+    monkeypatch.setattr(stream_loop, "LOOK", 0.0)
+    stream.part_path(2).unlink()
+    path = stream.folder.parent / "activations_layer12.npz"
+    waiting = stream_loop.Waiting(stream, Saver(), path, progress.Task("training", 10, "token"))
+    data = rows_of(stream, waiting=lambda number: waiting.for_part(number, ["run"]))
+    list(data.batches(1))
+    with pytest.raises(EnvironmentFailure, match=r"part 2 of 5 is missing, .* run it beside"):
+        next(data.batches(2))
+    data.close()
+    assert saved and saved[0] == ["run"]
+    assert waiting.bar.note == "waiting for extract_activations.py"
