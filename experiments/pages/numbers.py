@@ -158,7 +158,8 @@ def what_training_added():
     """What the features of the demo, and of a larger dataset, tell beyond random tokens."""
     if (r := result("nulls")) is None:
         return ""
-    demo, more = (r["datasets"][name]["mean"] for name in ("demo", "cognitive_actions_1350"))
+    names = ("demo", "cognitive_actions_1350", "gsm8k_dialogues_1319")
+    demo, more, maths = (r["datasets"][name]["mean"] for name in names)
 
     def auc(found, source):
         return plus_minus(found["probing"]["sparse_probing"]["16"][source], digits=2)
@@ -169,8 +170,9 @@ def what_training_added():
     return (
         f"Its 16 best features for an action tell it on held-out texts with an AUC of "
         f"{auc(demo, 'features')}, as many of 256 random tokens with "
-        f"{auc(demo, 'random tokens')}: on so little data training added {added(demo)}. On "
-        f"{more['probing']['n_examples']:,} texts of another set it added {added(more)} "
+        f"{auc(demo, 'random tokens')}: training added {added(demo)}, which may be nothing. On "
+        f"{more['probing']['n_examples']:,} texts of another set it added {added(more)}, on "
+        f"{maths['probing']['n_examples']:,} dialogues about maths {added(maths)} "
         "(`experiments/results/nulls.json`, 95 % intervals)."
     )
 
