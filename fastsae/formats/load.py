@@ -245,19 +245,23 @@ def fit(
     metrics = evaluate(
         sae, data["activations"], rows, example, np.asarray(data["token_kind"]) != CONTENT
     )
-    print(
-        f"{path} ({architecture_of(sae)}, {sae.m_total_neurons:,} features): "
-        f"normalised MSE {metrics['normalized_mse']:.4f}, "
-        f"L0 {metrics['l0']:.1f} on {len(rows):,} tokens"
-    )
-    if metrics["normalized_mse"] >= 1:
-        print(
-            "warning: normalised MSE is not below 1: worse than the mean activation. "
-            "is it of this model, layer and scale?"
-        )
+    _print_fit(path, sae, metrics)
     meta["metrics"] = meta["metrics"] or {**metrics, "n_validation_tokens": metrics["n_tokens"]}
     if meta["settings"]["K"] is None:
         sae.k_active_neurons = meta["settings"]["K"] = min(
             sae.m_total_neurons, max(1, round(metrics["l0"]))
         )
     return metrics
+
+
+def _print_fit(path: str | Path, sae: Any, metrics: Mapping[str, Any]) -> None:
+    print(
+        f"{path} ({architecture_of(sae)}, {sae.m_total_neurons:,} features): "
+        f"normalised MSE {metrics['normalized_mse']:.4f}, "
+        f"L0 {metrics['l0']:.1f} on {metrics['n_tokens']:,} tokens"
+    )
+    if metrics["normalized_mse"] >= 1:
+        print(
+            "warning: normalised MSE is not below 1: worse than the mean activation. "
+            "is it of this model, layer and scale?"
+        )
