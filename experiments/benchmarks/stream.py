@@ -126,46 +126,35 @@ def step_both(args: argparse.Namespace) -> None:
 
 
 def step_write(args: argparse.Namespace) -> None:
-    """The result of all steps."""
-    found = {step: kept(args, step) for step in ("extract", "shuffled", "train", "both")}
+    """The result of the steps that were run."""
+    found = {step: kept(args, step) for step in STEPS if (args.work_dir / f"{step}.json").exists()}
     about = stream_of(args, "alone")
-    errors = {
-        name: each["metrics"]["normalized_mse"] for name, each in found.items() if name != "extract"
-    }
-    one_by_one = [found[step]["stages"][0] for step in ("extract", "train")]
-    at_once = found["both"]["stages"]
+    trained = {step: found[step]["metrics"] for step in found if "metrics" in found[step]}
+    errors = {step: metrics["normalized_mse"] for step, metrics in trained.items()}
     model = "128 wide, random" if args.small_model else "SmolLM2-135M-Instruct"
-    settings = {
-        "model": model,
-        "layer": args.layer,
-        "buffer_tokens": args.buffer_tokens,
-        "training": TRAINING,
+    result: dict[str, Any] = {
+        "n_tokens": sum(about["n_tokens"]),
+        "n_parts": len(about["n_tokens"]),
+        "bytes_of_all_parts": sum(about["sizes"]),
+        "stages": {step: each["stages"] for step, each in found.items()},
+        "peak_bytes": {step: each["peak_bytes"] for step, each in found.items()},
+        "load": {step: each["load"] for step, each in found.items()},
+        "normalized_mse": errors,
     }
-    write_result(
-        args.name,
-        settings,
-        {
-            "n_tokens": sum(about["n_tokens"]),
-            "n_parts": len(about["n_tokens"]),
-            "bytes_of_all_parts": sum(about["sizes"]),
+    if "shuffled" in found:
+        result["mixing_loss"] = errors["train"] / errors["shuffled"] - 1
+    if "both" in found:
+        in_turn = [found[step]["stages"][0] for step in ("extract", "train")]
+        result |= {
             "budget_bytes": found["both"]["budget_bytes"],
-            "peak_bytes": {name: found[name]["peak_bytes"] for name in ("extract", "both")},
-            "seconds_one_after_the_other": sum(each["seconds"] for each in one_by_one),
-            "seconds_at_once": found["both"]["seconds"],
-            "cpu_seconds_one_after_the_other": sum(each["cpu_seconds"] for each in one_by_one),
-            "cpu_seconds_at_once": sum(each["cpu_seconds"] for each in at_once),
-            "peak_memory_mb": {
-                "extract, all parts stay": one_by_one[0]["peak_memory_mb"],
-                "train, all parts there": one_by_one[1]["peak_memory_mb"],
-                "extract, at once": at_once[0]["peak_memory_mb"],
-                "train, at once": at_once[1]["peak_memory_mb"],
-            },
             "same_bytes": found["both"]["same_bytes"],
-            "normalized_mse": errors,
-            "mixing_loss": errors["both"] / errors["shuffled"] - 1,
-            "load": {step: found[step]["load"] for step in found},
-        },
-    )
+            "seconds_in_turn": sum(each["seconds"] for each in in_turn),
+            "seconds_at_once": found["both"]["seconds"],
+            "cpu_seconds_in_turn": sum(each["cpu_seconds"] for each in in_turn),
+            "cpu_seconds_at_once": sum(e["cpu_seconds"] for e in found["both"]["stages"]),
+        }
+    settings = {"model": model, "layer": args.layer, "buffer_tokens": args.buffer_tokens}
+    write_result(args.name, {**settings, "training": TRAINING}, result)
 
 
 # Stages as processes
