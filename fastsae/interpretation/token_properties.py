@@ -214,8 +214,8 @@ def condition_table(run: TokenRun, least: int = 1) -> ConditionTable:
     names: list[tuple[str, str]] = []
     rows, numbers = [], []
     for property_name, values, row, code in columns.all():
-        rows.append(row)
-        numbers.append(code + len(names))
+        rows.append(row.astype(np.int32))
+        numbers.append((code + len(names)).astype(np.int32))
         names += [(property_name, value) for value in values]
     row, number = np.concatenate(rows), np.concatenate(numbers)
     often = np.bincount(number, minlength=len(names)) >= least
