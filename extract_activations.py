@@ -207,6 +207,9 @@ def load_model(job, layers):
     model = model_of(job.settings, layers)
     job.model_files.require_unchanged()
     require_same_model(job.settings, job.inputs)
+    if job.world.rank == 0:
+        folder = job.settings.activations_path.parent
+        artifacts.write_settings(folder, "extract_activations", job.settings)
     return model
 
 

@@ -203,6 +203,8 @@ def train_all(plans, source, parts, settings):
         settings.TEST_FRACTION,
         trained=None if parts is None else parts.in_words(),
     )
+    if ranks.current().rank == 0:
+        artifacts.write_settings(settings.run_dir, "train_sae", settings)
     if parts is not None:
         return train_on_stream(plans, tokens, parts, settings, device)
     return train(plans, tokens, settings, device)

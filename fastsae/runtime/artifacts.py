@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fastsae.runtime import masking
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.runtime.machine_errors import cause_in_machine
 from fastsae.runtime.storage import (  # noqa: F401
@@ -38,6 +39,7 @@ from fastsae.runtime.storage import (  # noqa: F401
     write_json,
     write_text,
 )
+from fastsae.settings.values import Settings
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 22
@@ -85,6 +87,13 @@ def library_versions() -> dict[str, str]:
 
     names = ("torch", "transformers", "numpy", "hypothesaes")
     return {name: metadata.version(name) for name in names}
+
+
+def write_settings(folder: Path | str, stage: str, settings: Settings) -> None:
+    """Record all settings of the run of a stage that writes into `folder`, in
+    `<stage>.settings.json`; secrets are masked."""
+    text = masking.of_environment()(json.dumps(settings.record(), indent=1, ensure_ascii=False))
+    write_text(Path(folder) / f"{stage}.settings.json", text + "\n")
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

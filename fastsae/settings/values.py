@@ -125,6 +125,22 @@ class Settings:
             if self.source.get(name) == "flag" and self.owner[name] in ("config.py", script)
         ]
 
+    def record(self) -> dict[str, dict[str, Any]]:
+        """{NAME: {"value", "from"}} of every setting as it was given, for a JSON file.
+
+        "from" is flag, preset demo, follows (from others), default, or the file that was edited.
+        """
+        found = {}
+        for name, source in self.source.items():
+            follows = source == "follows"
+            value = (self.values if follows else self.typed)[name]
+            unchanged = source == self.owner[name] and value == self.defaults.get(name, value)
+            found[name] = {
+                "value": list(value) if isinstance(value, tuple) else value,
+                "from": "default" if unchanged else source,
+            }
+        return found
+
     def show(self) -> None:
         """Print what differs from the defaults, unless QUIET is on or what started this process,
         as `run_pipeline.py` does, has shown it (the variable SHOWN)."""
@@ -138,7 +154,7 @@ class Settings:
             value = (self.values if self.source[name] == "follows" else self.typed)[name]
             if name not in self.defaults or value != self.defaults[name]:
                 by_source.setdefault(self.source[name], []).append(f"{name}={brief(value)}")
-        rest = "--help lists all; what decides a result is recorded in it"
+        rest = "--help-all lists all; *.settings.json beside the results has them"
         if not by_source:
             return f"settings: all at their defaults ({rest})"
         order = sorted(by_source, key=lambda source: (RANK.get(source.split()[0], 1), source))

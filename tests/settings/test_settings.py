@@ -2,6 +2,7 @@
 prints."""
 
 import copy
+import json
 import pickle
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from conftest import PROJECT
 
 import config
+from fastsae.runtime import artifacts
 from fastsae.settings import declarations, resolving, rules, startup
 from fastsae.settings.help_page import command_of
 from fastsae.settings.suggestions import nearest
@@ -717,6 +719,24 @@ def test_show_is_silent_where_it_should_be(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
     config.resolve(*STAGES, argv=[]).show()
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_the_record_of_a_run_says_where_each_value_is_from(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-key")
+    project.edit("train_sae.py", "M", "M = 512")
+    flags = ["--k", "4,8", "--learning-rate", "0.0005", "--run-name", "sk-very-secret-key"]
+    settings = project.read(*flags)
+    artifacts.write_settings(tmp_path / "out", "train_sae", settings)
+    text = (tmp_path / "out" / "train_sae.settings.json").read_text()
+    found = json.loads(text)
+    assert set(found) == set(settings.typed)
+    assert found["K"] == {"value": [4, 8], "from": "flag"}
+    assert found["LEARNING_RATE"] == {"value": 0.0005, "from": "flag"}
+    assert found["M"] == {"value": 512, "from": "train_sae.py"}
+    assert found["MATRYOSHKA_PREFIXES"] == {"value": [128, 512], "from": "follows"}
+    assert found["BATCH_SIZE"] == {"value": 512, "from": "default"}
+    assert found["LAYER_IDX"] == {"value": 12, "from": "preset demo"}
+    assert "very-secret" not in text and found["RUN_NAME"]["from"] == "flag"
 
 
 @pytest.mark.parametrize("script", ["run_pipeline.py", *config.STAGES])

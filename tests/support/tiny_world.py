@@ -243,6 +243,8 @@ def contents(folder, old=False):
         name = path.relative_to(folder).as_posix()
         if (".old-" in name) != old or "/." in f"/{name}":
             continue
+        if name.endswith(".settings.json"):  # flags that change no result are in it
+            continue
         content = path.read_bytes()
         if path.suffix == ".json":
             content = json.dumps(
