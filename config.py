@@ -22,7 +22,7 @@ PRESET: str = "demo"           # which of the PRESETS below gives the settings w
 OUTPUT_DIR: str | None = None  # folder for activations/, checkpoints/ and interpretations.*;
                                # none = the project's folder
 # These five come from the preset. Write a value here (`LAYER_IDX = 18`) and it wins.
-MODEL_NAME: str          # the embedded SmolLM2-135M-Instruct (4-bit Q4_1, dequantised), a hub id,
+MODEL_NAME: str          # the embedded SmolLM2-135M-Instruct (4-bit Q4_1, dequantised), a hub id
                          # (owner/name, or owner/name@branch, @tag, @commit), a local folder or a
                          # .gguf file
 LAYER_IDX: int | tuple[int, ...]  # [1..] residual stream after this many blocks, 1 to the model's

@@ -46,7 +46,7 @@ def read_prompts(path):
             row = json.loads(line)
             prompts.append((row["text"], row.get("expected")))
     except FileNotFoundError:
-        raise InputError(f"PROMPTS: {path} is no file. give a JSONL file.") from None
+        raise InputError(f"PROMPTS: {path} is not a file. give a JSONL file.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             f'{path}:{number}: is no object with a text. write {{"text": ...}}.'

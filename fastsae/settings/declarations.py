@@ -317,7 +317,7 @@ def evaluated(node: ast.expr) -> Any:
 
 
 def number(node: ast.expr) -> int | float:
-    """The value of an operand; NotPlain if it is no number."""
+    """The value of an operand; NotPlain if it is not a number."""
     value = evaluated(node)
     if (
         isinstance(value, bool)
@@ -440,7 +440,7 @@ def strangers(source: Source, path: str | Path) -> list[str]:
         elif name in source.read or read_elsewhere(name, path):
             continue
         else:
-            what = f"{name} is no setting, and nothing reads it"
+            what = f"{name} is not a setting, and nothing reads it"
             near = nearest_name(name, list(known))
             remedy = f"perhaps {near} is meant" if near else "remove it"
         problems.append(f"{file}:{line}: {what}. {remedy}.")

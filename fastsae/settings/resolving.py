@@ -137,7 +137,7 @@ def not_for_presets(name: Any, declared: dict[str, dict], project: Path) -> str 
     if not home:
         near = nearest_name(str(name), [each for file in CORE for each in shipped().get(file, {})])
         remedy = f"perhaps {near} is meant" if near else "leave it out"
-        return f"{name!r}, which is no setting. {remedy}."
+        return f"{name!r}, which is not a setting. {remedy}."
     if shipped().get(home, {}).get(name, {}).get("by_preset"):
         return None
     setting = declared.get(name) or settings_in(project / home)[0].get(name, {})

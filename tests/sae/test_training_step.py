@@ -109,7 +109,7 @@ def test_dead_features_with_negative_pre_activation_get_a_gradient():
     theirs.steps_since_activation[3] = 10_000
     reconstruction, info = theirs(x)
     theirs.compute_loss(x, reconstruction, info, 1 / 32, 0.0).backward()
-    # if this fails, HypotheSAEs mended it and our note is out of date
+    # if this fails, HypotheSAEs repaired it and our note is out of date
     assert theirs.encoder.weight.grad[3].norm() == 0
 
 

@@ -400,9 +400,9 @@ PRESET = {
         ),
         (
             {**PRESET, "LAYR_IDX": 3},
-            "PRESETS: 'demo' sets 'LAYR_IDX', which is no setting. perhaps LAYER_IDX is meant.",
+            "PRESETS: 'demo' sets 'LAYR_IDX', which is not a setting. perhaps LAYER_IDX is meant.",
         ),
-        ({**PRESET, 3: 4}, "PRESETS: 'demo' sets 3, which is no setting. leave it out."),
+        ({**PRESET, 3: 4}, "PRESETS: 'demo' sets 3, which is not a setting. leave it out."),
         (
             {name: value for name, value in PRESET.items() if name != "LABEL_FIELD"},
             "PRESETS: 'demo' does not set LABEL_FIELD.",

@@ -363,7 +363,7 @@ def test_an_unexpected_exception_costs_one_call_and_is_named(server, tmp_path, m
         and "a bug, KeyError at test_hostile_endpoint.py:" in found["one"][1]
     )
     monkeypatch.setattr(
-        endpoint, "complete", lambda prompt: (_ for _ in ()).throw(InputError("X: bad. mend."))
+        endpoint, "complete", lambda prompt: (_ for _ in ()).throw(InputError("X: bad. repair it."))
     )
     with pytest.raises(InputError):
         client.Asker(endpoint, tmp_path / "j.jsonl", n_workers=1).ask(["three"], "labels")
