@@ -38,7 +38,7 @@ function aucBar(entry) {
 function categoryNode(entry) {
   const f = entry.feature === null ? null : byId.get(entry.feature);
   const best = f ? make("a", { href: `#feature=${f.id}`, title: labelOf(f) }, `${f.id} ${labelOf(f)}`)
-    : make("span", { class: "mixed" }, "the best of no feature");
+    : make("span", { class: "mixed" }, "no feature has it as its best");
   return make("li", {}, make("span", { class: "name", title: entry.name, dir: "auto" }, entry.name),
     aucBar(entry), make("span", { class: "number" }, round(entry.auc)), best);
 }

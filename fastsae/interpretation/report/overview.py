@@ -10,7 +10,7 @@ import numpy as np
 from fastsae.interpretation.tables import by_language_model
 from fastsae.sae.metrics import measured_on
 
-PLAIN_SHARE = 0.5  # of a feature's activation on punctuation, commonest words or chat template
+PLAIN_SHARE = 1 / 3  # of a feature's activation on punctuation, commonest words or chat template
 COMMON = 0.3  # share of all word tokens that the commonest words make up
 CLEAR_F1, SOME_F1 = 0.7, 0.3  # a label that holds well, and one that holds at all
 # of a verdict: normalised MSE, share of dead features, mean F1 of the rules: (yes, partly)

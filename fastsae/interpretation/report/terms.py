@@ -114,7 +114,7 @@ TERMS = {
     "evidence": (
         "evidence",
         "The mean of two figures on texts not used to find them: the F1 of the label, and the "
-        "category's AUC from 0 by chance to 1; what fires mostly on punctuation, the commonest "
-        "words or the chat template comes last.",
+        "category's AUC from 0 by chance to 1; what fires for a third or more on punctuation, "
+        "the commonest words or the chat template comes last.",
     ),
 }
