@@ -42,9 +42,11 @@ class Estimate(NamedTuple):
         return {"value": self.value, "interval": [self.low, self.high]}
 
 
-def estimate(values: Sequence[float] | np.ndarray) -> Estimate | None:
+def estimate(
+    values: Sequence[float] | np.ndarray, least: float = -np.inf, most: float = np.inf
+) -> Estimate | None:
     """The mean of a figure over half splits (n_splits,), with a 95 % interval; None if none is
-    finite.
+    finite. The figure cannot be below `least` or above `most`, nor can the interval.
 
     Splits share examples. Their variance is multiplied by 1 / n + n_held_out / n_finding, here
     1 / n + 1 (Nadeau and Bengio 2003, the corrected resampled t-test), and Student's t taken with
@@ -55,9 +57,9 @@ def estimate(values: Sequence[float] | np.ndarray) -> Estimate | None:
         return None
     mean, n = float(found.mean()), len(found)
     if n < 2:
-        return Estimate(mean, float("-inf"), float("inf"))
+        return Estimate(mean, least, most)
     half = float(student.ppf(0.975, n - 1) * np.sqrt((1 / n + 1) * found.var(ddof=1)))
-    return Estimate(mean, mean - half, mean + half)
+    return Estimate(mean, max(mean - half, least), min(mean + half, most))
 
 
 def probed_categories(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:

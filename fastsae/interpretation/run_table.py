@@ -123,10 +123,10 @@ def probe(probed: Probed, bound: float, seed: int) -> dict[str, Any] | None:
         "n_splits": len(splits),
         "n_draws": max([len(draws) for draws in probed.sources.values()]),
         "sparse_probing": {
-            str(k): {name: over_splits(found[:, i].mean(1)) for name, found in sparse_aucs.items()}
+            str(k): {name: auc_over(found[:, i].mean(1)) for name, found in sparse_aucs.items()}
             for i, k in enumerate(KS)
         },
-        "dense_probing": {name: over_splits(found.mean(1)) for name, found in dense_aucs.items()},
+        "dense_probing": {name: auc_over(found.mean(1)) for name, found in dense_aucs.items()},
         "probe_gap": over_splits((dense_aucs[STREAM] - sparse_aucs[FEATURES][:, -1]).mean(1)),
         "added_by_training": {
             kind: {
@@ -137,8 +137,8 @@ def probe(probed: Probed, bound: float, seed: int) -> dict[str, Any] | None:
             if kind in sparse_aucs
         },
         "auc_bound": bound,
-        "n_with_category": {name: over_splits(found[:, 0]) for name, found in counts.items()},
-        "n_above_auc_bound": {name: over_splits(found[:, 1]) for name, found in counts.items()},
+        "n_with_category": {name: over_splits(found[:, 0], 0) for name, found in counts.items()},
+        "n_above_auc_bound": {name: over_splits(found[:, 1], 0) for name, found in counts.items()},
         "per_category": {
             str(probed.names[category]): {
                 "n_examples": int(inside[i].sum()),
@@ -276,7 +276,8 @@ def plus_minus(found: Mapping[str, Any] | None, sign: str = "", digits: int = 3)
     """'0.850 ±0.013' of an estimate as JSON holds it; '-' for none."""
     if found is None:
         return "-"
-    half = (found["interval"][1] - found["interval"][0]) / 2
+    low, high = found["interval"]
+    half = max(found["value"] - low, high - found["value"])  # one end may be at a bound
     return f"{found['value']:{sign}.{digits}f} ±{half:.{digits}f}"
 
 
@@ -294,10 +295,17 @@ def counted(columns: Matrix, probed: Probed, seed: int, bound: float) -> tuple[f
     return float(named.sum() * share), float((named & (auc > bound)).sum() * share)
 
 
-def over_splits(values: np.ndarray) -> dict[str, Any] | None:
+def over_splits(
+    values: np.ndarray, least: float = -np.inf, most: float = np.inf
+) -> dict[str, Any] | None:
     """`estimate` of (n_splits,) values, as JSON holds it."""
-    found = estimate(values)
+    found = estimate(values, least, most)
     return None if found is None else found.plain()
+
+
+def auc_over(values: np.ndarray) -> dict[str, Any] | None:
+    """`over_splits` of AUCs."""
+    return over_splits(values, 0, 1)
 
 
 def _rounded(value: Any) -> float | None:

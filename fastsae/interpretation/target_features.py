@@ -309,15 +309,18 @@ def compare(
         "n_finding": sizes[0][0],
         "n_held_out": sizes[0][1],
         "n_splits": len(sizes),
-        "sources": {name: over_splits(entries) for name, entries in found.items()},
+        "sources": {
+            name: over_splits(entries, 0 if is_binary(target) else -np.inf)
+            for name, entries in found.items()
+        },
     }
 
 
-def over_splits(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def over_splits(entries: Sequence[Mapping[str, Any]], least: float) -> dict[str, Any]:
     """One entry of several of `held_out_scores`: the mean, its interval over half splits (None for
-    one split) and the columns of the first."""
+    one split) between `least` and 1, and the columns of the first."""
     values = [entry["held_out"] for entry in entries if entry["held_out"] is not None]
-    found = estimate(values)
+    found = estimate(values, least, 1)
     return {
         "n_columns": entries[0]["n_columns"],
         "held_out": None if found is None else found.value,

@@ -25,6 +25,8 @@ def test_an_interval_by_hand():
     assert found == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
     assert estimate([0.5, 0.5]) == (0.5, 0.5, 0.5)
     assert estimate([0.5])[1:] == (-np.inf, np.inf) and estimate([np.nan]) is None
+    # an AUC is never above 1
+    assert estimate([0.9, 1.0, 0.95], 0, 1).high == 1 and estimate([0.1, 0, 0], 0, 1).low == 0
 
 
 def test_intervals_hold_the_truth():
