@@ -53,6 +53,8 @@ N_SCORED_FEATURES: int = 128            # [0..] features, chosen at random, that
                                         # 1 to 5 besides these
 N_FIDELITY_EXAMPLES: int = 20           # [0..] held-out examples per label on which the LLM tests
                                         # it; 0 = no test
+N_JUDGED_EXAMPLES: int = 0              # [0..] held-out passages per label and kind of test
+                                        # (detection, fuzzing, intruder), beside wrong labels
 N_LLM_WORKERS: int = 8                  # [1..256] calls at a time
 LLM_TIMEOUT: float = 60.0               # (0..86400] seconds for the requests of one call, repeated
                                         # ones included
@@ -85,7 +87,7 @@ DECISIVE = (
 )  # fmt: skip
 LLM_SETTINGS = (
     "INTERPRETER_MODEL", "LLM_PROTOCOL", "N_TOP_NEURONS", "N_SCORED_FEATURES",
-    "N_FIDELITY_EXAMPLES",
+    "N_FIDELITY_EXAMPLES", "N_JUDGED_EXAMPLES",
 )  # fmt: skip
 TARGET_SETTINGS = (
     "TARGET_FIELD", "TARGET_VALUE", "TARGET_POOLING", "SELECTION_METHOD", "N_HYPOTHESES",

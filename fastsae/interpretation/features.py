@@ -33,6 +33,13 @@ OPTIONAL = (
     "n_held_out",
     "label_protocol",
     "note",
+    "judged_detection",
+    "judged_detection_other",
+    "judged_detection_rule",
+    "judged_fuzzing",
+    "judged_fuzzing_other",
+    "judged_fuzzing_rule",
+    "judged_intruder",
 )
 
 
@@ -385,7 +392,9 @@ class Features:
         """Counts over all features, for the report and the tables' first line."""
         n_dead = sum(row["status"] == "dead" for row in self.rows)
         counts = {"n_features": len(self.rows), "n_dead": n_dead, **self.rule_labels.summary()}
-        counts |= self.detection.summary()
+        from fastsae.interpretation.llm.judging import judging_summary
+
+        counts |= self.detection.summary() | judging_summary(self.rows)
         if self.categories is None:
             return counts
         return counts | self.categories.summary(AUC_BOUND)

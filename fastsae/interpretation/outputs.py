@@ -39,6 +39,9 @@ COLUMNS = (  # of interpretations.csv
     "category_auc",
     "score",
     "fidelity_f1",
+    "judged_detection",
+    "judged_fuzzing",
+    "judged_intruder",
     "matryoshka_level",
     "promoted_tokens",
     "suppressed_tokens",
@@ -251,6 +254,7 @@ def print_results(features: Features, work: "Labelling | None", folder: Path) ->
             f"LLM: {spent['calls']:,} calls now, {spent['prompt_tokens']:,} tokens in, "
             f"{spent['completion_tokens']:,} out"
         )
+    print_judged(counts)
     print_rules(counts)
     print_detection(counts)
     print_categories(features, counts)
@@ -275,6 +279,26 @@ def print_results(features: Features, work: "Labelling | None", folder: Path) ->
         claim = "" if tables.by_language_model(row) else claim
         print(f"  {row['feature']}: {row['label'][:90]}{claim}{category}")
     print(f"wrote {folder / HTML}, {CSV} and {JSONL}")
+
+
+def print_judged(counts: Mapping[str, Any]) -> None:
+    """What the language model's tests of its labels gave, beside chance and labels of other
+    features."""
+    judged = counts.get("judged", {})
+    for kind in ("detection", "fuzzing", "intruder"):
+        if f"judged_{kind}" not in judged:
+            continue
+        own = judged[f"judged_{kind}"]
+        beside = [f"{own['chance']:.1f} by chance"]
+        for source, words in (("other", "with another feature's label"), ("rule", "with the rule")):
+            if entry := judged.get(f"judged_{kind}_{source}"):
+                beside.append(f"{_with_interval(entry)} {words}")
+        print(f"{kind} test: {_with_interval(own)} over {own['n']} features; {', '.join(beside)}")
+
+
+def _with_interval(entry):
+    low, high = entry["interval"]
+    return f"{entry['value']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def print_rules(counts: Mapping[str, Any]) -> None:

@@ -291,14 +291,15 @@ def check_interpretation(values: dict[str, Any], require: Require) -> None:
             "QUIET hides what it prints",
             "leave out --quiet",
         )
-    n = values.get("N_FIDELITY_EXAMPLES") or 0
     names = [values.get("NEURONPEDIA_MODEL"), values.get("NEURONPEDIA_SET")]
-    require(
-        n <= 0 or n >= 6,
-        "N_FIDELITY_EXAMPLES",
-        f"{n} are too few to test a label",
-        "give 6 or more, or 0 for no test",
-    )
+    for name in ("N_FIDELITY_EXAMPLES", "N_JUDGED_EXAMPLES"):
+        n = values.get(name) or 0
+        require(
+            n <= 0 or n >= 6,
+            name,
+            f"{n} are too few to test a label",
+            "give 6 or more, or 0 for no test",
+        )
     require(
         all(name is None or re.fullmatch(r"[\w.-]*\w", name) for name in names),
         "NEURONPEDIA_SET",

@@ -20,7 +20,13 @@ import numpy as np
 
 from fastsae.data.token_text import seen_values, with_text
 from fastsae.data.tokenization import CONTENT, ROLES
-from fastsae.interpretation.llm.replies import fits, parse_fast, parse_label, parse_yes_no
+from fastsae.interpretation.llm.replies import (
+    fits,
+    parse_fast,
+    parse_label,
+    parse_numbers,
+    parse_yes_no,
+)
 from fastsae.runtime.packages import postpone_init
 
 if TYPE_CHECKING:
@@ -38,6 +44,8 @@ FAST_WIDTH = 24  # tokens shown on each side of the strongest one
 # positive examples of a label, positive and negative held-out ones of its test, at least
 MIN_HELD_OUT = 3
 ANSWERED = 0.9  # share of an annotator's replies that must be a clear yes or no
+# as long as a label usually is, for counting what is yet to come
+ORDINARY_LABEL = "describes a person who hesitates before an everyday decision"
 
 FAST_PROMPT = """You judge how well one feature of a language model can be understood. \
 On every token of a text the feature has an activation: 0 where it is silent, \
@@ -59,6 +67,8 @@ Explain in one or two sentences. Then end with exactly one line of this form, \
 the score a whole number from 1 to 5 and the name a short \
 description of what the feature fires on:
 My final verdict score is: [[SCORE]], feature name is [[NAME]]"""
+
+fits_numbers = fits(parse_numbers)
 
 
 class Shown:
@@ -328,10 +338,13 @@ class Labelling:
         candidates: Sequence[int],
         n_scored: int,
         n_fidelity: int,
+        n_judged: int = 0,
+        rules: Mapping[int, str] | None = None,
     ) -> None:
         """candidates: features in random order, of which the first `n_scored` that fire in five
-        examples are scored."""
+        examples are scored; n_judged, rules: see `judging.judging_tasks`."""
         self.shown, self.asker, self.n_fidelity = shown, asker, n_fidelity
+        self.n_judged, self.rules = n_judged, rules or {}
         scored = [j for j in candidates if can_score(shown, j)][:n_scored]
         self.contrastive = contrastive_prompts(shown, labelled) if protocol != "fast" else {}
         self.fast = (
@@ -352,6 +365,7 @@ class Labelling:
             ("contrastive labels", self.asker.open(self.contrastive.values(), fits(parse_label))),
             ("FAST scores", self.asker.open(self.fast.values(), fits(parse_fast))),
             ("validation, at most", self._open_validation() if self.n_fidelity else []),
+            *self._open_judging(),
         ]
         return [
             (what, len(prompts), sum(map(count_tokens, prompts)))
@@ -359,9 +373,8 @@ class Labelling:
             if prompts
         ]
 
-    def _open_validation(self):
-        """Prompts of the validation still to be asked; a label that is yet to come has the ordinary
-        length."""
+    def _labels_so_far(self):
+        """({feature: its label}, [features whose label is yet to come]) of those to be labelled."""
         labels: dict[int, Any] = {}
         to_come: list[int] = []
         for j in self.labelled:
@@ -374,18 +387,37 @@ class Labelling:
                     if line["reply"] is not None and (value := parse(line["reply"])) is not None:
                         labels[j] = value if parse is parse_label else value[1]
                         break
+        return labels, to_come
+
+    def _open_validation(self):
+        """Prompts of the validation still to be asked; a label that is yet to come has the ordinary
+        length."""
+        labels, to_come = self._labels_so_far()
         known, unknown = (
             fidelity_prompts(self.shown, some, self.n_fidelity).values()
-            for some in (
-                labels,
-                dict.fromkeys(
-                    to_come, "describes a person who hesitates before an everyday decision"
-                ),
-            )
+            for some in (labels, dict.fromkeys(to_come, ORDINARY_LABEL))
         )
         return [
             *self.asker.open([p for pairs in known for p, _ in pairs], fits(parse_yes_no)),
             *(p for pairs in unknown for p, _ in pairs),
+        ]
+
+    def _open_judging(self):
+        """[(what, prompts still to be asked)] of each kind of judgement."""
+        if not self.n_judged:
+            return []
+        from fastsae.interpretation.llm.judging import CHANCE, judging_tasks
+
+        labels, to_come = self._labels_so_far()
+        # of different words, or no label would be another feature's
+        labels |= {j: f"{ORDINARY_LABEL} ({j})" for j in to_come}
+        tasks = judging_tasks(self.shown, labels, self.rules, self.n_judged)
+        return [
+            (
+                f"{kind} tests, at most",
+                self.asker.open([task.prompt for task in tasks if task.kind == kind], fits_numbers),
+            )
+            for kind in CHANCE
         ]
 
     def print_plan(self, tokenizer: Any) -> None:
@@ -425,6 +457,8 @@ class Labelling:
             outcome[j]["note"] = "fires in too few examples for a label by the LLM"
         if self.n_fidelity:
             self._validate(outcome)
+        if self.n_judged:
+            self._judge(outcome)
         return outcome
 
     @staticmethod
@@ -462,3 +496,15 @@ class Labelling:
                 )
         for j in labels.keys() - tasks.keys():
             outcome[j]["note"] = untestable(self.shown, j, self.n_fidelity)
+
+    def _judge(self, outcome):
+        from fastsae.interpretation.llm.judging import judged, judging_tasks
+
+        labels = {j: outcome[j]["label"] for j in self.labelled if "label" in outcome[j]}
+        tasks = judging_tasks(self.shown, labels, self.rules, self.n_judged) if labels else []
+        replies = self.asker.ask([task.prompt for task in tasks], "judging", fits_numbers)
+        scores, reasons = judged(tasks, replies)
+        for j, found in scores.items():
+            outcome[j].update(found)
+        for j, reason in reasons.items():
+            outcome[j]["problems"].append(f"judging {reason}")

@@ -34,6 +34,7 @@ REFUSAL = re.compile(
     (?:it\sis\s)?(?:cannot|can['’]t|unable\sto|not\spossible\sto)\s(?:identify|determine|find)\b)""",
     re.I | re.X,
 )
+ANSWER_LINE = re.compile(r"^[\W_]*(?:final )?answer[*_]*\s*:(.*)$", re.I | re.M)
 NO_PATTERN = re.compile(
     r"(?:do not|don['’]t|does not|doesn['’]t) (?:appear to |seem to )?"
     r"(?:share|have) (?:an?|any) (?:\w+ )?(?:pattern|feature)"
@@ -268,6 +269,20 @@ def parse_yes_no(reply: str) -> bool | None:
         re.I,
     )
     return match and match[1].lower() == "yes"
+
+
+def parse_numbers(reply: str) -> frozenset[int] | None:
+    """The numbers that the last line `Answer: ...` of a reply names, empty for "none"; None if
+    there is no such line, and the reply is not such a list itself, or it says anything else."""
+    text = without_thinking(reply) or ""
+    found = ANSWER_LINE.findall(text)
+    listed = (found[-1] if found else text).strip(" \t*_`[]().\n").lower()
+    if re.fullmatch("none(?: of (?:them|the passages|these))?|0", listed):
+        return frozenset()
+    if not re.fullmatch(r"(?:passages?\s+)?\d{1,2}(?:\s*(?:,|and|&|,\s*and)\s*\d{1,2})*", listed):
+        return None
+    numbers = frozenset(map(int, re.findall(r"\d+", listed)))
+    return None if 0 in numbers else numbers
 
 
 def fits(parse: Callable[[str], Any]) -> Callable[[str], bool]:

@@ -36,6 +36,8 @@ def plan_work(
         candidates=sample,
         n_scored=settings.N_SCORED_FEATURES if asked else 0,
         n_fidelity=settings.N_FIDELITY_EXAMPLES,
+        n_judged=settings.N_JUDGED_EXAMPLES,
+        rules={row["feature"]: row["rule"] for row in features.rows if row["rule"]},
     )
 
 
