@@ -99,7 +99,8 @@ class Labelled:
         """The language model's scores of N_SCORED_FEATURES random features; None without an
         endpoint."""
         from fastsae.interpretation.llm import client
-        from fastsae.interpretation.llm.labels import Labelling, Shown, plain_text
+        from fastsae.interpretation.llm.labels import Labelling, plain_text
+        from fastsae.interpretation.llm.shown import Shown
 
         if not client.endpoint():
             return None

@@ -474,6 +474,7 @@ BAD_FLAGS = [  # script, flags, what the line begins with
     ("interpret_sae", [], "FOLDER/checkpoints/d/metrics.json: not found. run train_sae.py first"),
     ("interpret_sae", ["--llm-protocol", "sum"], "LLM_PROTOCOL: 'sum' is unknown"),
     ("interpret_sae", ["--n-fidelity-examples", 3], "N_FIDELITY_EXAMPLES: 3"),
+    ("interpret_sae", ["--n-judged-examples", 5], "N_JUDGED_EXAMPLES: 5 are too few"),
     ("interpret_sae", ["--run-name", ".."], "RUN_NAME: '..' cannot be a folder's name"),
     ("interpret_sae", ["--llm-timeout", 0], "LLM_TIMEOUT: 0.0 is not above 0"),
     ("interpret_sae", ["--output-dir", "DATASET/out"], "OUTPUT_DIR: "),

@@ -70,6 +70,7 @@ CHANGES = {
         "N_TOP_NEURONS": 4,
         "N_SCORED_FEATURES": 3,
         "N_FIDELITY_EXAMPLES": 8,
+        "N_JUDGED_EXAMPLES": 8,
         "TARGET_FIELD": "topic --target-value t1",
         "TARGET_VALUE": "t0",
         "NEURONPEDIA_SET": "s",
@@ -112,6 +113,7 @@ GROUPED = {
         "N_TOP_NEURONS",
         "N_SCORED_FEATURES",
         "N_FIDELITY_EXAMPLES",
+        "N_JUDGED_EXAMPLES",
     ),
     "target": ("TARGET_FIELD", "TARGET_VALUE"),
 }

@@ -21,8 +21,8 @@ import numpy as np
 from scipy.stats import t as student
 
 from fastsae.data.token_text import seen_values, with_text
-from fastsae.interpretation.llm.labels import ANSWERED, MIN_HELD_OUT, Shown
 from fastsae.interpretation.llm.replies import parse_numbers
+from fastsae.interpretation.llm.shown import ANSWERED, MIN_HELD_OUT, Shown
 
 PER_PROMPT = 5  # passages
 WIDTH = 16  # tokens shown on each side of the one a passage is about
@@ -183,6 +183,7 @@ class Passages:
         """A passage in quotation marks on one line, marked tokens as <<token>>; such marks in the
         text itself are pulled apart."""
         tokens, marked = self.evidence.token_texts(passage.example), set(passage.marked)
+        tokens = [re.sub("[\0\1]", "\N{REPLACEMENT CHARACTER}", token) for token in tokens]
         pieces = [
             f"\0{tokens[i]}\1" if i in marked else tokens[i]
             for i in self.window(passage.example, passage.centre).tolist()

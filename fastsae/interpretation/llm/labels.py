@@ -12,14 +12,13 @@ half only.
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastsae.data.token_text import seen_values, with_text
-from fastsae.data.tokenization import CONTENT, ROLES
+from fastsae.interpretation.llm.judging import CHANCE, judged, judging_tasks
 from fastsae.interpretation.llm.replies import (
     fits,
     parse_fast,
@@ -27,23 +26,17 @@ from fastsae.interpretation.llm.replies import (
     parse_numbers,
     parse_yes_no,
 )
+from fastsae.interpretation.llm.shown import ANSWERED, MIN_HELD_OUT, Shown
 from fastsae.runtime.packages import postpone_init
 
 if TYPE_CHECKING:
     from fastsae.data.datasets import Example
-    from fastsae.interpretation.evidence import Evidence
     from fastsae.interpretation.llm.client import Asker
 
-# of an example in a prompt, HypotheSAEs' 256 words; longer ones are cut around the feature's
-# strongest token
-MAX_TOKENS = 384
 # examples in a contrastive prompt, half of them positive (HypotheSAEs' default)
 N_CONTRASTED = 20
 FAST_EXAMPLES = 5  # strongest examples in a FAST prompt; a feature must fire in all of them
 FAST_WIDTH = 24  # tokens shown on each side of the strongest one
-# positive examples of a label, positive and negative held-out ones of its test, at least
-MIN_HELD_OUT = 3
-ANSWERED = 0.9  # share of an annotator's replies that must be a clear yes or no
 # as long as a label usually is, for counting what is yet to come
 ORDINARY_LABEL = "describes a person who hesitates before an everyday decision"
 
@@ -69,106 +62,6 @@ description of what the feature fires on:
 My final verdict score is: [[SCORE]], feature name is [[NAME]]"""
 
 fits_numbers = fits(parse_numbers)
-
-
-class Shown:
-    """Which examples the labeller may see, and the texts and activations that prompts are made of.
-
-    Equal texts count once, and the halves are drawn by text: what the labeller saw is never what
-    its label is tested on.
-    """
-
-    def __init__(self, evidence: "Evidence", texts: Sequence[str], seed: int) -> None:
-        self.evidence, self.texts, self.seed = evidence, texts, seed
-        metadata = evidence.data.get("metadata")
-        self.max_length = (
-            json.loads(str(metadata))["settings"].get("MAX_LENGTH")
-            if metadata is not None
-            else None
-        )
-        # (n_pooled,) example numbers
-        self.examples = evidence.statistics.pooled_examples
-        self.pooled = evidence.statistics.pooled_max.tocsc()  # (n_pooled, M)
-        # (n_texts,) the first example of each text, (n_pooled,) the number of each example's
-        _, first, text_of = np.unique(
-            evidence.text_numbers[self.examples], return_index=True, return_inverse=True
-        )
-        order = np.random.default_rng((seed, 3)).permutation(len(first))
-        shown = np.zeros(len(first), bool)
-        shown[order[: (len(order) + 1) // 2]] = True
-        self.may_show = shown[text_of]  # (n_pooled,) bool
-        # (n_pooled,) the first of its text?
-        self.first = np.zeros(len(self.examples), bool)
-        self.first[first] = True
-
-    def ranked(self, feature: int, shown: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, values): pooled rows of the shown or of the held-out texts, strongest first, ties
-        by number."""
-        column = self.pooled[:, feature].toarray().ravel()
-        rows = np.flatnonzero(self.first & (self.may_show == shown))
-        rows = rows[np.argsort(-column[rows], kind="stable")]
-        return rows, column[rows]
-
-    def contrast(self, feature: int, n: int, shown: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(positive, negative) example numbers, at most n // 2 each: the strongest, and at random
-        those where the feature is silent."""
-        rows, values = self.ranked(feature, shown)
-        silent = rows[values == 0]
-        negative = np.random.default_rng((self.seed, feature)).permutation(silent)[: n // 2]
-        return self.examples[rows[values > 0][: n // 2]], self.examples[np.sort(negative)]
-
-    def text(self, feature: int, example: int) -> str:
-        """An example as the labeller reads it: its text, or what the model read of it if that is
-        long or was cut by MAX_LENGTH.
-
-        Of the latter at most MAX_TOKENS, around the feature's strongest token, or any where it is
-        silent; markup is left out.
-        """
-        start, end = self.evidence.own_start(example), self._n_tokens(example)
-        if self._whole(example) and end - start <= MAX_TOKENS:
-            return self.texts[example]
-        row = self.evidence.offsets[example]
-        kind = self.evidence.data["token_kind"][row + start : row + end]
-        places = start + (
-            np.flatnonzero(kind == CONTENT) if (kind == CONTENT).any() else np.arange(end - start)
-        )
-        positions, values = self.evidence.token_values([(feature, int(example))])[
-            feature, int(example)
-        ]
-        peak = (
-            np.searchsorted(places, positions[np.argmax(values)])
-            if len(values)
-            else np.random.default_rng((self.seed, feature, int(example))).integers(len(places))
-        )
-        left = int(max(0, min(peak - MAX_TOKENS // 2, len(places) - MAX_TOKENS)))
-        ends_early = left + MAX_TOKENS < len(places) or not self._whole(example)
-        return (
-            "… " * (left > 0)
-            + self._joined(example, places[left : left + MAX_TOKENS])
-            + " …" * ends_early
-        )
-
-    def _joined(self, example, places):
-        """The texts of tokens of an example; where the template cut turns apart, each begins with
-        its role, as in `plain_text`."""
-        tokens, row = self.evidence.token_texts(int(example)), self.evidence.offsets[example]
-        if self.evidence.examples[example].is_text:
-            return "".join(tokens[i] for i in places)
-        starts = np.flatnonzero(np.diff(places, prepend=-1) > 1) if len(places) else []
-        turns = [
-            f"{ROLES[self.evidence.data['token_role'][row + turn[0]]]}: "
-            f"{''.join(tokens[i] for i in turn).strip()}"
-            for turn in np.split(places, starts)
-            if len(turn)
-        ]
-        return "\n\n".join(turns)
-
-    def _n_tokens(self, example):
-        return int(self.evidence.offsets[example + 1] - self.evidence.offsets[example])
-
-    def _whole(self, example):
-        """Whether the model surely read all of an example."""
-        return self.max_length is None or self._n_tokens(example) < self.max_length
 
 
 def contrastive_prompts(shown: Shown, features: Iterable[int]) -> dict[int, str]:
@@ -406,7 +299,6 @@ class Labelling:
         """[(what, prompts still to be asked)] of each kind of judgement."""
         if not self.n_judged:
             return []
-        from fastsae.interpretation.llm.judging import CHANCE, judging_tasks
 
         labels, to_come = self._labels_so_far()
         # of different words, or no label would be another feature's
@@ -498,7 +390,6 @@ class Labelling:
             outcome[j]["note"] = untestable(self.shown, j, self.n_fidelity)
 
     def _judge(self, outcome):
-        from fastsae.interpretation.llm.judging import judged, judging_tasks
 
         labels = {j: outcome[j]["label"] for j in self.labelled if "label" in outcome[j]}
         tasks = judging_tasks(self.shown, labels, self.rules, self.n_judged) if labels else []

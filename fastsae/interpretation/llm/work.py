@@ -7,7 +7,8 @@ import numpy as np
 
 from fastsae.interpretation.features import Features
 from fastsae.interpretation.llm.client import Asker, ChatEndpoint
-from fastsae.interpretation.llm.labels import Labelling, Shown, plain_text
+from fastsae.interpretation.llm.labels import Labelling, plain_text
+from fastsae.interpretation.llm.shown import Shown
 from fastsae.settings.values import Settings
 
 

@@ -14,7 +14,7 @@ from conftest import PROJECT, read_table as table
 from inert_page import read_report
 from loopback import Endpoint, RealModel, completion
 
-from fastsae.interpretation.llm import client, labels, replies as llm_replies
+from fastsae.interpretation.llm import client, labels, replies as llm_replies, shown
 
 KEY = "sk-secret-0123456789"
 LABELS_ONLY = [
@@ -340,7 +340,7 @@ def test_validation_uses_examples_that_the_labeller_never_saw(
 
 
 def Shown(tmp_path):
-    """The `labels.Shown` of made-up statistics: 40 examples, 3 features."""
+    """The `Shown` of made-up statistics: 40 examples, 3 features."""
     from types import SimpleNamespace
 
     from scipy import sparse
@@ -352,7 +352,7 @@ def Shown(tmp_path):
         pooled_examples=np.arange(40) * 2, pooled_max=sparse.csr_matrix(values)
     )
     evidence = SimpleNamespace(statistics=statistics, data={}, text_numbers=np.arange(80))
-    return labels.Shown(evidence, [f"text {i}" for i in range(80)], seed=0)
+    return shown.Shown(evidence, [f"text {i}" for i in range(80)], seed=0)
 
 
 def test_busy_and_failing_servers_are_waited_for(tmp_path, planted, run_main, endpoint):

@@ -190,7 +190,7 @@ def test_a_judge_that_does_not_answer_leaves_the_label(tmp_path, planted, run_ma
 
 
 class Made:
-    """Stands for a `labels.Shown` whose examples are ten tokens; feature 0 fires on token 1 of the
+    """Stands for a `shown.Shown` whose examples are ten tokens; feature 0 fires on token 1 of the
     first examples, id 7, and not on id 7 at token 5 of the last."""
 
     seed = 0

@@ -13,7 +13,8 @@ from fastsae.data.tokenization import ChatTokenizer, Example, mark_shared_prefix
 from fastsae.interpretation.evidence import Evidence
 from fastsae.interpretation.llm import labels
 from fastsae.interpretation.llm.client import Asker
-from fastsae.interpretation.llm.labels import MAX_TOKENS, MIN_HELD_OUT, Labelling, Shown, plain_text
+from fastsae.interpretation.llm.labels import Labelling, plain_text
+from fastsae.interpretation.llm.shown import MAX_TOKENS, MIN_HELD_OUT, Shown
 
 CJK = "今天天气很好我们去公园散步看见了许多花和树"
 WORDS = (
