@@ -15,6 +15,7 @@ if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
     startup.explain_slips()  # of config.py, which is imported below
 
+import contextlib
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from fastsae.runtime.stage import end, run_stage
 from fastsae.settings.values import SHOWN
 
 POLL = 0.1  # seconds between looks at two stages that run at once
+LAST_WORDS = 10  # seconds for stage 1 to end by itself when stage 2 has
 
 
 def main():
@@ -158,7 +160,7 @@ def ended(stages, settings, name, asked):
         first.process.wait()
         return first.code()
     while True:
-        if last.process is None and not asked and has_begun(settings, name):
+        if last.process is None and not asked and (first.code() == 0 or has_begun(settings, name)):
             with signals.blocked():
                 last.start(name)
         codes = [stage.code() for stage in stages]
@@ -166,8 +168,12 @@ def ended(stages, settings, name, asked):
             end_all(stages)
             return failed[0]
         if last.code() == 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may be at its last words
+                first.process.wait(LAST_WORDS)
             end_all(stages)
             return 0
+        if asked and last.process is None and first.code() is not None:
+            return first.code()
         time.sleep(POLL)
 
 

@@ -204,3 +204,77 @@ def test_top_level_is_as_designed():
         "README.md",
         "LICENSE",
     }
+
+
+# Two stages at once: processes that do nothing but end
+
+# as a stage's first line does: it is started with stops blocked
+FOREVER = "import signal, time; signal.pthread_sigmask(signal.SIG_UNBLOCK, [15]); time.sleep(60)"
+CASES = {  # {case: (stage 1, stage 2, has stage 1 begun a stream, exit code)}
+    "both end": ("", "", True, 0),
+    "stage 1 fails before its stream": ("raise SystemExit(2)", FOREVER, False, 2),
+    "stage 1 fails": ("import time; time.sleep(1); raise SystemExit(3)", FOREVER, True, 3),
+    "stage 2 fails": (FOREVER, "raise SystemExit(2)", True, 2),
+    "stage 2 needs nothing": (FOREVER, "", True, 0),
+    "stage 2 is killed": (FOREVER, "import os; os.kill(os.getpid(), 9)", True, 137),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_of_two_stages_at_once_none_is_left(tmp_path, monkeypatch, case):
+    import run_pipeline
+
+    stages = []
+    for number, code in enumerate(case[:2], 1):
+        script = tmp_path / f"stage{number}.py"
+        script.write_text(code)
+        stages.append(run_pipeline.Stage(script, [], ""))
+    monkeypatch.setattr(run_pipeline, "has_begun", lambda settings, name: case[2])
+    monkeypatch.setattr(run_pipeline, "LAST_WORDS", 0.2)
+    monkeypatch.setattr(run_pipeline, "POLL", 0.02)
+    began = time.monotonic()
+    assert run_pipeline.run(stages, None) == case[3]
+    assert time.monotonic() - began < 20 and not any(stage.is_running() for stage in stages)
+    if not case[2]:
+        assert stages[1].process is None
+
+
+def test_a_stop_before_the_stream_begins_ends_the_run(tmp_path, monkeypatch):
+    import os
+    import threading
+
+    import run_pipeline
+
+    script = tmp_path / "stage.py"
+    script.write_text(
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: exit(0))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
+        "time.sleep(60)"
+    )
+    stages = [run_pipeline.Stage(script, [], "") for _ in range(2)]
+    monkeypatch.setattr(run_pipeline, "has_begun", lambda settings, name: False)
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert run_pipeline.run(stages, None) == 143
+    assert stages[1].process is None
+
+
+def test_a_stream_through_the_whole_pipeline(tmp_path, tiny_llama):
+    """Two runs: the second is up to date three times, and nothing is left of the parts."""
+    rows = [{"text": f"the road number {i} home", "topic": f"t{i % 2}"} for i in range(60)]
+    dataset = tmp_path / "texts.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "--output-dir", tmp_path / "out", "--dataset-path", dataset, "--model-name", tiny_llama,
+        "--layer-idx", 1, "--label-field", "topic", "--device", "cpu", "--m", 16, "--k", 2,
+        "--max-norm-ratio", "none", "--stream-bytes", 10**6, "--sample-fraction", 0.4,
+        "--buffer-tokens", 600,
+    ]  # fmt: skip
+    command = [sys.executable, PROJECT / "run_pipeline.py", *words]
+    command = list(map(str, command))
+    for status in ("written", "unchanged"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found = {line["stage"]: line["status"] for line in summaries(done.stdout)}
+        assert found == dict.fromkeys(("extract_activations", "train_sae", "interpret_sae"), status)
+    assert not list((tmp_path / "out").rglob("part-*"))
