@@ -74,6 +74,7 @@ function facts(f) {
       data.chance ? term("by-chance", "by chance") : null, data.chance ? ` up to ${round(data.chance)}` : null),
     f.detection === null ? null : fact(term("detection", "found from five examples"), round(f.detection),
       "AUC; by chance 0.5"),
+    ...f.judged.map(([kind, value]) => fact(term("judged", `${kind} test`), round(value), "of its label")),
     special);
 }
 

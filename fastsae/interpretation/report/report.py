@@ -39,10 +39,11 @@ FOLDER = Path(__file__).parent
 # tokens of an example that the report holds; longer ones are cut around the place shown
 DIALOGUE_TOKENS = 1024
 # tokens of all examples in a report, after which fewer are held of each, but no fewer than
-# LEAST_TOKENS: 8 million are about 15 MB
-BUDGET, LEAST_TOKENS = 8_000_000, 48
+# LEAST_TOKENS: 6.5 million are about 18 MB
+BUDGET, LEAST_TOKENS = 6_500_000, 40
 SNIPPET = (8, 12)  # tokens before and after the strongest one in the list
 N_FOUND, N_PROMOTED = 8, 10  # promoted tokens that the search finds, and that the panel shows
+JUDGED = ("detection", "fuzzing", "intruder")  # a language model's tests of its labels
 KIND_LETTERS = "ctp"  # content, chat template, prefix shared by all examples
 # the page's script, in the order in which its files run
 SCRIPTS = ("page.js", "snippets.js", "list.js", "panel.js", "overview.js", "routes.js")
@@ -243,6 +244,11 @@ def feature_data(
         "precision": number(row.get("fidelity_precision")),
         "recall": number(row.get("fidelity_recall")),
         "held": row.get("n_held_out"),
+        "judged": [
+            [kind, number(row[f"judged_{kind}"])]
+            for kind in JUDGED
+            if row.get(f"judged_{kind}") is not None
+        ],
         "special": number(row["special_token_share"] or 0),
         "tokens": pairs(evidence.top_tokens[j]),
         "groups": token_groups(s.kind_role_mass[j]),

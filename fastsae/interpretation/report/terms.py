@@ -61,6 +61,12 @@ TERMS = {
         "How clear the feature's pattern is to a language model, from 1 (none) to 5 (clear and "
         "without deviation).",
     ),
+    "judged": (
+        "detection, fuzzing and intruder test",
+        "What a language model that reads only the label gets right: which texts the feature fires "
+        "in, which marked words are right (0.5 is chance for both), and which of five texts does "
+        "not belong (0.2 is chance).",
+    ),
     "level": (
         "coarse and fine",
         "The first features of a Matryoshka autoencoder have to rebuild the state alone and so are "
