@@ -134,6 +134,8 @@ def main():
         parts.end(wanted, command)
     trained = [plan for plan in plans if plan.path not in failed]
     if trained and is_first:
+        if todo:  # not sooner: until a run has ended, the files of an earlier one stand together
+            artifacts.write_settings(settings.run_dir, "train_sae", settings)
         from fastsae.training import results
 
         metas = results.write_beside(trained, settings, several=len(plans) > 1)
@@ -203,8 +205,6 @@ def train_all(plans, source, parts, settings):
         settings.TEST_FRACTION,
         trained=None if parts is None else parts.in_words(),
     )
-    if ranks.current().rank == 0:
-        artifacts.write_settings(settings.run_dir, "train_sae", settings)
     if parts is not None:
         return train_on_stream(plans, tokens, parts, settings, device)
     return train(plans, tokens, settings, device)
