@@ -75,6 +75,7 @@ def written(text):
         ("MEASURED", measured),
         ("STUDIES", studies_table.table),
         ("RESULT", demo_result),
+        ("STREAM", stream_result),
     ):
         begin = f"<!-- {name.lower()}: written by experiments/pages/numbers.py -->"
         block = f"{begin}\n{make()}\n<!-- end -->"
@@ -82,6 +83,23 @@ def written(text):
         plain = block.replace("\\", r"\\")
         text = re.sub(rf"<!-- {name.lower()}: .*?<!-- end -->", plain, text, flags=re.S)
     return text
+
+
+def stream_result():
+    """What a stream took beside extraction and training in turn."""
+    r = result("stream")
+    extract, train = r["stages"]["both"]
+    load = r["load"]["both"]
+    return (
+        f"Measured with a model {r['settings']['model']}, {r['n_tokens']:,} tokens in "
+        f"{r['n_parts']} parts and a budget of 5 %: at most "
+        f"{r['peak_bytes']['both']['parts'] / 1e6:.1f} of {r['bytes_of_all_parts'] / 1e6:.0f} MB "
+        f"of parts on the disk, {extract['peak_memory_mb']:,} and {train['peak_memory_mb']:,} MB "
+        f"of memory; {r['seconds_at_once']:.0f} s at once and {r['seconds_in_turn']:.0f} s in turn "
+        f"on two cores that did much other work (load {load:.0f}; {r['cpu_seconds_at_once']:.0f} "
+        f"and {r['cpu_seconds_in_turn']:.0f} CPU seconds); the checkpoints have the same bytes "
+        "(`experiments/results/stream.json`)."
+    )
 
 
 def result(name):
