@@ -140,7 +140,8 @@ def test_hostile_strings_are_text_everywhere(world, place, tally):
         assert_inert(html)
         assert read_report(html)["features"]
         for path in out.glob("neuronpedia/*/*.json"):
-            assert json.loads(path.read_text(encoding="utf-8"))["modelId"] == text
+            name = json.loads(path.read_text(encoding="utf-8"))["modelId"]
+            assert name == f"{text.replace('/', '_').strip()}-model".lower()
         _, header, page = (
             (out / "checkpoints" / "r" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
         )
