@@ -98,7 +98,18 @@ def stream_result():
         f"of memory; {r['seconds_at_once']:.0f} s at once and {r['seconds_in_turn']:.0f} s in turn "
         f"on two cores that did much other work (load {load:.0f}; {r['cpu_seconds_at_once']:.0f} "
         f"and {r['cpu_seconds_in_turn']:.0f} CPU seconds); the checkpoints have the same bytes "
-        "(`experiments/results/stream.json`)."
+        "(`experiments/results/stream.json`). " + mixing_result(result("stream_mixing"))
+    )
+
+
+def mixing_result(r):
+    """What the rounds of a stream lose beside one full shuffle of the same rows."""
+    part = r["n_tokens"] // r["n_parts"]
+    return (
+        f"Mixing: on {r['n_tokens']:,} tokens of {r['settings']['model']}, layer "
+        f"{r['settings']['layer']}, in parts of {part:,}, the normalised MSE is "
+        f"{r['normalized_mse']['train']:.4f}, and {r['normalized_mse']['shuffled']:.4f} after one "
+        "full shuffle of the same rows (`experiments/results/stream_mixing.json`)."
     )
 
 
