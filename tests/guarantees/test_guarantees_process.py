@@ -70,6 +70,7 @@ OF_OS = {"replace", "rename", "renames", "remove", "link", "symlink", "write", "
 ALLOWED = {  # (path, call): why
     ("fastsae/runtime/early_stop.py", "os.write"): "to stderr",
     ("fastsae/runtime/artifacts.py", "torch.save"): "into memory",
+    ("fastsae/runtime/artifacts.py", "write_text"): "storage's own",
     ("fastsae/training/monitoring.py", "figure.savefig"): "into memory",
     ("fastsae/formats/export.py", "save"): "into memory",
     (

@@ -180,7 +180,8 @@ def together(job):
 
 
 def at_once(job):
-    """The outcomes of several stages that run at once; each may be killed after a while."""
+    """The outcomes of several stages that run at once; each may be killed after a while, and is
+    when another one has refused what it was given, for it would wait in vain."""
     jobs = [{**each, "racer": i} for i, each in enumerate(job["at_once"])]
     running = {i: start(each) for i, each in enumerate(jobs)}
     began, outcomes = time.monotonic(), {}
@@ -190,6 +191,8 @@ def at_once(job):
             if ended:
                 outcomes[i] = outcome(jobs[i], report, status)
                 del running[i]
+            elif any(done["code"] == 2 for done in outcomes.values()):
+                os.kill(pid, signal.SIGKILL)
             elif time.monotonic() - began > jobs[i].get("kill_after", 120):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
