@@ -159,7 +159,7 @@ def test_both_sides_killed_at_random_with_the_smallest_budget(world, worker, out
             codes = [each["code"] for each in done]
             if codes == [0, 0]:
                 break
-            assert codes[0] == 0 and "not found" in done[1]["err"], (number, done)
+            assert codes[0] in (0, -9) and "not found" in done[1]["err"], (number, done)
         assert checkpoints(worker.out) == outcome.trained, number
         assert not list((worker.out / FOLDER).glob("*.npz"))
 
