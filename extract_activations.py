@@ -208,8 +208,8 @@ def load_model(job, layers):
     job.model_files.require_unchanged()
     require_same_model(job.settings, job.inputs)
     if job.world.rank == 0:
-        folder = job.settings.activations_path.parent
-        artifacts.write_settings(folder, "extract_activations", job.settings)
+        for layer in layers:
+            artifacts.write_settings(results.path_of(job.settings, layer), job.settings)
     return model
 
 

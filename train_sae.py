@@ -135,7 +135,7 @@ def main():
     trained = [plan for plan in plans if plan.path not in failed]
     if trained and is_first:
         if todo:  # not sooner: until a run has ended, the files of an earlier one stand together
-            artifacts.write_settings(settings.run_dir, "train_sae", settings)
+            artifacts.write_settings(settings.run_dir / "metrics.json", settings)
         from fastsae.training import results
 
         metas = results.write_beside(trained, settings, several=len(plans) > 1)

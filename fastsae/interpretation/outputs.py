@@ -137,7 +137,7 @@ def write(
         "files": files,
     }
     add_to_run(features, settings)
-    artifacts.write_settings(folder, "interpret_sae", settings)
+    artifacts.write_settings(folder / JSONL, settings)
     tables.write_outputs(folder, texts, folder / JSONL, rows, about)
 
 

@@ -89,11 +89,12 @@ def library_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
-def write_settings(folder: Path | str, stage: str, settings: Settings) -> None:
-    """Record all settings of the run of a stage that writes into `folder`, in
-    `<stage>.settings.json`; secrets are masked."""
+def write_settings(beside: Path | str, settings: Settings) -> None:
+    """Record all settings of the run that makes the result at `beside`, in `<its
+    stem>.settings.json`; secrets are masked."""
     text = masking.of_environment()(json.dumps(settings.record(), indent=1, ensure_ascii=False))
-    write_text(Path(folder) / f"{stage}.settings.json", text + "\n")
+    # by the result's name: who claims the result sweeps what a killed run left of this too
+    write_text(Path(beside).with_suffix(".settings.json"), text + "\n")
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

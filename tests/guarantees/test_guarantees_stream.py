@@ -75,7 +75,9 @@ def begin(worker, kept=None):
 
 @pytest.mark.sampled
 def test_stage_1_killed_at_every_operation(world, worker, outcome, tally):
-    chosen = points(range(1, len(outcome.operations[MAKE]) + 1), kinds=outcome.operations[MAKE])
+    chosen = points(
+        range(1, len(outcome.operations[MAKE]) + 1), kinds=outcome.operations[MAKE], thinned=4
+    )
     for k in chosen:
         begin(worker)
         assert run(world, worker, MAKE, kill_at=k)["code"] == -9
@@ -88,7 +90,9 @@ def test_stage_1_killed_at_every_operation(world, worker, outcome, tally):
 @pytest.mark.sampled
 def test_stage_2_killed_at_every_operation(world, worker, outcome, tally):
     """It never needs a part that it has deleted."""
-    chosen = points(range(1, len(outcome.operations[TRAIN]) + 1), kinds=outcome.operations[TRAIN])
+    chosen = points(
+        range(1, len(outcome.operations[TRAIN]) + 1), kinds=outcome.operations[TRAIN], thinned=4
+    )
     for k in chosen:
         begin(worker, outcome.kept)
         assert run(world, worker, TRAIN, kill_at=k)["code"] == -9
@@ -104,7 +108,7 @@ def test_stage_2_killed_at_every_operation(world, worker, outcome, tally):
 def test_a_disk_that_is_full_from_any_operation_on(world, worker, outcome, script, tally):
     operations = outcome.operations[script]
     needing = [k for k, name in enumerate(operations, 1) if name not in ("unlink", "rmtree")]
-    chosen = points(needing, kinds=[operations[k - 1] for k in needing])
+    chosen = points(needing, kinds=[operations[k - 1] for k in needing], thinned=4)
     for k in chosen:
         begin(worker, outcome.kept if script == TRAIN else None)
         done = run(world, worker, script, full_from=k)
@@ -163,7 +167,7 @@ def test_both_sides_killed_at_random_with_the_smallest_budget(world, worker, out
         assert checkpoints(worker.out) == outcome.trained, number
         assert not list((worker.out / FOLDER).glob("*.npz"))
 
-    chosen = points(range(30), 2)
+    chosen = points(range(30), 2, thinned=3)
     for number in chosen:
         torment(number)
     tally("streams of which both sides were killed at random", len(chosen), 30)

@@ -726,8 +726,8 @@ def test_the_record_of_a_run_says_where_each_value_is_from(project, tmp_path, mo
     project.edit("train_sae.py", "M", "M = 512")
     flags = ["--k", "4,8", "--learning-rate", "0.0005", "--run-name", "sk-very-secret-key"]
     settings = project.read(*flags)
-    artifacts.write_settings(tmp_path / "out", "train_sae", settings)
-    text = (tmp_path / "out" / "train_sae.settings.json").read_text()
+    artifacts.write_settings(tmp_path / "out" / "metrics.json", settings)
+    text = (tmp_path / "out" / "metrics.settings.json").read_text()
     found = json.loads(text)
     assert set(found) == set(settings.typed)
     assert found["K"] == {"value": [4, 8], "from": "flag"}

@@ -628,8 +628,7 @@ def test_layers_of_a_tiny_model(tiny, study, run_main, tmp_path, monkeypatch):
     module = importlib.import_module("experiments.studies.layers")
 
     def in_process(script, *stage_flags):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, stage_flags)])
-        assert importlib.import_module(script.removesuffix(".py")).main() in (None, 0)
+        assert run_main(script.removesuffix(".py"), *stage_flags) in (None, 0)
 
     monkeypatch.setattr(module, "run_stage", in_process)
     code, result = study("layers", *study_flags)

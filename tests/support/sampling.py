@@ -19,16 +19,20 @@ def cores() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def points(candidates: Sequence, n: int | None = None, kinds: Sequence[Hashable] = ()) -> list:
+def points(
+    candidates: Sequence, n: int | None = None, kinds: Sequence[Hashable] = (), thinned: int = 1
+) -> list:
     """The points to try: all of them, or in the quick run about `n` at even distances, or the
     first, the last and one of each kind.
 
     `kinds` has the kind of each candidate, in their order; without it `n` is needed. The quick
     run's choice depends on `day`: of a kind with 30 points each comes around once in 30 days.
+    `thinned`: even --exhaustive tries one of so many only, others every day, where a point takes
+    seconds.
     """
     candidates = list(candidates)
     if exhaustive or not candidates:
-        return candidates
+        return candidates[day % thinned :: thinned]
     if not kinds:
         step = max(1, len(candidates) // n)
         return candidates[day % step :: step][:n]
