@@ -32,6 +32,7 @@ ELSEWHERE = {  # what a command holds: the file that runs it, or what CI does wi
     "hf:": "tests/activations/test_extraction_scale.py",
     r"experiments\.studies": "tests/studies",
     r"experiments\.pages": "tests/test_docs.py",
+    "source_tree.py$": "tests/test_config.py",
 }
 SMALL = {  # flags whose values are made small
     "--model-name": "MODEL",
@@ -47,6 +48,7 @@ SMALL = {  # flags whose values are made small
     "--n-top-neurons": "2",
     "--n-scored-features": "1",
     "--n-hypotheses": "2",
+    "--sample-fraction": "0.5",  # of a stream, and 40 examples are few
 }
 TINY = {  # flags that every command gets besides
     "--device": "cpu",
@@ -60,6 +62,7 @@ TINY = {  # flags that every command gets besides
     "--n-top-neurons": "2",
     "--n-scored-features": "1",
     "--n-fidelity-examples": "6",
+    "--sample-fraction": "0.5",
 }
 
 
