@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 from scipy.stats import rankdata
 
-from fastsae.interpretation.significance import above_chance, rank_sum_p_values
+from fastsae.interpretation.significance import above_chance, auc_of_rank_sums, rank_sum_p_values
 from fastsae.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ def auc_matrix(pooled: np.ndarray, labels: np.ndarray, n_categories: int) -> np.
     """
     sums, inside = rank_sums(rankdata(pooled, axis=0), labels, n_categories)
     inside = inside[:, None].astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (sums - inside * (inside + 1) / 2) / (inside * (len(labels) - inside))
+    return auc_of_rank_sums(sums, inside, len(labels) - inside)
 
 
 def rank_sums(

@@ -17,6 +17,7 @@ from scipy.stats import rankdata
 from fastsae.interpretation.evidence import Evidence
 from fastsae.interpretation.firings import Firings, finding_half
 from fastsae.interpretation.rules import STRONG
+from fastsae.interpretation.significance import auc_of_rank_sums, score_interval
 
 N_SHOTS = 5  # examples, of as many texts
 MAX_PAIRS = 40  # tokens that fire, of as many texts, and as many silent ones
@@ -24,7 +25,6 @@ LEAST_PAIRS = 5  # fewer give no figure
 N_RANDOM = 64  # random directions
 N_MIXED = 256  # tokens of which a random direction is a random sum
 BLOCK = 8192  # tokens read at a time
-Z = 1.959964  # of a 95 % interval
 FIGURES = ("detection_auc", "detection_auc_low", "detection_auc_high", "n_detection")
 
 
@@ -59,19 +59,24 @@ def add_detection(
     tested = Tested(evidence, firings, seed)
     start, token, value = firings.by_feature(evidence.m)
     maximum, auc = evidence.statistics.maximum, np.full(evidence.m, np.nan)
+    n_pairs = np.zeros(evidence.m, np.int64)
     counts: dict[int, tuple[int, int]] = {}  # tokens where it fires, and where strongly
     for row in rows:
         j = row["feature"]
-        row.update(dict.fromkeys(FIGURES))
         span = slice(start[j], start[j + 1])
         strong = value[span] > STRONG * maximum[j]
-        auc[j], n = tested.auc(token[span], value[span], strong, (9, j))
-        if n:
+        auc[j], n_pairs[j] = tested.auc(token[span], value[span], strong, (9, j))
+        if n_pairs[j]:
             counts[j] = (len(strong), int(strong.sum()))
-            low, high = interval(auc[j], n)
-            row.update(zip(FIGURES, (float(auc[j]), low, high, n)))
         if progress:
             progress(1)
+    low, high = score_interval(auc, np.maximum(n_pairs, 1), np.maximum(n_pairs, 1))
+    for row in rows:
+        j = row["feature"]
+        found: list[Any] = [None] * len(FIGURES)
+        if n_pairs[j]:
+            found = [float(auc[j]), float(low[j]), float(high[j]), int(n_pairs[j])]
+        row.update(zip(FIGURES, found))
     return Detection(auc, random_aucs(tested, counts, seed))
 
 
@@ -178,25 +183,4 @@ def auc_of(positive: np.ndarray, negative: np.ndarray) -> float:
     """The probability that a positive score is above a negative one; ties count half."""
     n = len(positive)
     ranks = rankdata(np.concatenate([positive, negative]))[:n]
-    return float((ranks.sum() - n * (n + 1) / 2) / (n * len(negative)))
-
-
-def interval(auc: float, n: int) -> tuple[float, float]:
-    """95 % interval of an AUC from n positive and n negative scores, by the score method with
-    Hanley and McNeil's variance (Newcombe 2006, method 5): it has a width even at 0 and 1."""
-
-    def reaches(theta):
-        spread = 1 + (n - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        return Z * np.sqrt(theta * (1 - theta) * spread) / n >= abs(auc - theta)
-
-    ends = []
-    for end in (0.0, 1.0):
-        inside, outside = auc, end
-        for _ in range(40):
-            middle = (inside + outside) / 2
-            if reaches(middle):
-                inside = middle
-            else:
-                outside = middle
-        ends.append(float(inside))
-    return ends[0], ends[1]
+    return float(auc_of_rank_sums(ranks.sum(), n, len(negative)))

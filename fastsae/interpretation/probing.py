@@ -20,6 +20,7 @@ from scipy.special import expit
 from scipy.stats import rankdata, t as student
 
 from fastsae.interpretation.categories import Matrix, first_half
+from fastsae.interpretation.significance import auc_of_rank_sums
 from fastsae.runtime.stops import stop_if_asked
 
 KS = (1, 2, 5, 16)
@@ -104,9 +105,7 @@ def aucs(scores: np.ndarray, inside: np.ndarray) -> np.ndarray:
     ranks = rankdata(scores, axis=0)
     n_inside = inside.sum(1).astype(np.float64)
     n_outside = inside.shape[1] - n_inside
-    sums = (ranks * inside.T).sum(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (sums - n_inside * (n_inside + 1) / 2) / (n_inside * n_outside)
+    return auc_of_rank_sums((ranks * inside.T).sum(0), n_inside, n_outside)
 
 
 def sparse_probe(

@@ -1,6 +1,8 @@
 """Which of many measured AUCs are above chance: a permutation test of each, and a bound on the
 share of false ones; intervals of AUCs and correlations."""
 
+from typing import Any
+
 import numpy as np
 
 # false discovery rate: expected share of chance findings among those that are called above chance
@@ -57,26 +59,27 @@ def above_chance(p_values: np.ndarray, level: float = LEVEL) -> np.ndarray:
     return accepted
 
 
-def auc_intervals(columns: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """(k, 2) 95 % intervals of the AUC of each column (n, k) for inside (n,) bool, nan where a side
-    is empty.
+def auc_of_rank_sums(sums: Any, n_inside: Any, n_outside: Any) -> Any:
+    """The AUC from the sum of the ranks, ties averaged, of those inside: the probability that one
+    inside is above one outside, ties counting half. nan where a side is empty; arrays broadcast."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (sums - n_inside * (n_inside + 1) / 2) / (n_inside * n_outside)
+
+
+def score_interval(auc: Any, n_inside: Any, n_outside: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) of the 95 % intervals of AUCs (k,) from so many inside and outside, each (k,) or
+    one number.
 
     The score interval of Newcombe (2006, method 5): all values from which the AUC measured is at
     most 1.96 standard errors away, that of each value being Hanley and McNeil's. It stays within 0
-    and 1, and has a width where the AUC is 1.
+    and 1, and has a width where the AUC is 0 or 1.
     """
-    from scipy.stats import rankdata
-
-    n_in, n_out = int(inside.sum()), int((~inside).sum())
-    if not n_in or not n_out:
-        return np.full((columns.shape[1], 2), np.nan)
-    sums = rankdata(columns, axis=0)[inside].sum(0)
-    auc = (sums - n_in * (n_in + 1) / 2) / (n_in * n_out)
-    extra = (n_in + n_out) / 2 - 1
+    auc = np.asarray(auc, np.float64)
+    extra = (n_inside + n_outside) / 2 - 1
 
     def standard_error(value):
         spread = 1 + extra * ((1 - value) / (2 - value) + value / (1 + value))
-        return np.sqrt(value * (1 - value) * spread / (n_in * n_out))
+        return np.sqrt(value * (1 - value) * spread / (n_inside * n_outside))
 
     ends = []
     for end in (0.0, 1.0):
@@ -86,7 +89,19 @@ def auc_intervals(columns: np.ndarray, inside: np.ndarray) -> np.ndarray:
             within = np.abs(auc - middle) <= 1.96 * standard_error(middle)
             near, far = np.where(within, middle, near), np.where(within, far, middle)
         ends.append(near)
-    return np.stack(ends, axis=1)
+    return ends[0], ends[1]
+
+
+def auc_intervals(columns: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """(k, 2) `score_interval` of the AUC of each column (n, k) for inside (n,) bool, nan where a
+    side is empty."""
+    from scipy.stats import rankdata
+
+    n_in, n_out = int(inside.sum()), int((~inside).sum())
+    if not n_in or not n_out:
+        return np.full((columns.shape[1], 2), np.nan)
+    auc = auc_of_rank_sums(rankdata(columns, axis=0)[inside].sum(0), n_in, n_out)
+    return np.stack(score_interval(auc, n_in, n_out), axis=1)
 
 
 def correlation_intervals(

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fastsae.interpretation import detection
-from fastsae.interpretation.detection import add_detection, auc_of, interval, one_of_each
+from fastsae.interpretation.detection import add_detection, auc_of, one_of_each
 from fastsae.interpretation.firings import Firings, finding_half
+from fastsae.interpretation.significance import score_interval
 
 
 def world(in_context, strength=3.0, fires=None, n_texts=120, seed=0):
@@ -115,14 +116,14 @@ def test_auc_equals_counting_pairs():
 
 def test_intervals_cover_and_have_a_width():
     for n in (5, 40):
-        low, high = interval(1.0, n)
-        assert low < 1 and high == 1 and interval(0.0, n)[1] == pytest.approx(1 - low)
-        low, high = interval(0.5, n)
+        low, high = score_interval(1.0, n, n)
+        assert low < 1 and high == 1 and score_interval(0.0, n, n)[1] == pytest.approx(1 - low)
+        low, high = score_interval(0.5, n, n)
         assert low == pytest.approx(1 - high)
     generator, inside = np.random.default_rng(0), 0
     for _ in range(400):  # normal scores one apart: AUC = Phi(1 / sqrt(2)) = 0.7602
         found = auc_of(generator.standard_normal(30) + 1, generator.standard_normal(30))
-        low, high = interval(found, 30)
+        low, high = score_interval(found, 30, 30)
         inside += low <= 0.7602 <= high
     assert 0.92 < inside / 400 < 0.985
 
