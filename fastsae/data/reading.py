@@ -16,7 +16,6 @@ from fastsae.data.datasets import (
 )
 from fastsae.data.token_spool import TokenSpool
 from fastsae.data.tokenization import (
-    CONTENT,
     ChatTokenizer,
     TokenTable,
     cut_blocks,
@@ -37,18 +36,9 @@ def read_tokens(
     the settings leave nothing of the texts, or too few examples.
     """
     in_blocks = settings.PROCESSING == "block"
-    chat = announced_tokenizer(settings, tokenizer)
-    duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
-    examples = examples_of(settings, dataset_path, sha256)
-    table = tokenise(filter(duplicates.is_new, examples) if duplicates else examples, chat)
-    require_content(settings, chat, table.n_truncated, bool((table.kind == CONTENT).any()))
-    counts = {
-        "n_truncated": table.n_truncated,
-        "n_control_strings": table.n_control_strings,
-        "n_duplicates": duplicates.n_dropped if duplicates else 0,
-    }
-    if chat.lacks_template:
-        counts["has_chat_template"] = False
+    incoming = Incoming(settings, dataset_path, sha256, tokenizer)
+    table = tokenise(incoming.examples, incoming.chat)
+    counts = incoming.counts(table)
     if in_blocks:
         table, counts["n_left_over"] = blocks_of(table, settings.BLOCK_LENGTH)
     require_two(len(table.lengths), settings.DATASET_PATH)
@@ -62,27 +52,16 @@ def spool_tokens(
     """`read_tokens` for a stream: the tokens are in files of `folder`, and there are no more of
     them than MAX_TRAIN_TOKENS needs beside the sample."""
     in_blocks = settings.PROCESSING == "block"
-    chat = announced_tokenizer(settings, tokenizer)
-    duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
-    examples = examples_of(settings, dataset_path, sha256)
+    incoming = Incoming(settings, dataset_path, sha256, tokenizer)
     spool = TokenSpool(Path(folder))
     enough = None
     if settings.MAX_TRAIN_TOKENS is not None:
         enough = int(settings.MAX_TRAIN_TOKENS / (1 - settings.SAMPLE_FRACTION))
-    is_cut = spool.fill(
-        filter(duplicates.is_new, examples) if duplicates else examples, chat, enough
-    )
+    is_cut = spool.fill(incoming.examples, incoming.chat, enough)
     if is_cut and not str(dataset_path).startswith(HUB):
         with digests.reading(dataset_path, sha256):  # the rest of the file must be as it was, too
             pass
-    require_content(settings, chat, spool.n_truncated, spool.has_content)
-    counts = {
-        "n_truncated": spool.n_truncated,
-        "n_control_strings": spool.n_control_strings,
-        "n_duplicates": duplicates.n_dropped if duplicates else 0,
-    }
-    if chat.lacks_template:
-        counts["has_chat_template"] = False
+    counts = incoming.counts(spool)
     if in_blocks:
         n_tokens = int(spool.lengths.sum())
         counts["n_left_over"] = spool.cut_blocks(settings.BLOCK_LENGTH)
@@ -91,6 +70,33 @@ def spool_tokens(
     if not in_blocks:
         spool.find_shared_prefix()
     return spool, {"n_shared_prefix": spool.n_shared, **counts}
+
+
+class Incoming:
+    """The dataset on its way to tokens: its `examples`, less duplicates, and the ChatTokenizer
+    `chat` for them."""
+
+    def __init__(
+        self, settings: Settings, dataset_path: Path | str, sha256: str, tokenizer: Any
+    ) -> None:
+        self.settings = settings
+        self.chat = announced_tokenizer(settings, tokenizer)
+        self.duplicates = Deduplicator(settings.DEDUP_NGRAM) if settings.DEDUP_NGRAM else None
+        found = examples_of(settings, dataset_path, sha256)
+        self.examples = filter(self.duplicates.is_new, found) if self.duplicates else found
+
+    def counts(self, tokens: TokenTable | TokenSpool) -> dict[str, int]:
+        """What was counted on the way to `tokens`, made of all `examples`. InputError where
+        MAX_LENGTH cuts all text off."""
+        require_content(self.settings, self.chat, tokens.n_truncated, tokens.has_content)
+        counts = {
+            "n_truncated": tokens.n_truncated,
+            "n_control_strings": tokens.n_control_strings,
+            "n_duplicates": self.duplicates.n_dropped if self.duplicates else 0,
+        }
+        if self.chat.lacks_template:
+            counts["has_chat_template"] = False
+        return counts
 
 
 def require_content(

@@ -343,6 +343,11 @@ class TokenTable:
     n_control_strings: int = 0
 
     @property
+    def has_content(self) -> bool:
+        """Whether any token is of a text rather than of the template."""
+        return bool((self.kind == CONTENT).any())
+
+    @property
     def starts(self) -> np.ndarray:
         """(n_examples + 1,) first row of each example, and the number of tokens."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
