@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 
@@ -424,22 +424,68 @@ def write_checkpoint(
     """`torch.save` of a dict of plain values and tensors. Equal content gives equal bytes."""
     import torch
 
-    buffer = io.BytesIO()  # the archive's inner names do not depend on the path this way
-    torch.save(checkpoint, buffer)
-    content = buffer.getvalue()[:-2]  # without the length of the zip's comment, which is 0
     with committed(path, keep_old=keep_old) as file:
-        file.write(content)
-        file.write(_seal(content))
+        sealed = _Sealed(file)  # the archive's inner names do not depend on the path this way
+        torch.save(checkpoint, cast(IO[bytes], sealed))
+        sealed.end()
 
 
-def _seal(content):
+class _Sealed:
+    """What `torch.save` writes goes to a file, and its sha256 to the end of that: a state as large
+    as half of the memory can be saved.
+
+    The last two bytes are held back. They are the length of the zip's comment, 0, in the place of
+    which the seal comes. What goes wrong is raised by `end`: of an exception in between PyTorch
+    makes one of its own, about positions.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.held, self.sha256 = file, b"", hashlib.sha256()
+        self.failed: BaseException | None = None
+
+    def write(self, content: Any) -> int:
+        """Write all but the last two bytes so far."""
+        view = memoryview(content).cast("B")
+        if len(view) < 2:
+            whole = self.held + view.tobytes()
+            self._pass_on(whole[:-2])
+            self.held = whole[-2:]
+        else:
+            self._pass_on(self.held)
+            self._pass_on(view[:-2])
+            self.held = view[-2:].tobytes()
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing: `end` comes last."""
+
+    def end(self) -> None:
+        """Write the seal."""
+        if self.failed is not None:
+            raise self.failed
+        self.file.write(_seal(self.sha256))
+
+    def _pass_on(self, content):
+        if self.failed is not None:
+            return
+        try:
+            self._written(content)
+        except BaseException as error:
+            self.failed = error
+
+    def _written(self, content):
+        self.sha256.update(content)
+        self.file.write(content)
+
+
+def _seal(sha256):
     """The end of a checkpoint file: its sha256 as the zip archive's comment, which other readers
     skip.
 
     The archive's own CRCs are not enough: PyTorch never looks at them, and they do not cover the
     archive's headers.
     """
-    return struct.pack("<H", 64) + hashlib.sha256(content).hexdigest().encode()
+    return struct.pack("<H", 64) + sha256.hexdigest().encode()
 
 
 def is_sealed(content: bytes) -> bool:
@@ -462,7 +508,7 @@ def read_checkpoint(path: Path | str, *, made_by: str = "train_sae.py") -> Any:
         raise EnvironmentFailure(
             f"{path}: is not a checkpoint of this project, or only part of one. run {made_by}."
         )
-    if content[-66:] != _seal(content[:-66]):
+    if content[-66:] != _seal(hashlib.sha256(memoryview(content)[:-66])):
         raise EnvironmentFailure(f"{path}: damaged, its checksum is another. run {made_by}.")
     try:
         return _load_tensors(content)

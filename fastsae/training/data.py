@@ -2,7 +2,6 @@
 through a mixing buffer from the disk."""
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fastsae.data.token_masks import (
 )
 from fastsae.runtime import distributed
 from fastsae.runtime.errors import InputError
+from fastsae.training.feeding import room_for
 
 # rows that are read together, at most: neighbours in the file, so their examples are the same few
 CHUNK_ROWS = 1024
@@ -165,37 +165,44 @@ class TrainingRows:
     If all rows fit into `buffer_tokens` they are kept in memory and shuffled as a whole. If not,
     the scheme of FAST: chunks in random order fill a pool, half of the shuffled pool is served, and
     new chunks take its place; they are read ahead by a thread, into a third part of the same
-    buffer. Under torchrun each process has such a buffer and takes its slice of every batch.
+    buffer. The buffer is on the `device` where that has room (training/feeding.py). Under torchrun
+    each process has such a buffer and takes its slice of every batch.
     """
 
     def __init__(
-        self, activations: Any, rows: np.ndarray, *, batch_size: int, buffer_tokens: int, seed: int
+        self,
+        activations: Any,
+        rows: np.ndarray,
+        *,
+        batch_size: int,
+        buffer_tokens: int,
+        seed: int,
+        device: str = "cpu",
     ) -> None:
         self.activations = activations
         self.rows = rows
         self.batch_size = batch_size
         self.seed = seed
         self.part = None if len(rows) <= buffer_tokens else max(1, buffer_tokens // 3)
-        size = len(rows) if self.part is None else 3 * self.part
-        self.buffer = np.empty((size, activations.shape[1]), activations.dtype)
+        self.size = len(rows) if self.part is None else 3 * self.part
+        self.buffer = room_for(self.size, activations.shape[1], activations.dtype, device)
         if self.part is None:
-            self._read(rows, np.arange(size))
+            self._read_ahead(rows, np.arange(self.size)).finish()
 
     def n_batches(self) -> int:
         """Batches in an epoch."""
         return len(batch_ends(len(self.rows), self.batch_size))
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
-        """(batch, d) float32 tensors of one epoch, from batch number `first` on."""
+        """(batch, d) float32 tensors of one epoch on the device, from batch number `first` on."""
         ends = [0, *batch_ends(len(self.rows), self.batch_size)]
         if self.part is None:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-            pieces = (self.buffer[order[a:b]] for a, b in zip(ends[first:], ends[first + 1 :]))
+            for a, b in zip(ends[first:], ends[first + 1 :]):
+                yield self.buffer.take(order[a:b][distributed.share(b - a)]).float()
         else:
-            pieces = _regrouped(self._served(epoch, ends[first]), np.diff(ends[first:]))
-        yield from (
-            torch.from_numpy(piece[distributed.share(len(piece))]).float() for piece in pieces
-        )
+            for piece in _regrouped(self._served(epoch, ends[first]), np.diff(ends[first:])):
+                yield piece[distributed.share(len(piece))].float()
 
     def order(self, epoch: int) -> np.ndarray:
         """The rows of one epoch as they are served."""
@@ -206,7 +213,7 @@ class TrainingRows:
         )
 
     def _served(self, epoch, skip):
-        """Arrays of activations in the order of the epoch, less the first `skip` rows."""
+        """Tensors of activations in the order of the epoch, less the first `skip` rows."""
         assert self.part is not None  # only what does not fit into memory comes through a pool
         slot_of = np.full(len(self.activations), -1, np.int32)  # where in the buffer a row lies
         free = None
@@ -216,35 +223,31 @@ class TrainingRows:
                 continue
             if free is None:  # here an epoch begins, or an interrupted one goes on
                 slot_of[pool] = np.arange(len(pool))
-                self._read(np.sort(pool), slot_of[np.sort(pool)])
-                free = np.arange(len(pool), len(self.buffer))
+                in_order = np.sort(pool)
+                self._read_ahead(in_order, slot_of[in_order]).finish()
+                free = np.arange(len(pool), self.size)
             staged, served = free[: len(new)], slot_of[pool[:n_served]]
-            failed: list[BaseException] = []
-            thread = threading.Thread(
-                target=self._read_ahead, args=(new, staged, failed), daemon=True
-            )
-            thread.start()
-            for start in range(skip, n_served, self.batch_size):
-                yield self.buffer[served[start : min(start + self.batch_size, n_served)]]
+            reading = self._read_ahead(new, staged)
+            try:
+                for start in range(skip, n_served, self.batch_size):
+                    yield self.buffer.take(served[start : min(start + self.batch_size, n_served)])
+            except GeneratorExit:  # nobody wants the rest
+                reading.stop()
+                raise
+            reading.finish()
             skip = 0
-            thread.join()
-            if failed:
-                raise failed[0]
             slot_of[new] = staged
             free = np.concatenate([free[len(new) :], served])
 
-    def _read_ahead(self, rows, slots, failed):
-        """`_read` in a thread, whose exception would otherwise end nothing but the thread."""
-        try:
-            self._read(rows, slots)
-        except BaseException as error:
-            failed.append(error)
+    def _read_ahead(self, rows, slots):
+        """The Reading of these rows from the disk into slots of the buffer."""
 
-    def _read(self, rows, slots):
-        for start in range(0, len(rows), 16 * CHUNK_ROWS):
-            part = slice(start, start + 16 * CHUNK_ROWS)
-            self.buffer[slots[part]] = self.activations[rows[part]]
+        def read(part):
+            found = self.activations[rows[part]]
             release(self.activations)
+            return found
+
+        return self.buffer.fill_ahead(read, slots)
 
 
 def batch_ends(n: int, size: int) -> list[int]:
@@ -279,7 +282,7 @@ def mixed(
 
 
 def _regrouped(arrays, sizes):
-    """The rows of consecutive `arrays` cut into arrays of the given sizes."""
+    """The rows of consecutive tensors cut into tensors of the given sizes."""
     waiting, n = [], 0
     sizes = iter(sizes)
     wanted = next(sizes, None)
@@ -290,5 +293,5 @@ def _regrouped(arrays, sizes):
             waiting.append(taken)
             n += len(taken)
             if n == wanted:
-                yield np.concatenate(waiting)
+                yield waiting[0] if len(waiting) == 1 else torch.cat(waiting)
                 waiting, n, wanted = [], 0, next(sizes, None)

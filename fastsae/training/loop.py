@@ -27,7 +27,11 @@ from fastsae.training.plans import Plan
 from fastsae.training.resampling import resample
 from fastsae.training.run import TrainingRun, final_metrics, learning_rate_factor
 
-SAVE_EVERY = 60.0  # seconds between saves of an unfinished run: the most that a kill loses
+# seconds between saves of an unfinished run, which are the most that a kill loses; None: at least
+# SAVE_AFTER, and so many that saving takes no more than SAVE_SHARE of the time
+SAVE_EVERY: float | None = None
+SAVE_AFTER = 60.0
+SAVE_SHARE = 0.03
 INIT_SAMPLE = 32768  # tokens from which centre, directions, encoder scale and normalisation start
 VALIDATION_BATCH = 4096  # tokens whose loss is computed together
 DEAD_WARNING = 0.05  # fraction of dead features above which a warning is printed
@@ -82,6 +86,7 @@ def train(plans: list[Plan], tokens: Tokens, settings: Settings, device: str) ->
         batch_size=settings.BATCH_SIZE,
         buffer_tokens=settings.BUFFER_TOKENS,
         seed=settings.SEED,
+        device=device,
     )
     failed: dict[Path, str] = {}
     saver = Saver(SAVE_EVERY)
@@ -115,24 +120,35 @@ def train(plans: list[Plan], tokens: Tokens, settings: Settings, device: str) ->
 
 
 class Saver:
-    """Saves the state of unfinished runs every so many seconds, and when the process is to stop."""
+    """Saves the state of unfinished runs every `seconds`, or by SAVE_AFTER and SAVE_SHARE, and when
+    the process is to stop."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float | None):
         self.seconds, self.last, self.stopping = seconds, time.monotonic(), False
+        self.cost = 0.0  # seconds of the last save
+
+    @property
+    def interval(self) -> float:
+        """Seconds of training after which the next save is due."""
+        if self.seconds is not None:
+            return self.seconds
+        return max(SAVE_AFTER, self.cost * (1 - SAVE_SHARE) / SAVE_SHARE)
 
     def keep(self, runs: Iterable[PlannedRun]) -> None:
         """Write the states of `runs` to their files, so that they can go on from here."""
+        began = time.monotonic()
         for run in runs:
             run.save(run.state_path, run.fingerprint)
+        self.last = time.monotonic()
+        self.cost = self.last - began
 
     def between_steps(self, runs: Iterable[PlannedRun]) -> None:
         """Stop here if this or another process was asked to; save if it is time."""
         self.stopping = distributed.anywhere(stop_asked())
         if self.stopping:
             stop()
-        if time.monotonic() - self.last > self.seconds:
+        if time.monotonic() - self.last > self.interval:
             self.keep(runs)
-            self.last = time.monotonic()
 
 
 def start_run(plan: Plan, tokens: Tokens, sample: torch.Tensor, device: str) -> PlannedRun:
@@ -177,7 +193,6 @@ def train_epoch(
     n_batches = data.n_batches()
     epoch, first = min((run.epoch, run.batch) for run in runs)
     for batch, x in enumerate(data.batches(epoch, first), first):  # (batch, d_in)
-        x = x.to(runs[0].device)
         for run in runs:
             if (run.epoch, run.batch) == (epoch, batch):
                 one_step(run, x, (epoch - 1) * n_batches + batch, n_batches)

@@ -14,6 +14,7 @@ from fastsae.activations.stream import MAKER, POLL, Stream
 from fastsae.data.token_masks import chosen_tokens, token_norms, usable_tokens
 from fastsae.runtime import artifacts, distributed
 from fastsae.runtime.errors import EnvironmentFailure, InputError
+from fastsae.training.feeding import host_batch
 
 ORDER, SHUFFLE = 0, 1  # what a random order is of, beside seed and number
 
@@ -113,8 +114,9 @@ class StreamRows:
         seed: int,
         waiting: Callable[[int], object],
         digests: Sequence[str] = (),
+        device: str = "cpu",
     ) -> None:
-        self.stream, self.use = stream, use
+        self.stream, self.use, self.device = stream, use, device
         self.batch_size, self.seed = batch_size, seed
         self.waiting = waiting
         self.digests = list(digests)
@@ -124,8 +126,8 @@ class StreamRows:
         self.reading: Reading | None = None
 
     def batches(self, number: int, first: int = 0) -> Iterator[torch.Tensor]:
-        """(batch, d) float32 tensors of round `number`, from batch `first` on; of several processes
-        each gets its slice."""
+        """(batch, d) float32 tensors of round `number` on the device, from batch `first` on; of
+        several processes each gets its slice."""
         left = self._left_of(number - 1)  # (n_left, d)
         rows = self._read(number) if number <= self.stream.n_parts else left[:0]
         own, later = halves(len(rows), self.seed, number)
@@ -135,10 +137,11 @@ class StreamRows:
         for a, b in list(zip(bounds, bounds[1:]))[first:]:
             piece = order[a:b][distributed.share(b - a)]
             is_new = piece >= len(left)
-            x = np.empty((len(piece), rows.shape[1]), np.float32)  # (batch, d)
+            batch = host_batch(len(piece), rows.shape[1], rows.dtype, self.device)
+            x = batch.numpy()  # (batch, d)
             x[is_new] = rows[own[piece[is_new] - len(left)]]
             x[~is_new] = left[piece[~is_new]]
-            yield torch.from_numpy(x)
+            yield batch.to(self.device, non_blocking=True).float()
         self.left = (number, rows[later])
 
     def close(self) -> None:

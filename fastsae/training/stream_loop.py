@@ -37,7 +37,7 @@ from fastsae.training.stream_data import StreamRows, Use, chain, n_steps, period
 MEASURE_TOKENS = 1_000_000  # of the stream's, between two measurements on validation
 ABSENT = 15.0  # seconds without stage 1 and without the next part after which it will not come
 LOOK = 2.0  # seconds between looks whether stage 1 is there
-SAVE_SHARE = 0.1  # of the time at most goes into saves that make room for stage 1
+ROOM_SHARE = 0.1  # of the time at most goes into saves that make room for stage 1
 
 
 def train_on_stream(
@@ -66,6 +66,7 @@ def train_on_stream(
             seed=settings.SEED,
             waiting=lambda number: waiting.for_part(number, runs),
             digests=max((run.of_stream.get("digests", []) for run in runs), key=len),
+            device=device,
         )
         saver.data = data
         saver.begin(runs)
@@ -116,7 +117,6 @@ def train_round(
     """Train on the rest of round `number`; runs that are further on join where they stand."""
     first = min(run.batch for run in runs if run.epoch == number)
     for batch, x in enumerate(data.batches(number, first), first):  # (batch, d_in)
-        x = x.to(runs[0].device)
         for run in runs:
             if (run.epoch, run.batch) == (number, batch):
                 one_step(run, x, n_steps)
@@ -162,11 +162,10 @@ def figures(run: PlannedRun, stream: Stream) -> str:
 class StreamSaver(Saver):
     """Saves the runs, and then lets stage 1 have the room of the parts that none of them needs."""
 
-    def __init__(self, seconds: float, stream: Stream):
+    def __init__(self, seconds: float | None, stream: Stream):
         super().__init__(seconds)
         self.stream = stream
         self.data: StreamRows | None = None
-        self.cost = 0.0  # seconds of the last save
         self.saved_at: tuple[int, int] | None = None  # (round, batch)
 
     def begin(self, runs: Iterable[PlannedRun]) -> None:
@@ -195,7 +194,7 @@ class StreamSaver(Saver):
 
     def between_rounds(self, runs: list[PlannedRun]) -> None:
         """Save if stage 1 waits for room, and saving takes little of the time."""
-        seldom = time.monotonic() - self.last >= self.cost / SAVE_SHARE
+        seldom = time.monotonic() - self.last >= self.cost / ROOM_SHARE
         if seldom and self.stream.is_full():
             self.keep(runs)
 

@@ -4,8 +4,10 @@ Within `pretended()` every tensor keeps its numbers on the CPU and carries a dev
 TorchFunctionMode sees each call that Python makes into torch and refuses what CUDA refuses: tensors
 of two devices in one call, .numpy() of a device's, oneDNN's operators, a generator of the CPU's,
 and in deterministic mode what has no deterministic kernel. Copies into pinned memory arrive late:
-NaN lies there until the stream that brings them has been waited for. What makes the host wait is
-counted, by the line that does.
+NaN lies there until the stream that brings them has been waited for. So do copies to a device over
+a stream of their own, and what is written there over that stream; they read their pinned source
+when they arrive, so whoever wrote into it meanwhile is seen. What makes the host wait is counted,
+by the line that does.
 
 Real numbers flow, so code that depends on data runs to its end. Not seen: what C++ does by itself
 (fused kernels; gradients go with any device while a backward pass runs), types that a device lacks,
@@ -130,6 +132,7 @@ class PretendedCuda(TorchFunctionMode):
         self.waits = collections.Counter()
         # of each device (target, value): copies on their way to pinned memory
         self.coming = [[] for _ in range(N_DEVICES)]
+        self.side: Stream | None = None  # the stream that `torch.cuda.stream` made the current one
 
     # Devices
 
@@ -196,6 +199,8 @@ class PretendedCuda(TorchFunctionMode):
         self._refuse(func, name, args, kwargs, tensors, asked)
         if name == "copy_":
             return self._copied(*args, **kwargs)
+        if name == "index_copy_" and self.side is not None:
+            return self._written_late(*args)
         device = asked or self._common(name, args, tensors)
         if device and device.type == "cuda":
             self.launches += name not in VIEWS
@@ -246,6 +251,11 @@ class PretendedCuda(TorchFunctionMode):
         if target == source or target.type == "meta":
             return out if _storage(out) is _storage(tensor) else mark(out, target)
         if target.type == "cuda":
+            if self.side is not None and kwargs.get("non_blocking") and _is_pinned(tensor):
+                with torch._C.DisableTorchFunction():
+                    late = mark(_poison(torch.empty_like(out)), target)
+                self.side.later(late, lambda: late.copy_(tensor), tensor)
+                return late
             return mark(out.clone() if _storage(out) is _storage(tensor) else out, target)
         if kwargs.get("non_blocking"):  # PyTorch takes pinned memory for it
             return self._copied(
@@ -253,6 +263,14 @@ class PretendedCuda(TorchFunctionMode):
             )
         self.waited(source, name)
         return mark(out.clone() if _storage(out) is _storage(tensor) else out, CPU)
+
+    def _written_late(self, target, dim, index, source):
+        """`index_copy_` over a stream that others have to wait for."""
+        with torch._C.DisableTorchFunction():
+            lost = _poison(torch.empty_like(source))
+            target.index_copy_(dim, self.side.value_of(index), lost)
+        self.side.later(target, lambda: target.index_copy_(dim, index, source), source)
+        return target
 
     def _copied(self, target, source, non_blocking=False):
         """`copy_`, which may cross devices, and be late where its target is pinned."""
@@ -323,12 +341,59 @@ class PretendedCuda(TorchFunctionMode):
         )
 
 
+def _is_pinned(tensor):
+    return getattr(_storage(tensor), "pinned", False)
+
+
+def _poison(tensor):
+    return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+
+
 class Stream:
+    """The current stream of a device, on which everything is done at once."""
+
     def __init__(self, mode, device):
         self.mode, self.device = mode, device
 
     def synchronize(self):
         self.mode.waited(self.device, "synchronize")
+
+    def wait_stream(self, other):
+        if isinstance(other, SideStream):
+            other.run()
+
+    def copies(self):
+        return list(self.mode.coming[self.device.index])
+
+    def arrive(self, copies):
+        self.mode.arrive(self.device.index, copies)
+
+
+class SideStream(Stream):
+    """A stream of its own: what is done over it happens when it is waited for, in order."""
+
+    def __init__(self, mode, device):
+        super().__init__(mode, device)
+        self.waiting = []  # [(target, what is done, source)]
+
+    def later(self, target, act, source):
+        self.waiting.append((target, act, source))
+
+    def value_of(self, tensor):
+        """What a tensor will hold that is on its way."""
+        return next((source for target, _, source in self.waiting if target is tensor), tensor)
+
+    def run(self, until=None):
+        """Do what waits, or only what is among `until`."""
+        with torch._C.DisableTorchFunction():
+            while self.waiting and (until is None or any(self.waiting[0] is u for u in until)):
+                self.waiting.pop(0)[1]()
+
+    def copies(self):
+        return list(self.waiting)
+
+    def arrive(self, copies):
+        self.run(copies)
 
 
 @contextlib.contextmanager
@@ -342,14 +407,27 @@ def pretended():
         by default."""
 
         def record(self, stream=None):
-            self.number = mode.current if stream is None else stream.device.index
-            self.copies = list(mode.coming[self.number])
+            self.stream = stream or mode.side or current_stream()
+            self.copies, self.asked = self.stream.copies(), 0
 
         def synchronize(self):
-            mode.arrive(self.number, self.copies)
+            self.stream.arrive(self.copies)
 
-    def stream(device=None):
+        def query(self):
+            """Not yet, for the first times."""
+            self.asked += 1
+            if self.asked > 4:
+                self.synchronize()
+            return self.asked > 4
+
+    def current_stream(device=None):
         return Stream(mode, mode.whole("cuda" if device is None else device))
+
+    @contextlib.contextmanager
+    def on_stream(stream):
+        before, mode.side = mode.side, stream
+        yield
+        mode.side = before
 
     fakes = {
         "is_available": lambda: True,
@@ -357,7 +435,10 @@ def pretended():
         "set_device": mode.set_device,
         "Event": Event,
         "current_device": lambda: mode.current,
-        "current_stream": stream,
+        "current_stream": current_stream,
+        "Stream": lambda device=None: SideStream(mode, mode.whole(device or "cuda")),
+        "stream": on_stream,
+        "mem_get_info": lambda device=None: (80 << 30, 80 << 30),
         "empty_cache": lambda: None,
         "_lazy_init": lambda: None,
         "get_device_properties": lambda device=None: types.SimpleNamespace(
@@ -365,7 +446,7 @@ def pretended():
             total_memory=80 << 30,
             uuid=f"GPU-{mode.whole('cuda' if device is None else device).index}",
         ),
-        "synchronize": lambda device=None: stream(device).synchronize(),
+        "synchronize": lambda device=None: current_stream(device).synchronize(),
     }
     by_type = torch._C._group_tensors_by_device_and_dtype
 

@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, planted_tokens
+from pretended_cuda import device_of, pretended
 from small import small
 
 from fastsae.data.token_masks import chosen_tokens
+from fastsae.training import feeding
 from fastsae.training.data import CHUNK_ROWS, TrainingRows, batch_ends, mixed
 
 
@@ -93,6 +96,7 @@ def test_token_choice_by_hand():
 
 
 SMALL = small(max_norm_ratio=None)
+ROWS = np.arange(4000, dtype=np.float32).reshape(1000, 4)
 
 
 def test_only_the_chosen_tokens_train(tmp_path, write_activations, run_main, capsys):
@@ -174,20 +178,111 @@ def test_rows_beyond_the_buffer_stay_on_the_disk(tmp_path, write_activations):
     assert int(done.stdout.rsplit("grew ", 1)[1]) < 330
 
 
-def test_an_error_while_reading_ahead_ends_the_run(monkeypatch):
+def test_an_error_while_reading_ahead_ends_the_run():
     """In a thread it would end nothing but the thread, and old rows would be served once more."""
-    from fastsae.training.data import TrainingRows
+    rows, calls = TrainingRows(ROWS, np.arange(1000), batch_size=50, buffer_tokens=300, seed=0), []
 
-    x = np.arange(4000, dtype=np.float32).reshape(1000, 4)
-    rows, calls = TrainingRows(x, np.arange(1000), batch_size=50, buffer_tokens=300, seed=0), []
-    original = TrainingRows._read
+    class Failing:
+        def __len__(self):
+            return len(ROWS)
 
-    def read(self, *args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise MemoryError("no room")
-        return original(self, *args)
+        def __getitem__(self, index):
+            calls.append(index)
+            if len(calls) == 3:
+                raise MemoryError("no room")
+            return ROWS[index]
 
-    monkeypatch.setattr(TrainingRows, "_read", read)
+    rows.activations = Failing()
     with pytest.raises(MemoryError, match="no room"):
         list(rows.batches(1))
+
+
+def test_batches_that_nobody_wants_end_the_reading():
+    """Else a thread would go on to write into a buffer that the next epoch fills."""
+    rows = TrainingRows(ROWS, np.arange(1000), batch_size=50, buffer_tokens=300, seed=0)
+    before = threading.active_count()
+    for _ in range(3):
+        batches = rows.batches(1)
+        next(batches)
+        batches.close()
+        assert threading.active_count() == before
+    assert np.array_equal(np.concatenate([x[:, 0] for x in rows.batches(1)]) / 4, rows.order(1))
+
+
+# On a device
+
+
+def halves(n=900, d=4):
+    """Rows (n, d) that differ, in the type of a file."""
+    return np.random.default_rng(0).standard_normal((n, d)).astype(np.float16)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Pinned blocks of 40 rows, so that they are used again and again."""
+    monkeypatch.setattr(feeding, "PINNED_BYTES", 40 * 8)
+    monkeypatch.setattr(feeding, "LOOK", 0.0002)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+@pytest.mark.parametrize("share", [0.5, 0], ids=["on the device", "sent batch by batch"])
+@pytest.mark.parametrize("buffer_tokens", [10_000, 300, 6], ids=["all", "third", "nearly none"])
+def test_a_device_is_fed_the_same_rows(monkeypatch, narrow, device, share, buffer_tokens):
+    """Whether they are kept there or sent, all at once or through a buffer; no batch waits."""
+    monkeypatch.setattr(feeding, "DEVICE_SHARE", share)
+    x, options = halves(100 if buffer_tokens == 6 else 900), {"batch_size": 50, "seed": 3}
+    options["buffer_tokens"], rows = buffer_tokens, np.arange(len(x))[3:]
+    here = TrainingRows(x, rows, **options)
+    expected = [[batch.numpy() for batch in here.batches(epoch, 1)] for epoch in (1, 2)]
+    with pretended() as machine:
+        there = TrainingRows(x, rows, **options, device=device)
+        assert isinstance(there.buffer, feeding.DeviceRows if share else feeding.HostRows)
+        found = [list(there.batches(epoch, 1)) for epoch in (1, 2)]
+        assert not machine.waits
+        assert {device_of(batch) for batches in found for batch in batches} == {
+            torch.device("cuda", int(device == "cuda:1"))
+        }
+        assert {batch.dtype for batch in found[0]} == {torch.float32}
+        found = [[batch.cpu().numpy() for batch in batches] for batches in found]
+    for batches, others in zip(found, expected, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(batches, others, strict=True))
+
+
+@pytest.mark.parametrize("fault", ["no wait for the stream", "blocks used too soon"])
+def test_a_stream_that_nobody_waits_for_is_seen(monkeypatch, narrow, fault):
+    if fault == "no wait for the stream":
+        monkeypatch.setattr(feeding.DeviceRows, "_arrive", feeding.DeviceRows._send)
+    else:
+
+        def send(self):
+            original(self)
+            while self.on_the_way:
+                self.free.put(self.on_the_way.pop()[1])
+
+        original = feeding.DeviceRows._send
+        monkeypatch.setattr(feeding.DeviceRows, "_send", send)
+    x = halves()
+    with pretended():
+        options = {"batch_size": 50, "buffer_tokens": 10_000, "seed": 0, "device": "cuda"}
+        data = TrainingRows(x, np.arange(len(x)), **options)
+        found = np.concatenate([batch.cpu().numpy() for batch in data.batches(1)])
+    assert not np.array_equal(np.sort(found, 0), np.sort(x, 0))
+
+
+def test_rows_on_a_device_have_the_type_of_their_file():
+    for dtype in ("float16", "float32", "int8"):
+        with pretended():
+            room = feeding.room_for(6, 3, np.dtype(dtype), "cuda")
+            values = np.arange(18).reshape(6, 3).astype(dtype)
+            room.fill_ahead(lambda part, x=values: x[part], np.arange(6)[::-1].copy()).finish()
+            found = room.take(np.array([5, 0]))
+            assert found.cpu().numpy().tolist() == [[0, 1, 2], [15, 16, 17]]
+            assert room.rows.dtype == getattr(torch, dtype)
+
+
+def test_what_does_not_fit_stays_on_the_host(monkeypatch):
+    """Half of the free memory is the most: by hand."""
+    with pretended():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4000, 10**9))
+        rooms = [feeding.room_for(n, 10, np.dtype("float16"), "cuda") for n in (100, 101)]
+    assert [type(room) for room in rooms] == [feeding.DeviceRows, feeding.HostRows]
