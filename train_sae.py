@@ -81,8 +81,8 @@ MAX_NORM_RATIO: float | None = 10.0  # (1..] leave out attention sinks: norms ab
                                      # the median; none = keep
 
 # Output:
-EXPORT: tuple[str, ...] | None = None  # {saelens, sparsify} also write folders for these; works for
-                                       # a trained one too; none = no
+EXPORT: tuple[str, ...] | None = None  # {saelens, sparsify, dictionary_learning} also write folders
+                                       # for these; works for a trained one too; none = no
 LOGGER: str = "none"                   # {none, tensorboard, wandb} where the figures of each epoch
                                        # go as well
 # fmt: on

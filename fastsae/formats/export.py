@@ -1,12 +1,14 @@
-"""Checkpoints in the layouts of other libraries: SAELens and sparsify.
+"""Checkpoints in the layouts of other libraries: SAELens, sparsify and dictionary_learning.
 tests/formats/test_formats.py loads them with these libraries.
 
-The formulas are the same in all three, features = activation(W (x - b_dec) + b_enc), so that
-exporting only renames and transposes. An architecture's file says what each library calls it, and
-what it has besides these four tensors.
+The formulas are the same in all, features = activation(W (x - b_dec) + b_enc), so that exporting
+only renames and transposes (dictionary_learning's JumpReLU apart, which has no b_dec in front). An
+architecture's file says what each library calls it, and what SAELens has besides these four
+tensors.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,14 +26,14 @@ from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import InputError
 from fastsae.settings.architectures import ARCHITECTURES
 
-FORMATS = ("saelens", "sparsify")
+FORMATS = ("saelens", "sparsify", "dictionary_learning")
 # whose layout this is; SAELens drops the metadata of what calls itself older than 6
 SAELENS_VERSION = "6.54.12"
 
 
 def export(path: str | Path, kinds: Iterable[str]) -> None:
-    """Write the checkpoint at `path` beside itself as `<stem>.saelens/` and
-    `<stem>.sparsify/layers.<block>/`.
+    """Write the checkpoint at `path` beside itself as `<stem>.saelens/`,
+    `<stem>.sparsify/layers.<block>/` and `<stem>.dictionary_learning/`.
 
     Each appears complete or not at all, and is left alone where it already has this content. Raises
     InputError if a format cannot hold the architecture.
@@ -41,7 +43,7 @@ def export(path: str | Path, kinds: Iterable[str]) -> None:
     sae, meta = load_sae(path)
     for kind in kinds:
         check_export(kind, architecture_of(sae))
-        files = (saelens_files if kind == "saelens" else sparsify_files)(sae, meta)
+        files = _WRITERS[kind](sae, meta)
         folder = folder_of(path, kind)
         if holds(folder, files):
             print(f"up to date: {folder}")
@@ -87,7 +89,7 @@ def folder_of(path: str | Path, kind: str) -> Path:
 
 
 def check_export(kind: str, architecture: str) -> None:
-    """InputError if the format `kind`, saelens or sparsify, cannot hold the architecture."""
+    """InputError if the format `kind`, one of FORMATS, cannot hold the architecture."""
     if kind not in FORMATS:
         raise InputError(f"EXPORT: {kind!r} is unknown. choose {' or '.join(FORMATS)}.")
     if not can_hold(kind, architecture):
@@ -110,7 +112,7 @@ def saelens_files(sae: Any, meta: dict) -> dict[str, bytes]:
     from fastsae.sae import architectures
 
     architecture = architectures.of(sae)
-    state = {name: value.detach().cpu().float() for name, value in sae.state_dict().items()}
+    state = _state(sae)
     tensors = {
         "W_enc": state["encoder.weight"].t(),
         "W_dec": state["decoder.weight"].t(),
@@ -172,7 +174,7 @@ def sparsify_files(sae: Any, meta: dict) -> dict[str, bytes]:
     """{name: bytes} of a folder whose `layers.<block>` sparsify's `load_from_disk` reads."""
     from safetensors.torch import save
 
-    state = {name: value.detach().cpu().float() for name, value in sae.state_dict().items()}
+    state = _state(sae)
     tensors = {
         "encoder.weight": state["encoder.weight"],
         "encoder.bias": state["neuron_bias"],
@@ -202,9 +204,94 @@ def sparsify_files(sae: Any, meta: dict) -> dict[str, bytes]:
     return {f"{layer}/cfg.json": _json(config), f"{layer}/sae.safetensors": weights}
 
 
+def dictionary_learning_files(sae: Any, meta: dict) -> dict[str, bytes]:
+    """{name: bytes} of a folder that `dictionary_learning.utils.load_dictionary` reads.
+
+    k is part of its TopK and BatchTopK; of the others only their tensors tell what fires.
+    """
+    import torch
+
+    name, tensors = _dictionary(sae)
+    source = meta["activations"]
+    settings, point = source["settings"], HookPoint.of_activations(source)
+    config = {
+        "trainer": {
+            "dict_class": name,
+            "activation_dim": sae.input_dim,
+            "dict_size": sae.m_total_neurons,
+            **({"k": sae.k_active_neurons} if "k" in tensors else {}),
+            "layer": point.block,
+            "lm_name": hub_id(source["model_name"]) or short_name(source["model_name"]),
+            "submodule_name": point.dictionary_learning,
+            "device": "cpu",
+        },
+        "buffer": {
+            "d_submodule": sae.input_dim,
+            "io": "in" if point.is_input else "out",
+            "ctx_len": settings.get("MAX_LENGTH") or settings.get("BLOCK_LENGTH"),
+        },
+        "metadata": own_metadata(meta),
+    }
+    weights = io.BytesIO()
+    torch.save({name: value.contiguous().clone() for name, value in tensors.items()}, weights)
+    return {"ae.pt": weights.getvalue(), "config.json": _json(config)}
+
+
+def _dictionary(sae):
+    """(class of dictionary_learning, its tensors by name) of an autoencoder."""
+    import torch
+
+    state = _state(sae)
+    name = ARCHITECTURES[architecture_of(sae)].dictionary_learning
+    if name == "JumpReluAutoEncoder":
+        from fastsae.sae.architectures.base import saelens_threshold
+
+        # x goes into its encoder as it is
+        shift = state["encoder.weight"].double() @ state["input_bias"].double()  # (M,)
+        return name, {
+            "W_enc": state["encoder.weight"].t(),
+            "W_dec": state["decoder.weight"].t(),
+            "b_enc": (state["neuron_bias"].double() - shift).float(),
+            "b_dec": state["input_bias"],
+            **saelens_threshold(sae, state),
+        }
+    tensors = {
+        "encoder.weight": state["encoder.weight"],
+        "decoder.weight": state["decoder.weight"],
+        "encoder.bias": state["neuron_bias"],
+        "bias" if name == "AutoEncoder" else "b_dec": state["input_bias"],
+    }
+    if name == "AutoEncoder":
+        return name, tensors
+    tensors["k"] = torch.tensor(sae.k_active_neurons, dtype=torch.int)
+    # -1 where there is none: its TopK keeps one too, for an inference that it does not use
+    tensors["threshold"] = state["threshold"] if name == "BatchTopKSAE" else torch.tensor(-1.0)
+    if name == "BatchTopKSAE" and sae.prefix_lengths:
+        sizes = torch.tensor(sae.prefix_lengths).diff(prepend=torch.tensor([0]))
+        return "MatryoshkaBatchTopKSAE", {
+            "W_enc": tensors.pop("encoder.weight").t(),
+            "W_dec": tensors.pop("decoder.weight").t(),
+            "b_enc": tensors.pop("encoder.bias"),
+            **tensors,
+            "group_sizes": sizes,
+        }
+    return name, tensors
+
+
+_WRITERS = {
+    "saelens": saelens_files,
+    "sparsify": sparsify_files,
+    "dictionary_learning": dictionary_learning_files,
+}
+
+
 def dataset_name(path: str) -> str:
     """owner/name of a hub dataset, the file's name of a local one."""
     return path.removeprefix("hf:").split("@")[0] if path.startswith("hf:") else short_name(path)
+
+
+def _state(sae):
+    return {name: value.detach().cpu().float() for name, value in sae.state_dict().items()}
 
 
 def _json(value):

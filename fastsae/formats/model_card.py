@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsae.formats.export import dataset_name, folder_of
+from fastsae.formats.export import FORMATS, dataset_name, folder_of
 from fastsae.formats.load import (
     architecture_text,
     is_plain_text,
@@ -294,7 +294,7 @@ def loading(entries: list[tuple[Path, dict]]) -> list[str]:
     path, meta = entries[0]
     kind = trained_architecture(meta["settings"])
     layer = HookPoint.of_activations(meta["activations"]).sparsify
-    saelens, sparsify = (folder_of(path, name).name for name in ("saelens", "sparsify"))
+    saelens, sparsify, dictionary = (folder_of(path, name).name for name in FORMATS)
     lines = [
         "With this project:",
         *block_of(
@@ -331,6 +331,16 @@ def loading(entries: list[tuple[Path, dict]]) -> list[str]:
             "imported, or its decoder fails.",
             "",
         ]
+    if ARCHITECTURES[kind].dictionary_learning:
+        lines += with_export(
+            path,
+            "dictionary_learning",
+            "dictionary_learning",
+            "from dictionary_learning.utils import load_dictionary",
+            "",
+            f'sae, config = load_dictionary("{dictionary}", device="cpu")',
+            "features = sae.encode(activations)",
+        )
     if ARCHITECTURES[ARCHITECTURES[kind].form].in_hypothesaes:
         lines += [
             "With HypotheSAEs (it unpickles: only for files you trust):",

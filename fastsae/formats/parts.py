@@ -24,6 +24,8 @@ from fastsae.sae.autoencoder import new_sae
 
 T = TypeVar("T", int, float, str, bool, list, dict)
 
+# what `data.token_masks.chosen_tokens` takes
+TOKENS_USED = ("all", "content", "assistant")
 # active features where a format does not say how many, until they are counted
 ASSUMED_K = 32
 
@@ -249,6 +251,21 @@ def about_place(hook_point: HookPoint | None) -> dict[str, Any]:
     kind = {} if hook_point.kind == "resid_post" else {"kind": hook_point.kind}
     module = {} if hook_point.module is None else {"hook_module": hook_point.module}
     return {"layer": hook_point.layer, **kind, **module}
+
+
+def about_tokens(config: Config) -> dict[str, Any]:
+    """{"tokens": ...} of what an export of this project says in its metadata of the tokens it is
+    for; {} of others' files, whose formats have no place for it."""
+    values = config.values.get("metadata")
+    if not isinstance(values, dict) or "fastsae_tokens" not in values:
+        return {}
+    metadata = Config(config.path, values)
+    use = metadata.get("fastsae_use_tokens", str, "all")
+    if use not in TOKENS_USED:
+        metadata.refuse("fastsae_use_tokens", f"is none of {', '.join(TOKENS_USED)}")
+    prefix = metadata.get("fastsae_shared_prefix_tokens", int)
+    bound = metadata.get("fastsae_max_norm", float)
+    return {"tokens": {"max_norm": bound, "use": use, "exclude_shared_prefix": prefix is not None}}
 
 
 def refuse_other_inputs(cfg: Config) -> None:

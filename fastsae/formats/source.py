@@ -66,6 +66,7 @@ class Source:
         return found
 
     def _metadata(self, parts: "Parts") -> dict:
+        tokens = parts.about.get("tokens") or {}
         return {
             "format": artifacts.FORMAT,
             "stage": "imported autoencoder",
@@ -76,7 +77,8 @@ class Source:
                 "M": len(parts.w_enc),
                 "K": parts.k,
                 "MATRYOSHKA_PREFIXES": parts.prefixes,
-                "EXCLUDE_SHARED_PREFIX": True,
+                "EXCLUDE_SHARED_PREFIX": tokens.get("exclude_shared_prefix", True),
+                **({"USE_TOKENS": tokens["use"]} if tokens else {}),
             },
             "activations": {
                 "model_name": parts.about.get("model_name"),
@@ -87,7 +89,7 @@ class Source:
                 },
                 **({"hook_module": name} if (name := parts.about.get("hook_module")) else {}),
             },
-            "max_norm": None,
+            "max_norm": tokens.get("max_norm"),
             "validation_examples": [],
             "test_examples": [],
             "metrics": {},

@@ -101,6 +101,13 @@ class HookPoint:
         return self.hugging_face.partition(".")[2]
 
     @property
+    def dictionary_learning(self) -> str:
+        """The name of the place in dictionary_learning's config.json, beside the block's index."""
+        if self.kind == "resid_post":
+            return f"resid_post_layer_{self.block}"
+        return self.transformer_lens if self.is_input else self.hugging_face
+
+    @property
     def hugging_face(self) -> str:
         """The module in transformers whose output it is, or its input where `is_input` says so."""
         below = KINDS[self.kind].module if self.module is None else self.module

@@ -29,7 +29,8 @@ class About:
     weight: that weight where none is given.
     saved_as: the architecture it is kept as, where it computes the same as a simpler one.
     in_hypothesaes: `hypothesaes.sae.load_model` reads its checkpoints.
-    saelens, sparsify: what these libraries call what it computes; None = they cannot hold it.
+    saelens, sparsify, dictionary_learning: what these libraries call what it computes; None = they
+        cannot hold it.
     fresh_length: the length of a resampled feature's encoder row, relative to the live ones'.
     """
 
@@ -44,6 +45,7 @@ class About:
     in_hypothesaes: bool = False
     saelens: str | None = None
     sparsify: str | None = None
+    dictionary_learning: str | None = None
     fresh_length: float = 1.0
 
     @property

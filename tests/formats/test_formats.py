@@ -1,5 +1,5 @@
-"""Autoencoders that leave and enter: exports loaded by sae-lens and sparsify (if installed),
-imports against formulas and theirs."""
+"""Autoencoders that leave and enter: exports loaded by sae-lens, sparsify and dictionary-learning
+(if installed), imports against formulas and theirs."""
 
 import csv
 import json
@@ -121,7 +121,10 @@ def sparsify():
 
 def dictionary_learning():
     return pytest.importorskip(
-        "dictionary_learning", reason="dictionary-learning is not installed", exc_type=ImportError
+        "dictionary_learning",
+        reason="dictionary-learning is not installed: pip install --no-deps -r "
+        "experiments/requirements-dictionary.txt",
+        exc_type=ImportError,
     )
 
 
@@ -179,6 +182,77 @@ def test_sparsify_computes_the_same(tmp_path, kind):
         features = torch.zeros(len(x), M).scatter(1, found.top_indices, found.top_acts)
         assert_same(dense(sae, x), (features, theirs(x).sae_out))
     assert theirs.cfg.k == K and theirs.num_latents == M
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dictionary_learning_loads_the_same(tmp_path, kind):
+    library = dictionary_learning()
+    from dictionary_learning.utils import load_dictionary
+
+    path, sae = saved(tmp_path, kind)
+    export.export(path, ["dictionary_learning"])
+    theirs, config = load_dictionary(str(tmp_path / "SAE_test.dictionary_learning"), "cpu")
+    x = tokens()
+    with torch.no_grad():
+        features = theirs.encode(x)
+        assert_same(dense(sae, x), (features, theirs.decode(features)))
+    assert 0 < (features > 0).float().mean() < 1 and library.__version__
+    assert type(theirs).__name__ == config["trainer"]["dict_class"] == DICTIONARIES[kind]
+    assert config["trainer"]["layer"] == 11 and config["trainer"]["activation_dim"] == D
+
+
+DICTIONARIES = {
+    "topk": "AutoEncoderTopK",
+    "matryoshka": "AutoEncoderTopK",
+    "batchtopk": "BatchTopKSAE",
+    "batch matryoshka": "MatryoshkaBatchTopKSAE",
+    "standard": "AutoEncoder",
+    "jumprelu": "JumpReluAutoEncoder",
+    "gated": "JumpReluAutoEncoder",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dictionary_holds_what_its_class_computes(tmp_path, kind):
+    """The tensors of the folder put into the classes' definitions, and read again: the same
+    autoencoder, written in the same bytes."""
+    path, sae = saved(tmp_path, kind)
+    export.export(path, ["dictionary_learning"])
+    folder, x = tmp_path / "SAE_test.dictionary_learning", tokens()
+    state = torch.load(folder / "ae.pt", weights_only=True)
+    assert {name: value.shape for name, value in state.items()} == {
+        name: value.shape for name, value in dictionary_state(DICTIONARIES[kind]).items()
+    }
+    assert_same(dense(sae, x), dictionary_features(DICTIONARIES[kind], state, x))
+    again, meta = load_sae(folder)
+    assert_same(dense(again, x), dense(sae, x))
+    assert meta["activations"]["settings"]["LAYER_IDX"] == 12
+    assert meta["activations"]["model_name"] == "SmolLM2-135M-Instruct"
+    assert meta["settings"]["K"] == (K if "topk" in architecture_of(sae) else None)
+    assert again.prefix_lengths == ([10, M] if kind == "batch matryoshka" else None)
+    before = (folder / "ae.pt").read_bytes()
+    assert export.dictionary_learning_files(*load_sae(path))["ae.pt"] == before
+
+
+@pytest.mark.parametrize(
+    ("point", "submodule", "io"),
+    [
+        ({}, "resid_post_layer_11", "out"),
+        ({"HOOK": "mlp_out"}, "model.layers.11.mlp", "out"),
+        ({"HOOK": "attn_out"}, "model.layers.11.self_attn", "out"),
+        ({"HOOK": "resid_mid"}, "blocks.11.hook_resid_mid", "in"),
+    ],
+)
+def test_a_dictionary_names_its_place(tmp_path, point, submodule, io):
+    source = {**SOURCE, "settings": {**SOURCE["settings"], **point}}
+    settings = {"ARCHITECTURE": "topk", "M": M, "K": K}
+    metadata = artifacts.new_metadata("sae", settings, {}, activations=source, max_norm=None)
+    save_sae(tmp_path / "a.pt", trained("topk"), metadata)
+    export.export(tmp_path / "a.pt", ["dictionary_learning"])
+    config = json.loads((tmp_path / "a.dictionary_learning" / "config.json").read_text())
+    assert config["trainer"]["submodule_name"] == submodule and config["buffer"]["io"] == io
+    again = load_sae(tmp_path / "a.dictionary_learning")[1]["activations"]["settings"]
+    assert again == {"LAYER_IDX": 12, **point}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -267,8 +341,8 @@ def test_an_export_is_whole_or_absent(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_exports_say_which_tokens_they_are_for(tmp_path, settings, max_norm, said, unsaid):
-    """In the metadata of both formats, which the other libraries keep or skip, and none claims the
-    hub's weights."""
+    """In the metadata of every format, which the other libraries keep or skip, and none claims the
+    hub's weights. Read again, they are for the same tokens."""
     metadata = artifacts.new_metadata(
         "sae",
         {"ARCHITECTURE": "topk", "M": M, "K": K, **settings},
@@ -277,10 +351,18 @@ def test_exports_say_which_tokens_they_are_for(tmp_path, settings, max_norm, sai
         max_norm=max_norm,
     )
     save_sae(tmp_path / "a.pt", trained("topk"), metadata)
-    export.export(tmp_path / "a.pt", ["saelens", "sparsify"])
-    for name in ("a.saelens/cfg.json", "a.sparsify/layers.11/cfg.json"):
-        text = (tmp_path / name).read_text()
-        about = json.loads(text)["metadata"]
+    export.export(tmp_path / "a.pt", export.FORMATS)
+    for name in (
+        "saelens/cfg.json",
+        "sparsify/layers.11/cfg.json",
+        "dictionary_learning/config.json",
+    ):
+        path = tmp_path / f"a.{name}"
+        text = path.read_text()
+        about, again = json.loads(text)["metadata"], load_sae(path.parent)[1]
+        assert again["max_norm"] == max_norm
+        assert again["settings"]["EXCLUDE_SHARED_PREFIX"] == settings["EXCLUDE_SHARED_PREFIX"]
+        assert again["settings"]["USE_TOKENS"] == settings.get("USE_TOKENS", "all")
         assert about["fastsae_max_norm"] == max_norm and about["fastsae_architecture"] == "topk"
         assert all(part in about["fastsae_tokens"] for part in said)
         assert not any(part in about["fastsae_tokens"] for part in unsaid)
@@ -677,6 +759,14 @@ REFUSED = [
         {"metadata": {"hook_name": "blocks.3.attn.hook_z"}},
         "blocks.3.attn.hook_z', not on the residual stream or what attention or MLP add",
     ),
+    (
+        {"metadata": {"fastsae_tokens": "some", "fastsae_use_tokens": "mine"}},
+        "fastsae_use_tokens 'mine' is none of all, content",
+    ),
+    (
+        {"metadata": {"fastsae_tokens": "some", "fastsae_max_norm": "12"}},
+        "fastsae_max_norm: expected float, got '12'",
+    ),
     ({"architecture": "topk"}, "cfg.json: k is missing"),
     ({"architecture": "topk", "k": 41}, "k 41 is not from 1 to 40"),
     ({"architecture": "topk", "k": "many"}, "k: expected int, got 'many'"),
@@ -968,7 +1058,10 @@ def test_exporting_what_is_trained_already(tmp_path, write_activations, run_main
             "EXPORT: sparsify holds topk only, not batchtopk.",
         ),
         (["--init-from", "x", "--seed", "0,1"], "SEED: all would start alike, from INIT_FROM."),
-        (["--export", "saelens,onnx"], "EXPORT: 'onnx' is unknown. choose saelens, sparsify."),
+        (
+            ["--export", "saelens,onnx"],
+            "EXPORT: 'onnx' is unknown. choose saelens, sparsify, dictionary_learning.",
+        ),
     ],
 )
 def test_impossible_settings_stop_before_training(run_main, capsys, flags, line):

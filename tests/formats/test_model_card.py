@@ -101,11 +101,13 @@ def test_a_single_ones_metrics(tmp_path):
 def test_it_names_the_libraries_that_can_read_it(tmp_path):
     text = written(tmp_path, kind="jumprelu", names=("SAE_jumprelu_M=40_K=4.pt",))
     assert "HypotheSAEs" not in text and "sparsify" not in text
-    export.export(tmp_path / "SAE_jumprelu_M=40_K=4.pt", ["saelens"])
+    assert "`--export dictionary_learning` writes what it reads" in text
+    export.export(tmp_path / "SAE_jumprelu_M=40_K=4.pt", ["saelens", "dictionary_learning"])
     text = written(tmp_path, kind="jumprelu", names=("SAE_jumprelu_M=40_K=4.pt",))
     assert (
         'SAE.load_from_disk("SAE_jumprelu_M=40_K=4.saelens")' in text
         and ModelCard(text).data.library_name == "saelens"
+        and 'load_dictionary("SAE_jumprelu_M=40_K=4.dictionary_learning", device="cpu")' in text
     )
 
 

@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 
-from fastsae.formats.parts import Config, Parts, Tensors, place_of_hook, prefixes_of, read_config
+from fastsae.formats.parts import (
+    Config,
+    Parts,
+    Tensors,
+    about_tokens,
+    place_of_hook,
+    prefixes_of,
+    read_config,
+)
 from fastsae.lm.hook_points import HookPoint
 from fastsae.runtime.errors import InputError
 
@@ -33,9 +41,10 @@ def read(path: Path, values: dict) -> Parts:
     """`Parts` of dictionary_learning's state dict (ae.pt), with its config.json beside it where
     there is one."""
     weights, config_path = Tensors(path, values), path.with_name("config.json")
-    trainer = Config(config_path, {})
+    config, trainer = Config(config_path, {}), Config(config_path, {})
     if path.name == "ae.pt" and config_path.is_file():
-        trainer = Config(config_path, read_config(config_path).need("trainer", dict))
+        config = read_config(config_path)
+        trainer = Config(config_path, config.need("trainer", dict))
     kind = trainer.get("dict_class", str) or class_of_tensors(weights)
     if kind not in CLASSES:
         trainer.refuse("dict_class", f"is none of {', '.join(CLASSES)}. choose another autoencoder")
@@ -51,6 +60,7 @@ def read(path: Path, values: dict) -> Parts:
         "layer": None if layer is None else HookPoint.of_block(layer).layer,
         "hook_name": hook,
         "model_name": trainer.get("lm_name", str),
+        **about_tokens(config),
     }
     return parts
 

@@ -9,6 +9,7 @@ from fastsae.formats.parts import (
     Config,
     Parts,
     Tensors,
+    about_tokens,
     place_of_hook,
     prefixes_of,
     read_config,
@@ -74,6 +75,7 @@ def read(path: Path) -> Parts:
         **place_of_hook(hook, cfg.path),
         "hook_name": hook,
         "model_name": more.get("model_name") or cfg.values.get("model_name"),
+        **about_tokens(cfg),
     }
     return parts
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastsae.formats.parts import (
     Parts,
+    about_tokens,
     place_of_hook,
     read_config,
     read_safetensors,
@@ -44,5 +45,6 @@ def read(path: Path) -> Parts:
         **place_of_hook(hook, folder),
         "hook_name": hook,
         "model_name": None,
+        **about_tokens(cfg),
     }
     return parts

@@ -20,6 +20,7 @@ class Aligned(Architecture):
         starts_from=(),
         saved_as="standard",
         saelens="standard",
+        dictionary_learning="AutoEncoder",
     )
 
     def loss(

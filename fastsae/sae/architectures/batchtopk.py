@@ -18,6 +18,7 @@ class BatchTopK(Architecture):
         coefficient=None,
         in_hypothesaes=True,
         saelens="jumprelu",
+        dictionary_learning="BatchTopKSAE",
     )
 
     def begin_at(self, sae: Autoencoder, bias: torch.Tensor, threshold: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ class Gated(Architecture):
         starts_from=("jumprelu", "standard"),
         saved_as="jumprelu",
         saelens="jumprelu",
+        dictionary_learning="JumpReluAutoEncoder",
         # neither K nor a threshold limits what fires
         fresh_length=0.2,
     )

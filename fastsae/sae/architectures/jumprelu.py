@@ -28,6 +28,7 @@ class JumpReLU(Architecture):
         coefficient="L0_COEFFICIENT",
         weight=6.0,
         saelens="jumprelu",
+        dictionary_learning="JumpReluAutoEncoder",
     )
 
     def prepare(self, sae: Autoencoder) -> None:

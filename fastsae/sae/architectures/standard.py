@@ -14,6 +14,7 @@ class Standard(Architecture):
         starts_from=("standard",),
         in_hypothesaes=True,
         saelens="standard",
+        dictionary_learning="AutoEncoder",
         # neither K nor a threshold limits what fires
         fresh_length=0.2,
     )

@@ -17,6 +17,7 @@ class TopK(Architecture):
         in_hypothesaes=True,
         saelens="topk",
         sparsify="topk",
+        dictionary_learning="AutoEncoderTopK",
     )
 
     def saelens(self, sae: Autoencoder, state: State) -> tuple[State, dict]:
