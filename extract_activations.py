@@ -23,7 +23,7 @@ import hashlib
 from typing import Any, NamedTuple
 
 import config
-from fastsae.activations import extraction, results, streaming
+from fastsae.activations import compression, extraction, results, streaming
 from fastsae.activations.work import Work, configuration_and_tokenizer, model_of
 from fastsae.data import datasets, reading, tokenization
 from fastsae.runtime import artifacts, progress, storage
@@ -44,7 +44,8 @@ BLOCK_LENGTH: int | None = None  # [2..2147483647] join all examples and cut the
                                  # none = each example alone (FAST)
 DEDUP_NGRAM: int = 0             # [0..1000] drop examples that share so many words in a row with
                                  # an earlier one (FAST: 20); 0 = keep all
-STORAGE_DTYPE: str = "float16"   # {float16, float32} of the file
+STORAGE_DTYPE: str = "float16"   # {float16, float32, int8} of the file; int8: half of float16's
+                                 # bytes, errors of 0.01 standard deviations
 SAMPLE_FRACTION: float = 0.02    # [1e-6..0.9] with STREAM_BYTES: part of the examples that is kept
                                  # as activations_layer{L}.npz, for all but training
 # fmt: on
@@ -111,10 +112,10 @@ def make_files(job):
     path, sha256 = job.dataset
     table, counts = reading.read_tokens(settings, path, sha256, tokenizer)
     folder = parts_folder(settings, computed)
-    n_values = len(table.ids) * model_config.hidden_size * len(missing)
-    extraction.require_disk_space(
-        settings.activations_path, n_values, settings.STORAGE_DTYPE, folder
+    of_layer = compression.bytes_of(
+        len(table.ids), model_config.hidden_size, settings.STORAGE_DTYPE
     )
+    extraction.require_disk_space(settings.activations_path, of_layer * len(missing), folder)
     return write_files(job, load_model(job, computed), table, counts, folder)
 
 
@@ -130,7 +131,8 @@ def make_stream(job, streams):
         model = load_model(job, wanted)
         counts["stream"] = streams.about()
         if job.missing:
-            write_files(job, model, table, counts, parts_folder(settings, wanted))
+            folder = parts_folder(settings, wanted)
+            write_files(job, model, table, counts, folder, streams.sample_dtype)
         for about in wanted.values():
             results.complete(about, model, table, counts)
         n_made = streams.make_parts(
@@ -139,14 +141,18 @@ def make_stream(job, streams):
     return {"n_parts_made": n_made}
 
 
-def write_files(job, model, table, counts, folder):
+def write_files(job, model, table, counts, folder, storage_dtype=None):
     """Run the model over the examples of `table` and write the files of the missing layers;
-    `folder` is of the unfinished run. Returns figures for the summary."""
+    `folder` is of the unfinished run, storage_dtype of the files if not STORAGE_DTYPE. Returns
+    figures for the summary."""
     settings, world = job.settings, job.world
     for about in job.missing.values():
         results.complete(about, model, table, counts)
     n_shared = counts["n_shared_prefix"]
-    work = Work(model, table, job.missing, n_shared=n_shared, settings=settings, folder=folder)
+    work = Work(
+        model, table, job.missing,
+        n_shared=n_shared, settings=settings, folder=folder, storage_dtype=storage_dtype,
+    )  # fmt: skip
     if world.rank == 0:
         extraction.name_parts(folder, job.missing)
     work.run_model(world)

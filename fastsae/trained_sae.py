@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastsae.activations.compression import computed_dtype
 from fastsae.data.token_masks import chosen_tokens, usable_tokens
 from fastsae.data.token_text import TokenTexts, visible
 from fastsae.data.tokenization import (
@@ -158,7 +159,7 @@ class TrainedSae:
 
     def read(self, text: str | list[dict]) -> tuple[Tokens, torch.Tensor]:
         """(Tokens, activations (n_tokens, d)) of a text or of messages, rounded as the activations
-        file stores them."""
+        file stores them (to float16 where that has 8 bits)."""
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
         if not any(message["content"].strip() for message in messages):
             raise InputError("TEXT: is empty. give a sentence.")
@@ -174,7 +175,7 @@ class TrainedSae:
         )
         (stream,) = model(torch.from_numpy(tokens.ids.astype(np.int64))[None]).values()
         return tokens, stream[0].to(
-            getattr(torch, source["settings"].get("STORAGE_DTYPE", "float32"))
+            getattr(torch, computed_dtype(source["settings"].get("STORAGE_DTYPE", "float32")))
         )
 
     def reader(self) -> tuple[ChatTokenizer, ResidualModel, dict[str, Any]]:

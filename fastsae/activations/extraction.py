@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from fastsae.activations import compression
 from fastsae.activations.assembly import Assembly
+from fastsae.activations.compression import Packing
 from fastsae.data.datasets import place
 from fastsae.data.token_masks import token_norms
 from fastsae.data.tokenization import TokenTable
@@ -66,14 +68,12 @@ def chunk_tokens_for(chunk_tokens: int, d_model: int, n_layers: int, storage_dty
     )
 
 
-def require_disk_space(
-    path: Path, n_values: int, storage_dtype: str, unfinished: Path | None = None
-) -> None:
-    """EnvironmentFailure unless the disk has room for `n_values` numbers, less what the folder
+def require_disk_space(path: Path, n_bytes: int, unfinished: Path | None = None) -> None:
+    """EnvironmentFailure unless the disk has room for `n_bytes` of rows, less what the folder
     `unfinished` of an interrupted run holds of them."""
     storage.make_folder(path.parent)
     there = sum(each.stat().st_blocks * 512 for each in (unfinished or path).glob("rows-*"))
-    needed = max(0, int(n_values) * np.dtype(storage_dtype).itemsize - there) + (16 << 20)
+    needed = max(0, int(n_bytes) - there) + (16 << 20)
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise EnvironmentFailure(
@@ -335,12 +335,14 @@ def extract_parts(
     plan: str,
     world: World,
     assemblies: Mapping[int, Assembly],
+    packing: Packing | None = None,
 ) -> list[Path]:
     """Put the activations of each chunk in place, {layer: Assembly}, and then a note of it under
     `folder`; returns the notes' paths in order once all are there.
 
     A note says that the rows are on the disk, so a run that was stopped goes on after it. A chunk
-    is written while the next one is computed.
+    is written while the next one is computed. packing: how rows are packed, which the first chunk
+    decides.
     """
     paths = [folder / f"part-{plan}-{i:05}.npz" for i in range(len(chunks))]
     places = places_of(forward.table, chunks)
@@ -348,7 +350,9 @@ def extract_parts(
     with progress.bar(sum(n_tokens), "extracting", "token", unit_scale=True) as bar:
         missing = []
         for i, path in enumerate(paths):
-            if path.exists() and all(each.holds(*places[i]) for each in assemblies.values()):
+            decided = i or packing is None or packing.is_decided()
+            in_place = all(each.holds(*places[i]) for each in assemblies.values())
+            if path.exists() and decided and in_place:
                 bar.already(n_tokens[i])
             else:
                 missing.append(i)
@@ -361,8 +365,13 @@ def extract_parts(
                 seconds = time.perf_counter() - started
                 if writing:
                     writing.result()
+                if packing is not None:
+                    if i == 0:
+                        packing.decide(rows, forward.table.kind[: places[0][1]])
+                    else:
+                        await_first_chunk(packing)
                 writing = writer.submit(
-                    place_chunk, assemblies, places[i][0], rows, paths[i], seconds
+                    place_chunk, assemblies, places[i][0], rows, paths[i], seconds, packing
                 )
                 del rows
             if writing:
@@ -392,15 +401,29 @@ def place_chunk(
     rows: Mapping[int, np.ndarray],
     note: Path,
     seconds: float,
+    packing: Packing | None = None,
 ) -> None:
     """Put a chunk's rows {layer: (n, d_model)} in place, then write the note of it: checksums,
-    norms, and how long the forward passes took."""
-    placed = {
-        f"crc32_{layer}": np.array(assembly.place(first_row, rows[layer]), np.uint32)
-        for layer, assembly in assemblies.items()
-    }
+    norms, and how long the forward passes took; of rows that are packed, what packs them."""
+    placed: dict[str, np.ndarray] = {}
+    for layer, assembly in assemblies.items():
+        stored = rows[layer]
+        if packing is not None:
+            packed = compression.pack(stored, packing.of(layer))
+            stored = packed.codes
+            placed |= compression.note_of(packed, layer, first_row)
+        checksums = assembly.place(first_row, stored)
+        placed[f"crc32_{layer}"] = np.array(checksums, np.uint32)
     norms = {f"norms_{layer}": token_norms(rows[layer]) for layer in assemblies}
     artifacts.write_npz(note, {**placed, "seconds": np.float64(seconds), **norms})
+
+
+def await_first_chunk(packing: Packing) -> None:
+    """Return when rank 0 has decided how rows are packed; says that it waits."""
+    waiting = ranks.Waiting()
+    while not packing.is_decided():
+        waiting.say(ranks.listed([0]), "to write how rows are packed")
+        time.sleep(0.2)
 
 
 def await_parts(

@@ -5,12 +5,13 @@ import json
 import mmap
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastsae.activations import compression
 from fastsae.runtime.artifacts import CHUNK_BYTES, read_npz, refusing_damage
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import EnvironmentFailure, InputError
@@ -63,9 +64,17 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     return metadata[0]
 
 
+def is_there(path: Path | str, fingerprint: str) -> bool:
+    """Whether the file `path`, or all of its shards, is there with this fingerprint."""
+    try:
+        return bool(find_shards(path)) and read_metadata(path)["fingerprint"] == fingerprint
+    except (InputError, EnvironmentFailure):  # replaced just now
+        return False
+
+
 def open_activations(path: Path | str) -> dict[str, Any]:
     """The members of an activations file as a dict, `activations` (n_tokens, d_model) mapped from
-    the disk and never loaded whole.
+    the disk and never loaded whole; what is packed in 8 bits is float16 when it is indexed.
 
     Every byte is checked against its CRC once, here. Raises as `read_npz`.
     """
@@ -78,7 +87,7 @@ def open_activations(path: Path | str) -> dict[str, Any]:
     data: dict[str, Any] = {
         name: np.concatenate([s[name] for s in small]) for name in (*PER_EXAMPLE, *PER_TOKEN)
     }
-    rows = [map_member(p, "activations") for p in shards]
+    rows = [_mapped_rows(p) for p in shards]
     held.require_unchanged()
     data["activations"] = rows[0] if len(rows) == 1 else ShardedRows(rows)
     data["metadata"] = np.array(json.dumps(metadata, ensure_ascii=False))
@@ -87,6 +96,28 @@ def open_activations(path: Path | str) -> dict[str, Any]:
     ):
         raise EnvironmentFailure(f"{path}: its members do not fit each other. run {MAKER}.")
     return data
+
+
+def _mapped_rows(path):
+    """The rows of one file, mapped; what packs them is read."""
+    rows = map_member(path, "activations")
+    if rows.dtype != np.int8:
+        return rows
+    return _packed(path, rows, read_npz(path, compression.MEMBERS, made_by=MAKER))
+
+
+def rows_of(path: Path | str, members: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The rows (n_tokens, d_model) of a file of which all members were read, unpacked where they
+    are in 8 bits. EnvironmentFailure if what packs them is not there, or not of them."""
+    rows = members["activations"]
+    if rows.dtype != np.int8:
+        return rows
+    return _packed(path, rows, members)[:]
+
+
+def _packed(path, rows, members):
+    with refusing_damage(path, MAKER):
+        return compression.PackedRows(rows, members)
 
 
 def map_member(path: Path | str, name: str) -> np.memmap:
@@ -125,15 +156,16 @@ def map_member(path: Path | str, name: str) -> np.memmap:
 
 def release(activations: Any) -> None:
     """Let the system take back the memory of mapped rows that were read: it would count as ours."""
-    for part in getattr(activations, "parts", [activations]):
-        if isinstance(part, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-            part._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined] # numpy keeps it to itself
+    for part in getattr(activations, "parts", []):
+        release(part)
+    if isinstance(activations, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+        activations._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined] # numpy keeps it to itself
 
 
 class ShardedRows:
     """Rows of several mapped arrays under one numbering; indexing gives plain arrays in memory."""
 
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+    def __init__(self, parts: Sequence[np.ndarray | compression.PackedRows]) -> None:
         self.parts = parts
         self.starts = np.concatenate([[0], np.cumsum([len(p) for p in parts])])  # (n_shards + 1,)
         self.shape = (int(self.starts[-1]), *parts[0].shape[1:])

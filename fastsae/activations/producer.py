@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fastsae.activations import compression
+from fastsae.activations.compression import Calibration, bytes_of, computed_dtype
 from fastsae.activations.extraction import Forward, World
 from fastsae.activations.stream import POLL, TRAINER, Stream, part_bytes
 from fastsae.data.token_spool import TokenSpool
@@ -17,9 +19,15 @@ from fastsae.runtime import artifacts, progress
 Make = Callable[[int, Callable[[int], object]], dict[int, dict[str, Any]]]
 
 
-def sizes_of(spool: TokenSpool, parts: Sequence[np.ndarray], row_bytes: int) -> list[int]:
+def sizes_of(
+    spool: TokenSpool, parts: Sequence[np.ndarray], d_model: int, storage_dtype: str
+) -> list[int]:
     """Bytes of each part, at most."""
-    return [part_bytes(int(spool.lengths[p].sum()), len(p), row_bytes) for p in parts]
+    sizes = []
+    for part in parts:
+        n = int(spool.lengths[part].sum())
+        sizes.append(part_bytes(n, len(part), bytes_of(n, d_model, storage_dtype)))
+    return sizes
 
 
 def part_maker(
@@ -30,12 +38,16 @@ def part_maker(
     *,
     batch_tokens: int,
     storage_dtype: str,
+    calibrations: Mapping[int, Calibration],
     dataset_name: Path | str,
     require_same: Callable[[], object],
     pin: bool = False,
 ) -> Make:
     """A function that runs the model over part number n (from 1) and returns {layer: members of its
-    file}. Batches are planned within a part, so it depends on its own examples only."""
+    file}. Batches are planned within a part, so it depends on its own examples only.
+
+    calibrations: {layer: Calibration} of those that are packed.
+    """
 
     def make(number: int, done: Callable[[int], object]) -> dict[int, dict[str, Any]]:
         table = spool.table(parts[number - 1])
@@ -44,24 +56,35 @@ def part_maker(
             table,
             n_shared=spool.n_shared,
             batch_tokens=batch_tokens,
-            storage_dtype=storage_dtype,
+            storage_dtype=computed_dtype(storage_dtype),
             dataset_name=dataset_name,
             pin=pin,
         )
         rows = forward.chunk(0, len(table.lengths), done)
         require_same()  # weights are mapped from their file until they are used
         return {
-            layer: members_of(table, rows[layer], {**metadata[layer], "part": number})
+            layer: members_of(
+                table, rows[layer], {**metadata[layer], "part": number}, calibrations.get(layer)
+            )
             for layer in rows
         }
 
     return make
 
 
-def members_of(table: TokenTable, rows: np.ndarray, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The members of an activations file with these examples."""
+def members_of(
+    table: TokenTable,
+    rows: np.ndarray,
+    metadata: Mapping[str, Any],
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
+    """The members of an activations file with these examples, their rows packed by `calibration` if
+    there is one."""
+    stored = {"activations": rows}
+    if calibration is not None:
+        stored = compression.members_of(compression.pack(rows, calibration), calibration)
     return {
-        "activations": rows,
+        **stored,
         "seq_lengths": table.lengths,
         "token_ids": table.ids,
         "token_kind": table.kind,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsae.activations import extraction, files
+from fastsae.activations import compression, extraction, files
 from fastsae.activations.assembly import Assembly
 from fastsae.data.tokenization import CONTENT, SHARED_PREFIX, TokenTable
 from fastsae.lm.hook_points import HookPoint
@@ -66,15 +66,18 @@ def write_layer(
     metadata: Mapping[str, Any],
     *,
     n_processes: int,
+    calibration: compression.Calibration | None = None,
 ) -> dict[str, Any]:
     """Complete one layer's file, or its shards, around the rows that are in place; then sum up.
     Returns the timing.
 
     parts: the notes of `extraction.extract_parts`, of the rows at `places` [(first, number)];
-    shards: ranges of examples; metadata: of the file, its n_tokens and d_model included.
+    shards: ranges of examples; metadata: of the file, its n_tokens and d_model included;
+    calibration: of rows that are packed.
     """
     path = assembly.path
-    name = f"crc32_{metadata['settings']['LAYER_IDX']}"
+    layer = metadata["settings"]["LAYER_IDX"]
+    name = f"crc32_{layer}"
     found = [artifacts.read_npz(part, [name], made_by=extraction.MAKER)[name] for part in parts]
     checksums = assembly.checksums(
         [(first, n, each.tolist()) for (first, n), each in zip(places, found, strict=True)]
@@ -88,7 +91,11 @@ def write_layer(
     for number, (first, last) in enumerate(shards):
         a, b = int(starts[first]), int(starts[last])
         about = {**metadata, "shard": number + 1, "n_shards": len(shards)}
+        packed = {}
+        if calibration is not None:
+            packed = compression.noted_members(parts, places, layer, calibration, (a, b))
         others = {
+            **packed,
             "seq_lengths": table.lengths[first:last],
             "token_ids": table.ids[a:b],
             "token_kind": table.kind[a:b],

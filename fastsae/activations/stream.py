@@ -62,9 +62,9 @@ def part_tokens(buffer_tokens: int) -> int:
     return max(1, buffer_tokens // 3)
 
 
-def part_bytes(n_tokens: int, n_examples: int, row_bytes: int) -> int:
+def part_bytes(n_tokens: int, n_examples: int, bytes_of_rows: int) -> int:
     """At most so many bytes a part takes on the disk."""
-    return n_tokens * (row_bytes + PER_TOKEN) + n_examples * PER_EXAMPLE + OVERHEAD
+    return bytes_of_rows + n_tokens * PER_TOKEN + n_examples * PER_EXAMPLE + OVERHEAD
 
 
 def require_budget(budget: int, sizes: Sequence[int]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastsae.activations import extraction, producer, results
+from fastsae.activations import compression, extraction, files, producer, results
+from fastsae.activations.compression import bytes_of, computed_dtype
 from fastsae.activations.stream import (
     POLL,
     Stream,
@@ -19,7 +20,7 @@ from fastsae.activations.stream import (
 )
 from fastsae.data.token_spool import TokenSpool
 from fastsae.data.tokenization import TokenTable
-from fastsae.runtime import stage, storage
+from fastsae.runtime import ranks, stage, storage
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.settings.values import Settings
 
@@ -80,11 +81,11 @@ class Streams:
             )
         self.parts = split_parts(spool.lengths, others, part_tokens(settings.BUFFER_TOKENS))
         self.n_tokens = [int(spool.lengths[part].sum()) for part in self.parts]
-        row_bytes = d_model * np.dtype(settings.STORAGE_DTYPE).itemsize
-        self.sizes = producer.sizes_of(spool, self.parts, row_bytes)
+        self.sizes = producer.sizes_of(spool, self.parts, d_model, settings.STORAGE_DTYPE)
         self.budget = settings.STREAM_BYTES // len(self.by_layer)
         require_budget(self.budget, self.sizes)
-        self._require_disk_space(int(spool.lengths[sample].sum()) * row_bytes)
+        n_sample = int(spool.lengths[sample].sum())
+        self._require_disk_space(bytes_of(n_sample, d_model, self.sample_dtype))
         return spool.table(sample)
 
     def about(self) -> dict[str, Any]:
@@ -126,11 +127,33 @@ class Streams:
             layers,
             batch_tokens=settings.BATCH_TOKENS or extraction.BATCH_TOKENS[kind],
             storage_dtype=settings.STORAGE_DTYPE,
+            calibrations=self._calibrations(),
             dataset_name=settings.DATASET_PATH,
             pin=kind == "cuda",
             require_same=require_same,
         )
         return producer.write_parts(self.by_layer, self.n_tokens, make, world, self.run)
+
+    @property
+    def sample_dtype(self) -> str:
+        """The type of the sample's file: figures are of the tokens as they were computed."""
+        return computed_dtype(self.settings.STORAGE_DTYPE)
+
+    def _calibrations(self):
+        """{layer: Calibration} by the samples, where parts are packed: they are the same for all
+        processes and after any kill. They may still be on their way from rank 0."""
+        if self.settings.STORAGE_DTYPE != "int8":
+            return {}
+        found, waiting = {}, ranks.Waiting()
+        for layer, fingerprint in self.fingerprints.items():
+            path = results.path_of(self.settings, layer)
+            while self.rank and not files.is_there(path, fingerprint):
+                waiting.say(ranks.listed([0]), "to write the sample")
+                time.sleep(POLL)
+            data = files.open_activations(path)
+            rows = data["activations"][: compression.SAMPLE_ROWS]
+            found[layer] = compression.calibrate(rows, data["token_kind"])
+        return found
 
     def _announce(self, stream, about):
         stream.announce({**about, "run": self.run})

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastsae.activations import extraction, results
+from fastsae.activations import compression, extraction, results
 from fastsae.activations.assembly import Assembly
 from fastsae.data.tokenization import TokenTable
 from fastsae.runtime import progress
@@ -42,7 +42,8 @@ class Work:
     """How the examples of `table` are cut into chunks and files; `run_model` and `write` do it.
 
     layers: {layer: metadata} of the files that are made, n_tokens and d_model included; `folder`
-    keeps what is unfinished. The settings are stage 1's.
+    keeps what is unfinished. The settings are stage 1's; storage_dtype: of these files, if it is
+    another than STORAGE_DTYPE.
     """
 
     def __init__(
@@ -54,13 +55,15 @@ class Work:
         n_shared: int,
         settings: Settings,
         folder: Path,
+        storage_dtype: str | None = None,
     ) -> None:
         self.table, self.layers, self.folder = table, layers, folder
         kind = model.device.partition(":")[0]
         batch_tokens = settings.BATCH_TOKENS or extraction.BATCH_TOKENS[kind]
-        dtype = settings.STORAGE_DTYPE
+        dtype = storage_dtype or settings.STORAGE_DTYPE
+        computed = compression.computed_dtype(dtype)
         chunk_tokens = extraction.chunk_tokens_for(
-            extraction.CHUNK_TOKENS, model.d_model, len(model.layers), dtype
+            extraction.CHUNK_TOKENS, model.d_model, len(model.layers), computed
         )
         self.chunks = extraction.split_chunks(table.lengths, chunk_tokens)
         self.shards = results.shards_of(table, model.d_model, dtype, extraction.SHARD_BYTES)
@@ -69,7 +72,7 @@ class Work:
             table,
             n_shared=n_shared,
             batch_tokens=batch_tokens,
-            storage_dtype=dtype,
+            storage_dtype=computed,
             dataset_name=settings.DATASET_PATH,
             pin=kind == "cuda",
         )
@@ -78,6 +81,7 @@ class Work:
         n_prefix = self.forward.n_prefix
         decided_by = (batch_tokens, self.chunks, str(model.dtype), kind, n_prefix, self.shards)
         self.plan = hashlib.sha256(repr(decided_by).encode()).hexdigest()[:8]
+        self.packing = compression.Packing(folder, self.plan) if dtype == "int8" else None
         starts = table.starts
         self.assemblies = {
             layer: Assembly(
@@ -95,7 +99,7 @@ class Work:
     def run_model(self, world: extraction.World) -> None:
         """Run the model over the chunks that are not in place yet."""
         self.parts = extraction.extract_parts(
-            self.forward, self.chunks, self.folder, self.plan, world, self.assemblies
+            self.forward, self.chunks, self.folder, self.plan, world, self.assemblies, self.packing
         )
 
     def write(self, world: extraction.World) -> dict[str, Any]:
@@ -107,5 +111,6 @@ class Work:
             timing = results.write_layer(
                 assembly, self.parts, places, self.shards, self.table, about,
                 n_processes=world.size,
+                calibration=self.packing.of(layer) if self.packing else None,
             )  # fmt: skip
         return timing

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fastsae.activations.files import rows_of
 from fastsae.activations.stream import MAKER, POLL, Stream
 from fastsae.data.token_masks import chosen_tokens, token_norms, usable_tokens
 from fastsae.runtime import artifacts, distributed
@@ -55,7 +56,8 @@ class Use(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What is held of a part: the rows (n, d) that train, in the type in which they are stored."""
+    """What is held of a part: the rows (n, d) that train, in the type in which they are stored, or
+    float16 where that is int8."""
 
     rows: np.ndarray
     sha256: str
@@ -72,12 +74,13 @@ def read_part(stream: Stream, number: int, use: Use) -> Part:
     try:
         found = artifacts.read_npz(path, made_by=MAKER)
         metadata = artifacts.metadata_of(found, path)
+        rows = rows_of(path, found)  # (n, d)
         digest = artifacts.file_sha256(path)
     except EnvironmentFailure as error:
         raise EnvironmentFailure(f"{str(error).partition('. run ')[0]}. {remedy}") from None
     if (metadata["fingerprint"], metadata.get("part")) != (stream.about["fingerprint"], number):
         raise EnvironmentFailure(f"{path}: is a part of another run. {remedy}")
-    rows, norms = found["activations"], token_norms(found["activations"])
+    norms = token_norms(rows)
     if not np.isfinite(norms).all():
         raise InputError(
             f"{path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity, or is too "
