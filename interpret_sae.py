@@ -35,8 +35,8 @@ from fastsae.runtime.stage import end, require_printed, run_stage
 
 # fmt: off
 # Main settings:
-SAE_PATH: str | None = None             # interpret this one: a .pt, or a folder of SAELens,
-                                        # sparsify, ...; none = the run's own
+SAE_PATH: str | None = None             # interpret this one: a .pt, a folder of SAELens, sparsify,
+                                        # ..., or saelens:RELEASE/ID; none = the run's own
 INTERPRETER_MODEL: str = "gpt-5-mini"   # at the endpoint (OPENAI_API_KEY or OPENAI_KEY_SAE,
                                         # OPENAI_BASE_URL), or local:NAME here
 N_TOP_NEURONS: int = 20                 # [0..] features that the LLM labels: best category AUC

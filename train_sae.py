@@ -64,8 +64,8 @@ SELECT_DTYPE: str = "float32"       # {float32, bfloat16} bfloat16 picks the top
 LR_SCHEDULE: str = "constant"       # {constant, linear, cosine} how it falls over the last
                                     # fifth of the steps
 WARMUP_STEPS: int = 0               # [0..] steps over which it and SPARSITY_COEFFICIENT rise first
-INIT_FROM: str | None = None        # autoencoder to go on from: a .pt, or a folder of SAELens,
-                                    # sparsify, ...; none = random
+INIT_FROM: str | None = None        # autoencoder to go on from: a .pt, a folder of SAELens,
+                                    # sparsify, ..., or saelens:RELEASE/ID; none = random
 
 # Data:
 NORMALIZE_ACTIVATIONS: str = "auto"  # {auto, none, mean, norm, both} mean: to 0; norm: mean length

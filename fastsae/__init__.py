@@ -2,14 +2,16 @@
 
 Nothing here imports config.py or a script.
 
-`from fastsae import load_sae` is the way in for a notebook; it is imported when it is asked for, as
-torch takes seconds.
+`from fastsae import load_sae, read_table` is the way in for a notebook; they are imported when they
+are asked for, as torch takes seconds.
 """
+
+import importlib
+
+_HOMES = {"load_sae": "trained_sae", "read_table": "interpretation.frames"}
 
 
 def __getattr__(name):
-    if name == "load_sae":
-        from fastsae.trained_sae import load_sae
-
-        return load_sae
-    raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fastsae.{_HOMES[name]}"), name)

@@ -222,6 +222,17 @@ def test_the_guides_example_for_a_whole_dataset_runs(checkpoint, run_folder, mon
     ]
 
 
+def test_the_guides_example_of_a_data_frame_runs(run_folder, monkeypatch, capsys):
+    pytest.importorskip("pandas")
+    page = (PROJECT / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(run_folder)
+    names = {}
+    exec(next(block for block in blocks if "read_table" in block), names)
+    assert len(names["table"]) == 64 and "label_f1" in capsys.readouterr().out
+    assert {"neuron_idx", "interpretation"} <= set(names["hypotheses"].columns)
+
+
 def test_a_forgotten_dataset_path_does_not_train_under_another_name(run_folder, run_main, capsys):
     before = tree_of(run_folder)
     flags = [

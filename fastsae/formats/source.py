@@ -5,11 +5,11 @@ loads no torch, so that an up-to-date run ends quickly.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsae.formats import detect, readers
+from fastsae.formats import detect, readers, registry
 from fastsae.runtime import artifacts
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import EnvironmentFailure, InputError
@@ -98,16 +98,19 @@ class Source:
 
 
 def locate(path: str | Path) -> Source:
-    """The autoencoder at `path`, a folder or one of its files.
+    """The autoencoder at `path`, a folder or one of its files, or of a name in the registry.
 
     A file is judged by its content, unless its name and its neighbours tell the format. A run's
     folder stands for the checkpoint that its metrics.json names. Raises InputError where nothing is
     known.
     """
+    if registry.is_name(path):
+        return replace(locate(registry.folder_of(str(path))), path=Path(path))
     path = Path(path)
     if not path.exists():
         raise InputError(
-            f"{path}: not found. give a checkpoint (.pt) or the folder of an autoencoder."
+            f"{path}: not found. give a checkpoint (.pt), the folder of an autoencoder, or "
+            f"{registry.PREFIX}RELEASE/ID."
         )
     folder = path.parent if path.is_file() else path
     if path.is_file() and not _stands_for_its_folder(path):

@@ -166,7 +166,7 @@ def absolute(name: str, value: Any, base: Path) -> Any:
         if looks or os.path.isdir(path):
             return os.path.realpath(path) if ".." in value else os.path.abspath(path)
     is_path = name in PATH_SETTINGS and isinstance(value, str) and value
-    if not is_path or value.startswith("hf:"):
+    if not is_path or value.startswith(("hf:", "saelens:")):
         return value
     return os.path.join(base, os.path.expanduser(value))
 

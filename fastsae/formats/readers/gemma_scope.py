@@ -1,5 +1,6 @@
 """Gemma Scope: params.npz, JumpReLU without b_dec in front (arXiv 2408.05147)."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def read(path: Path, values: dict[str, np.ndarray]) -> Parts:
     )
     weights.finish()
     try:
-        hook_point = HookPoint.of_gemma_scope(str(path.resolve()))
+        hook_point = HookPoint.of_gemma_scope(os.path.abspath(path))
     except ValueError as error:
         raise InputError(
             f"{path}: Gemma Scope's {error} is not the residual stream or what the MLP adds to it. "

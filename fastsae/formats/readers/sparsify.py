@@ -1,5 +1,6 @@
 """sparsify: cfg.json and sae.safetensors, TopK only."""
 
+import os
 import re
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def read(path: Path) -> Parts:
     cfg, weights, folder = (
         read_config(path.with_name("cfg.json")),
         read_safetensors(path),
-        path.resolve().parent,
+        # not where a link leads: the hub's cache holds links to files without such names
+        Path(os.path.abspath(path)).parent,
     )
     if cfg.get("activation", str, "topk") != "topk":
         cfg.refuse("activation", "is not topk. choose another autoencoder")
