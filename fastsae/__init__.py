@@ -2,13 +2,17 @@
 
 Nothing here imports config.py or a script.
 
-`from fastsae import load_sae, read_table` is the way in for a notebook; they are imported when they
-are asked for, as torch takes seconds.
+`from fastsae import extract, train, interpret, load_sae, read_table` is the way in for a notebook;
+they are imported when they are asked for, as torch takes seconds.
 """
 
 import importlib
 
-_HOMES = {"load_sae": "trained_sae", "read_table": "interpretation.frames"}
+_HOMES = {
+    **dict.fromkeys(("extract", "train", "interpret"), "notebook"),
+    "load_sae": "trained_sae",
+    "read_table": "interpretation.frames",
+}
 
 
 def __getattr__(name):

@@ -553,6 +553,7 @@ FLOORS = (
     "intervention",
     ("training", "interpretation"),
     "trained_sae",
+    "notebook",
     "fastsae",
 )
 

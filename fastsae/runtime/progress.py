@@ -13,6 +13,10 @@ from fastsae.runtime import ranks, stage, stops
 from fastsae.runtime.console import Console, OwnLine
 
 INTERVAL = 30.0  # seconds between lines where stderr is no terminal; shorter runs print none
+# in the environment: the handle on which who started this stage takes its progress, a JSON object a
+# line: name, n, total, unit, note
+CHANNEL = "FASTSAE_PROGRESS"
+CHANNEL_INTERVAL = 0.25  # seconds between these
 
 
 def start(*, quiet: bool) -> float:
@@ -33,7 +37,11 @@ def start(*, quiet: bool) -> float:
         sys.stdout = Console(sys.stdout, quiet=True)
     elif stops.is_running() and not sys.stderr.isatty():
         over = threading.Event()
-        threading.Thread(target=_print_lines, args=(over, INTERVAL), daemon=True).start()
+        channel = os.environ.pop(CHANNEL, None)
+        work: tuple[Any, tuple] = (_print_lines, (over, INTERVAL))
+        if channel is not None:
+            work = (_send_states, (over, CHANNEL_INTERVAL, int(channel)))
+        threading.Thread(target=work[0], args=work[1], daemon=True).start()
         stops.at_end(over.set)
     return time.monotonic()
 
@@ -107,6 +115,11 @@ class Task:
         if self.bar is not None:
             self.bar.refresh()
 
+    def state(self) -> dict[str, Any]:
+        """What the work is and how far, for CHANNEL."""
+        state = {"name": self.name, "n": self.n + self.fraction, "total": self.total}
+        return {**state, "unit": self.unit, "note": self.note}
+
     def line(self, now: float) -> str:
         """What the work is, how far, how fast and how long still, at the time `now` (of
         time.monotonic)."""
@@ -152,6 +165,18 @@ def _print_lines(over, interval):
     while not over.wait(interval):
         if _tasks:
             print(_tasks[-1].line(time.monotonic()), file=sys.stderr, flush=True)
+
+
+def _send_states(over, interval, handle):
+    last = None
+    while not over.wait(interval):
+        state = _tasks[-1].state() if _tasks else None
+        if state is not None and state != last:
+            last = state
+            try:
+                os.write(handle, (json.dumps(state) + "\n").encode())
+            except OSError:  # nobody takes it any more
+                return
 
 
 def step(name: str) -> None:

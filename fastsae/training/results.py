@@ -50,6 +50,7 @@ def print_summary(
         started,
         status=status,
         n_autoencoders=len(metas),
+        **({"names": [path.name for path in metas]} if len(metas) > 1 else {}),
         measured_on=measured_on(metrics),
         **{name: metrics[name] for name in SUMMARISED},
     )
