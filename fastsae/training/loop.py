@@ -206,7 +206,7 @@ def one_step(run: PlannedRun, x: torch.Tensor, n_done: int, n_batches: int) -> N
     `n_batches`."""
     settings = run.plan.settings
     run.step(
-        objective.step_function(settings.values, n_done),
+        objective.step_function(settings.values, n_done, run.device),
         x,
         learning_rate=learning_rate(settings, n_done, settings.N_EPOCHS * n_batches),
         dead_after=settings.DEAD_AFTER_TOKENS,

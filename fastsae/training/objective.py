@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from fastsae.formats.load import trained_architecture
+from fastsae.sae import kernel_step
 from fastsae.sae.autoencoder import reference_step
 from fastsae.sae.dense_step import dense_step
 from fastsae.sae.sparse_step import sparse_step
 from fastsae.settings.architectures import ARCHITECTURES, About
+from fastsae.training.dead_features import MOST_AT_ONCE
 
 # Constants that decide weights, recorded beside the settings.
 AUX_COEF = 1 / 32  # weight of the loss of AUX_K
@@ -33,11 +35,12 @@ RECORDED = (
     "INIT_CENTRE",
     "INIT_ENCODER_SCALE",
 )
-# sparse: a step from the active features only; reference: HypotheSAEs' dense code, its slow twin
-ENGINE = "sparse"
+# auto: a step from the active features only, by kernels on CUDA where they can be used; sparse: the
+# same as sparse products everywhere; reference: HypotheSAEs' dense code, their slow twin
+ENGINE = "auto"
 
 Values = Mapping[str, Any]  # of the settings of a training, by name
-Step = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (sae, x, dead) -> (loss, fired)
+Step = Callable[..., tuple[torch.Tensor, ...]]  # see `TrainingRun.step`
 
 
 def constants() -> dict[str, Any]:
@@ -77,9 +80,9 @@ def normalisation(values: Values) -> str:
     return "none" if about(values).picks_k else "norm"
 
 
-def step_function(values: Values, n_done: int) -> Step:
-    """The function that fills the gradients of the batch after `n_done` others:
-    `step(sae, x, dead) -> (loss, fired)`."""
+def step_function(values: Values, n_done: int, device: str) -> Step:
+    """The function that fills the gradients of the batch after `n_done` others on `device`:
+    `step(sae, x, dead) -> (loss, fired)`, or what `kernel_step` returns."""
     if not about(values).picks_k:
         n_warmup = values["SPARSITY_WARMUP_STEPS"]
         warmup = min(1.0, (n_done + 1) / n_warmup) if n_warmup else 1.0
@@ -87,6 +90,10 @@ def step_function(values: Values, n_done: int) -> Step:
     if ENGINE == "reference":
         return functools.partial(reference_step, aux_coef=AUX_COEF)
     select = getattr(torch, values["SELECT_DTYPE"])
+    if ENGINE == "auto" and kernel_step.usable(device):
+        return functools.partial(
+            kernel_step.kernel_step, aux_coef=AUX_COEF, select=select, most_dead=MOST_AT_ONCE
+        )
     return functools.partial(sparse_step, aux_coef=AUX_COEF, select=select)
 
 

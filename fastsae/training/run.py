@@ -58,7 +58,7 @@ class TrainingRun:
 
     def step(
         self,
-        fill_gradients: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        fill_gradients: Callable[..., tuple[torch.Tensor, ...]],
         x: torch.Tensor,
         *,
         learning_rate: float,
@@ -69,23 +69,32 @@ class TrainingRun:
         decoder rows kept at length 1.
 
         A feature is dead to it that has not fired for `dead_after` tokens; see `considered` for how
-        many.
+        many. A third value that `fill_gradients` returns is the squared norm of the gradients, and
+        says that the decoder's only turns its directions already.
         """
         self.optimizer.param_groups[0]["lr"] = learning_rate
         dead = considered(
             self.tokens_since_fired >= dead_after, self.epoch + self.batch, self.sae.aux_k or 0
         )
-        loss, fired = fill_gradients(self.sae, self.normalisation(x), dead)
+        loss, fired, *squared_norm = fill_gradients(self.sae, self.normalisation(x), dead)
         n_tokens = len(x)
         if distributed.together():
+            squared_norm = []  # of this process's part only
             loss, fired = distributed.total(loss), distributed.anywhere(fired)
             n_tokens = int(distributed.total(torch.tensor([n_tokens])))
             for parameter in self.sae.parameters():
                 distributed.total(parameter.grad)
         self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + n_tokens)
-        self.sae.adjust_decoder_gradient_()  # keep only what turns the decoder's directions
-        if clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip_grad)
+        divisor = None
+        if squared_norm:
+            if clip_grad is not None:  # as clip_grad_norm_ has it, in the pass of Adam
+                divisor = ((squared_norm[0].sqrt() + 1e-6) / clip_grad).clamp_min(1.0)
+        else:
+            self.sae.adjust_decoder_gradient_()  # keep only what turns the decoder's directions
+            if clip_grad is not None:
+                torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip_grad)
+        # by which fused Adam divides gradients
+        self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
         self.optimizer.step()
         self.sae.normalize_decoder_()
         self.loss_sum += loss * n_tokens

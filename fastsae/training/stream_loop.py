@@ -127,7 +127,7 @@ def one_step(run: PlannedRun, x: Any, n_steps: int) -> None:
     """One step of `run` on the batch x (batch, d_in); the whole stream has about `n_steps`."""
     settings, n_done = run.plan.settings, run.of_stream.get("steps", 0)
     run.step(
-        objective.step_function(settings.values, n_done),
+        objective.step_function(settings.values, n_done, run.device),
         x,
         learning_rate=learning_rate(settings, min(n_done, n_steps), n_steps),
         dead_after=settings.DEAD_AFTER_TOKENS,
