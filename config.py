@@ -27,14 +27,15 @@ MODEL_NAME: str          # the embedded SmolLM2-135M-Instruct (4-bit Q4_1, dequa
                          # .gguf file
 LAYER_IDX: int | tuple[int, ...]  # [1..] residual stream after this many blocks, 1 to the model's
                          # number. Several: a file each in one pass; later stages take the first
-DATASET_PATH: str        # JSONL file (or JSON array) with text, messages or conversations;
-                         # hf:owner/name; .txt for blocks
+DATASET_PATH: str        # file of JSON lines, CSV, Parquet, .txt, ... (docs/files.md), also
+                         # compressed, a folder, or hf:owner/name:configuration:split
 
 # Data:
 MAX_LENGTH: int          # [2..] tokens kept of each example, its chat template included
 LABEL_FIELD: str | None  # dataset field with a category, for category_auc; none = no labels
-TEXT_FIELD: str = "text"           # dataset field that holds a plain text (one user turn);
-                                   # another than text goes before messages
+TEXT_FIELD: str = "text"           # dataset field or column that holds a plain text (one user
+                                   # turn); another than text goes before messages. Of a .txt:
+                                   # line or paragraph, what is a text
 MAX_EXAMPLES: int | None = None    # [2..] use only the first so many examples; none = all
 MAX_TRAIN_TOKENS: int | None = None  # [2..] train on the first so many tokens only, in the order of
                                      # the data; none = all

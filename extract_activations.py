@@ -4,8 +4,8 @@ several layers' (FAST, arXiv 2506.07691).
     python extract_activations.py --dataset-path my.jsonl --layer-idx 18
     torchrun --nproc-per-node 4 extract_activations.py --layer-idx 12,18 --dataset-path hf:a/b
 
-Reads rows with `text`, `messages` or ShareGPT `conversations` (with BLOCK_LENGTH also a
-plain .txt). Writes `activations/activations_layer{L}.npz` (docs/files.md) and, beside it, a .json
+Reads rows with `text`, `messages` or ShareGPT `conversations` in any of the formats of
+docs/files.md. Writes `activations/activations_layer{L}.npz` (docs/files.md) and, beside it, a .json
 with timings. Examples never see each other: a batch holds several, padded on the right, and
 attention is causal. Work is kept in parts of about CHUNK_TOKENS tokens, so an interrupted run
 continues. The result must fit on the disk once, and never into memory; of the dataset only token

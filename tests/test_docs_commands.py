@@ -133,6 +133,8 @@ def tiny(tmp_path_factory, tiny_llama, forks):
         json.dumps([{"conversations": [{"from": "human", "value": text}]} for text in texts])
     )
     (folder / "corpus.txt").write_text("\n".join(texts))
+    reviews = [f'"{text}, or so",{i % 5}' for i, text in enumerate(texts)]
+    (folder / "reviews.csv").write_text("\n".join(["review,stars", *reviews]))
     gemma = folder / "gemma" / "layer_0" / "width_16" / "average_l0_4"
     gemma.mkdir(parents=True)
     weights = np.random.default_rng(0).normal(size=(2, 16, 8)).astype(np.float32)

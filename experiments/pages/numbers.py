@@ -76,6 +76,7 @@ def written(text):
         ("STUDIES", studies_table.table),
         ("RESULT", demo_result),
         ("STREAM", stream_result),
+        ("DATASETS", datasets_table),
     ):
         begin = f"<!-- {name.lower()}: written by experiments/pages/numbers.py -->"
         block = f"{begin}\n{make()}\n<!-- end -->"
@@ -83,6 +84,26 @@ def written(text):
         plain = block.replace("\\", r"\\")
         text = re.sub(rf"<!-- {name.lower()}: .*?<!-- end -->", plain, text, flags=re.S)
     return text
+
+
+def datasets_table():
+    """What reading a dataset took in each format."""
+    r = result("datasets")
+    if r is None:
+        return "Not measured yet."
+    lines = [
+        f"Read row by row, {r['settings']['bytes_of_texts'] / 1e9:g} GB of texts in each "
+        "(`experiments/results/datasets.json`):",
+        "",
+        "| format | file | seconds | memory of the process |",
+        "|---|---|---|---|",
+    ]
+    for name, row in r["formats"].items():
+        lines.append(
+            f"| {name} | {row['bytes'] / 1e6:,.0f} MB | {row['seconds']:.0f} "
+            f"| {row['peak_bytes'] / 1e6:,.0f} MB |"
+        )
+    return "\n".join(lines)
 
 
 def stream_result():

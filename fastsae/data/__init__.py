@@ -1,4 +1,4 @@
 """Rows of datasets, chat templates, tokens and which of them count.
 
-`datasets.py` reads rows; a new format of rows is a branch of `_example` there.
+`readers/` has a file for each kind of source, in a table; `rows.py` says what a row means.
 """

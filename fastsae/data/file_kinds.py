@@ -6,15 +6,12 @@ import re
 import zipfile
 from pathlib import Path
 
+from fastsae.data.compression import HEAD, compression_of, head
 from fastsae.runtime.errors import InputError
-from fastsae.settings.folders import TO_ROWS, folder_advice
+from fastsae.settings import dataset_names
+from fastsae.settings.folders import TO_ROWS
 
-HEAD = 1 << 16  # bytes looked at
 TO_TEXT = ', then make one JSON object of each passage: {"text": ...}'
-LINES = (
-    "python -c \"import json; [print(json.dumps({'text': line.strip()})) for line in "
-    "open('NAME', encoding='utf-8') if line.strip()]\" > data.jsonl"
-)
 ITEMS = (
     'python -c "import json; [print(json.dumps(row)) for row in '
     "json.load(open('NAME', encoding='utf-8'))FIELD]\" > data.jsonl"
@@ -30,25 +27,9 @@ BEGINNINGS = (
     (b"7z\xbc\xaf\x27\x1c", "is a 7z archive", "unpack it: 7z x NAME"),
     (b"Rar!", "is a rar archive", "unpack it: unrar x NAME"),
     (
-        b"PAR1",
-        "is a Parquet table",
-        f"convert it: python -c \"import pandas; pandas.read_parquet('NAME').{TO_ROWS}\"",
-    ),
-    (
-        b"ARROW1",
-        "is an Arrow (Feather) table",
-        f"convert it: python -c \"import pandas; pandas.read_feather('NAME').{TO_ROWS}\"",
-    ),
-    (
         b"FEA1",
         "is a Feather table",
         f"convert it: python -c \"import pandas; pandas.read_feather('NAME').{TO_ROWS}\"",
-    ),
-    (
-        b"\xff\xff\xff\xff",
-        "is an Arrow stream, as the datasets library stores tables",
-        "convert it: "
-        "python -c \"import datasets; datasets.Dataset.from_file('NAME').to_json('data.jsonl')\"",
     ),
     (
         b"ORC",
@@ -127,18 +108,30 @@ MEMBERS = (  # of a zip archive
 )
 
 
-def refuse_foreign(path: Path | str) -> None:
-    """Raise InputError if a file's beginning shows that it is neither JSON nor plain text. Bytes
-    that are not UTF-8 pass."""
-    with open(path, "rb") as file:
-        head = file.read(HEAD)
-    if found := _binary(path, head) or _text(path, head):
+def refuse_foreign(path: Path | str, beginning: bytes, kind: str) -> None:
+    """Raise InputError if the beginning of what a file holds shows that it is nothing that is read
+    as `kind`: json, csv, tsv or text. Bytes that are not UTF-8 pass."""
+    if found := _binary(path, beginning) or _text(path, beginning, kind):
         raise _refusal(path, *found)
 
 
 def _refusal(path, what, remedy):
     name = str(path) if re.fullmatch(r"[\w./+=,@ -]+", str(path)) else "FILE"
+    with open(path, "rb") as file:
+        compressed = compression_of(file.read(16))
+    if compressed is not None and not remedy.startswith("give it a name"):
+        remedy = f"decompress it first: {compressed.command}"
     return InputError(f"{path}: {what}. {remedy.replace('NAME', name)}.")
+
+
+def not_utf8(path: Path | str, bad: bytes, line: int) -> InputError:
+    """The InputError for bytes that are not UTF-8, with the likely encoding: zeros and a byte order
+    mark are UTF-16's or 32's."""
+    encoding = encoding_of(head(path)[: 1 << 12]) or encoding_of(bad) or "LATIN1"
+    return InputError(
+        f"{path}:{line}: is not UTF-8. convert it, for example: iconv -f {encoding} -t UTF-8 "
+        f"{Path(path).name}."
+    )
 
 
 def encoding_of(head: bytes) -> str | None:
@@ -187,9 +180,9 @@ def _archive(path):
     return "is a zip archive", "unpack it: unzip NAME, or unzip -p NAME > data.jsonl"
 
 
-def _text(path, head):
-    """(what, remedy) of text that is not JSON, or None: also where its first line is JSON, or may
-    be meant as such."""
+def _text(path, head, kind):
+    """(what, remedy) of text that is not of the kind it is taken for, or None: also where its first
+    line is JSON, or may be meant as such."""
     try:
         text = head.decode("utf-8-sig", errors="ignore").lstrip()
     except UnicodeDecodeError:
@@ -201,16 +194,19 @@ def _text(path, head):
             "download the file itself (on the Hugging Face hub its address has /resolve/ in "
             "place of /blob/)",
         )
-    if b"\0" in head or str(path).endswith(".txt") or start.startswith(("{", "[")):
+    if b"\0" in head or kind != "json" or start.startswith(("{", "[")):
         return None
-    if separator := _separator(text, str(path)):
-        tabs = ", delimiter=" + repr(separator) if separator != "," else ""
-        kind = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}[separator]
+    if separator := _separator(text):
+        between, ending = {
+            ",": ("comma", ".csv"),
+            "\t": ("tab", ".tsv"),
+            ";": ("semicolon", ".csv"),
+            "|": ("bar", ".csv"),
+        }[separator]
         return (
-            f"is a table of {kind}-separated values",
-            'convert it: python -c "import csv, json; [print(json.dumps(row)) for row in '
-            f"csv.DictReader(open('NAME', newline='', encoding='utf-8'){tabs})]\" > data.jsonl, "
-            "and name the column of the texts with --text-field",
+            f"is a table of {between}-separated values",
+            f"give it a name that ends in {ending}{_compressed_ending(path)}, and name the column "
+            "of the texts with --text-field",
         )
     if re.match(r"(---\s*\n|%YAML|- \w+:\s|\w+:\s*\n\s*- )", text) or str(path).endswith(
         (".yaml", ".yml")
@@ -223,12 +219,15 @@ def _text(path, head):
     return None
 
 
-def _separator(text, path):
+def _compressed_ending(path):
+    return str(path)[len(dataset_names.without_compression(path)) :]
+
+
+def _separator(text):
     """What separates the columns of a table with a header of names and rows of as many cells; None
     if it is not a table."""
     lines = text.splitlines()[:50]
-    suffix = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
-    for separator in filter(None, (suffix, "\t", ",", ";", "|")):
+    for separator in ("\t", ",", ";", "|"):
         try:
             rows = list(csv.reader(lines, delimiter=separator))
         except csv.Error:
@@ -238,7 +237,7 @@ def _separator(text, path):
             re.fullmatch(r"[\w .()/#-]{1,64}", name.strip()) for name in rows[0]
         )
         even = len(rows) > 1 and len(rows[1]) == len(rows[0]) > 1
-        if named and (even or separator == suffix) and not _is_json(lines[-1]):
+        if named and even and not _is_json(lines[-1]):
             return separator
     return None
 
@@ -250,52 +249,46 @@ def _is_json(line):
         return False
 
 
-def refuse_folder(path: Path | str) -> None:
-    """Raise InputError if `path` is a folder, with what makes one file of what is in it."""
-    if Path(path).is_dir():
-        raise InputError("DATASET_PATH: {} {}. {}.".format(path, *folder_advice(path)))
-
-
 def refuse_shape(path: Path | str) -> None:
     """Raise InputError if a file without a good row is JSON in another shape than one object a
     line, or plain text."""
-    with open(path, "rb") as file:
-        encoding = encoding_of(file.read(1 << 12))
-    if encoding:
+    beginning = head(path)
+    if encoding := encoding_of(beginning[: 1 << 12]):
         raise _refusal(
             path,
             "is not UTF-8",
             f"convert it, for example: iconv -f {encoding} -t UTF-8 NAME > data.jsonl",
         )
-    if found := _shape_of_json(path):
+    if found := _shape_of_json(beginning.decode("utf-8-sig", errors="ignore").lstrip()):
         raise _refusal(path, *found)
 
 
-def _shape_of_json(path):
-    with open(path, "rb") as file:
-        head = file.read(HEAD).decode("utf-8-sig", errors="ignore").lstrip()
-    first = head.split("\n", 1)[0].rstrip()
-    lines = [line for line in head.split("\n")[1:20] if line.strip()]
+def _shape_of_json(text):
+    first = text.split("\n", 1)[0].rstrip()
+    lines = [line for line in text.split("\n")[1:20] if line.strip()]
     if sum(map(_is_json, lines)) > len(lines) / 2:  # one object a line, and the first is a bad one
         return None
-    if not head.startswith("{"):
+    if not text.startswith("{"):
         return (
-            ("is plain text, not JSON", f"if each line is a text, make rows of them: {LINES}")
-            if _is_prose(head)
+            (
+                "is plain text, not JSON",
+                "give it a name that ends in .txt, if each line or paragraph is a text",
+            )
+            if _is_prose(text)
             else None
         )
-    if re.match(r"\{\s*'", head):
+    if re.match(r"\{\s*'", text):
         return (
             "holds Python's dicts (single quotes), not JSON",
             'convert it: python -c "import ast, json; [print(json.dumps(ast.literal_eval(line))) '
             "for line in open('NAME', encoding='utf-8') if line.strip()]\" > data.jsonl",
         )
     try:
-        _, end = json.JSONDecoder().raw_decode(head)
+        _, end = json.JSONDecoder().raw_decode(text)
         if (
             end <= len(first)
-            and head[end : end + 1] in ("{", " ", ",")
-            and head[end:].lstrip(" ,").startswith("{")
+            and text[end : end + 1] in ("{", " ", ",")
+            and text[end:].lstrip(" ,").startswith("{")
         ):
             return (
                 "holds several JSON objects in one line",
@@ -309,7 +302,7 @@ def _shape_of_json(path):
     if not spread:
         return None
     if listed := re.match(
-        r'\{[^\[{]{0,400}?"(\w{1,60})"\s*:\s*\[\s*\{\s*"(?!role|from|content|value|type)', head
+        r'\{[^\[{]{0,400}?"(\w{1,60})"\s*:\s*\[\s*\{\s*"(?!role|from|content|value|type)', text
     ):
         return (
             f"is one JSON object whose field {listed[1]} holds the rows",
@@ -321,8 +314,8 @@ def _shape_of_json(path):
     )
 
 
-def _is_prose(head):
-    lines = [line for line in head.split("\n")[:-1] or [head] if line.strip()][:20]
+def _is_prose(text):
+    lines = [line for line in text.split("\n")[:-1] or [text] if line.strip()][:20]
     return (
         bool(lines)
         and not any(re.match(r'\s*([\[{"\d-]|true|false|null|NaN)', line) for line in lines)

@@ -7,13 +7,14 @@ from typing import Any
 
 from fastsae.data import tokenization
 from fastsae.data.datasets import (
-    HUB,
     Deduplicator,
     Example,
+    require_same,
     require_two,
     stream_examples,
     stream_text,
 )
+from fastsae.data.readers.plain_text import sample_by
 from fastsae.data.token_spool import TokenSpool
 from fastsae.data.tokenization import (
     ChatTokenizer,
@@ -22,8 +23,9 @@ from fastsae.data.tokenization import (
     mark_shared_prefix,
     tokenise,
 )
-from fastsae.runtime import digests, progress, ranks
+from fastsae.runtime import progress, ranks
 from fastsae.runtime.errors import InputError
+from fastsae.settings import dataset_names
 from fastsae.settings.values import Settings
 
 
@@ -58,9 +60,8 @@ def spool_tokens(
     if settings.MAX_TRAIN_TOKENS is not None:
         enough = int(settings.MAX_TRAIN_TOKENS / (1 - settings.SAMPLE_FRACTION))
     is_cut = spool.fill(incoming.examples, incoming.chat, enough)
-    if is_cut and not str(dataset_path).startswith(HUB):
-        with digests.reading(dataset_path, sha256):  # the rest of the file must be as it was, too
-            pass
+    if is_cut:  # the rest of the file must be as it was, too
+        require_same(dataset_path, sha256)
     counts = incoming.counts(spool)
     if in_blocks:
         n_tokens = int(spool.lengths.sum())
@@ -111,8 +112,9 @@ def require_content(
 
 
 def is_plain_text(settings: Settings) -> bool:
-    """Whether the dataset is one text without rows."""
-    return settings.DATASET_PATH.endswith(".txt")
+    """Whether the dataset is one text that is joined and cut into blocks."""
+    in_blocks = settings.PROCESSING == "block"
+    return in_blocks and dataset_names.is_plain_text(settings.DATASET_PATH)
 
 
 def announced_tokenizer(settings: Settings, tokenizer: Any) -> ChatTokenizer:
@@ -140,6 +142,8 @@ def examples_of(settings: Settings, dataset_path: Path | str, sha256: str) -> It
     """The examples one after the other, or pieces of a plain text, with a bar that counts them."""
     if is_plain_text(settings):
         return progress.counted(stream_text(dataset_path, sha256), "tokenising", "text")
+    if dataset_names.is_plain_text(dataset_path) and ranks.current().rank == 0:
+        print(f"texts: one a {sample_by(str(dataset_path), settings.TEXT_FIELD)}", flush=True)
     examples = stream_examples(
         dataset_path,
         text_field=settings.TEXT_FIELD,

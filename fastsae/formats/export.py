@@ -25,6 +25,7 @@ from fastsae.lm.names import hub_id, short_name, weights_note
 from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import InputError
 from fastsae.settings.architectures import ARCHITECTURES
+from fastsae.settings.dataset_names import HUB, hub_name
 
 FORMATS = ("saelens", "sparsify", "dictionary_learning")
 # whose layout this is; SAELens drops the metadata of what calls itself older than 6
@@ -287,7 +288,7 @@ _WRITERS = {
 
 def dataset_name(path: str) -> str:
     """owner/name of a hub dataset, the file's name of a local one."""
-    return path.removeprefix("hf:").split("@")[0] if path.startswith("hf:") else short_name(path)
+    return hub_name(path).name if path.startswith(HUB) else short_name(path)
 
 
 def _state(sae):

@@ -14,6 +14,7 @@ from fastsae.lm.hook_points import HookPoint
 from fastsae.lm.names import described, short_name
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import InputError
+from fastsae.settings import dataset_names
 from fastsae.settings.architectures import ARCHITECTURES
 
 MAX_NORM_RATIO = 10.0  # as train_sae.py leaves attention sinks out
@@ -147,9 +148,10 @@ def _other_place(path, source, activations_path, activations_meta):
 
 
 def is_plain_text(source: dict) -> bool:
-    """Whether the activations are of a .txt, which has no turns and so no chat template, whatever
-    USE_CHAT_TEMPLATE says."""
-    return str(source.get("dataset_path") or "").endswith(".txt")
+    """Whether the activations are of a .txt in blocks, which has no turns and so no chat template,
+    whatever USE_CHAT_TEMPLATE says."""
+    in_blocks = (source.get("settings") or {}).get("PROCESSING", "block") == "block"
+    return in_blocks and dataset_names.is_plain_text(source.get("dataset_path") or "")
 
 
 def with_chat_template(source: dict) -> bool:

@@ -4,11 +4,13 @@ it described.
 Importing this module loads no torch, so that an up-to-date run ends quickly.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastsae.activations import files
+from fastsae.data.readers.folder_digests import dataset_sha256
 from fastsae.formats.source import locate
 from fastsae.runtime import artifacts
 from fastsae.runtime.errors import EnvironmentFailure, InputError
@@ -52,8 +54,8 @@ def inputs_now(settings: Settings, sae_meta: Mapping[str, Any]) -> dict[str, str
     dataset = sae_meta["activations"]["inputs"]["dataset"]
     if files.find_shards(settings.activations_path):
         activations = files.read_metadata(settings.activations_path)["fingerprint"]
-    if Path(settings.DATASET_PATH).is_file():
-        dataset = artifacts.file_sha256(settings.DATASET_PATH)
+    if os.path.exists(settings.DATASET_PATH):
+        dataset = dataset_sha256(settings.DATASET_PATH)
     return {"activations": activations, "dataset": dataset}
 
 

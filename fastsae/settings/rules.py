@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsae.settings.architectures import ARCHITECTURES, DENSE
+from fastsae.settings.dataset_names import HUB, SAMPLE_BY, TEXT, is_plain_text
 from fastsae.settings.declarations import SEVERAL, shipped_limits
 from fastsae.settings.flags import flag_name
-from fastsae.settings.folders import folder_advice
+from fastsae.settings.folders import folder_advice, folder_format
 from fastsae.settings.kinds import AUTO, shown
 from fastsae.settings.limits import Limits, each, problems_with
 from fastsae.settings.values import LONGEST_NAME
@@ -143,11 +144,11 @@ def check_paths(values: dict[str, Any], require: Require) -> None:
     if reads_it and "DATASET_PATH" in values:
         path = values["DATASET_PATH"]
         what, remedy = "is not a file", "give your data with --dataset-path FILE.jsonl"
+        there = path.startswith(HUB) or os.path.isfile(path)
         if os.path.isdir(path):
-            what, remedy = folder_advice(path)
-        require(
-            path.startswith("hf:") or os.path.isfile(path), "DATASET_PATH", f"{path} {what}", remedy
-        )
+            there = folder_format(path) is not None
+            what, remedy = ("", "") if there else folder_advice(path)
+        require(there, "DATASET_PATH", f"{path} {what}", remedy)
     for name in ("OUTPUT_DIR", "CACHE_DIR"):
         require(
             values.get(name) != "",
@@ -166,24 +167,23 @@ def check_paths(values: dict[str, Any], require: Require) -> None:
         )
 
 
-TEXT_REMEDY = (
-    "make one of each line: python -c \"import json; [print(json.dumps({'text': "
-    "t.strip()})) for t in open('FILE.txt', encoding='utf-8') if t.strip()]\" > FILE.jsonl; "
-    "or train on all of it joined, without stage 3: --block-length 2048"
-)
-
-
 def check_extraction(values: dict[str, Any], require: Require) -> None:
     """What a plain text can be used for."""
-    if {"PROCESSING", "DEDUP_NGRAM", "DATASET_PATH"} <= set(values) and values[
-        "DATASET_PATH"
-    ].endswith(".txt"):
-        require(values["PROCESSING"] == "block", "BLOCK_LENGTH", "a .txt has no rows", TEXT_REMEDY)
+    if not is_plain_text(values.get("DATASET_PATH", "")):
+        return
+    if {"PROCESSING", "DEDUP_NGRAM"} <= set(values) and values["PROCESSING"] == "block":
         require(
             values["DEDUP_NGRAM"] == 0,
             "DEDUP_NGRAM",
-            "a .txt has no examples to drop",
+            "a .txt in blocks has no examples to drop",
             "set it to 0",
+        )
+    if {"BATCH_TOKENS", "N_TOP_NEURONS"} & set(values):
+        require(
+            values["TEXT_FIELD"] in (TEXT, *SAMPLE_BY),
+            "TEXT_FIELD",
+            f"a .txt has no field {shown(values['TEXT_FIELD'])}",
+            "set --text-field line or paragraph, or leave it out",
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fastsae.settings import kinds
+from fastsae.settings import dataset_names, kinds
 from fastsae.settings.flags import as_flags, flag_name
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -25,8 +25,7 @@ def run_name_of(dataset_path: str) -> str:
     It is always one proper folder's name: never empty, `.` or `..`, nor longer than files' names
     may be with what is put before and after them.
     """
-    name = Path(dataset_path).name
-    name = name.rpartition(".")[0] if name.endswith((".jsonl", ".json", ".txt")) else name
+    name = dataset_names.stem(dataset_path)
     # no control sequence, no half character
     name = "".join(c if c.isprintable() else "_" for c in name)
     if len(name.encode()) > LONGEST_NAME:

@@ -412,9 +412,10 @@ def test_a_plain_text_in_blocks(tmp_path, extract, smol_tokenizer, monkeypatch, 
     assert (data["token_kind"] == CONTENT).all() and smol_tokenizer.convert_tokens_to_ids(
         "<|im_start|>"
     ) not in data["token_ids"]
-    with pytest.raises(SystemExit, match="2"):
-        extract(data=path)
-    assert "without stage 3: --block-length 2048" in capsys.readouterr().err
+    assert extract(data=path, out="texts") == 0
+    assert "texts: one a line" in capsys.readouterr().out
+    texts = activations_of(tmp_path / "texts")
+    assert texts["example_ids"].tolist() == list(range(1, 32)) and (texts["token_role"] == 2).any()
 
 
 def test_duplicates_by_hand():

@@ -108,7 +108,7 @@ def one_line(capsys):
         (GOOD + '{"text": " \\n\\t\\u00a0"}', 2, "text is empty"),
         (GOOD + '{"text": 5}', 2, "text is int, not text"),
         (GOOD + '{"text": ["a"]}', 2, "text is list, not text"),
-        (GOOD + '{"text": null}', 2, "text is NoneType, not text"),
+        (GOOD + '{"text": null}', 2, "text is empty"),
         (GOOD + '{"text": "a\\ud800b"}', 2, "text holds half of a surrogate pair"),
         (GOOD + '{"messages": []}', 2, "messages: expected a list of turns, got an empty list"),
         (GOOD + '{"messages": "hello"}', 2, "messages: expected a list of turns, got a string"),

@@ -2,6 +2,8 @@
 in any output."""
 
 import csv
+import gzip
+import io
 import json
 import os
 import re
@@ -12,7 +14,7 @@ import yaml
 from inert_page import assert_inert, read_report
 from loopback import Endpoint, completion
 from sampling import points
-from tiny_world import in_parallel
+from tiny_world import STAGES, in_parallel
 
 from fastsae.interpretation.llm.replies import parse_label
 
@@ -51,7 +53,9 @@ def place(world):
         shutil.rmtree(names, ignore_errors=True)
         names.mkdir()
         name = text.replace("/", "_").strip()
-        dataset, model = names / f"{name}.jsonl", names / f"{name}-model"
+        as_table = HOSTILE.index(text) % 2
+        dataset = names / f"{name}{'.csv' if as_table else '.jsonl'}"
+        model = names / f"{name}-model"
         rows = [
             {
                 "text": f"{text} {('bread ', 'rain ', 'road ')[i % 3] * (3 + i // 3)}{text}",
@@ -59,7 +63,13 @@ def place(world):
             }
             for i in range(30)
         ]
-        dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if as_table:
+            with open(dataset, "w", newline="", encoding="utf-8") as file:
+                table = csv.DictWriter(file, list(rows[0]), quoting=csv.QUOTE_ALL)
+                table.writeheader()
+                table.writerows(rows)
+        else:
+            dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.symlink(world.folder / "model", model)
         label = text if parse_label(text) == text.strip() else f"mentions {text}"
         server = Endpoint(
@@ -171,6 +181,47 @@ def test_hostile_strings_are_text_everywhere(world, place, tally):
     assert sum(counts) / len(chosen) >= 150 / len(HOSTILE)
     tally("hostile strings in fields, inert", sum(counts))
     tally("hostile strings", len(chosen), len(HOSTILE))
+
+
+def same_rows(folder, kind):
+    """The world's dataset in another form: (its path, flags that it needs)."""
+    rows = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+    if kind == "csv":
+        path, text = folder / "texts.csv.gz", io.StringIO()
+        table = csv.DictWriter(text, ["topic", "text"])
+        table.writeheader()
+        table.writerows(rows)
+        path.write_bytes(gzip.compress(text.getvalue().encode("utf-8-sig")))
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+        from pyarrow import parquet
+
+        path = folder / "texts.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path = folder / "texts.txt"
+        path.write_text("\n".join(row["text"] for row in rows))
+        return path, ["--label-field", "none"]
+    return path, ["--target-value", "t0", "--selection-method", "correlation"]
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("kind", ["csv", "txt", "parquet"])
+def test_the_same_texts_in_another_form_give_the_same_tables(world, worker, kind):
+    """Through all three stages, stage 3 with examples and categories from the other form."""
+    path, flags = same_rows(world.folder, kind)
+    tables = []
+    for dataset in (world.folder / "texts.jsonl", path):
+        shutil.rmtree(worker.out, ignore_errors=True)
+        for script in STAGES:
+            own = flags + ["--n-top-neurons", 0] if script == "interpret_sae" else []
+            done = world.run(worker, script, "--dataset-path", dataset, *own)
+            assert done["code"] == 0, done
+        written = (worker.out / "interpretations.jsonl").read_text(encoding="utf-8")
+        tables.append(written.split("\n")[1:])
+        if kind != "txt":
+            tables[-1] += (worker.out / "hypotheses.csv").read_text().splitlines()
+    assert tables[0] == tables[1] and len(tables[0]) > 20
 
 
 def plain(text):

@@ -75,7 +75,10 @@ def test_run_names_that_were_proper_stay():
         ("my data.jsonl", "my data"),
         ("d/größe.json", "größe"),
         ("hf:o/set@main", "set@main"),
-        ("x.csv", "x.csv"),
+        ("x.csv", "x"),
+        ("x.b.CSV.gz", "x.b"),
+        ("hf:o/set:en:test", "set_en_test"),
+        ("d/texts/", "texts"),
         (".x.txt", ".x"),
     ):
         assert config.run_name_of(path) == name
