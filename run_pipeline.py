@@ -1,5 +1,6 @@
 """The three stages one after the other, and nothing else. With STREAM_BYTES the first two run at
-once: stage 2 trains on what stage 1 makes, and deletes it.
+once: stage 2 trains on what stage 1 makes, and deletes it. Of several layers each is trained on by
+a stage 2 of its own.
 
     python run_pipeline.py                               # the demo
     python run_pipeline.py --dataset-path my.jsonl --k 16
@@ -26,6 +27,7 @@ import time
 import config
 from fastsae.runtime import signals
 from fastsae.runtime.errors import EnvironmentFailure, InputError
+from fastsae.runtime.progress import HIDDEN
 from fastsae.runtime.stage import end, run_stage
 from fastsae.settings.values import SHOWN
 
@@ -41,23 +43,40 @@ def main():
     if blocked := folders_that_take_no_files(settings):
         raise EnvironmentFailure(*blocked)
     settings.show()
-    flags = {s: settings.flags_for(s.name) for s in scripts}
-    together = [scripts[:2], *([s] for s in scripts[2:])]
-    n_done = 0
-    for group in together if settings.STREAM_BYTES else [[script] for script in scripts]:
-        stages = [
-            Stage(
-                script,
-                flags[script],
-                "" if settings.QUIET else f"[{n_done + i}/{len(scripts)}] {script.name}",
-            )
-            for i, script in enumerate(group, 1)
-        ]
-        code = run(stages, settings)
+    stages = [
+        Stage(
+            script,
+            settings.flags_for(script.name),
+            "" if settings.QUIET else f"[{number}/{len(scripts)}] {script.name}",
+        )
+        for number, script in enumerate(scripts, 1)
+    ]
+    groups = [[stage] for stage in stages]
+    if settings.STREAM_BYTES:
+        groups = [[stages[0], stages[1], *of_other_layers(stages[1], settings)], [stages[2]]]
+    for group in groups:
+        code = run(group, settings)
         if code:
             return code
-        n_done += len(group)
     return 0
+
+
+def of_other_layers(stage, settings):
+    """Stage 2 for each layer of a stream but the first, which `stage` trains on; the runs are named
+    after their layers."""
+    return [
+        Stage(
+            stage.script,
+            [
+                *stage.flags,
+                f"--layer-idx={layer}",
+                f"--run-name={settings.run_dir.name}_layer{layer}",
+            ],
+            stage.title and f"{stage.title} for layer {layer}",
+            has_bar=False,
+        )
+        for layer in (settings.LAYERS or ())[1:]
+    ]
 
 
 def check_chain(settings):
@@ -67,11 +86,6 @@ def check_chain(settings):
         problems.append(
             "BLOCK_LENGTH: stage 3 needs examples and refuses blocks. run extract_activations.py "
             "and train_sae.py by themselves."
-        )
-    if settings.STREAM_BYTES and settings.LAYERS and len(settings.LAYERS) > 1:
-        problems.append(
-            f"LAYER_IDX: {settings.LAYERS} with STREAM_BYTES need a train_sae.py each, and "
-            "run_pipeline.py starts one. run the stages by themselves, or give one layer."
         )
     return problems
 
@@ -98,22 +112,23 @@ class Stage:
 
     (In a session of its own: Ctrl-C at a terminal would otherwise reach it twice, and twice means
     at once, without saving.) Its stdin is a pipe that closes when this process ends, also by a
-    kill: it then stops as well.
+    kill: it then stops as well. has_bar: whether it may show how far it is.
     """
 
-    def __init__(self, script, flags, title):
-        self.script, self.flags, self.title = script, flags, title
+    def __init__(self, script, flags, title, *, has_bar=True):
+        self.script, self.flags, self.title, self.has_bar = script, flags, title, has_bar
         self.process = None
 
     def start(self, name):
         """Start it; stages of the run `name` know by it that they belong together."""
         if self.title:
             print(self.title, flush=True)
+        own = {"FASTSAE_STDIN_ENDS_WITH_PARENT": name, SHOWN: "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(self.script), *self.flags],
             stdin=subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, "FASTSAE_STDIN_ENDS_WITH_PARENT": name, SHOWN: "1"},
+            env={**os.environ, **own, **({} if self.has_bar else {HIDDEN: "1"})},
         )
 
     def is_running(self):
@@ -126,11 +141,11 @@ class Stage:
 
 
 def run(stages, settings):
-    """The exit code of the stages; a second one starts when the first has begun its stream.
+    """The exit code of the stages; all but the first start when that has begun its stream.
 
     A stage gets the signals that end this process, each once, so that none is left running. The
-    first that fails ends the other, and its code is returned. Where the second is done the first is
-    not needed any more.
+    first that fails ends the others, and its code is returned. Where the others are done the first
+    is not needed any more.
     """
     asked = []
 
@@ -153,28 +168,35 @@ def run(stages, settings):
 
 
 def ended(stages, settings, name, asked):
-    """Wait for the stages, starting the second one in time; returns the code of the first that
+    """Wait for the stages, starting all but the first in time; returns the code of the first that
     fails, else 0."""
-    first, last = stages[0], stages[-1]
-    if first is last:
+    first, *others = stages
+    if not others:
         first.process.wait()
         return first.code()
     while True:
-        if last.process is None and not asked and (first.code() == 0 or has_begun(settings, name)):
+        waiting = [stage for stage in others if stage.process is None]
+        if waiting and not asked and (first.code() == 0 or has_begun(settings, name)):
             with signals.blocked():
-                last.start(name)
+                waiting[0].start(name)
+            continue
         codes = [stage.code() for stage in stages]
         if failed := [code for code in codes if code]:
             end_all(stages)
             return failed[0]
-        if last.code() == 0:
+        if all(stage.code() == 0 for stage in others):
             with contextlib.suppress(subprocess.TimeoutExpired):  # it may be at its last words
                 first.process.wait(LAST_WORDS)
             end_all(stages)
             return 0
-        if asked and last.process is None and first.code() is not None:
+        if asked and waiting and all(stage.code() is not None for stage in started(stages)):
             return first.code()
         time.sleep(POLL)
+
+
+def started(stages):
+    """Those that were started."""
+    return [stage for stage in stages if stage.process is not None]
 
 
 def end_all(stages):
@@ -182,20 +204,22 @@ def end_all(stages):
     for stage in stages:
         if stage.is_running():
             stage.process.send_signal(signal.SIGTERM)
-    for stage in stages:
-        if stage.process is not None:
-            stage.process.wait()
+    for stage in started(stages):
+        stage.process.wait()
 
 
 def has_begun(settings, name):
-    """Whether stage 1 of the run `name` has made the sample and announced its parts."""
-    path = settings.activations_path
-    folder = path.with_name(path.stem.replace("activations", "stream", 1))
-    try:
-        about = json.loads((folder / "stream.json").read_bytes())
-        return about["run"] == name
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    """Whether stage 1 of the run `name` has made the samples and announced their parts."""
+    for layer in settings.LAYERS or (settings.LAYER_IDX,):
+        path = settings.replace(LAYER_IDX=layer).activations_path
+        folder = path.with_name(path.stem.replace("activations", "stream", 1))
+        try:
+            about = json.loads((folder / "stream.json").read_bytes())
+            if about["run"] != name:
+                return False
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+    return True
 
 
 if __name__ == "__main__":

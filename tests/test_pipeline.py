@@ -210,13 +210,17 @@ def test_top_level_is_as_designed():
 
 # as a stage's first line does: it is started with stops blocked
 FOREVER = "import signal, time; signal.pthread_sigmask(signal.SIG_UNBLOCK, [15]); time.sleep(60)"
-CASES = {  # {case: (stage 1, stage 2, has stage 1 begun a stream, exit code)}
+SLOW = "import time; time.sleep(0.5)"
+CASES = {  # {case: (stage 1, stage 2 of a layer or of two, has stage 1 begun a stream, exit code)}
     "both end": ("", "", True, 0),
     "stage 1 fails before its stream": ("raise SystemExit(2)", FOREVER, False, 2),
     "stage 1 fails": ("import time; time.sleep(1); raise SystemExit(3)", FOREVER, True, 3),
     "stage 2 fails": (FOREVER, "raise SystemExit(2)", True, 2),
     "stage 2 needs nothing": (FOREVER, "", True, 0),
     "stage 2 is killed": (FOREVER, "import os; os.kill(os.getpid(), 9)", True, 137),
+    "two layers end": (FOREVER, "", SLOW, True, 0),
+    "the second layer fails": (FOREVER, FOREVER, f"{SLOW}; raise SystemExit(3)", True, 3),
+    "the first layer fails": ("", "raise SystemExit(4)", FOREVER, True, 4),
 }
 
 
@@ -224,18 +228,19 @@ CASES = {  # {case: (stage 1, stage 2, has stage 1 begun a stream, exit code)}
 def test_of_two_stages_at_once_none_is_left(tmp_path, monkeypatch, case):
     import run_pipeline
 
+    *codes, begun, expected = case
     stages = []
-    for number, code in enumerate(case[:2], 1):
+    for number, code in enumerate(codes, 1):
         script = tmp_path / f"stage{number}.py"
         script.write_text(code)
         stages.append(run_pipeline.Stage(script, [], ""))
-    monkeypatch.setattr(run_pipeline, "has_begun", lambda settings, name: case[2])
+    monkeypatch.setattr(run_pipeline, "has_begun", lambda settings, name: begun)
     monkeypatch.setattr(run_pipeline, "LAST_WORDS", 0.2)
     monkeypatch.setattr(run_pipeline, "POLL", 0.02)
     began = time.monotonic()
-    assert run_pipeline.run(stages, None) == case[3]
+    assert run_pipeline.run(stages, None) == expected
     assert time.monotonic() - began < 20 and not any(stage.is_running() for stage in stages)
-    if not case[2]:
+    if not begun:
         assert stages[1].process is None
 
 
@@ -259,7 +264,37 @@ def test_a_stop_before_the_stream_begins_ends_the_run(tmp_path, monkeypatch):
     assert stages[1].process is None
 
 
-def test_a_stream_through_the_whole_pipeline(tmp_path, tiny_llama):
+def test_each_layer_of_a_stream_has_a_stage_2():
+    """The flags that come last count; only the first layer's shows a bar."""
+    import run_pipeline
+
+    argv = ["--layer-idx", "12,18,7", "--dataset-path", "a/b.jsonl", "--k", "4"]
+    settings = config.resolve(PROJECT / "train_sae.py", argv=argv)
+    first = run_pipeline.Stage("train_sae.py", ["--k=4"], "[2/3] train_sae.py")
+    others = run_pipeline.of_other_layers(first, settings)
+    assert [stage.flags for stage in others] == [
+        ["--k=4", "--layer-idx=18", "--run-name=b_layer18"],
+        ["--k=4", "--layer-idx=7", "--run-name=b_layer7"],
+    ]
+    assert others[0].title == "[2/3] train_sae.py for layer 18"
+    assert first.has_bar and not any(stage.has_bar for stage in others)
+    one = config.resolve(PROJECT / "train_sae.py", argv=["--layer-idx", "12"])
+    assert run_pipeline.of_other_layers(first, one) == []
+
+
+@pytest.mark.parametrize(
+    "more, n_trained",
+    [
+        ((), 1),
+        pytest.param(
+            ("--layer-idx", "1,2", "--storage-dtype", "int8", "--seed", "0,1", "--k", "2,3"),
+            2,
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+    ids=["one layer", "two layers in 8 bits, lists"],
+)
+def test_a_stream_through_the_whole_pipeline(tmp_path, tiny_llama, more, n_trained):
     """Two runs: the second is up to date three times, and nothing is left of the parts."""
     rows = [{"text": f"the road number {i} home", "topic": f"t{i % 2}"} for i in range(60)]
     dataset = tmp_path / "texts.jsonl"
@@ -268,13 +303,18 @@ def test_a_stream_through_the_whole_pipeline(tmp_path, tiny_llama):
         "--output-dir", tmp_path / "out", "--dataset-path", dataset, "--model-name", tiny_llama,
         "--layer-idx", 1, "--label-field", "topic", "--device", "cpu", "--m", 16, "--k", 2,
         "--max-norm-ratio", "none", "--stream-bytes", 10**6, "--sample-fraction", 0.4,
-        "--buffer-tokens", 600,
+        "--buffer-tokens", 600, *more,
     ]  # fmt: skip
     command = [sys.executable, PROJECT / "run_pipeline.py", *words]
     command = list(map(str, command))
     for status in ("written", "unchanged"):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        found = {line["stage"]: line["status"] for line in summaries(done.stdout)}
-        assert found == dict.fromkeys(("extract_activations", "train_sae", "interpret_sae"), status)
+        found = [(line["stage"], line["status"]) for line in summaries(done.stdout)]
+        stages = ["extract_activations", *n_trained * ["train_sae"], "interpret_sae"]
+        assert sorted(found) == sorted((stage, status) for stage in stages)
     assert not list((tmp_path / "out").rglob("part-*"))
+    runs = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert [name for name in runs if "." not in name] == ["texts", "texts_layer2"][:n_trained]
+    if n_trained == 2:
+        assert len(list((tmp_path / "out" / "checkpoints" / "texts_layer2").glob("SAE_*.pt"))) == 4

@@ -105,14 +105,20 @@ def write_parts(
     pipeline `run` needs no more; returns how many were made.
 
     streams: {layer: Stream}, announced. n_tokens: of each part. A part is written while the next
-    one is computed.
+    one is computed. Within a pipeline stage 2 shows how far both are.
     """
+    announced = streams
     made, writing = 0, Writing()
     own = [n for i, n in enumerate(n_tokens) if i % world.size == world.rank]
-    with progress.bar(sum(own), "extracting", "token", unit_scale=True) as bar, writing:
+    hidden = run is not None
+    shown = progress.bar(sum(own), "extracting", "token", unit_scale=True, hidden=hidden)
+    with shown as bar, writing:
         first = next_missing(streams, world, writing)
         bar.already(sum(n_tokens[: (first or len(n_tokens) + 1) - 1]) if world.size == 1 else 0)
         while True:
+            streams = still_needed(announced, run)
+            if not streams:
+                return made
             number = next_missing(streams, world, writing)
             if number is None:
                 writing.finish()
@@ -130,8 +136,6 @@ def write_parts(
             ]
             if not all(streams[layer].is_due(number) for layer in waiting):
                 writing.finish()
-                if run is not None and all(s.answered(run) is False for s in streams.values()):
-                    return made
                 bar.set_postfix_str(waiting_note(streams, waiting))
                 time.sleep(POLL)
                 continue
@@ -143,6 +147,16 @@ def write_parts(
             made += 1
 
 
+def still_needed(streams: Mapping[int, Stream], run: str | None) -> dict[int, Stream]:
+    """Those of the streams whose stage 2, of the pipeline `run`, has not said that it needs no
+    parts."""
+    return {
+        layer: stream
+        for layer, stream in streams.items()
+        if run is None or stream.answered(run) is not False
+    }
+
+
 def next_missing(streams: Mapping[int, Stream], world: World, writing: "Writing") -> int | None:
     """The first part of this process that some layer lacks; None if no layer lacks one."""
     found = [stream.next_part(world.rank, world.size, writing) for stream in streams.values()]
@@ -151,12 +165,11 @@ def next_missing(streams: Mapping[int, Stream], world: World, writing: "Writing"
 
 def waiting_note(streams: Mapping[int, Stream], layers: Sequence[int]) -> str:
     """For whom stage 1 waits, and how full the budget is."""
-    used = sum(stream.on_disk() for stream in streams.values())
-    budget = sum(stream.about["budget"] for stream in streams.values())
+    full = [streams[layer].fullness() for layer in layers]
     of_layers = " and ".join(str(layer) for layer in layers) if len(streams) > 1 else ""
     return (
-        f"waiting for {TRAINER}{f' of layer {of_layers}' if of_layers else ''}: "
-        f"{used / 1e9:.2f} of {budget / 1e9:.2f} GB are full"
+        f"waiting for {TRAINER}{f' of layer {of_layers}' if of_layers else ''}, "
+        f"{' and '.join(full)}"
     )
 
 

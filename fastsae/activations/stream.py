@@ -141,6 +141,11 @@ class Stream:
                 pass
         return total
 
+    def fullness(self) -> str:
+        """How much of the budget is on the disk."""
+        unit, name = (1e9, "GB") if self.about["budget"] >= 1e9 else (1e6, "MB")
+        return f"{self.on_disk() / unit:.1f} of {self.about['budget'] / unit:.1f} {name} on disk"
+
     # Stage 1
 
     def announce(self, about: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from fastsae.runtime import ranks, stage, stops
 from fastsae.runtime.console import Console, OwnLine
 
+HIDDEN = "FASTSAE_HIDE_PROGRESS"  # in the environment: another process shows how far all is
 INTERVAL = 30.0  # seconds between lines where stderr is no terminal; shorter runs print none
 # in the environment: the handle on which who started this stage takes its progress, a JSON object a
 # line: name, n, total, unit, note
@@ -57,7 +58,8 @@ def _is_quiet():
 class Task:
     """How far a piece of work is: `n` of `total` units (None: nobody knows), begun at `initial`. A
     context: one within another takes its place in the lines until it ends. `bar`: its tqdm bar, or
-    None. `at_most`: it may end before `total`."""
+    None. `at_most`: it may end before `total`. `hidden`: it has no lines, as another process shows
+    how far both are."""
 
     def __init__(
         self,
@@ -68,7 +70,9 @@ class Task:
         initial: float = 0,
         at_most: bool = False,
         bar: Any = None,
+        hidden: bool = False,
     ) -> None:
+        self.hidden = hidden
         self.name, self.total, self.unit, self.at_most = name, total, unit, at_most
         self.n, self.initial, self.fraction, self.note, self.bar = initial, initial, 0.0, "", bar
         self.began = time.monotonic()
@@ -163,7 +167,7 @@ def duration(seconds: float) -> str:
 
 def _print_lines(over, interval):
     while not over.wait(interval):
-        if _tasks:
+        if _tasks and not _tasks[-1].hidden and HIDDEN not in os.environ:
             print(_tasks[-1].line(time.monotonic()), file=sys.stderr, flush=True)
 
 
@@ -186,14 +190,24 @@ def step(name: str) -> None:
 
 
 def bar(
-    total: int, desc: str, unit: str, *, at_most: bool = False, initial: int = 0, **options: Any
+    total: int,
+    desc: str,
+    unit: str,
+    *,
+    at_most: bool = False,
+    initial: int = 0,
+    hidden: bool = False,
+    **options: Any,
 ) -> Task:
     """A piece of work with a tqdm bar on stderr at a terminal; elsewhere it has lines. Neither
-    where only what matters is printed."""
-    if _is_quiet() or not sys.stderr.isatty():
-        return Task(desc, total, unit, initial=initial, at_most=at_most)
+    where only what matters is printed, nor where it is `hidden`."""
+    hidden = hidden or HIDDEN in os.environ
+    if hidden or _is_quiet() or not sys.stderr.isatty():
+        return Task(desc, total, unit, initial=initial, at_most=at_most, hidden=hidden)
     from tqdm import tqdm
 
+    if _has_no_size(sys.stderr):  # tqdm would draw nothing
+        options = {"ncols": 80, "nrows": 24, **options}
     return Task(
         desc,
         total,
@@ -210,6 +224,14 @@ def bar(
             **options,
         ),
     )
+
+
+def _has_no_size(terminal):
+    """Whether it says that it has no columns, as those of `script` and of containers may."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns == 0
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def counted(items: Iterable, name: str, unit: str, total: int | None = None) -> Iterator:

@@ -124,6 +124,7 @@ class StreamRows:
         self.waiting = waiting
         self.digests = list(digests)
         self.n_rounds = stream.n_parts + 1
+        self.n_batches = 0  # of the round that is being served
         # of the last round's part the rows that it left: (its number, (n, d))
         self.left: tuple[int, np.ndarray] | None = None
         self.reading: Reading | None = None
@@ -137,6 +138,7 @@ class StreamRows:
         self._read_ahead(number + 1)
         order = shuffled(len(left) + len(own), self.seed, number)
         bounds = batch_bounds(len(order), self.batch_size)
+        self.n_batches = len(bounds) - 1
         for a, b in list(zip(bounds, bounds[1:]))[first:]:
             piece = order[a:b][distributed.share(b - a)]
             is_new = piece >= len(left)

@@ -58,7 +58,8 @@ def train_on_stream(
     use = Use(settings.USE_TOKENS, settings.EXCLUDE_SHARED_PREFIX, tokens.max_norm)
     counts = stream.about["n_tokens"]  # of each part
     with progress.bar(sum(counts), "training", "token", unit_scale=True) as bar:
-        waiting = Waiting(stream, saver, settings.activations_path, bar)
+        shown = Shown(stream, counts, bar)
+        waiting = Waiting(stream, saver, settings.activations_path, shown)
         data = StreamRows(
             stream,
             use,
@@ -71,7 +72,7 @@ def train_on_stream(
         saver.data = data
         saver.begin(runs)
         bar.already(sum(counts[: min(run.epoch for run in runs) - 1]))
-        failed = _rounds(runs, data, tokens, saver, counts, settings, bar)
+        failed = _rounds(runs, data, tokens, saver, shown, settings)
     for run in runs:
         tokens.n_trained = run.trained_tokens
         about = {"stream": {"n_parts": stream.n_parts, "chain": chain(data.digests)}}
@@ -81,15 +82,15 @@ def train_on_stream(
     return failed
 
 
-def _rounds(runs, data, tokens, saver, counts, settings, bar):
+def _rounds(runs, data, tokens, saver, shown, settings):
     """All rounds that are left, for all runs; those that fail leave the list."""
     failed = {}
-    measured = set(periods(counts, MEASURE_TOKENS))
-    steps = n_steps(counts, settings.BATCH_SIZE)
+    measured = set(periods(shown.counts, MEASURE_TOKENS))
+    steps = n_steps(shown.counts, settings.BATCH_SIZE)
     with deferred_stop():
         try:
             while runs and (number := min(run.epoch for run in runs)) <= data.n_rounds:
-                train_round(runs, data, number, saver, steps)
+                train_round(runs, data, number, saver, steps, shown)
                 for run in [run for run in runs if run.epoch == number]:
                     try:
                         if line := end_round(run, tokens, number in measured):
@@ -97,10 +98,8 @@ def _rounds(runs, data, tokens, saver, counts, settings, bar):
                     except InputError as error:  # the others go on
                         runs.remove(run)
                         failed[run.plan.path] = str(error)
-                bar.update(counts[number - 1] if number <= len(counts) else 0)
                 if runs:
                     saver.between_rounds(runs)
-                    bar.set_postfix_str(figures(runs[0], data.stream))
         except (KeyboardInterrupt, Terminated):
             # between steps, or while waiting or measuring, which changes nothing of the runs
             if saver.stopping or stop_asked():
@@ -112,7 +111,12 @@ def _rounds(runs, data, tokens, saver, counts, settings, bar):
 
 
 def train_round(
-    runs: list[PlannedRun], data: StreamRows, number: int, saver: Saver, n_steps: int
+    runs: list[PlannedRun],
+    data: StreamRows,
+    number: int,
+    saver: Saver,
+    n_steps: int,
+    shown: "Shown",
 ) -> None:
     """Train on the rest of round `number`; runs that are further on join where they stand."""
     first = min(run.batch for run in runs if run.epoch == number)
@@ -120,6 +124,7 @@ def train_round(
         for run in runs:
             if (run.epoch, run.batch) == (number, batch):
                 one_step(run, x, n_steps)
+        shown.batch(number, (batch + 1) / data.n_batches, runs[0])
         saver.between_steps(runs)
 
 
@@ -151,12 +156,38 @@ def end_round(run: PlannedRun, tokens: Tokens, is_measured: bool) -> dict[str, A
     return line
 
 
-def figures(run: PlannedRun, stream: Stream) -> str:
-    """What stands behind the bar: how good, and how full the budget is."""
-    disk = f"{stream.on_disk() / 1e9:.2f} of {stream.about['budget'] / 1e9:.2f} GB on disk"
-    if not run.history:
-        return disk
-    return f"normalized_mse {run.history[-1]['normalized_mse']:.4g}, {disk}"
+class Shown:
+    """The bar of a stream: tokens trained on, the error, bytes on the disk, and who waits for whom.
+
+    counts: tokens of each part; round r brings those of part r.
+    """
+
+    def __init__(self, stream: Stream, counts: list[int], bar: progress.Task) -> None:
+        self.stream, self.counts, self.bar = stream, counts, bar
+        self.place = (0, 0)  # (round, its tokens that are shown)
+
+    def waiting(self) -> None:
+        """Say that the next part is not there."""
+        self.bar.set_postfix_str(f"waiting for {MAKER}, {self.stream.fullness()}")
+        self.place = (0, 0)
+
+    def batch(self, number: int, fraction: float, run: PlannedRun) -> None:
+        """So much of round `number` is done."""
+        round_shown, n_shown = self.place
+        if round_shown != number:
+            self.bar.set_postfix_str(self._figures(run))
+            n_shown = 0
+        tokens = self.counts[number - 1] if number <= len(self.counts) else 0
+        self.place = (number, int(tokens * fraction))
+        self.bar.update(self.place[1] - n_shown)
+
+    def _figures(self, run):
+        parts = [self.stream.fullness()]
+        if run.history:
+            parts.insert(0, f"normalized_mse {run.history[-1]['normalized_mse']:.4g}")
+        if self.stream.is_full():
+            parts.append(f"{MAKER} waits")
+        return ", ".join(parts)
 
 
 class StreamSaver(Saver):
@@ -216,9 +247,9 @@ class Waiting:
     """Waits for stage 1: says so behind the bar, saves meanwhile, and gives up when it is gone."""
 
     def __init__(
-        self, stream: Stream, saver: StreamSaver, activations_path: Path, bar: progress.Task
+        self, stream: Stream, saver: StreamSaver, activations_path: Path, shown: Shown
     ) -> None:
-        self.stream, self.saver, self.bar = stream, saver, bar
+        self.stream, self.saver, self.shown = stream, saver, shown
         self.activations_path = activations_path
         self.part, self.since, self.looked = 0, 0.0, 0.0
 
@@ -228,7 +259,7 @@ class Waiting:
         now = time.monotonic()
         if self.part != number:
             self.part, self.since, self.looked = number, now, now
-            self.bar.set_postfix_str(f"waiting for {MAKER}")
+            self.shown.waiting()
         self.saver.while_waiting(runs)
         if now - self.looked < LOOK:
             return

@@ -2,6 +2,7 @@
 them."""
 
 import io
+import os
 import re
 import sys
 import time
@@ -149,3 +150,37 @@ def test_no_line_comes_after_the_stage(monkeypatch):
     text = seen[0].getvalue()
     time.sleep(0.05)
     assert seen[0].getvalue() == text
+
+
+def test_what_another_process_shows_is_not_shown_twice(monkeypatch):
+    """Neither a bar nor lines of a task that is hidden, or in a process that is told so."""
+
+    def work(err):
+        with progress.bar(10, "hidden work", "row", hidden=True) as bar:
+            assert bar.bar is None
+            time.sleep(0.05)
+
+    assert "hidden work" not in stage(monkeypatch, work)
+    assert "hidden work" not in stage(monkeypatch, work, terminal=True)
+
+    def other(err):
+        with progress.bar(10, "other work", "row") as bar:
+            assert bar.bar is None
+            time.sleep(0.05)
+
+    assert stage(monkeypatch, other, **{progress.HIDDEN: "1"}) == ""
+    assert stage(monkeypatch, other, terminal=True, **{progress.HIDDEN: "1"}) == ""
+
+
+def test_a_terminal_without_a_size_has_a_bar(monkeypatch):
+    import pty
+
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as err, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", err)
+        assert progress._has_no_size(err)
+        with progress.bar(10, "work", "row") as bar:
+            bar.set_postfix_str("waiting")
+        err.flush()
+        assert b"work:   0%|" in os.read(ours, 10_000)
+    os.close(ours)

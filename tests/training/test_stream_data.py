@@ -175,11 +175,42 @@ def test_a_partner_that_is_gone_is_one_line_and_what_was_trained_is_saved(stream
     monkeypatch.setattr(stream_loop, "LOOK", 0.0)
     stream.part_path(2).unlink()
     path = stream.folder.parent / "activations_layer12.npz"
-    waiting = stream_loop.Waiting(stream, Saver(), path, progress.Task("training", 10, "token"))
+    bar = progress.Task("training", 10, "token")
+    shown = stream_loop.Shown(stream, stream.about["n_tokens"], bar)
+    waiting = stream_loop.Waiting(stream, Saver(), path, shown)
     data = rows_of(stream, waiting=lambda number: waiting.for_part(number, ["run"]))
     list(data.batches(1))
     with pytest.raises(EnvironmentFailure, match=r"part 2 of 5 is missing, .* run it beside"):
         next(data.batches(2))
     data.close()
     assert saved and saved[0] == ["run"]
-    assert waiting.bar.note == "waiting for extract_activations.py"
+    assert bar.note.startswith("waiting for extract_activations.py, 0.0 of 1.0 GB on disk")
+
+
+def test_the_bar_says_tokens_error_disk_and_who_waits(stream):
+    """Two parts of five lie there; the third has no room, so stage 1 waits."""
+    from types import SimpleNamespace
+
+    from fastsae.runtime import progress
+    from fastsae.training.stream_loop import Shown
+
+    for number in (3, 4, 5):
+        stream.part_path(number).unlink()
+    stream.about.update(sizes=[10**6] * 5, budget=2_500_000)
+    bar = progress.Task("training", 95, "token")
+    shown, run = Shown(stream, stream.about["n_tokens"], bar), SimpleNamespace(history=[])
+    shown.batch(1, 0.5, run)
+    said = "0.0 of 2.5 MB on disk, extract_activations.py waits"
+    assert (bar.n, bar.note) == (11, said)
+    shown.batch(1, 1.0, run)
+    stream.release(1, {})
+    run.history.append({"normalized_mse": 0.4322})
+    shown.batch(2, 0.5, run)
+    assert (bar.n, bar.note) == (23 + 15, "normalized_mse 0.4322, 0.0 of 2.5 MB on disk")
+    shown.batch(2, 1.0, run)
+    shown.waiting()
+    assert bar.note == "waiting for extract_activations.py, 0.0 of 2.5 MB on disk"
+    shown.batch(3, 1.0, run)
+    assert bar.n == 23 + 31 + 1 and bar.note.startswith("normalized_mse")
+    shown.batch(6, 1.0, run)
+    assert bar.n == 55
