@@ -8,6 +8,7 @@ SAELens itself is not imported, only its table is read.
 import difflib
 import functools
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ TABLE = "pretrained_saes.yaml"
 READERS = {
     None: "saelens",
     "gemma_2": "gemma_scope",
+    "gemma_3": "gemma_scope_2",
     "dictionary_learning_1": "dictionary_learning",
     "sparsify": "sparsify",
 }
+# in repositories' and folders' names: attention's heads before they are projected, and transcoders.
+# Asked before gigabytes are fetched; the readers refuse them too
+OTHER_PLACES = re.compile(r"-att$|attn_out|transcoder|clt")
 # what the table adds to the files of a release and does not change what is computed
 HARMLESS = {"dataset_path"}
 
@@ -39,9 +44,10 @@ def folder_of(name: str) -> Path:
     EnvironmentFailure without the table or where the hub does not give the files.
     """
     repository, folder, kind = _entry(name)
-    files = [f"{folder}/{file}" for file in readers.FORMATS[kind].files]
-    paths = [_fetched(name, repository, folder, file) for file in files]
-    return paths[0].parent
+    weights, *others = (f"{folder}/{file}" for file in readers.FORMATS[kind].files)
+    for file in others:  # first, as they are small
+        _fetched(name, repository, folder, file, needed=False)
+    return _fetched(name, repository, folder, weights).parent
 
 
 def _entry(name):
@@ -66,7 +72,15 @@ def _entry(name):
             f"{name}: SAELens {why} when it loads this release, which is not done here. load it "
             "there with SAE.from_pretrained, save it with save_model, and give that folder."
         )
-    return str(about["repo_id"]), str(entries[wanted]["path"]), kind
+    repository, folder = str(about["repo_id"]), str(entries[wanted]["path"])
+    if kind.startswith("gemma") and (
+        OTHER_PLACES.search(repository) or OTHER_PLACES.search(folder)
+    ):
+        raise InputError(
+            f"{name}: is of another place than the residual stream or what the MLP adds to it: "
+            "attention's heads before they are projected, or a transcoder. choose another."
+        )
+    return repository, folder, kind
 
 
 def _near(word, names):
@@ -90,8 +104,9 @@ def _table() -> dict[str, Any]:
     return yaml.load(path.read_bytes(), Loader=loader)
 
 
-def _fetched(name, repository, folder, file):
-    """The path of a repository's file in the hub's cache. What is there is not asked for again."""
+def _fetched(name, repository, folder, file, needed=True):
+    """The path of a repository's file in the hub's cache; None where it has none and none is
+    needed. What is there is not asked for again."""
     import huggingface_hub
 
     cached = huggingface_hub.try_to_load_from_cache(repository, file)
@@ -101,6 +116,8 @@ def _fetched(name, repository, folder, file):
         return Path(huggingface_hub.hf_hub_download(repository, file))
     except Exception as error:  # the hub's client raises types of several libraries
         kind = type(error).__name__
+        if kind in ("EntryNotFoundError", "RemoteEntryNotFoundError") and not needed:
+            return None  # the reader says so if it cannot do without
         remedy = (
             "accept its licence on its hub page, then run: hf auth login"
             if kind == "GatedRepoError"

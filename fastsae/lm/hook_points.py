@@ -4,7 +4,8 @@ itself is placed by `residual.ResidualModel`.
 LAYER_IDX counts the blocks that have run, from 1: the residual stream after 12 blocks is layer 12.
 Libraries count blocks from 0: the same stream is what block 11 gives.
 
-    layer 12    hidden_states[12]           transformers (the last layer's is normed there)
+    layer 12    hidden_states[12]           transformers (the last layer's is normed there;
+                                            Mamba and RWKV: 11)
                 model.layers.11             transformers, the module whose output it is
                 blocks.11.hook_resid_post   TransformerLens and SAELens
                 blocks.12.hook_resid_pre    the same tensor, before the next block
@@ -21,6 +22,8 @@ from typing import Self
 from fastsae.settings.values import activations_stem
 
 BLOCKS = "model.layers"  # where Llama's blocks are in transformers; other families' elsewhere
+# families (Mamba, RWKV) whose hidden_states begin after the first block, without the embedding
+WITHOUT_EMBEDDING = ("backbone.layers", "rwkv.blocks")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class HookPoint:
     @property
     def hidden_states_index(self) -> int:
         """The index in what transformers gives with `output_hidden_states=True`."""
-        return self.layer
+        return self.layer - (self.blocks in WITHOUT_EMBEDDING)
 
     @property
     def transformer_lens(self) -> str:

@@ -743,6 +743,76 @@ def test_gemma_scope_of_other_places(tmp_path):
         load_sae(folder)
 
 
+def gemma_scope_2_folder(folder, **config):
+    folder.mkdir(parents=True)
+    state = dictionary_state("JumpReluAutoEncoder")
+    tensors = {name.replace("W_", "w_"): value.contiguous() for name, value in state.items()}
+    save_file(tensors, folder / "params.safetensors")
+    if config:
+        (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu", **config}))
+    return folder, state
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "place", "model"),
+    [
+        (
+            "resid_post/layer_9_width_16k_l0_small",
+            {"hf_hook_point_in": "model.layers.9.output", "model_name": "gemma-v3-1b-pt"},
+            {"LAYER_IDX": 10},
+            "google/gemma-3-1b-pt",
+        ),
+        (
+            "any",
+            {"hf_hook_point_in": "model.layers.9.post_feedforward_layernorm.output"},
+            {"LAYER_IDX": 10, "HOOK": "mlp_out"},
+            None,
+        ),
+        ("resid_post_all/layer_3_width_16k_l0_big", {}, {"LAYER_IDX": 4}, None),
+        ("mlp_out/layer_3_width_16k_l0_big", {}, {"LAYER_IDX": 4, "HOOK": "mlp_out"}, None),
+        ("downloaded", {}, {"LAYER_IDX": None}, None),
+    ],
+)
+def test_gemma_scope_2(tmp_path, names, config, place, model):
+    folder, state = gemma_scope_2_folder(tmp_path / "g" / names, **config)
+    ours, meta = load_sae(folder)
+    x = tokens()
+    expected = dictionary_features("JumpReluAutoEncoder", state, x)
+    for found, value in zip(dense(ours, x), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
+    assert meta["activations"]["settings"] == place and meta["activations"]["model_name"] == model
+    if "HOOK" in place:  # as the module is found in Gemma 3 itself
+        assert meta["activations"]["hook_module"] == "post_feedforward_layernorm"
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "message"),
+    [
+        (
+            "a",
+            {"hf_hook_point_in": "model.layers.9.self_attn.o_proj.input"},
+            "o_proj.input, not on",
+        ),
+        (
+            "a",
+            {
+                "hf_hook_point_in": "model.layers.9.pre_feedforward_layernorm.output",
+                "hf_hook_point_out": "model.layers.9.post_feedforward_layernorm.output",
+            },
+            "pre_feedforward_layernorm.output, not on",
+        ),
+        ("transcoder_all/layer_3_width_16k", {}, "a transcoder or attention's heads, not on"),
+        ("attn_out/layer_3_width_16k", {}, "a transcoder or attention's heads, not on"),
+        ("a", {"architecture": "topk"}, "architecture 'topk' is not jump_relu"),
+        ("a", {"hf_hook_point_in": 9}, "hf_hook_point_in: expected str, got '9'"),
+    ],
+)
+def test_gemma_scope_2_of_other_places(tmp_path, names, config, message):
+    folder, _ = gemma_scope_2_folder(tmp_path / names, **config)
+    with pytest.raises(InputError, match=message):
+        load_sae(folder)
+
+
 # What is refused
 
 REFUSED = [

@@ -88,6 +88,13 @@ def test_it_says_whose_weights_and_which_tokens(tmp_path):
     assert "SPARSIFY" not in written(tmp_path / "other", kind="jumprelu")
 
 
+def test_the_index_of_a_family_without_the_embedding(tmp_path):
+    for name in ("llama", "mamba"):
+        (tmp_path / name).mkdir()
+    assert "`hidden_states[12]`" in written(tmp_path / "llama")
+    assert "`hidden_states[11]`" in written(tmp_path / "mamba", blocks="backbone.layers")
+
+
 def test_a_plain_text_has_no_template(tmp_path):
     assert "with the model's chat template" in written(tmp_path, dataset_path="dialogues.jsonl")
     assert "without chat template" in written(tmp_path, dataset_path="a/corpus.txt")

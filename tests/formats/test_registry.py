@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from safetensors.torch import save
 from test_formats import M, dense, dictionary_state, saelens_folder, tokens, trained
 
 from fastsae.formats import registry
@@ -35,6 +36,12 @@ TABLE = {
     "gpt2-res": release("me/gpt2", {"blocks.7.hook_resid_pre": "v5_layer_7"}),
     "gpt2-centred": release(
         "me/gpt2", {"a": "a"}, config_overrides={"model_from_pretrained_kwargs": {}}
+    ),
+    "gemma-att": release("google/gemma-scope-2b-pt-att", {"a": "layer_1/width_16k/x"}, "gemma_2"),
+    "gemma-2": release(
+        "google/gemma-scope-2-1b-pt",
+        {"t": "transcoder_all/layer_0_width_16k", "r": "resid_post/layer_9_width_16k"},
+        "gemma_3",
     ),
     "qwen": release("me/qwen", {"layer0": "layer0.sae.pt"}, "qwen_scope"),
 }
@@ -142,6 +149,8 @@ def test_a_folder_of_several_files(hub):
             r"has no .*, for example .*width_16k/canonical\.",
         ),
         ("gemma-res-canonical", "has no ''. give one of its 1, for example layer_20"),
+        ("gemma-att/a", "is of another place .* choose another"),
+        ("gemma-2/t", "is of another place .* choose another"),
         ("qwen/layer0", "SAELens converts qwen_scope .* save it with save_model"),
         ("gpt2-centred/a", "SAELens sets model_from_pretrained_kwargs .* save it with"),
     ],
@@ -150,6 +159,16 @@ def test_names_that_are_not_read(hub, name, message):
     with pytest.raises(InputError, match=f"^saelens:{name}: .*{message}"):
         load_sae(f"saelens:{name}")
     assert not hub.asked
+
+
+def test_a_config_that_a_repository_lacks(hub):
+    """Some releases of Gemma Scope 2 have none."""
+    state = dictionary_state("JumpReluAutoEncoder")
+    tensors = {name.replace("W_", "w_"): value.contiguous() for name, value in state.items()}
+    path = "google/gemma-scope-2-1b-pt/resolve/main/resid_post/layer_9_width_16k/params.safetensors"
+    hub.files[path] = save(tensors)
+    sae, meta = load_sae("saelens:gemma-2/r")
+    assert meta["activations"]["settings"] == {"LAYER_IDX": 10} and sae.m_total_neurons == M
 
 
 def test_a_hub_without_the_files(hub):

@@ -1,7 +1,11 @@
 """The addresses of a layer in each library, worked out by hand."""
 
-import pytest
+import json
 
+import pytest
+from conftest import PROJECT
+
+from experiments.shared.families import FAMILIES
 from fastsae.lm.hook_points import HookPoint
 
 
@@ -58,6 +62,15 @@ def test_what_is_written_is_read_back(layer):
         assert HookPoint.parse(name) == point
     assert HookPoint.of_block(point.block) == point
     assert HookPoint.of_activations({"settings": {"LAYER_IDX": layer}}) == point
+
+
+def test_the_index_in_hidden_states_is_that_of_every_family():
+    """`shift` is tried with the families themselves (tests/lm/test_families.py)."""
+    rows = json.loads((PROJECT / "experiments/results/families.json").read_text())["families"]
+    assert any(FAMILIES[name].shift for name in rows)
+    for name, row in rows.items():
+        point = HookPoint.of_activations({"settings": {"LAYER_IDX": 3}, "blocks": row["blocks"]})
+        assert point.hidden_states_index == 3 - FAMILIES[name].shift
 
 
 def test_gemma_scope_names_blocks_in_its_folders():

@@ -38,6 +38,7 @@ FORMATS = {
     "hypothesaes": Format("HypotheSAEs", content="torch"),
     "dictionary_learning": Format("dictionary_learning", ("ae.pt", "config.json"), "torch"),
     "gemma_scope": Format("Gemma Scope", ("params.npz",), "npz"),
+    "gemma_scope_2": Format("Gemma Scope 2", ("params.safetensors", "config.json")),
 }
 LIBRARIES = " or ".join(
     ", ".join(form.library for form in FORMATS.values()).rsplit(", ", maxsplit=1)
