@@ -347,10 +347,8 @@ def test_an_event_of_another_device_is_seen(tmp_path, cpu, run_stages, monkeypat
 
 
 def test_rows_of_the_prefix_that_are_on_their_way_are_seen(tmp_path, cpu, run_stages, monkeypatch):
-    storable = extraction.storable
-    monkeypatch.setattr(
-        extraction, "storable", lambda *arguments, pin: storable(*arguments, pin=True)
-    )
+    stored = extraction.stored
+    monkeypatch.setattr(extraction, "stored", lambda *arguments, pin: stored(*arguments, pin=True))
     with pretended(), pytest.raises(AssertionError):
         bad = run_stages(tmp_path / "0", "cuda:0", stages=["extract_activations"])
         assert distance(rows_of(bad), rows_of(cpu)) < 2e-3

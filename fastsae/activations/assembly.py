@@ -4,6 +4,7 @@ end, so the disk needs room for the result once."""
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -13,6 +14,16 @@ from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 MEMBER = "activations"
 MAKER = "extract_activations.py"
+
+
+class RowMoves(Protocol):
+    """Where rows of another order lie in the finished file (`planning.Moves`)."""
+
+    def runs(self, first_row: int, n_rows: int) -> list[tuple[int, int]]:
+        """[(first row in the file, number of rows)] of the given rows."""
+
+    def rows_of_examples(self, first: int, last: int) -> np.ndarray:
+        """(n,) the rows of a range of the file's examples in the order in which they come."""
 
 
 class Assembly:
@@ -25,7 +36,8 @@ class Assembly:
 
     Args: path, where the result will lie; row_starts (n_shards + 1,), the first row of each shard
     and the number of rows; folder and plan, for the names of unfinished files; fingerprint, by
-    which a finished one is known after a kill between two shards.
+    which a finished one is known after a kill between two shards; moves, of rows that come in
+    another order than that of the result, in which the arguments of all methods count then.
     """
 
     def __init__(
@@ -38,8 +50,9 @@ class Assembly:
         folder: Path,
         plan: str,
         fingerprint: str,
+        moves: RowMoves | None = None,
     ) -> None:
-        self.path = path
+        self.path, self.moves = path, moves
         self.starts = np.asarray(row_starts, np.int64)
         self.d_model, self.dtype = d_model, np.dtype(storage_dtype)
         self.fingerprint = fingerprint
@@ -50,6 +63,14 @@ class Assembly:
 
     def pieces(self, first_row: int, n_rows: int) -> list[tuple[int, int, int]]:
         """[(shard, first row in it, number of rows)] that the given rows are spread over."""
+        if self.moves is None:
+            return self._neighbours(first_row, n_rows)
+        return [
+            piece for run in self.moves.runs(first_row, n_rows) for piece in self._neighbours(*run)
+        ]
+
+    def _neighbours(self, first_row, n_rows):
+        """`pieces` of rows that are neighbours in the result."""
         found, end = [], first_row + n_rows
         first_shard = int(np.searchsorted(self.starts, first_row, side="right")) - 1
         for shard in range(first_shard, len(self.targets)):
@@ -64,25 +85,32 @@ class Assembly:
         CRC-32 of each piece. They are on the disk afterwards."""
         rows = np.ascontiguousarray(rows, self.dtype)
         checksums, at = [], 0
+        by_shard: dict[int, list[tuple[int, memoryview]]] = {}  # (place in the file, content)
         for shard, row, n in self.pieces(first_row, len(rows)):
             content = rows[at : at + n].reshape(-1).view(np.uint8).data
             at += n
             checksums.append(zlib.crc32(content))
+            by_shard.setdefault(shard, []).append((self._offset(shard, row), content))
+        for shard, contents in by_shard.items():
             if not self._is_finished(shard):
                 with storage.growing(self.growing[shard]) as file:
-                    file.seek(self._offset(shard, row))
-                    file.write(content)
+                    for offset, content in contents:
+                        file.seek(offset)
+                        file.write(content)
         return checksums
 
     def holds(self, first_row: int, n_rows: int) -> bool:
         """Whether there is a file, unfinished or finished, with room for these rows in it."""
+        ends: dict[int, int] = {}  # rows of each shard that there must be room for
+        for shard, row, n in self.pieces(first_row, n_rows):
+            ends[shard] = max(ends.get(shard, 0), row + n)
         return all(
             self._is_finished(shard)
             or (
                 self.growing[shard].is_file()
-                and self.growing[shard].stat().st_size >= self._offset(shard, row + n)
+                and self.growing[shard].stat().st_size >= self._offset(shard, end)
             )
-            for shard, row, n in self.pieces(first_row, n_rows)
+            for shard, end in ends.items()
         )
 
     def finish(self, shard: int, checksum: int, others: Mapping[str, np.ndarray]) -> Path:
@@ -102,14 +130,16 @@ class Assembly:
 
     def checksums(self, placed: Sequence[tuple[int, int, Sequence[int]]]) -> list[int]:
         """The CRC-32 of each shard's rows from (first row, number of rows, CRC-32 of each piece) of
-        what was placed, in the order of rows."""
+        all that was placed."""
+        pieces = [
+            (*piece, int(checksum))
+            for first_row, n_rows, checksums in placed
+            for piece, checksum in zip(self.pieces(first_row, n_rows), checksums, strict=True)
+        ]
         total = [0] * len(self.targets)
-        for first_row, n_rows, checksums in placed:
-            for (shard, _, n), checksum in zip(
-                self.pieces(first_row, n_rows), checksums, strict=True
-            ):
-                n_bytes = n * self.d_model * self.dtype.itemsize
-                total[shard] = artifacts.joined_crc32(total[shard], int(checksum), n_bytes)
+        for shard, _, n, checksum in sorted(pieces):
+            n_bytes = n * self.d_model * self.dtype.itemsize
+            total[shard] = artifacts.joined_crc32(total[shard], checksum, n_bytes)
         return total
 
     def _offset(self, shard: int, row: int) -> int:

@@ -165,14 +165,36 @@ def noted_members(
     places: Sequence[tuple[int, int]],
     layer: int,
     calibration: Calibration,
-    rows: tuple[int, int],
+    rows: tuple[int, int] | np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """The members of a file that holds the given rows [first, last) of the result, besides the
-    codes.
+    """The members of a file that holds the given rows of the result, besides the codes.
 
-    notes: of chunks that lie at `places` [(first row, number of rows)], in order.
+    notes: of chunks that lie at `places` [(first row, number of rows)], in order. rows: [first,
+    last), or (n,) their numbers where the file has them in another order.
     """
-    first, last = rows
+    if isinstance(rows, np.ndarray):
+        first = int(rows.min(initial=0))
+        last = int(rows.max(initial=-1)) + 1
+        found = _noted_range(notes, places, layer, calibration, first, last)
+        return _chosen(found, rows - first)
+    return _noted_range(notes, places, layer, calibration, *rows)
+
+
+def _chosen(members, rows):
+    """The members of a file with these rows of another one."""
+    number, value = members["exact_rows"], members["exact_values"]
+    at = np.searchsorted(number, rows).clip(max=max(len(number) - 1, 0))
+    is_exact = number[at] == rows if len(number) else np.zeros(len(rows), bool)
+    return {
+        **members,
+        "row_scale": members["row_scale"][rows],
+        "exact_rows": np.flatnonzero(is_exact),
+        "exact_values": value[at[is_exact]],
+    }
+
+
+def _noted_range(notes, places, layer, calibration, first, last):
+    """`noted_members` of the rows [first, last)."""
     scales, numbers = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
     values = [np.zeros((0, len(calibration.centre)), EXACT)]
     for note, (start, n) in zip(notes, places, strict=True):

@@ -7,10 +7,10 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,9 @@ PART_BYTES = 192 << 20
 BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 # tokens below which reusing the prefix saves nothing
 SHORTEST_CACHED_PREFIX = 4
+# share of all tokens below which it is not reused on CUDA: with it attention builds a mask, which
+# its fast kernel does not take
+LEAST_CACHED_SHARE = 0.15
 
 
 def split_chunks(lengths: Sequence[int] | np.ndarray, chunk_tokens: int) -> list[tuple[int, int]]:
@@ -151,17 +154,19 @@ class Forward:
         self.storage_dtype = storage_dtype
         self.dataset_name = dataset_name
         self.pin = pin
-        self.n_prefix = n_shared if SHORTEST_CACHED_PREFIX <= n_shared < table.lengths.min() else 0
+        self.n_prefix = reused_prefix(table.lengths, n_shared, on_cuda=pin)
         self.prefix = None
         if self.n_prefix:
             self.prefix, streams = model.read_prefix(
                 torch.from_numpy(table.ids[: self.n_prefix].astype(np.int64))
             )
             # needed at once, so not pinned: a copy into pinned memory would be on its way still
-            self.prefix_rows = {
-                layer: self._storable(stream, [(0, self.n_prefix)], pin=False).numpy()
-                for layer, stream in streams.items()
-            }
+            real = [(0, self.n_prefix)]
+            self.prefix_rows = {}
+            for layer, stream in streams.items():
+                found = stored(stream, real, self.storage_dtype, pin=False)
+                self._require_fits(found.peaks, real)
+                self.prefix_rows[layer] = found.rows.numpy()
             self.n_prefix = self.n_prefix if self.prefix else 0
 
     def chunk(
@@ -169,30 +174,60 @@ class Forward:
     ) -> dict[int, np.ndarray]:
         """{layer: (tokens of examples first to last, d_model)} in the storage type; calls
         `progress(n)` as tokens are done."""
-        lengths = self.table.lengths[first:last]
-        # first row of each example in this chunk
+        return next(self.each([(first, last)], progress)).rows
+
+    def each(
+        self, chunks: Iterable[tuple[int, int]], progress: Callable[[int], object]
+    ) -> Iterator["Chunk"]:
+        """The Chunk of each range of examples in turn; calls `progress(n)` as tokens are done.
+
+        On a GPU the first batch of the next one is begun before a chunk is given, so that the
+        device has work while the chunk is written.
+        """
+        waiting = None  # a batch that was launched, one at most
+        complete = None  # a chunk of which all batches were launched
+        for first, last in chunks:
+            chunk = self._empty(first, last)
+            lengths = self.table.lengths[first:last] - self.n_prefix
+            for batch in split_batches(lengths, self.batch_tokens):
+                for done in self._launch([first + i for i in batch]):
+                    if waiting:
+                        self._store(*waiting, progress)
+                    waiting = (chunk, done)
+                    if complete:
+                        yield complete
+                        complete = None
+            if self.pin:
+                complete = chunk
+                continue
+            if waiting:
+                self._store(*waiting, progress)
+            waiting = None
+            yield chunk
+        if complete and waiting:
+            self._store(*waiting, progress)
+            yield complete
+
+    def _empty(self, first, last):
+        """The Chunk of these examples, of which only the prefix's rows are there."""
         starts = self.starts[first:last] - self.starts[first]
+        n_tokens = int(self.starts[last] - self.starts[first])
         rows = {
-            layer: np.empty((int(lengths.sum()), self.model.d_model), self.storage_dtype)
+            layer: np.empty((n_tokens, self.model.d_model), self.storage_dtype)
             for layer in self.model.layers
         }
+        norms = {layer: np.empty(n_tokens, np.float32) for layer in rows} if self.pin else None
         if self.n_prefix:
+            in_prefix = starts[:, None] + np.arange(self.n_prefix)
             for layer, prefix_rows in self.prefix_rows.items():
-                rows[layer][starts[:, None] + np.arange(self.n_prefix)] = prefix_rows
-        waiting = None
-        for batch in split_batches(lengths - self.n_prefix, self.batch_tokens):
-            for done in self._launch([first + i for i in batch]):
-                # one batch behind, so that a GPU computes while its last results are copied
-                if waiting:
-                    self._store(rows, first, waiting, progress)
-                waiting = done
-        if waiting:
-            self._store(rows, first, waiting, progress)
-        return rows
+                rows[layer][in_prefix] = prefix_rows
+                if norms is not None:
+                    norms[layer][in_prefix] = token_norms(prefix_rows)
+        return Chunk(first, rows, norms)
 
     def _launch(self, batch):
-        """[(examples, {layer: rows on the host}, event)], more than one if memory ran out and the
-        batch was halved."""
+        """[(examples, {layer: Stored}, event)], more than one if memory ran out and the batch was
+        halved."""
         import torch
 
         longest = max(int(self.table.lengths[i]) for i in batch) - self.n_prefix
@@ -201,9 +236,9 @@ class Forward:
             return self._halves(batch)
         try:
             streams = self.model(self._padded(batch), self.prefix)
-            real = [(i, int(self.table.lengths[i]) - self.n_prefix) for i in batch]
+            real = self._real(batch)
             rows = {
-                layer: self._storable(stream, real, pin=self.pin)
+                layer: stored(stream, real, self.storage_dtype, pin=self.pin)
                 for layer, stream in streams.items()
             }
             return [(batch, rows, self._copied())]
@@ -230,6 +265,10 @@ class Forward:
         middle = len(batch) // 2
         return self._launch(batch[:middle]) + self._launch(batch[middle:])
 
+    def _real(self, batch):
+        """[(example, its tokens after the prefix)]."""
+        return [(i, int(self.table.lengths[i]) - self.n_prefix) for i in batch]
+
     def _padded(self, batch):
         import torch
 
@@ -254,31 +293,35 @@ class Forward:
         event.record(torch.cuda.current_stream(self.model.device))
         return event
 
-    def _storable(self, stream, real, *, pin):
+    def _require_fits(self, peaks, real):
         try:
-            return storable(
-                stream,
+            require_fits(
+                peaks,
                 real,
                 self.storage_dtype,
                 lambda i: place(self.dataset_name, self.table.lines[i]),
-                pin=pin,
             )
         except InputError as error:
             raise self._own(error) from error
 
-    def _store(self, buffers, first, launched, progress):
-        batch, rows, event = launched
+    def _store(self, chunk, launched, progress):
+        """Put the rows of a batch in their place in the chunk, once they have arrived."""
+        batch, found, event = launched
         if event is not None:
             event.synchronize()
-        at, n_tokens = 0, 0
-        for i in batch:
-            length = int(self.table.lengths[i]) - self.n_prefix
-            start = self.starts[i] - self.starts[first] + self.n_prefix
-            for layer, buffer in buffers.items():
-                buffer[start : start + length] = rows[layer][at : at + length].numpy()
+        real = self._real(batch)
+        for each in found.values():
+            self._require_fits(each.peaks, real)
+        at = 0
+        for i, length in real:
+            start = self.starts[i] - self.starts[chunk.first] + self.n_prefix
+            for layer, each in found.items():
+                rows = slice(at, at + length)
+                chunk.rows[layer][start : start + length] = each.rows[rows].numpy()
+                if chunk.norms is not None:
+                    chunk.norms[layer][start : start + length] = each.norms[rows].numpy()
             at += length
-            n_tokens += int(self.table.lengths[i])
-        progress(n_tokens)
+        progress(at + len(batch) * self.n_prefix)
 
     @staticmethod
     def _own(error):
@@ -286,18 +329,41 @@ class Forward:
         return error
 
 
-def storable(
-    stream: Any,
-    real: Sequence[tuple[int, int]],
-    storage_dtype: str,
-    where: Callable[[int], str],
-    pin: bool = False,
-) -> Any:
-    """(batch, length, d_model) or (length, d_model) -> the real rows, one after the other, on the
-    host in the storage type.
+def reused_prefix(lengths: np.ndarray, n_shared: int, *, on_cuda: bool) -> int:
+    """How many of the `n_shared` tokens that all examples begin with are read once, if the model
+    can; lengths (n_examples,)."""
+    if not SHORTEST_CACHED_PREFIX <= n_shared < lengths.min():
+        return 0
+    if on_cuda and n_shared * len(lengths) < LEAST_CACHED_SHARE * int(lengths.sum()):
+        return 0
+    return n_shared
 
-    `real`: (example, length) of each row of the batch; `where(example)` names one. Refuses to lose
-    a number to overflow, or to store NaN.
+
+class Chunk(NamedTuple):
+    """Examples from `first` on: {layer: (n_tokens, d_model)} in the storage type, and their norms
+    {layer: (n_tokens,)} float32 where a device computed them."""
+
+    first: int
+    rows: dict[int, np.ndarray]
+    norms: dict[int, np.ndarray] | None
+
+
+class Stored(NamedTuple):
+    """Real rows (n, d_model) of a batch in the storage type, the largest absolute value (n,) of
+    each before that, and their norms (n,) float32, or None: on the host, or on the way there."""
+
+    rows: Any
+    peaks: Any
+    norms: Any
+
+
+def stored(
+    stream: Any, real: Sequence[tuple[int, int]], storage_dtype: str, *, pin: bool
+) -> Stored:
+    """(batch, length, d_model) or (length, d_model) -> the real rows, one after the other.
+
+    `real`: (example, length) of each row of the batch. pin: into pinned memory, without waiting;
+    nothing of it may be read before an event that follows.
     """
     import torch
 
@@ -306,26 +372,43 @@ def storable(
     rows = torch.cat([stream[row, :length] for row, (_, length) in enumerate(real)])
     # (real tokens,)
     peaks = rows.abs().amax(1).float()
-    # NaN is not <= anything
-    fits = peaks <= float(np.finfo(storage_dtype).max)
-    if not bool(fits.all()):
-        at = int((~fits).nonzero()[0])
-        example = real[
-            int(np.searchsorted(np.cumsum([length for _, length in real]), at, side="right"))
-        ][0]
-        if not np.isfinite(float(peaks[at])):
-            raise InputError(
-                f"{where(example)}: the model gives NaN or infinity here. set --dtype float32 or "
-                "bfloat16."
-            )
-        raise InputError(
-            f"{where(example)}: an activation of {float(peaks[at]):.0f} does not fit into "
-            f"{storage_dtype}. set --storage-dtype float32."
-        )
     rows = rows.to(getattr(torch, np.dtype(storage_dtype).name))
     if not pin:
-        return rows.cpu()
-    return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+        return Stored(rows.cpu(), peaks.cpu(), None)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    # PyTorch keeps pinned memory that is free again for the next batches
+    return Stored(
+        *(
+            torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            for x in (rows, peaks, norms)
+        )
+    )
+
+
+def require_fits(
+    peaks: Any, real: Sequence[tuple[int, int]], storage_dtype: str, where: Callable[[int], str]
+) -> None:
+    """InputError if a number was lost to overflow, or is NaN.
+
+    peaks: (n,) of `Stored`, on the host; real: (example, length) as there; `where(example)` names
+    one.
+    """
+    peaks = peaks.numpy()
+    fits = peaks <= float(np.finfo(storage_dtype).max)  # NaN is not <= anything
+    if fits.all():
+        return
+    at = int(np.argmin(fits))
+    ends = np.cumsum([length for _, length in real])
+    example = real[int(np.searchsorted(ends, at, side="right"))][0]
+    if not np.isfinite(peaks[at]):
+        raise InputError(
+            f"{where(example)}: the model gives NaN or infinity here. set --dtype float32 or "
+            "bfloat16."
+        )
+    raise InputError(
+        f"{where(example)}: an activation of {float(peaks[at]):.0f} does not fit into "
+        f"{storage_dtype}. set --storage-dtype float32."
+    )
 
 
 def extract_parts(
@@ -359,21 +442,22 @@ def extract_parts(
         own = [i for i in missing if i % world.size == world.rank]
         with ThreadPoolExecutor(1) as writer:
             writing = None
+            computed = forward.each([chunks[i] for i in own], bar.update)
             for i in own:
                 started = time.perf_counter()
-                rows = forward.chunk(*chunks[i], bar.update)
+                chunk = next(computed)
                 seconds = time.perf_counter() - started
                 if writing:
                     writing.result()
                 if packing is not None:
                     if i == 0:
-                        packing.decide(rows, forward.table.kind[: places[0][1]])
+                        packing.decide(chunk.rows, forward.table.kind[: places[0][1]])
                     else:
                         await_first_chunk(packing)
                 writing = writer.submit(
-                    place_chunk, assemblies, places[i][0], rows, paths[i], seconds, packing
+                    place_chunk, assemblies, places[i][0], chunk, paths[i], seconds, packing
                 )
-                del rows
+                del chunk
             if writing:
                 try:
                     writing.result()
@@ -398,23 +482,27 @@ def places_of(table: TokenTable, chunks: Sequence[tuple[int, int]]) -> list[tupl
 def place_chunk(
     assemblies: Mapping[int, Assembly],
     first_row: int,
-    rows: Mapping[int, np.ndarray],
+    chunk: Chunk,
     note: Path,
     seconds: float,
     packing: Packing | None = None,
 ) -> None:
-    """Put a chunk's rows {layer: (n, d_model)} in place, then write the note of it: checksums,
-    norms, and how long the forward passes took; of rows that are packed, what packs them."""
+    """Put a chunk's rows in place, then write the note of it: checksums, norms, and how long the
+    forward passes took; of rows that are packed, what packs them."""
     placed: dict[str, np.ndarray] = {}
     for layer, assembly in assemblies.items():
-        stored = rows[layer]
+        rows = chunk.rows[layer]
         if packing is not None:
-            packed = compression.pack(stored, packing.of(layer))
-            stored = packed.codes
+            packed = compression.pack(rows, packing.of(layer))
+            rows = packed.codes
             placed |= compression.note_of(packed, layer, first_row)
-        checksums = assembly.place(first_row, stored)
+        checksums = assembly.place(first_row, rows)
         placed[f"crc32_{layer}"] = np.array(checksums, np.uint32)
-    norms = {f"norms_{layer}": token_norms(rows[layer]) for layer in assemblies}
+    given = chunk.norms
+    norms = {
+        f"norms_{layer}": token_norms(chunk.rows[layer]) if given is None else given[layer]
+        for layer in assemblies
+    }
     artifacts.write_npz(note, {**placed, "seconds": np.float64(seconds), **norms})
 
 

@@ -66,6 +66,7 @@ def write_layer(
     metadata: Mapping[str, Any],
     *,
     n_processes: int,
+    ordered: TokenTable | None = None,
     calibration: compression.Calibration | None = None,
 ) -> dict[str, Any]:
     """Complete one layer's file, or its shards, around the rows that are in place; then sum up.
@@ -73,6 +74,7 @@ def write_layer(
 
     parts: the notes of `extraction.extract_parts`, of the rows at `places` [(first, number)];
     shards: ranges of examples; metadata: of the file, its n_tokens and d_model included;
+    ordered: `table` in the order in which examples went through the model, if that is another;
     calibration: of rows that are packed.
     """
     path = assembly.path
@@ -84,7 +86,7 @@ def write_layer(
     )
     starts = table.starts
     before = files.find_shards(path)
-    timing = timing_of(parts, table, metadata, n_processes)
+    timing = timing_of(parts, ordered or table, metadata, n_processes)
     # before the file that counts as done once it is there
     artifacts.write_json(path.with_suffix(".json"), timing)
     written = []
@@ -93,7 +95,10 @@ def write_layer(
         about = {**metadata, "shard": number + 1, "n_shards": len(shards)}
         packed = {}
         if calibration is not None:
-            packed = compression.noted_members(parts, places, layer, calibration, (a, b))
+            rows = (
+                (a, b) if assembly.moves is None else assembly.moves.rows_of_examples(first, last)
+            )
+            packed = compression.noted_members(parts, places, layer, calibration, rows)
         others = {
             **packed,
             "seq_lengths": table.lengths[first:last],

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastsae.activations import compression, extraction, results
+from fastsae.activations import compression, extraction, planning, results
 from fastsae.activations.assembly import Assembly
 from fastsae.data.tokenization import TokenTable
 from fastsae.runtime import progress
@@ -65,11 +65,19 @@ class Work:
         chunk_tokens = extraction.chunk_tokens_for(
             extraction.CHUNK_TOKENS, model.d_model, len(model.layers), computed
         )
-        self.chunks = extraction.split_chunks(table.lengths, chunk_tokens)
+        plan = planning.plan_by_chunks(table.lengths, chunk_tokens)
+        if kind == "cuda":
+            own = table.lengths - extraction.reused_prefix(table.lengths, n_shared, on_cuda=True)
+            plan = planning.plan_by_length(own, batch_tokens, chunk_tokens)
+        self.chunks = plan.chunks
+        self.moves, self.ordered = None, table  # as examples go through the model
+        if plan.order is not None:
+            self.moves = planning.Moves(plan.order, table.lengths)
+            self.ordered = planning.reordered(table, plan.order)
         self.shards = results.shards_of(table, model.d_model, dtype, extraction.SHARD_BYTES)
         self.forward = extraction.Forward(
             model,
-            table,
+            self.ordered,
             n_shared=n_shared,
             batch_tokens=batch_tokens,
             storage_dtype=computed,
@@ -92,6 +100,7 @@ class Work:
                 folder=folder,
                 plan=self.plan,
                 fingerprint=about["fingerprint"],
+                moves=self.moves,
             )
             for layer, about in layers.items()
         }
@@ -104,12 +113,13 @@ class Work:
 
     def write(self, world: extraction.World) -> dict[str, Any]:
         """Complete the file of each layer; returns the last one's timing."""
-        places = extraction.places_of(self.table, self.chunks)
+        places = extraction.places_of(self.ordered, self.chunks)
         for layer, about in self.layers.items():
             assembly = self.assemblies[layer]
             progress.step(f"writing {assembly.path.name}")
             timing = results.write_layer(
                 assembly, self.parts, places, self.shards, self.table, about,
+                ordered=self.ordered,
                 n_processes=world.size,
                 calibration=self.packing.of(layer) if self.packing else None,
             )  # fmt: skip

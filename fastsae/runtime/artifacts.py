@@ -8,6 +8,7 @@ so equal fingerprints mean that the work is already done.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -269,12 +270,18 @@ def joined_crc32(first: int, second: int, n_bytes: int) -> int:
     A CRC is a remainder of polynomials over GF(2), here with bit 31 for x^0: the first one times
     x^(8 n_bytes), plus the second.
     """
+    return _times(_shift(n_bytes), first) ^ second
+
+
+@functools.lru_cache(4096)
+def _shift(n_bytes):
+    """x^(8 n_bytes); examples have few lengths, and there may be millions of them."""
     shift, power = 1 << 31, 1 << 23  # x^0 and x^8
     while n_bytes:
         if n_bytes & 1:
             shift = _times(shift, power)
         power, n_bytes = _times(power, power), n_bytes >> 1
-    return _times(shift, first) ^ second
+    return shift
 
 
 def _times(a, b):

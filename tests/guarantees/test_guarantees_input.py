@@ -748,9 +748,10 @@ def test_activations_that_cannot_be_stored(number, where):
     def storable(last):
         # a padded row of example 0, two rows of example 1
         stream = torch.tensor([[[1.0, 2.0], [5e9, 5e9]], [[1.0, 3.0], [2.0, last]]])
-        return extraction.storable(
-            stream, [(0, 1), (1, 2)], "float16", lambda i: f"d.jsonl:{[3, 4][i]}"
-        )
+        real = [(0, 1), (1, 2)]
+        found = extraction.stored(stream, real, "float16", pin=False)
+        extraction.require_fits(found.peaks, real, "float16", lambda i: f"d.jsonl:{[3, 4][i]}")
+        return found.rows
 
     with pytest.raises(InputError, match=f"^d.jsonl:4: .*{where}"):
         storable(number)
