@@ -9,6 +9,7 @@ fail there; any other way of writing into the folder is reported.
 import functools
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -108,6 +109,8 @@ def preload():
     # as where it is not installed: its figure takes longer than the rest of a tiny run
     sys.modules["matplotlib"] = None
     modules = [module_name(path) for path in python_files("fastsae")]
+    if importlib.util.find_spec("triton") is None:
+        modules.remove("fastsae.sae.kernels")  # which nothing imports then
     for name in (*LATE, *modules, "extract_activations", "train_sae", "interpret_sae"):
         importlib.import_module(name)
     from fastsae.interpretation import run_table
