@@ -77,7 +77,7 @@ NEURONPEDIA_SET: str | None = None      # also write upload batches under neuron
                                         # source "<layer>-<this name>"; model/name gives also
                                         # Neuronpedia's id of the model, else its own name
 RUN_MODEL: bool = True                  # run the model, where its weights are here, on a few
-                                        # held-out examples: loss recovered
+                                        # examples: loss recovered, what features do
 # fmt: on
 
 # What decides the results; of the labels and the target only where there are any.
@@ -122,6 +122,8 @@ def main():
     labelled = features.choose(settings.N_TOP_NEURONS)
     hypotheses = features.hypotheses()
 
+    from fastsae.interpretation.running import add_what_the_model_tells
+
     work, scored = None, []
     if backend or settings.DRY_RUN:
         from fastsae.interpretation.llm.work import add_labels, plan_work
@@ -133,6 +135,7 @@ def main():
             return require_printed()
         scored = add_labels(features.rows, work)
 
+    add_what_the_model_tells(features)
     progress.step("writing the report and the tables")
     outputs.write(features, hypotheses, scored, metadata, settings)
     outputs.print_results(features, work, folder)

@@ -84,13 +84,14 @@ def constantly(stream: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def can_continue(
-    model: Any, layer: int, ids: torch.Tensor, output: Any, logits: torch.Tensor
+    model: Any, layer: int, ids: torch.Tensor, output: Any, logits: torch.Tensor, rows: torch.Tensor
 ) -> bool:
-    """Whether the model gives the same `logits` (batch, length, vocabulary) for ids (batch, length)
-    when its first `layer` blocks are skipped and `output` stands for what they return."""
+    """Whether the model gives the same `logits` (n, vocabulary) for ids (batch, length), at the
+    places that `rows` (batch, length) names, when its first `layer` blocks are skipped and `output`
+    stands for what they return."""
     try:
         with continued(model, layer, stream_of(output), output):
-            found = model(input_ids=ids, use_cache=False).logits
+            found = logits_at(model, ids, rows)
     # what a block's author chose to raise where an earlier one left nothing behind
     except Exception as error:
         if is_out_of_memory(error):
@@ -120,6 +121,7 @@ def next_token_losses(
     examples: Sequence[np.ndarray],
     replacements: Mapping[str, Replacement],
     *,
+    wanted: np.ndarray | None = None,
     batch_tokens: int = 1024,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Losses]:
@@ -128,12 +130,16 @@ def next_token_losses(
 
     examples: a list of (length,) int arrays of token ids. replacements: {name: function},
     `function(x, token)` -> (n, d_model) for the stream x (n, d_model) of the real tokens of a
-    batch; token (n,) numbers them through all examples. `batch_tokens` bounds a batch's padded
-    tokens; its logits, batch_tokens x vocabulary, are held three times. `progress(n)` is called
-    with the tokens done.
+    batch; token (n,) numbers them through all examples. wanted (n_tokens,) bool: the tokens whose
+    losses are asked for, all without it; the others' are NaN, and take no time in the model's head.
+    `batch_tokens` bounds a batch's padded tokens; the logits of those wanted, (n, vocabulary), are
+    held three times. `progress(n)` is called with the tokens done.
     """
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
     point = point_of(at)
+    flags = torch.ones(int(starts[-1]), dtype=torch.bool)
+    if wanted is not None:
+        flags = torch.as_tensor(wanted, dtype=torch.bool)
     kept: list[torch.Tensor] = []  # (batch, length, d_model)
     outputs: list[Any] = []  # of the block
     skips = None  # whether blocks before the layer can be skipped: found with the first batch
@@ -148,15 +154,19 @@ def next_token_losses(
 
     for batch in split_batches([len(ids) for ids in examples], batch_tokens):
         ids, real, token = padded(examples, batch, starts, model.device)
+        rows, predicted = places_before(real, token, flags)
+        following = ids[:, 1:][rows[:, :-1]]  # (n,) the ids of the tokens wanted
+        if not len(predicted):
+            continue
         with replaced(model, at, keep), returned(model, point.block, outputs):
-            clean = model(input_ids=ids, use_cache=False).logits
+            clean = logits_at(model, ids, rows)
         stream, output = kept.pop(), outputs.pop()
         if skips is None:
             skips = point.kind == "resid_post" and can_continue(
-                model, point.layer, ids, output, clean
+                model, point.layer, ids, output, clean, rows
             )
-        clean = clean.float().log_softmax(-1)  # (batch, length, vocabulary)
-        write_losses(result["clean"], clean, clean, ids, batch, examples, starts)
+        clean = clean.float().log_softmax(-1)  # (n, vocabulary)
+        write_losses(result["clean"], clean, clean, following, predicted)
         for name, function in replacements.items():
             new = stream.clone()
             new[real] = function(stream[real], token).to(stream.dtype)
@@ -165,12 +175,60 @@ def next_token_losses(
                 if skips
                 else replaced(model, at, constantly(new))
             ):
-                logits = model(input_ids=ids, use_cache=False).logits
-            write_losses(result[name], clean, logits, ids, batch, examples, starts)
+                logits = logits_at(model, ids, rows)
+            write_losses(result[name], clean, logits, following, predicted)
             del logits
         if progress:
             progress(len(token))
     return result
+
+
+def places_before(
+    real: torch.Tensor, token: torch.Tensor, wanted: torch.Tensor
+) -> tuple[torch.Tensor, np.ndarray]:
+    """(rows (batch, longest) bool, predicted (n,)): the places from which the tokens of a batch
+    are predicted that `wanted` (n_tokens,) names, and the numbers of these tokens, in one order.
+
+    real, token: of `padded`. The first token of an example is predicted from nowhere.
+    """
+    number = torch.full(real.shape, -1, device=real.device)
+    number[real] = token
+    after = number[:, 1:]
+    chosen = (after >= 0) & wanted.to(real.device)[after.clamp_min(0)]
+    rows = torch.zeros_like(real)
+    rows[:, :-1] = chosen
+    return rows, after[chosen].cpu().numpy()
+
+
+@contextlib.contextmanager
+def head_given(model: Any, choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within, the model's head is given `choose(x)` instead of x (batch, length, d_model), where it
+    is a module."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(
+        lambda _, arguments: (choose(arguments[0]), *arguments[1:]) if arguments else None
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def logits_at(model: Any, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(n, vocabulary) logits at the n places of ids (batch, length) that rows, a bool of the same
+    shape, names. The model's head sees only these, where it is a module that sees (batch, length,
+    d_model)."""
+
+    def named(x):
+        return x[rows][None] if x.shape[:2] == rows.shape else x
+
+    with head_given(model, named):
+        logits = model(input_ids=ids, use_cache=False).logits
+    # where the two shapes are one, all places are named
+    return logits[rows] if logits.shape[:2] == rows.shape else logits[0]
 
 
 def padded(
@@ -192,25 +250,21 @@ def write_losses(
     losses: Losses,
     clean: torch.Tensor,
     logits: torch.Tensor,
-    ids: torch.Tensor,
-    batch: Sequence[int],
-    examples: Sequence[np.ndarray],
-    starts: np.ndarray,
+    following: torch.Tensor,
+    predicted: np.ndarray,
 ) -> None:
-    """Put the losses of a batch where its tokens are: clean (batch, length, vocabulary)
-    log-probabilities, logits of the same shape."""
-    for row, i in enumerate(batch):
-        for first in range(0, len(examples[i]) - 1, LOGIT_ROWS):
-            last = min(first + LOGIT_ROWS, len(examples[i]) - 1)
-            before = clean[row, first:last]  # (rows, vocabulary)
-            after = before if logits is clean else logits[row, first:last].float().log_softmax(-1)
-            place = slice(starts[i] + first + 1, starts[i] + last + 1)
-            losses.ce[place] = (
-                -after.gather(1, ids[row, first + 1 : last + 1, None])[:, 0].cpu().numpy()
-            )
-            losses.kl[place] = (
-                0 if after is before else (before.exp() * (before - after)).sum(1).cpu().numpy()
-            )
+    """Put the losses of a batch where its tokens are: clean (n, vocabulary) log-probabilities,
+    logits of the same shape, following (n,) and predicted (n,) the ids and the numbers of the
+    tokens that they are about."""
+    for first in range(0, len(predicted), LOGIT_ROWS):
+        rows = slice(first, first + LOGIT_ROWS)
+        before = clean[rows]
+        after = before if logits is clean else logits[rows].float().log_softmax(-1)
+        place = predicted[rows]
+        losses.ce[place] = -after.gather(1, following[rows, None])[:, 0].cpu().numpy()
+        losses.kl[place] = (
+            0 if after is before else (before.exp() * (before - after)).sum(1).cpu().numpy()
+        )
 
 
 def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
@@ -319,6 +373,13 @@ def steering(
     return apply
 
 
+def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:
+    """The ids of the tokens that end an answer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return [each for each in {*several, tokenizer.eos_token_id} if each is not None]
+
+
 @torch.inference_mode()
 def generate(
     model: Any,
@@ -341,7 +402,7 @@ def generate(
     if function is not None:
         assert layer is not None  # the layer that `function` acts on
         steered = replaced(model, layer, function)
-    with steered:
+    with steered, head_given(model, lambda x: x[:, -1:] if x.ndim == 3 else x):
         for _ in range(n_new):
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
             cache, best = out.past_key_values, out.logits[:, -1].float().argmax(-1)  # (batch,)

@@ -149,7 +149,7 @@ class Work:
     """The model, the autoencoder, and what was found out about the stream."""
 
     def __init__(self, settings):
-        from fastsae.intervention import residual_stream
+        from fastsae.intervention import residual_stream, stop_ids_of
 
         self.settings, self.subject = settings, subjects(settings)[0]
         self.sae, self.model = self.subject.sae, load_model(self.subject, settings)
@@ -171,11 +171,7 @@ class Work:
         self.alphas = [
             a * self.norm / 100 if settings.ALPHA_PERCENT else float(a) for a in settings.ALPHAS
         ]
-        eos = self.model.generation_config.eos_token_id
-        self.stop_ids = [
-            *(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-            self.tokenizer.eos_token_id,
-        ]
+        self.stop_ids = stop_ids_of(self.model, self.tokenizer)
 
     def look_at_dialogues(self, residual_stream):
         """Mean norm of the stream, and every feature's average maximum on SPECIAL_TOKEN:

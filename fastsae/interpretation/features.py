@@ -23,6 +23,8 @@ POOLING, TARGET_POOLING = "mean", "mean"
 N_TOP_TOKENS = 8  # characteristic tokens in a row
 N_TOP_EXAMPLES = 5  # strongest examples in a row
 N_LENS_TOKENS, N_LENS_COLUMN = 20, 8  # promoted tokens in the report, and in a row
+# what only the running model tells, see running.py
+OF_THE_MODEL = ("kl_removed", "kl_random", "effects")
 # what a language model may add to a row
 OPTIONAL = (
     "score",
@@ -158,7 +160,6 @@ class Features:
         decoder = self.evidence.sae.decoder.weight.t()
         parts = {
             "core": core_figures(self.sae_meta, self.evidence.statistics),
-            "model_loss": self._model_loss(),
             "probing": self._probing(),
             "seed_stability": seed_stability(
                 self.checkpoint_path,
@@ -191,44 +192,6 @@ class Features:
         )
         return probe(probed, AUC_BOUND, settings.SEED)
 
-    def _model_loss(self):
-        """What the model loses with the reconstruction in place of its stream, or why that was not
-        measured."""
-        from fastsae.interpretation import model_loss
-
-        settings, source, data = self.settings, self.source, self.evidence.data
-        if not settings.RUN_MODEL:
-            return {"not_measured": "RUN_MODEL is off"}
-        own = self.sae_meta.get("test_examples") or self.sae_meta.get("validation_examples")
-        spans = model_loss.some_held_out(
-            data, own or range(len(data["seq_lengths"])), settings.SEED
-        )
-        if not spans or not self.untrained.dictionaries:
-            return {"not_measured": "there are no tokens for it"}
-        progress.step("running the model with the reconstruction in place of its stream")
-        model, why_not = model_loss.model_at_hand(
-            source["model_name"],
-            revision=source["model_revision"],
-            cache_dir=settings.CACHE_DIR,
-            device=settings.DEVICE,
-            width=self.evidence.sae.input_dim,
-        )
-        if model is None:
-            return {"not_measured": why_not}
-        return {
-            "held_out": own is not None,
-            **model_loss.measure(
-                model,
-                self.evidence.sae,
-                source["settings"]["LAYER_IDX"],
-                data,
-                self.evidence.statistics.kept,
-                spans,
-                self.untrained.dictionaries[0].input_bias,
-                settings.SEED,
-            ),
-        }
-
     def _collect(self, sae, data):
         """The Evidence from one pass over all tokens, those that training left out excluded."""
         from fastsae.interpretation.evidence import Evidence
@@ -259,7 +222,7 @@ class Features:
         rows = self.evidence.rows(N_TOP_TOKENS)
         for row in rows:
             row.update(
-                dict.fromkeys(OPTIONAL),
+                dict.fromkeys((*OPTIONAL, *OF_THE_MODEL)),
                 best_category="",
                 category_auc=None,
                 promoted_tokens="",
@@ -348,6 +311,23 @@ class Features:
             first = np.where(self.categories.named, self.categories.auc, 0)
         order = np.lexsort((-s.total, -first))
         return [int(j) for j in order if s.count[j] > 0][:n]
+
+    def category_chance(self) -> float | None:
+        """The category AUC that 95 % of the features stay below under shuffled labels; None without
+        categories."""
+        if self.categories is None:
+            return None
+        return round(float(np.nanquantile(self.categories.shuffled, 0.95)), 3)
+
+    def clearest(self, n: int) -> list[int]:
+        """At most n features that fire, those with most evidence first: of the report's first page
+        one for each category."""
+        from fastsae.interpretation.report import overview
+
+        evidence = self.evidence
+        common = overview.commonest(evidence.names, evidence.statistics.name_count)
+        order = overview.in_order(self.rows, evidence.top_tokens, common, self.category_chance())
+        return overview.clearest(self.rows, order, n)
 
     def hypotheses(self) -> list[dict[str, Any]]:
         """Features that predict the target, with their scores; [] without one. `comparison` says

@@ -18,6 +18,8 @@ from fastsae.sae import Autoencoder
 if TYPE_CHECKING:
     import torch
 
+    from fastsae.lm.hook_points import HookPoint
+
 TOKENS = 512  # of held-out examples, in all
 EXAMPLE_TOKENS = 512  # of an example at most, from its beginning
 BATCH_TOKENS = 256  # their logits are held three times
@@ -90,14 +92,15 @@ def some_held_out(
 def measure(
     model: Any,
     sae: Autoencoder,
-    layer: int,
+    at: "int | HookPoint",
     data: Mapping[str, Any],
     kept: np.ndarray,
     spans: Sequence[tuple[int, int]],
     mean: "torch.Tensor",
     seed: int,
 ) -> dict[str, Any]:
-    """Losses in nats with the stream after `layer` blocks as it is ("clean") and replaced.
+    """Losses in nats with what there is at a layer, or a hook point, as it is ("clean") and
+    replaced.
 
     data: the members of an activations file; kept (n_tokens,) bool: the tokens that are replaced,
     all others stay; spans: of `some_held_out`; mean (d,): what stands for the mean. The losses are
@@ -113,7 +116,7 @@ def measure(
     functions = (reconstruction(sae), constant(torch.zeros_like(mean)), constant(mean))
     losses = intervention.next_token_losses(
         model,
-        layer,
+        at,
         [np.asarray(data["token_ids"][slice(*span)]) for span in spans],
         {name: only(usable, function) for name, function in zip(REPLACED, functions)},
         batch_tokens=BATCH_TOKENS,

@@ -40,6 +40,8 @@ COLUMNS = (  # of interpretations.csv
     "judged_detection",
     "judged_fuzzing",
     "judged_intruder",
+    "kl_removed",
+    "kl_random",
     "score",
     "fidelity_f1",
     "matryoshka_level",
@@ -241,9 +243,8 @@ def exit_code(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def print_results(features: Features, work: "Labelling | None", folder: Path) -> None:
-    """Counts over all features, and the five with the best category or the most activation."""
+    """Counts over all features, and the five that the report's first page shows."""
     counts, rows = features.summary(), features.rows
-    alive = [row for row in rows if row["status"] != "dead"]
     print(
         f"features: {counts['n_features']}, {counts['n_dead']} dead on these tokens; "
         f"labelled by an LLM: {n_labelled_by_llm(rows)}"
@@ -270,8 +271,7 @@ def print_results(features: Features, work: "Labelling | None", folder: Path) ->
             "the target on the other half, by ridge regression "
             f"({features.comparison['measure']}): {', '.join(sources)}"
         )
-    best = sorted(alive, key=lambda row: (-(row["category_auc"] or 0), -row["max_activation"]))
-    for row in best[:N_PRINTED]:
+    for row in (rows[j] for j in features.clearest(N_PRINTED)):
         category = ""
         if row["best_category"]:
             category = f" ({row['best_category']}, AUC {row['category_auc']:.2f})"
@@ -326,7 +326,7 @@ def print_categories(features: Features, counts: Mapping[str, Any]) -> None:
     not known."""
     from fastsae.interpretation.run_table import describe
 
-    for line in describe(features.run_table, counts):
+    for line in describe(features.run_table):
         print(line)
     if "probing" in features.run_table:
         return

@@ -32,7 +32,7 @@ TOLERANCE, MOST_STEPS = 1e-3, 30  # of a logistic regression: the AUC is the mea
 
 
 class Estimate(NamedTuple):
-    """A mean over half splits with its 95 % interval."""
+    """A mean with its 95 % interval."""
 
     value: float
     low: float
@@ -44,14 +44,19 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    values: Sequence[float] | np.ndarray, least: float = -np.inf, most: float = np.inf
+    values: Sequence[float] | np.ndarray,
+    least: float = -np.inf,
+    most: float = np.inf,
+    *,
+    independent: bool = False,
 ) -> Estimate | None:
     """The mean of a figure over half splits (n_splits,), with a 95 % interval; None if none is
     finite. The figure cannot be below `least` or above `most`, nor can the interval.
 
     Splits share examples. Their variance is multiplied by 1 / n + n_held_out / n_finding, here
     1 / n + 1 (Nadeau and Bengio 2003, the corrected resampled t-test), and Student's t taken with
-    n - 1 degrees of freedom.
+    n - 1 degrees of freedom. Of values that are `independent`, as those of features, the variance
+    of the mean is 1 / n of theirs.
     """
     found = np.asarray([value for value in values if np.isfinite(value)], np.float64)
     if not len(found):
@@ -59,7 +64,8 @@ def estimate(
     mean, n = float(found.mean()), len(found)
     if n < 2:
         return Estimate(mean, least, most)
-    half = float(student.ppf(0.975, n - 1) * np.sqrt((1 / n + 1) * found.var(ddof=1)))
+    share = 1 / n + (not independent)
+    half = float(student.ppf(0.975, n - 1) * np.sqrt(share * found.var(ddof=1)))
     return Estimate(mean, max(mean - half, least), min(mean + half, most))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastsae.interpretation import probing
+from fastsae.interpretation import effects, probing
 from fastsae.interpretation.categories import Matrix, category_above_chance, number_labels
 from fastsae.interpretation.nulls import Untrained
 from fastsae.interpretation.probing import KINDS, KS, estimate
@@ -155,17 +155,16 @@ def probe(probed: Probed, bound: float, seed: int) -> dict[str, Any] | None:
     }
 
 
-def describe_probing(probing_part: Mapping[str, Any], counts: Mapping[str, Any]) -> list[str]:
-    """What the probes say, as lines of text for people; counts: of `Categories.summary`."""
-    head, rows = probing_rows(probing_part)
-    width = max(len(row[0]) for row in rows)
-    lines = [
-        f"AUC of probes on held-out texts, mean of {probing_part['n_categories']} categories: "
-        f"{', '.join(head[1:])}"
-    ]
-    lines += [f"  {name:<{width}}  {'  '.join(shown)}" for name, *shown in rows]
-    lines += [verdict(probing_part), count_sentence(probing_part, counts)]
-    return [line for line in lines if line]
+def describe_probing(probing_part: Mapping[str, Any]) -> list[str]:
+    """What the probes say, as lines of text for people: the AUC of most columns of each source, and
+    what training added. The report has the rest."""
+    k, by_source = list(probing_part["sparse_probing"].items())[-1]
+    shown = ", ".join(f"{NAMES[name]} {plus_minus(found)}" for name, found in by_source.items())
+    line = (
+        f"AUC of {k} columns on held-out texts, mean of {probing_part['n_categories']} categories: "
+        f"{shown}"
+    )
+    return [each for each in (line, verdict(probing_part)) if each]
 
 
 def probing_rows(probing_part: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -216,11 +215,11 @@ def stability_sentence(found: Mapping[str, Any] | None) -> str:
     )
 
 
-def describe(table: Mapping[str, Any], counts: Mapping[str, Any]) -> list[str]:
-    """The run table as lines of text; counts: of `Features.summary`."""
-    lines = [model_loss_sentence(table.get("model_loss"))]
+def describe(table: Mapping[str, Any]) -> list[str]:
+    """The run table as lines of text."""
+    lines = [model_loss_sentence(table.get("model_loss")), effects.sentence(table.get("effects"))]
     if probing_part := table.get("probing"):
-        lines += describe_probing(probing_part, counts)
+        lines += describe_probing(probing_part)
     lines.append(stability_sentence(table.get("seed_stability")))
     return [line for line in lines if line]
 
@@ -235,6 +234,7 @@ def markdown(table: Mapping[str, Any]) -> list[str]:
         lines += ["", probing_note(probing_part), "", sentence(verdict(probing_part)), ""]
     for said in (
         model_loss_sentence(table.get("model_loss")),
+        effects.sentence(table.get("effects")),
         stability_sentence(table.get("seed_stability")),
     ):
         lines += [sentence(said), ""] if said else []
@@ -257,18 +257,6 @@ def verdict(probing_part: Mapping[str, Any]) -> str:
     return (
         f"training added {plus_minus(added[k], '+')} over random tokens with {k} columns "
         f"({meaning}), {plus_minus(added['1'], '+')} with 1"
-    )
-
-
-def count_sentence(probing_part: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
-    """How many features separate a category, beside as many directions that nobody trained."""
-    above = probing_part["n_above_auc_bound"]
-    beside = [f"{name} {plus_minus(above[name], digits=0)}" for name in KINDS if name in above]
-    beside.append(f"the features under shuffled labels {counts['n_above_auc_bound_shuffled']:.1f}")
-    return (
-        f"categories: {counts['n_with_category']} features separate one better than chance; with "
-        f"an AUC above {probing_part['auc_bound']}, over half splits: "
-        f"{plus_minus(above[FEATURES], digits=0)}; {', '.join(beside)}"
     )
 
 

@@ -2,6 +2,7 @@
 batches, what counts as up to date."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -149,7 +150,13 @@ def test_planted_features_are_named(tmp_path, planted, run_main, capsys):
         # 30 of the 1,200 tokens are this word
         assert float(row["density"]) == pytest.approx(30 / 1200)
         assert f"«{word}»" in row["top_example_1"] and row["top_example_5"]
-    assert "features separate one better than chance" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "training added" in out and len(out.splitlines()) <= 16
+    printed = [int(line.split(":")[0]) for line in out.splitlines() if re.match(r"  \d+: ", line)]
+    assert len(printed) == 5
+    # the planted words before all else, each with its own category
+    named = {row["best_category"] for j in printed[:4] for row in rows if int(row["feature"]) == j}
+    assert named == {f"cat_{word}" for word in WORDS}
     dead = [row for row in rows if row["status"] == "dead"]
     assert all(row["label"] == "" and float(row["max_activation"]) == 0 for row in dead)
 

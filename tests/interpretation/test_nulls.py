@@ -13,7 +13,6 @@ from fastsae.interpretation.run_table import (
     FEATURES,
     WORDS,
     Probed,
-    count_sentence,
     describe_probing,
     plus_minus,
     probe,
@@ -224,13 +223,12 @@ def test_what_is_said_of_the_figures():
     assert "(more)" in verdict(part(an_estimate(0.2, 0.1)))
     assert "(less)" in verdict(part(an_estimate(-0.2, 0.1)))
     assert "(no difference that can be told)" in verdict(part(an_estimate(0.05, 0.1)))
-    counts = {"n_with_category": 9, "n_above_auc_bound_shuffled": 1.25}
-    counted = count_sentence(part(an_estimate(0, 1)), counts)
-    # a count over a bound never stands alone
-    assert counted == (
-        "categories: 9 features separate one better than chance; with an AUC above 0.8, "
-        "over half splits: 7 ±2; random tokens 7 ±2, random directions 7 ±2, "
-        "the features under shuffled labels 1.2"
+    lines = describe_probing(part(an_estimate(0, 1)))
+    assert lines[0] == (
+        "AUC of 16 columns on held-out texts, mean of 3 categories: the features 7.000 ±2.000, "
+        "random tokens as a dictionary 7.000 ±2.000, random directions as a dictionary 7.000 "
+        "±2.000"
     )
-    lines = describe_probing(part(an_estimate(0, 1)), counts)
-    assert len(lines) == 6 and lines[1].split() == ["the", "features"] + ["7.000", "±2.000"] * 5
+    assert (
+        lines[1].startswith("training added +0.000 ±1.000 over random tokens") and lines[2:] == []
+    )

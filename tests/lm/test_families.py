@@ -3,6 +3,7 @@ can be read of, which end in one line."""
 
 import json
 
+import numpy as np
 import pytest
 import sampling
 import torch
@@ -64,6 +65,17 @@ def test_a_stream_put_back_as_it_was_changes_no_loss(built, name):
     model, _ = built(FAMILIES[name])
     examples = [torch.arange(20, 20 + n).numpy() for n in (5, 9)]
     found = next_token_losses(model, 2, examples, {"same": lambda x, token: x})
+    # the head is given only some of the places
+    wanted = np.isin(np.arange(14), (3, 4, 9, 13))
+    some = next_token_losses(
+        model, 2, examples, {"twice": lambda x, token: 2 * x}, wanted=wanted, batch_tokens=9
+    )
+    twice = next_token_losses(model, 2, examples, {"twice": lambda x, token: 2 * x})
+    for name, each in some.items():
+        for figure in ("ce", "kl"):
+            assert (np.isnan(getattr(each, figure)) == ~wanted).all()
+            all_of_them = getattr(twice[name], figure)[wanted]
+            assert np.allclose(getattr(each, figure)[wanted], all_of_them, atol=1e-5)
     assert abs(found["same"].ce - found["clean"].ce)[1:5].max() <= 1e-5
     zeros = next_token_losses(model, 2, examples, {"zeros": lambda x, token: x * 0})
     assert abs(zeros["zeros"].ce - zeros["clean"].ce)[1:5].max() > 1e-3

@@ -11,6 +11,7 @@ import transformers
 from experiments.shared import families
 from experiments.shared.families import FAMILIES
 from fastsae.formats.load import load_sae
+from fastsae.interpretation import model_loss
 from fastsae.intervention import next_token_losses, replaced, residual_stream
 from fastsae.lm import decoders, residual
 from fastsae.lm.hook_points import HookPoint
@@ -141,7 +142,7 @@ def test_losses_with_something_in_its_place(built, kind):
 # Through the stages
 
 
-def test_the_three_stages_on_what_the_mlp_adds(tmp_path, tiny_llama, run_main, capsys):
+def test_the_three_stages_on_what_the_mlp_adds(tmp_path, tiny_llama, run_main, capsys, monkeypatch):
     """Files, model card and export name the place; another place's autoencoder is refused."""
     data, common = tmp_path / "texts.jsonl", ["--n-top-neurons", 0]
     data.write_text(
@@ -179,17 +180,46 @@ def test_the_three_stages_on_what_the_mlp_adds(tmp_path, tiny_llama, run_main, c
     assert names["hf_hook_name"] == "model.layers.1.mlp"
     assert next(run.glob("*.sparsify/layers.1.mlp/cfg.json")).exists()
     assert load_sae(exported)[1]["activations"]["settings"] == {"LAYER_IDX": 2, "HOOK": "mlp_out"}
+    places, measure = [], model_loss.measure
+    monkeypatch.setattr(
+        model_loss, "measure", lambda *given: places.append(given[2]) or measure(*given)
+    )
     assert run_main("interpret_sae", *flags, *common, "--hook", "mlp_out") == 0
-    with (tmp_path / "interpretations.csv").open(encoding="utf-8") as rows:
-        assert len(list(csv.DictReader(rows))) == 16
+    assert places == [HookPoint(2, "mlp_out")]  # where the reconstruction is put
+    with (tmp_path / "interpretations.csv").open(encoding="utf-8") as file:
+        assert len(rows := list(csv.DictReader(file))) == 16
+    table, effects = what_the_model_told(tmp_path)
+    assert 0 < table["effects"]["n_features"] == len(effects) <= 8
+    assert all(each["removed"]["kl"] > 0 for each in effects.values())
+    assert {int(row["feature"]) for row in rows if row["kl_removed"]} == set(effects)
+    assert all(each["continuations"]["unchanged"] for each in effects.values())
     assert "what the MLP adds to the residual stream" in (
         tmp_path / "interpretations.html"
     ).read_text(encoding="utf-8")
+
+    # read back from another library's format it does the same
+    elsewhere = [*flags, *common, "--hook", "mlp_out", "--sae-path", exported]
+    assert run_main("interpret_sae", *elsewhere) == 0
+    imported = what_the_model_told(tmp_path)[1]
+    assert list(imported) == list(effects)
+    for feature, effect in effects.items():
+        assert imported[feature]["removed"]["kl"] == pytest.approx(
+            effect["removed"]["kl"], rel=0.02
+        )
+    assert run_main("interpret_sae", *elsewhere, "--no-run-model") == 0
+    table, effects = what_the_model_told(tmp_path)
+    assert table["effects"] == {"not_measured": "RUN_MODEL is off"} and not effects
 
     assert run_main("extract_activations", *flags) == 0  # the stream, beside it
     capsys.readouterr()
     assert run_main("interpret_sae", *flags, *common, "--sae-path", exported) == 2
     assert "error: HOOK: " in (line := capsys.readouterr().err) and "--hook mlp_out" in line
+
+
+def what_the_model_told(folder):
+    """(the run table, {feature: its effects}) of interpretations.jsonl."""
+    head, *rows = map(json.loads, (folder / "interpretations.jsonl").read_text().splitlines())
+    return head["run_table"], {row["feature"]: row["effects"] for row in rows if row["effects"]}
 
 
 def test_a_place_between_is_not_exported_by_a_modules_name(run_main, capsys):

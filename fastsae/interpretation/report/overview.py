@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsae.interpretation.report.packing import number
 from fastsae.interpretation.tables import by_language_model
 from fastsae.sae.metrics import measured_on
 
@@ -61,6 +62,40 @@ def evidence_of(row: Mapping[str, Any], chance: float | None) -> float:
         return claim or 0.0
     chance, auc = min(max(chance, 0.5), 0.99), row.get("category_auc")
     return ((claim or 0.0) + (0.0 if auc is None else max((auc - chance) / (1 - chance), 0.0))) / 2
+
+
+def in_order(
+    rows: Sequence[Mapping[str, Any]],
+    top_tokens: Sequence[Sequence[tuple[str, float]]],
+    common: Container[str],
+    chance: float | None,
+) -> list[int]:
+    """Numbers of the features that fire, those with most evidence first and plain ones last: the
+    order of the report's list.
+
+    top_tokens: of every feature, see `is_plain`; common: see `commonest`; chance: see
+    `evidence_of`.
+    """
+
+    def place(row):
+        plain = is_plain(top_tokens[row["feature"]], row["special_token_share"], common)
+        # rounded as in the report
+        return plain, -(number(evidence_of(row, chance), 3) or 0), row["feature"]
+
+    alive = [row for row in rows if row["status"] != "dead"]
+    return [row["feature"] for row in sorted(alive, key=place)]
+
+
+def clearest(rows: Sequence[Mapping[str, Any]], order: Sequence[int], n: int) -> list[int]:
+    """The first n features of `in_order`, one for each category: those of the first page. Where
+    there are fewer, the rest in their order."""
+    taken: set[str] = set()
+    first, others = [], []
+    for feature in order:
+        category = rows[feature]["best_category"]
+        (others if category and category in taken else first).append(feature)
+        taken.add(category)
+    return [*first, *others][:n]
 
 
 def first_page(

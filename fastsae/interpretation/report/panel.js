@@ -134,6 +134,30 @@ function lensNodes(f) {
     block("Suppresses", down, "down", f.lensChance[1]))];
 }
 
+// What taking the feature out of the model and adding it does, beside random pushes; of the features
+// with most evidence only.
+function effectNodes(f) {
+  if (!f.effects) return [];
+  const { tokens, passages, removed, added, written } = f.effects;
+  const far = part => [part.kl, part.random];
+  const [out, outRandom, more, moreRandom] = [...far(removed), ...far(added)];
+  const signed = x => `${x < 0 ? "-" : "+"}${round(Math.abs(x))}`;
+  const times = outRandom ? out / outRandom : null;
+  const said = make("p", { class: "origin" }, "Without it the next token changes ",
+    times === null ? "" : make("b", {}, `${figure(times)} times`), times === null ? "" : " as much as by ",
+    term("random-push", "random pushes"), ` of that length: counted on ${count(tokens)} tokens after it fires, in ` +
+    `${passages === 1 ? "its strongest example" : `its ${passages} strongest examples`}. The loss there changes by ` +
+    `${signed(removed.loss)} nats, by random pushes ${signed(removed.randomLoss)}.`);
+  const list = bars([["taken out", out], ["by chance", outRandom], ["added again", more],
+    ["by chance", moreRandom]], "beside", figure);
+  const ways = written && make("dl", { class: "ways" }, ...[["as it is", "unchanged"], ["taken out", "removed"],
+    ["added", "added"], ["random", "random"]].flatMap(([name, key]) => [make("dt", {}, name),
+    make("dd", { dir: "auto" }, newlines(written[key]))]));
+  return [heading(term("effect", "What it does"), term("kl", "KL divergence"), " of the next token, nats"), list, said,
+    ...(ways ? [heading("How the model goes on", `row ${written.line}, after`),
+      make("p", { class: "tokens", dir: "auto" }, "… ", newlines(written.prompt)), ways] : [])];
+}
+
 function panel(f) {
   const i = state.shown.indexOf(f.id), [before, after] = i < 0 ? [] : [state.shown[i - 1], state.shown[i + 1]];
   const go = (id, text) => id === undefined ? null : make("a", { href: `#feature=${id}` }, text);
@@ -149,7 +173,7 @@ function panel(f) {
         side(heading(term("characteristic", "Characteristic tokens"), "share of its activation"), bars(f.tokens, "", percent)),
         side(heading("Where it fires", "share of its activation"), bars(f.groups, "", percent, 1))),
       heading("Activations", "tokens by strength, where it fires"), histogram(f),
-      ...lensNodes(f),
+      ...effectNodes(f), ...lensNodes(f),
       make("div", { class: "two" },
         side(heading("Similar direction", term("cosine", "cosine")), links(f.near, v => round(v))),
         side(heading("Fires together with", term("jaccard", "Jaccard index")), links(f.together, v => round(v)))),

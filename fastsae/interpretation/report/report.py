@@ -19,6 +19,7 @@ import numpy as np
 
 from fastsae.data.token_text import seen_values, with_text
 from fastsae.data.tokenization import ROLES
+from fastsae.interpretation.effects import SIGNS
 from fastsae.interpretation.report.overview import (
     category_name,
     commonest,
@@ -26,7 +27,7 @@ from fastsae.interpretation.report.overview import (
     first_page,
     is_plain,
 )
-from fastsae.interpretation.report.packing import PART, pack
+from fastsae.interpretation.report.packing import PART, number, pack
 from fastsae.interpretation.report.terms import TERMS
 from fastsae.interpretation.tables import by_language_model
 
@@ -42,6 +43,7 @@ DIALOGUE_TOKENS = 1024
 # LEAST_TOKENS: 6.5 million are about 18 MB
 BUDGET, LEAST_TOKENS = 6_500_000, 40
 SNIPPET = (8, 12)  # tokens before and after the strongest one in the list
+PROMPT_SHOWN = 90  # characters before a continuation
 N_FOUND, N_PROMOTED = 8, 10  # promoted tokens that the search finds, and that the panel shows
 JUDGED = ("detection", "fuzzing", "intruder")  # a language model's tests of its labels
 KIND_LETTERS = "ctp"  # content, chat template, prefix shared by all examples
@@ -258,8 +260,31 @@ def feature_data(
         "promoted": pairs(lens[0][:N_PROMOTED]),
         "suppressed": pairs(lens[1][:N_PROMOTED]),
         "lensChance": [number(row.get(f"{side}_chance"), 3) for side in ("promoted", "suppressed")],
+        "effects": effects_data(row.get("effects")),
         "near": pairs(near),
         "together": pairs(together),
+    }
+
+
+def effects_data(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the panel shows of `effects.changes` and `effects.continuations`; None where the model
+    was not run for a feature."""
+    if found is None:
+        return None
+    written = found["continuations"]
+    return {
+        "tokens": found["n_tokens"],
+        "passages": found["n_passages"],
+        **{
+            name: {
+                "kl": number(found[name]["kl"], 3),
+                "loss": number(found[name]["loss"], 2),
+                "random": number(np.mean(found[name]["random_kl"]), 3),
+                "randomLoss": number(np.mean(found[name]["random_loss"]), 2),
+            }
+            for name in SIGNS
+        },
+        "written": written and {**written, "prompt": written["prompt"][-PROMPT_SHOWN:]},
     }
 
 
@@ -286,11 +311,6 @@ def token_groups(kind_role_mass: np.ndarray) -> list[list]:
 def pairs(items: Sequence[tuple]) -> list[list]:
     """[[name, JSON number], ...] of (name, number) pairs."""
     return [[name, number(value, 3)] for name, value in items]
-
-
-def number(value: Any, digits: int = 4) -> float | None:
-    """A JSON number of few significant digits, or None for nothing."""
-    return None if value is None or not np.isfinite(value) else float(f"{value:.{digits}g}")
 
 
 class Strings:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastsae.formats.export import dataset_name
 from fastsae.formats.load import architecture_text
-from fastsae.interpretation import run_table
+from fastsae.interpretation import effects, run_table
 from fastsae.interpretation.features import AUC_BOUND, Features
 from fastsae.interpretation.report import charts
 from fastsae.interpretation.report.overview import verdict
@@ -95,9 +95,7 @@ def describe_run(
         "notice": notice,
         "field": settings.get("LABEL_FIELD"),
         "table": features.run_table,
-        "chance": None
-        if features.categories is None
-        else round(float(np.nanquantile(features.categories.shuffled, 0.95)), 3),
+        "chance": features.category_chance(),
         "charts": [
             *worth_charts(features.run_table),
             *run_charts(
@@ -217,6 +215,30 @@ def worth_grids(table: Mapping[str, Any]) -> list[dict[str, Any]]:
                         ("spliced", "the reconstruction"),
                         ("mean", "the mean"),
                         ("zero", "zeros"),
+                    )
+                ],
+            }
+        )
+    if effects.REMOVED in (done := table.get("effects") or {}):
+        grids.append(
+            {
+                "name": "What the features do",
+                "note": run_table.sentence(effects.sentence(done))
+                + f" Counted on {done['n_tokens']:,} tokens after one on which they fire, in their "
+                "strongest examples; KL divergence from the model as it is and change of the loss "
+                "in nats, in brackets those of pushes of the same length in random directions.",
+                "head": ["", "KL", "loss", "times random", "beyond every random direction"],
+                "rows": [
+                    [
+                        words,
+                        f"{done[name]['kl']:.3f} ({done[name]['random_kl']:.3f})",
+                        f"{done[name]['loss']:+.3f} ({done[name]['random_loss']:+.3f})",
+                        effects.times_random(done[name]),
+                        f"{done[name]['n_beyond']} of {done['n_features']}",
+                    ]
+                    for name, words in (
+                        (effects.REMOVED, "taken out"),
+                        (effects.ADDED, "added once more"),
                     )
                 ],
             }

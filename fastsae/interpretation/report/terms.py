@@ -92,6 +92,21 @@ TERMS = {
         "What the strongest token of 95 % of random mixes of the features stays within; weaker "
         "tokens are left out as noise.",
     ),
+    "effect": (
+        "what a feature does",
+        "The model reads the feature's two strongest examples again with the feature taken out "
+        "where it fires, and with it added once more: how far that moves its prediction of the "
+        "next token; tried on the features with most evidence.",
+    ),
+    "kl": (
+        "KL divergence",
+        "How far a prediction of the next token has moved from another, in nats: 0 is not at all.",
+    ),
+    "random-push": (
+        "random pushes",
+        "What is left of an effect by chance: pushes of the same length in random directions, at "
+        "the same angle to the model's state; a feature that the model uses does more.",
+    ),
     "cosine": (
         "cosine",
         "How alike two directions are: 1 for the same, 0 for unrelated, -1 for opposite.",

@@ -10,6 +10,7 @@ import pytest
 from conftest import WORDS, put_activations
 from inert_page import Tags, assert_inert, read_report, unpack
 
+from fastsae.interpretation import effects, running
 from fastsae.interpretation.report import charts, overview, packing, report
 from fastsae.interpretation.report.run_page import (
     describe_run,
@@ -100,6 +101,7 @@ def test_the_story_says_what_was_done():
         sae_meta=about,
         source=source,
         categories=None,
+        category_chance=lambda: None,
         comparison=None,
         run_table={},
         rows=[{"status": "llm label unusable", "label_source": "rule"}] * 3,
@@ -176,7 +178,12 @@ def test_what_the_features_are_worth_is_on_the_page():
         "recovered": {"zero": each(0.875), "mean": each(0.8)},
     }
     seeds = {"n_seeds": 2, "features": {"mean_max_cosine": 0.9, "found_in_all": 0.5}}
-    table = {"probing": probing, "model_loss": loss, "seed_stability": seeds}
+    table = {
+        "probing": probing,
+        "model_loss": loss,
+        "effects": effects.summary([an_effect(1.5)] * 2),
+        "seed_stability": seeds,
+    }
     (chart,) = worth_charts(table)
     # from 0.5 to 1: half of the width, and from 0.65 to 0.85 the interval
     bars = [mark for mark in chart.marks if mark.tag == "rect"]
@@ -184,10 +191,17 @@ def test_what_the_features_are_worth_is_on_the_page():
     assert bars[1].width == 1.5 and not bars[1].cool
     line = next(mark for mark in chart.marks if mark.tag == "line" and mark.kind == "guide")
     assert (line.x1, line.x2) == pytest.approx((0.3 * (charts.WIDTH - 2), 0.7 * (charts.WIDTH - 2)))
-    worth, counts, model, stable = worth_grids(table)
+    worth, counts, model, done, stable = worth_grids(table)
     assert worth["head"] == ["", "1 column", "16 columns", "all columns"]
     assert worth["rows"][0] == ["the features"] + ["0.750 ±0.100"] * 3
     assert len(counts["rows"]) == 2 and model["rows"][1] == ["the reconstruction", "2.500", "0.500"]
+    assert done["rows"][0] == [
+        "taken out",
+        "1.500 (0.500)",
+        "+0.500 (-0.250)",
+        "3.0 [3.0, 3.0]",
+        "2 of 2",
+    ]
     assert stable["rows"] == [["the features", "0.900", "50"]]
     assert worth_charts({}) == [] == worth_grids({"model_loss": {"not_measured": "why"}})
 
@@ -444,9 +458,28 @@ def choose(driver, name, value):
     )
 
 
-def test_in_a_browser(planted, run_main, tmp_path, browser):
+def an_effect(kl):
+    """What `effects.changes` gives, with continuations that would like to be code."""
+    part = {"kl": kl, "loss": 0.5, "random_kl": [0.25, 0.75], "random_loss": [-0.5, 0.0]}
+    ways = ("prompt", "unchanged", "removed", "added", "random")
+    return {
+        "n_passages": 2,
+        "n_tokens": 7,
+        "removed": part,
+        "added": {**part, "kl": 0.25},
+        "continuations": {"line": 3, **dict(zip(ways, HOSTILE))},
+    }
+
+
+def test_in_a_browser(planted, run_main, tmp_path, browser, monkeypatch):
     """Opens from file://, asks for nothing, reports no error; sorting, search, filters, deep links,
     keys and themes work."""
+
+    def told(features):
+        for row in features.rows:
+            row["effects"] = an_effect(1.5) if row["label"].startswith("“river”") else None
+
+    monkeypatch.setattr(running, "add_what_the_model_tells", told)
     assert run_main("interpret_sae", *planted) == 0
     url = (tmp_path / "interpretations.html").as_uri()
     requested(browser)
@@ -456,7 +489,7 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     rows = {
         row["feature"]: row
         for row in map(
-            json.loads, (tmp_path / "interpretations.jsonl").read_text().splitlines()[1:]
+            json.loads, (tmp_path / "interpretations.jsonl").read_text().strip("\n").split("\n")[1:]
         )
     }
     assert sorted(everything) == [j for j, row in rows.items() if row["status"] != "dead"]
@@ -499,6 +532,13 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
         "return [...document.querySelectorAll('#panel .example mark.peak')].map(m => m.textContent)"
     )
     assert len(marks) >= 5 and set(marks) == {"river"}
+    panel = browser.find_element("id", "panel").text
+    assert "Without it the next token changes 3.00 times as much" in panel
+    assert "The loss there changes by +0.50 nats, by random pushes -0.25." in panel
+    ways = browser.find_elements("css selector", ".ways dd")
+    assert [way.text for way in ways] == [
+        text.replace("\u2028\u2029", "").strip() for text in HOSTILE[1:5]
+    ]
     browser.find_element("css selector", "#panel .example button").click()
     assert browser.find_element("css selector", "#panel .tokens.whole mark").text == "river"
     shown = browser.execute_script("return state.shown")
@@ -515,6 +555,9 @@ def test_in_a_browser(planted, run_main, tmp_path, browser):
     assert (
         browser.execute_script("return getComputedStyle(document.body).backgroundColor") != before
     )
+    other = next(j for j in everything if j != river)
+    visit(browser, f"{url}#feature={other}")
+    assert "What it does" not in browser.find_element("id", "panel").text  # the model was not run
     visit(browser, f"{url}#run")
     assert (
         browser.find_element("id", "run-page").is_displayed()
