@@ -152,7 +152,7 @@ def sae_lens(kind):
                 d_sae=m,
                 k=k,
                 normalize_activations="expected_average_only_in",
-                device="cpu",
+                device=str(x.device),
             )
         )
         options = {
@@ -160,13 +160,14 @@ def sae_lens(kind):
             "lr_end": LEARNING_RATE,
             "logger": LoggingConfig(log_to_wandb=False),
             "n_batches_for_norm_estimate": 1,
+            "device": str(x.device),
         }
         trainer = SAETrainer(
             SAETrainerConfig(steps * batch, batch, **options), sae, batches(x, batch)
         )
         started = time.perf_counter()
         trainer.fit()
-        return time.perf_counter() - started, sae.eval()
+        return seconds_since(started, x), sae.eval()
 
     return train
 
@@ -177,7 +178,7 @@ def sparsify(x, steps, m, k, batch, prefixes):
     from sparsify import SparseCoder
     from sparsify.config import SparseCoderConfig
 
-    sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=m, k=k))
+    sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=m, k=k), device=x.device)
     optimizer, source = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE), batches(x, batch)
     started = time.perf_counter()
     for i in range(steps):
@@ -189,7 +190,14 @@ def sparsify(x, steps, m, k, batch, prefixes):
         sae.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
         optimizer.zero_grad()
-    return time.perf_counter() - started, lambda x: sae(x).sae_out
+    return seconds_since(started, x), lambda x: sae(x).sae_out
+
+
+def seconds_since(started, x):
+    """Seconds, what the device of `x` still does included."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter() - started
 
 
 def ours(select, **start):
@@ -252,11 +260,12 @@ def encoder_product(dtype):
 
 def batches(x, size, seed=0):
     """Endless batches of rows, in a new order each epoch; the first goes through x as it is."""
-    epoch, order = 0, torch.arange(len(x))
+    epoch, order = 0, torch.arange(len(x), device=x.device)
     while True:
         yield from (x[order[i : i + size]] for i in range(0, len(x) - size + 1, size))
         epoch += 1
-        order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(len(x)))
+        shuffled = np.random.default_rng((seed, epoch)).permutation(len(x))
+        order = torch.from_numpy(shuffled).to(x.device)
 
 
 def trainers(prefixes):
