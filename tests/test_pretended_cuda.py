@@ -16,7 +16,7 @@ from conftest import planted_tokens
 from pretended_cuda import Refused, device_of, pretended
 
 from fastsae import load_sae
-from fastsae.activations import extraction
+from fastsae.activations import extraction, work
 from fastsae.interpretation.llm import client
 from fastsae.lm import devices
 from fastsae.runtime import distributed
@@ -482,6 +482,23 @@ def test_how_often_the_host_waits_in_a_step(name, options, bound):
                 clip_grad=1.0,
             )
     assert sum(machine.waits.values()) <= bound, machine.waits
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-use-chat-template"]], ids=["prefix", "no prefix"])
+def test_no_batch_of_stage_1_waits_for_the_device(tmp_path, small, run_stages, monkeypatch, flags):
+    """Overflow and norms are read one batch late, and no pass looks for packed sequences."""
+    waits, run_model = [], work.Work.run_model
+
+    def watched(self, world):
+        assert bool(self.forward.n_prefix) == (not flags)
+        before = machine.waits.copy()
+        run_model(self, world)
+        waits.append(machine.waits - before)
+
+    monkeypatch.setattr(work.Work, "run_model", watched)
+    with pretended() as machine:
+        run_stages(tmp_path, "cuda", stages=["extract_activations"], extraction=flags)
+    assert waits == [{}]
 
 
 def test_the_reference_step_runs():

@@ -143,7 +143,7 @@ def load_and_say(folder: str) -> None:
     from fastsae.lm import residual
 
     before = peak_mb()
-    residual.ResidualModel(folder, LAYER, dtype=torch.float32, exact_twin=True)
+    residual.ResidualModel(folder, LAYER, dtype=torch.float32)
     print(json.dumps({"peak_grew_mb": peak_mb() - before}))
 
 

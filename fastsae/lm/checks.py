@@ -59,7 +59,7 @@ def require_chain(decoder: Decoder, n_blocks: int, ids: "torch.Tensor", name: st
     def before(arguments, options, block):
         if block:
             read = arguments[0] if arguments else options.get("hidden_states")
-            passed_on.append(_equal(read, given.get(block - 1)))
+            passed_on.append(equal(read, given.get(block - 1)))
         if block == last:
             raise Enough
 
@@ -95,7 +95,7 @@ def _with_block(hook, block):
     return lambda module, arguments, options: hook(arguments, options, block)
 
 
-def _equal(a, b):
+def equal(a: Any, b: Any) -> bool:
     """Whether both are the same tensor; NaN, which half precision can give, is equal to NaN."""
     import torch
 

@@ -3,10 +3,13 @@
 All raise InputError or EnvironmentFailure, one line that says what to do.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsae.lm import hub
 from fastsae.lm.decoders import require_decoder
+from fastsae.lm.files import base_of_adapter
+from fastsae.lm.first_blocks import shortened
 from fastsae.lm.sources import model_source
 from fastsae.runtime.errors import InputError
 
@@ -37,10 +40,19 @@ def load_model(
     cache_dir: str | None = None,
     dtype: "torch.dtype",
     device: str | None = None,
+    n_blocks: int | None = None,
 ) -> Any:
-    """The whole model, head included, for inference; on the CPU unless `device` is given."""
+    """The whole model, head included, for inference; on the CPU unless `device` is given.
+
+    n_blocks: how many of its blocks are needed. It may have more: where its files hold all of them
+    in one piece, or what is built depends on their number.
+    """
     transformers, located = hub.quiet_transformers(), model_source(name, cache_dir)
     options = hub.gguf_options(transformers) if located.endswith(".gguf") else {}
+    if n_blocks is not None and not options and base_of_adapter(Path(located)) is None:
+        config = load_config(name, revision=revision, cache_dir=cache_dir, whole=True)
+        shorter = shortened(config, n_blocks)
+        options = {} if shorter is None else {"config": shorter}
     model = hub.read_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained,
         located,

@@ -1,9 +1,16 @@
 """The residual stream of a model up to one layer or several, or what a block adds to it."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastsae.lm.checks import equal_up_to_rounding, move, require_causal, require_chain, sample_ids
+from fastsae.lm.checks import (
+    equal,
+    equal_up_to_rounding,
+    move,
+    require_causal,
+    require_chain,
+    sample_ids,
+)
 from fastsae.lm.decoders import Enough, decoder_stack
 from fastsae.lm.hook_points import BLOCKS, HookPoint
 from fastsae.lm.loading import load_model
@@ -23,8 +30,8 @@ class ResidualModel:
     each of them, or of another `kind` of hook point what there is in the last of these blocks.
 
     Raises InputError for a model whose stream is not where it is looked for, or that is not causal.
-    `exact_twin` leaves transformers' own kernels in place: the slow twin that tests and the
-    benchmark compare with.
+    `exact_twin` reads the whole model and leaves transformers' own kernels in place: the slow twin
+    that tests and the benchmark compare with.
     """
 
     def __init__(
@@ -39,9 +46,16 @@ class ResidualModel:
         dtype: "torch.dtype",
         exact_twin: bool = False,
     ):
-        model = load_model(name, revision=revision, cache_dir=cache_dir, dtype=dtype)
-        self.revision = getattr(model.config, "_commit_hash", None)
         self.layers = (layers,) if isinstance(layers, int) else tuple(layers)
+        model = load_model(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            dtype=dtype,
+            # the block after the last one is tried too: it shows that the stream goes on
+            n_blocks=None if exact_twin else max(self.layers) + 1,
+        )
+        self.revision = getattr(model.config, "_commit_hash", None)
         self.stack = decoder_stack(model)
         self.stack.module.eval()
         self.device, self.dtype = "cpu", dtype
@@ -55,8 +69,10 @@ class ResidualModel:
             layer: place_of(self.stack, HookPoint(layer).block, kind) for layer in self.layers
         }
         handles = self._hooks()
+        self.keeps_nothing = False  # whether a cache that keeps nothing stands in for none
         if device != "cpu":
             move(self, device)
+            self.keeps_nothing = device.startswith("cuda") and self._agrees_with_empty_cache()
         require_causal(self, name)
         if device == "cpu" and not exact_twin:
             from fastsae.lm.cpu_kernels import quicken
@@ -93,19 +109,34 @@ class ResidualModel:
         import torch
 
         with torch.inference_mode():
-            cache = (
-                None
-                if prefix is None
-                else self._cache(
-                    [
-                        (k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1))
-                        for k, v in prefix
-                    ]
-                )
-            )
+            cache = None
+            if prefix is not None:
+                rows = (len(ids), -1, -1, -1)
+                cache = self._cache([(k.expand(rows), v.expand(rows)) for k, v in prefix])
+            elif self.keeps_nothing:
+                cache = empty_cache(self.stack.config)
             self.stack.run(ids.to(self.device, non_blocking=True), cache)
             streams, self._streams = self._streams, {}
             return streams
+
+    def _agrees_with_empty_cache(self):
+        """Whether streams come out the same, to the bit, with a cache that keeps nothing."""
+        if not self.stack.takes("past_key_values"):
+            return False
+        ids = sample_ids(self)
+        expected = self(ids)
+        self.keeps_nothing = True
+        try:
+            found = self(ids)
+        # what a model's author chose to raise at a cache that is not its own
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            self.keeps_nothing = False
+            self._streams = {}
+        return all(equal(found.get(layer), stream) for layer, stream in expected.items())
 
     def where(self, layer: int) -> dict[str, str]:
         """Where a layer's hook is in the model, for metadata: "blocks" where these are not as in
@@ -187,3 +218,18 @@ class ResidualModel:
         for i, (keys, values) in enumerate(keys_and_values):
             cache.update(keys, values, i)
         return cache
+
+
+def empty_cache(config: Any) -> Any:
+    """A cache of keys and values that keeps none, for models on CUDA.
+
+    Without a cache transformers looks, in every pass, whether sequences are packed, and the host
+    waits for the answer. With one it makes the same mask, or none, from lengths alone.
+    """
+    from transformers import DynamicCache
+
+    class EmptyCache(DynamicCache):
+        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+            return key_states, value_states
+
+    return EmptyCache(config=config)

@@ -1,6 +1,7 @@
 """Every family with tiny random weights against what transformers gives, and models that no stream
 can be read of, which end in one line."""
 
+import functools
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from experiments.benchmarks import families as benchmark
 from experiments.shared import families
 from experiments.shared.families import FAMILIES, Family
 from fastsae.intervention import next_token_losses
-from fastsae.lm import checks, cpu_kernels, decoders, loading, places, residual
+from fastsae.lm import checks, cpu_kernels, decoders, first_blocks, loading, places, residual
 from fastsae.runtime.errors import InputError
 
 LAYERS = (1, 2, 4)  # the first, a middle one, the last
@@ -183,3 +184,89 @@ def test_blocks_that_would_differ_stay_as_they_were(built, monkeypatch):
     before = [type(module) for module in decoder.module.modules()]
     cpu_kernels.quicken(decoder)
     assert [type(module) for module in decoder.module.modules()] == before
+
+
+# Only what is needed
+
+
+def bits_of(model, layer):
+    ids = checks.sample_ids(model)
+    return model(ids)[layer]
+
+
+@pytest.mark.sampled(12)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_first_blocks_alone_give_the_same_bits(built, name, monkeypatch):
+    """A model read with three of its four blocks, the twin with all; some families are read
+    whole."""
+    _, folder = built(FAMILIES[name])
+    read, load_model = [], loading.load_model
+
+    def loaded(wanted, *arguments, n_blocks, **options):
+        read.append(load_model(*arguments, n_blocks=wanted, **options))
+        return read[-1]
+
+    found = []
+    for wanted in (None, 3):
+        monkeypatch.setattr(residual, "load_model", functools.partial(loaded, wanted))
+        model = residual.ResidualModel(folder, 2, dtype=torch.float32, exact_twin=True)
+        found.append(bits_of(model, 2))
+    assert torch.equal(*found)
+    n_blocks = [each.config.get_text_config().num_hidden_layers for each in read]
+    assert n_blocks == [4, 4 if name in READ_WHOLE else 3]
+
+
+# what their blocks do depends on how many there are, or they have a table for all
+READ_WHOLE = ("MiniCPM 3", "Gemma 4", "CTRL", "RWKV", "MiniMax")
+
+
+def test_blocks_that_depend_on_their_number_are_read_whole(built):
+    """MiniCPM 3 divides what a block adds by the root of the number of blocks."""
+    for name in ("MiniCPM 3", "Llama"):
+        config = loading.load_config(built(FAMILIES[name])[1], whole=True)
+        shorter = first_blocks.shortened(config, 2)
+        assert (shorter is None) == (name in READ_WHOLE)
+        assert config.num_hidden_layers == 4 and first_blocks.shortened(config, 4) is None
+    assert shorter.num_hidden_layers == 2
+
+
+def test_of_a_list_for_each_block_the_first_values_stay(built):
+    config = loading.load_config(built(FAMILIES["Gemma 3"])[1], whole=True).get_text_config()
+    whole = list(config.layer_types)
+    assert len(whole) == 4
+    assert first_blocks.shortened(config, 3).layer_types == whole[:3]
+
+
+def test_stage_1_reads_no_more_blocks_than_it_needs(built, monkeypatch):
+    """The one after the last is tried."""
+    _, folder = built(FAMILIES["Llama"])
+    asked = []
+    monkeypatch.setattr(first_blocks, "shortened", lambda config, n: asked.append(n))
+    monkeypatch.setattr(loading, "shortened", first_blocks.shortened)
+    residual.ResidualModel(folder, (1, 2), dtype=torch.float32)
+    residual.ResidualModel(folder, 2, dtype=torch.float32, exact_twin=True)
+    assert asked == [3]
+
+
+# On a GPU
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cache_that_keeps_nothing_changes_nothing(built, name):
+    """With it no pass looks for packed sequences; lengths beyond windows too."""
+    _, folder = built(FAMILIES[name])
+    model = residual.ResidualModel(folder, 3, dtype=torch.float32, exact_twin=True)
+    assert not model.keeps_nothing  # on a CPU
+    if not model._agrees_with_empty_cache():
+        assert name in WITHOUT_CACHE
+        return
+    for length in (1, 7, 40):
+        ids = torch.arange(2 * length).reshape(2, length) % model.stack.config.vocab_size
+        model.keeps_nothing = False
+        expected = model(ids)[3]
+        model.keeps_nothing = True
+        torch.testing.assert_close(model(ids)[3], expected, rtol=1e-5, atol=1e-6)
+
+
+WITHOUT_CACHE = ("GPT-1", "Mamba", "Mamba 2", "Falcon Mamba", "RWKV", "MiniMax")
