@@ -134,6 +134,8 @@ def write_parts(
                 for layer, stream in streams.items()
                 if not stream.part_path(number).exists() and number > stream.released()
             ]
+            if not waiting:  # it was just deleted and noted
+                continue
             if not all(streams[layer].is_due(number) for layer in waiting):
                 writing.finish()
                 bar.set_postfix_str(waiting_note(streams, waiting))

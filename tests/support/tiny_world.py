@@ -75,12 +75,18 @@ def forks(tiny_llama):
 
 def torchrun(script, *flags, output):
     """Run a script in two processes as a user does; returns the finished torchrun."""
-    start = ["torch.distributed.run", "--nproc-per-node", 2, "--rdzv-endpoint", "localhost:0"]
+    start = ["torch.distributed.run", "--nproc-per-node", 2, "--standalone"]
     words = list(map(str, flags))
     constants = [word for word in words if word.startswith("fastsae.")]
     given = [word for word in words if word not in constants]
-    run = ["-m", "experiments.shared.constants", *constants, f"{script}.py"]
-    command = [sys.executable, "-m", *start, *(run if constants else [PROJECT / f"{script}.py"])]
+    # without -- it takes --m for its own
+    run = ["-m", "--", "experiments.shared.constants", *constants, f"{script}.py"]
+    command = [
+        sys.executable,
+        "-m",
+        *start,
+        *(run if constants else ["--", PROJECT / f"{script}.py"]),
+    ]
     return subprocess.run(
         list(map(str, [*command, "--output-dir", output, *given])),
         capture_output=True,
