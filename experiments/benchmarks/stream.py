@@ -6,16 +6,20 @@ them, against extraction and training one after the other.
 
 The data are dialogues made of two of the demo's passages each, read at a low layer of the embedded
 model. Steps: data, extract (all parts stay), shuffled (the same rows in one full shuffle, in
-memory), train (on the stream that is there), both (at once, with the budget), write. Wall time says
-little on a machine that does other work, so CPU seconds stand beside it. Writes
+memory), train (on the stream that is there), both (at once, with the budget), half (the same on
+half the dialogues with the same budget: memory and disk at two sizes), write. A step ends after
+--minutes with exit code 75, and the same command goes on; steps that are done are not done again.
+Wall time says little on a machine that does other work, so CPU seconds stand beside it. Writes
 experiments/results/stream.json.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -28,8 +32,11 @@ import numpy as np
 import torch
 
 from experiments.shared.provenance import PROJECT, environment, module_command, write_result
+from fastsae.runtime import storage
 
-STEPS = ("data", "extract", "shuffled", "train", "both", "write")
+STEPS = ("data", "extract", "shuffled", "train", "both", "half", "write")
+GO_ON = 75  # exit code of a step that ended in time and is not done
+STOPPED = 128 + signal.SIGTERM
 SEED = 0
 UNLIMITED = 10**13
 TRAINING = ("--m", 256, "--k", 8, "--matryoshka-prefixes", "64,256", "--learning-rate", 1e-3)
@@ -47,16 +54,20 @@ def main() -> None:
     parser.add_argument("--name", default="stream", help="of the result")
     parser.add_argument("--buffer-tokens", type=int, default=190_000)
     parser.add_argument("--budget", type=float, default=0.05, help="part of all rows' bytes")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of a step, then it stops")
     parser.add_argument("train", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train:  # in a process of its own
         sys.exit(train_shuffled(args.train))
     for step in (args.step,) if args.step else STEPS:
-        globals()[f"step_{step}"](args)
+        if args.step or step == "write" or not (args.work_dir / f"{step}.json").exists():
+            globals()[f"step_{step}"](args)
 
 
 def step_data(args: argparse.Namespace) -> None:
     """Dialogues of two passages each, and the small model."""
+    if (args.work_dir / "dialogues.jsonl").exists():
+        return
     if args.small_model:
         make_small_model(args.work_dir / "model")
     passages = [
@@ -96,22 +107,25 @@ def make_small_model(folder: Path) -> None:
 
 def step_extract(args: argparse.Namespace) -> None:
     """Stage 1 alone; all parts stay."""
-    keep(args, "extract", measured(args, "alone", [extract(args, "alone", UNLIMITED)]))
+    found = measured(args, "extract", "alone", [extract(args, "alone", UNLIMITED)])
+    keep(args, "extract", found)
 
 
 def step_shuffled(args: argparse.Namespace) -> None:
     """Stage 2 on the same rows in one full shuffle."""
     copied = args.work_dir / "shuffled"
-    shutil.rmtree(copied, ignore_errors=True)
-    shutil.copytree(args.work_dir / "alone", copied, copy_function=os.link)
+    if not copied.exists():
+        shutil.copytree(args.work_dir / "alone", copied, copy_function=os.link)
     command = module_command("experiments.benchmarks.stream", "--work-dir", args.work_dir, "--")
-    found = measured(args, "shuffled", [[*command, *train(args, "shuffled", UNLIMITED)[2:]]])
+    found = measured(
+        args, "shuffled", "shuffled", [[*command, *train(args, "shuffled", UNLIMITED)[2:]]]
+    )
     keep(args, "shuffled", {**found, "metrics": metrics_of(args, "shuffled")})
 
 
 def step_train(args: argparse.Namespace) -> None:
     """Stage 2 alone, on all parts."""
-    found = measured(args, "alone", [train(args, "alone", UNLIMITED)])
+    found = measured(args, "train", "alone", [train(args, "alone", UNLIMITED)])
     keep(args, "train", {**found, "metrics": metrics_of(args, "alone")})
 
 
@@ -119,10 +133,19 @@ def step_both(args: argparse.Namespace) -> None:
     """Both stages at once, with the budget."""
     budget = budget_of(args)
     commands = [extract(args, "both", budget), train(args, "both", budget)]
-    found = measured(args, "both", commands)
+    found = measured(args, "both", "both", commands)
     same = checkpoint_of(args, "alone").read_bytes() == checkpoint_of(args, "both").read_bytes()
     figures = {"budget_bytes": budget, "same_bytes": same, "metrics": metrics_of(args, "both")}
     keep(args, "both", {**found, **figures})
+
+
+def step_half(args: argparse.Namespace) -> None:
+    """Both stages at once on half the dialogues, with the budget of all."""
+    lines = (args.work_dir / "dialogues.jsonl").read_text().splitlines(keepends=True)
+    (args.work_dir / "half.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    budget = budget_of(args)
+    commands = [extract(args, "half", budget), train(args, "half", budget)]
+    keep(args, "half", measured(args, "half", "half", commands))
 
 
 def step_write(args: argparse.Namespace) -> None:
@@ -139,10 +162,21 @@ def step_write(args: argparse.Namespace) -> None:
         "stages": {step: each["stages"] for step, each in found.items()},
         "peak_bytes": {step: each["peak_bytes"] for step, each in found.items()},
         "load": {step: each["load"] for step, each in found.items()},
+        "pieces": {step: each["pieces"] for step, each in found.items()},
         "normalized_mse": errors,
     }
     if "shuffled" in found:
         result["mixing_loss"] = errors["train"] / errors["shuffled"] - 1
+    if "half" in found:
+        n_half = sum(stream_of(args, "half")["n_tokens"])
+        result["sizes"] = {
+            step: {
+                "n_tokens": n,
+                "peak_memory_mb": [each["peak_memory_mb"] for each in found[step]["stages"]],
+                "peak_bytes": found[step]["peak_bytes"],
+            }
+            for step, n in (("half", n_half), ("both", sum(about["n_tokens"])))
+        }
     if "both" in found:
         in_turn = [found[step]["stages"][0] for step in ("extract", "train")]
         result |= {
@@ -175,32 +209,39 @@ def train(args: argparse.Namespace, folder: str, budget: int) -> list[str]:
 
 
 def command_of(args, script, folder, budget, *more):
+    data = args.work_dir / ("half.jsonl" if folder == "half" else "dialogues.jsonl")
     shared = [
-        "--output-dir", args.work_dir / folder, "--dataset-path", args.work_dir / "dialogues.jsonl",
+        "--output-dir", args.work_dir / folder, "--dataset-path", data,
         "--device", "cpu", "--stream-bytes", budget, "--buffer-tokens", args.buffer_tokens,
     ]  # fmt: skip
     return [sys.executable, str(PROJECT / script), *map(str, [*shared, *more])]
 
 
-def measured(args: argparse.Namespace, folder: str, commands: list[list[str]]) -> dict[str, Any]:
+def measured(
+    args: argparse.Namespace, step: str, folder: str, commands: list[list[str]]
+) -> dict[str, Any]:
     """Run the commands, the second as soon as the first has a stream: wall and CPU seconds, peak
-    memory of each, and the most bytes on the disk, of parts and of all files."""
-    out = args.work_dir / folder
+    memory of each, and the most bytes on the disk, of parts and of all files.
+
+    After --minutes they are asked to stop, what was measured is kept, and this process ends with
+    GO_ON; the next call adds to it.
+    """
+    out, partial = args.work_dir / folder, args.work_dir / f"{step}.partial.json"
     peak, over = {"parts": 0, "all": 0}, threading.Event()
     thread = threading.Thread(target=watch, args=(out, peak, over), daemon=True)
-    began, stages = time.monotonic(), []
+    began, stages, codes = time.monotonic(), [], []
     thread.start()
     running = [subprocess.Popen(commands[0], env=environment())]
+    deadline = threading.Timer(60 * args.minutes, stop_all, [running])
+    deadline.start()
     for command in commands[1:]:
-        while not (out / "activations" / f"stream_layer{args.layer}" / "stream.json").exists():
-            if running[0].poll() is not None:
-                sys.exit(running[0].returncode or 1)
+        while (code := code_of(running[0])) is None and not may_begin(args, out):
             time.sleep(0.1)
-        running.append(subprocess.Popen(command, env=environment()))
+        if code in (None, 0):
+            running.append(subprocess.Popen(command, env=environment()))
     for process in running:
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            sys.exit(os.waitstatus_to_exitcode(status))
+        code, usage = ended(process)
+        codes.append(code)
         stages.append(
             {
                 "seconds": round(time.monotonic() - began, 1),
@@ -208,10 +249,72 @@ def measured(args: argparse.Namespace, folder: str, commands: list[list[str]]) -
                 "peak_memory_mb": usage.ru_maxrss // 1024,
             }
         )
+    deadline.cancel()
     over.set()
     thread.join()
     seconds = round(time.monotonic() - began, 1)
-    return {"seconds": seconds, "stages": stages, "peak_bytes": peak, "load": os.getloadavg()[1]}
+    found = {"seconds": seconds, "stages": stages, "peak_bytes": peak, "load": os.getloadavg()[1]}
+    found["pieces"] = 1
+    if failed := [code for code in codes if code not in (0, STOPPED)]:
+        sys.exit(failed[0])
+    if partial.exists():
+        found = added(json.loads(partial.read_text()), found)
+    if any(codes):
+        partial.write_text(json.dumps(found))
+        print(f"{step}: {found['seconds']:.0f} s so far; the same command goes on.", flush=True)
+        sys.exit(GO_ON)
+    return found
+
+
+def may_begin(args: argparse.Namespace, out: Path) -> bool:
+    """Whether stage 1 is at work and has announced its parts, so that stage 2 finds both."""
+    activations = out / "activations"
+    is_claimed = storage.is_claimed(activations / f"activations_layer{args.layer}.npz")
+    return is_claimed and (activations / f"stream_layer{args.layer}" / "stream.json").exists()
+
+
+def ended(process: subprocess.Popen) -> tuple[int, Any]:
+    """(exit code, what it used) of a process, once it has ended."""
+    _, status, usage = os.wait4(process.pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    process.returncode = code if code >= 0 else 128 - code
+    return process.returncode, usage
+
+
+def code_of(process: subprocess.Popen) -> int | None:
+    """The exit code of a process, None before it has one; `ended` can still say what it used."""
+    looked = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return None if looked is None else looked.si_status
+
+
+def stop_all(running: list[subprocess.Popen]) -> None:
+    """Ask the stages to stop: they save, and the same commands go on."""
+    for process in running:
+        if process.returncode is None:  # `send_signal` would forget what it used
+            os.kill(process.pid, signal.SIGTERM)
+
+
+def added(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What was measured in pieces as one: seconds are summed, of peaks the largest counts. A stage
+    that was stopped before it began counts for nothing."""
+    pairs = itertools.zip_longest(before["stages"], now["stages"])
+    stages = [
+        {
+            "seconds": round(sum(each["seconds"] for each in pair if each), 1),
+            "cpu_seconds": round(sum(each["cpu_seconds"] for each in pair if each), 1),
+            "peak_memory_mb": max(each["peak_memory_mb"] for each in pair if each),
+        }
+        for pair in pairs
+    ]
+    return {
+        "seconds": round(before["seconds"] + now["seconds"], 1),
+        "stages": stages,
+        "peak_bytes": {
+            name: max(n, now["peak_bytes"][name]) for name, n in before["peak_bytes"].items()
+        },
+        "load": max(before["load"], now["load"]),
+        "pieces": before["pieces"] + now["pieces"],
+    }
 
 
 def watch(out: Path, peak: dict[str, int], over: threading.Event) -> None:
@@ -271,7 +374,7 @@ def train_shuffled(flags: list[str]) -> int:
         rows: np.ndarray
 
         def batches(self, number: int, first: int = 0) -> Iterator[torch.Tensor]:
-            if number == 1:
+            if not hasattr(self, "rows"):
                 self.load()
             a, b = self.ends[number - 1], self.ends[number]
             order = self.order[a:b]
@@ -280,6 +383,7 @@ def train_shuffled(flags: list[str]) -> int:
                 yield torch.from_numpy(self.rows[order[start:end]]).float()
 
         def load(self) -> None:
+            self.digests.clear()  # of an earlier piece
             counts, at = [], 0
             for number in range(1, self.stream.n_parts + 1):
                 part = stream_data.read_part(self.stream, number, self.use)
