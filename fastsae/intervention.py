@@ -23,8 +23,8 @@ from fastsae.runtime.machine_errors import is_out_of_memory
 from fastsae.sae import Autoencoder
 from fastsae.sae.autoencoder import decode, encode
 
-# rows of logits that are turned into losses at a time: 512 x 49,152 floats are 100 MB
-LOGIT_ROWS = 512
+# rows of logits that are turned into losses at a time: 64 x 49,152 floats are 13 MB
+LOGIT_ROWS = 64
 # what can take the stream's place: (x (n, d_model), token (n,)) -> (n, d_model)
 Replacement: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
