@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastsae.data.tokenization import CONTENT, ROLES
+from fastsae.interpretation.firings import finding_half
 
 if TYPE_CHECKING:
     from fastsae.interpretation.evidence import Evidence
@@ -38,14 +39,9 @@ class Shown:
         # (n_pooled,) example numbers
         self.examples = evidence.statistics.pooled_examples
         self.pooled = evidence.statistics.pooled_max.tocsc()  # (n_pooled, M)
-        # (n_texts,) the first example of each text, (n_pooled,) the number of each example's
-        _, first, text_of = np.unique(
-            evidence.text_numbers[self.examples], return_index=True, return_inverse=True
-        )
-        order = np.random.default_rng((seed, 3)).permutation(len(first))
-        shown = np.zeros(len(first), bool)
-        shown[order[: (len(order) + 1) // 2]] = True
-        self.may_show = shown[text_of]  # (n_pooled,) bool
+        numbers = evidence.text_numbers[self.examples]
+        self.may_show = finding_half(numbers, seed)  # (n_pooled,) bool
+        first = np.unique(numbers, return_index=True)[1]  # (n_texts,) the first of each text
         # (n_pooled,) the first of its text?
         self.first = np.zeros(len(self.examples), bool)
         self.first[first] = True
