@@ -12,6 +12,7 @@ import numpy as np
 from fastsae.activations import files
 from fastsae.data import datasets
 from fastsae.interpretation.firings import Firings
+from fastsae.interpretation.tables import JUDGED
 from fastsae.runtime import artifacts, progress
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.settings.flags import flag_name
@@ -35,13 +36,7 @@ OPTIONAL = (
     "n_held_out",
     "label_protocol",
     "note",
-    "judged_detection",
-    "judged_detection_other",
-    "judged_detection_rule",
-    "judged_fuzzing",
-    "judged_fuzzing_other",
-    "judged_fuzzing_rule",
-    "judged_intruder",
+    *JUDGED,
 )
 
 

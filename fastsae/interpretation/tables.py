@@ -14,6 +14,16 @@ from fastsae.runtime import artifacts, storage
 from fastsae.runtime.errors import EnvironmentFailure
 
 RULE = "rule"  # the label_source of a label that no language model wrote
+# what a language model's tests of a label give a row: with the label, another feature's, the rule
+JUDGED = (
+    "judged_detection",
+    "judged_detection_other",
+    "judged_detection_rule",
+    "judged_fuzzing",
+    "judged_fuzzing_other",
+    "judged_fuzzing_rule",
+    "judged_intruder",
+)
 SEAL = "sha256"  # the last key of the first line of interpretations.jsonl
 # Programs cut a CSV at commas, semicolons, tabs or bars, whatever stands around these, and lines at
 # line breaks; a cell acts as a formula if it begins with one of FORMULA (also full-width, small,

@@ -23,6 +23,7 @@ from scipy.stats import t as student
 from fastsae.data.token_text import seen_values, with_text
 from fastsae.interpretation.llm.replies import parse_numbers
 from fastsae.interpretation.llm.shown import ANSWERED, MIN_HELD_OUT, Shown
+from fastsae.interpretation.tables import JUDGED
 
 PER_PROMPT = 5  # passages
 WIDTH = 16  # tokens shown on each side of the one a passage is about
@@ -30,13 +31,6 @@ STRONG = 0.3  # of the strongest activation in a passage: a token above it is ma
 MOST_SEARCHED = 2000  # silent examples in which a token of the feature is looked for
 N_TOKENS = 8  # different tokens of a feature that are looked for
 CHANCE = {"detection": 0.5, "fuzzing": 0.5, "intruder": 1 / PER_PROMPT}
-SOURCES = ("label", "other", "rule")  # whose words are judged: its own, another feature's, its rule
-FIGURES = (  # of a row
-    "judged_detection",
-    "judged_fuzzing",
-    "judged_intruder",
-    *(f"judged_{kind}_{source}" for kind in ("detection", "fuzzing") for source in SOURCES[1:]),
-)
 
 ANSWER_FORM = """You may think in a sentence or two. \
 Then end with exactly one line of this form, the numbers separated by commas:
@@ -339,7 +333,7 @@ def judging_summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """{figure: {"value": mean over features, "interval": 95 %, "n": features, "chance"}} of what
     was judged, {} if nothing was; the interval is Student's t over features."""
     rows, found = list(rows), {}
-    for name in FIGURES:
+    for name in JUDGED:
         values = [row[name] for row in rows if row.get(name) is not None]
         if not values:
             continue
