@@ -18,11 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
 
 from fastsae.data.token_text import seen_values, with_text
 from fastsae.interpretation.llm.replies import parse_numbers
 from fastsae.interpretation.llm.shown import ANSWERED, MIN_HELD_OUT, Shown
+from fastsae.interpretation.probing import estimate
 from fastsae.interpretation.tables import JUDGED
 
 PER_PROMPT = 5  # passages
@@ -337,16 +337,8 @@ def judging_summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         values = [row[name] for row in rows if row.get(name) is not None]
         if not values:
             continue
-        mean, n = float(np.mean(values)), len(values)
-        half = (
-            float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-            if n > 1
-            else float("inf")
-        )
-        found[name] = {
-            "value": mean,
-            "interval": [max(0.0, mean - half), min(1.0, mean + half)],
-            "n": n,
-            "chance": CHANCE[name.split("_")[1]],
-        }
+        mean = estimate(values, 0, 1, independent=True)
+        assert mean is not None  # of scores, which are finite
+        chance = CHANCE[name.split("_")[1]]
+        found[name] = {**mean.plain(), "n": len(values), "chance": chance}
     return {"judged": found} if found else {}
