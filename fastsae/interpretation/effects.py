@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fastsae.interpretation.probing import estimate
+from fastsae.interpretation.tables import with_interval
 from fastsae.intervention import Replacement, generate, next_token_losses, point_of, residual_stream
 from fastsae.lm.hook_points import HookPoint
 from fastsae.sae import Autoencoder
@@ -359,6 +360,4 @@ def sentence(found: Mapping[str, Any] | None) -> str:
 
 def times_random(part: Mapping[str, Any]) -> str:
     """'6.3 [3.1, 12.5]' of a part of `summary`."""
-    found = part["times_random"]
-    interval = found["interval"] and "[{:.1f}, {:.1f}]".format(*found["interval"])
-    return f"{found['value']:.1f}{f' {interval}' if interval else ''}"
+    return with_interval(part["times_random"], 1)

@@ -292,13 +292,9 @@ def print_judged(counts: Mapping[str, Any]) -> None:
         beside = [f"{own['chance']:.1f} by chance"]
         for source, words in (("other", "with another feature's label"), ("rule", "with the rule")):
             if entry := judged.get(f"judged_{kind}_{source}"):
-                beside.append(f"{_with_interval(entry)} {words}")
-        print(f"{kind} test: {_with_interval(own)} over {own['n']} features; {', '.join(beside)}")
-
-
-def _with_interval(entry):
-    low, high = entry["interval"]
-    return f"{entry['value']:.2f} [{low:.2f}, {high:.2f}]"
+                beside.append(f"{tables.with_interval(entry)} {words}")
+        value = tables.with_interval(own)
+        print(f"{kind} test: {value} over {own['n']} features; {', '.join(beside)}")
 
 
 def print_rules(counts: Mapping[str, Any]) -> None:

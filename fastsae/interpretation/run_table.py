@@ -15,6 +15,7 @@ from fastsae.interpretation.categories import Matrix, category_above_chance, num
 from fastsae.interpretation.nulls import Untrained
 from fastsae.interpretation.probing import KINDS, KS, estimate
 from fastsae.interpretation.stability import SAME
+from fastsae.interpretation.tables import with_interval
 from fastsae.interpretation.target_features import word_counts
 
 if TYPE_CHECKING:
@@ -190,10 +191,7 @@ def model_loss_sentence(loss: Mapping[str, Any] | None) -> str:
     """What the model loses with the reconstruction in place of its stream; "" if not measured."""
     if not loss or "recovered" not in loss:
         return ""
-    zero, mean = (
-        "{value:.3f} [{0:.3f}, {1:.3f}]".format(*each["interval"], value=each["value"])
-        for each in (loss["recovered"]["zero"], loss["recovered"]["mean"])
-    )
+    zero, mean = (with_interval(loss["recovered"][each], 3) for each in ("zero", "mean"))
     return (
         f"loss recovered with the reconstruction in the model: {zero} against zeros, {mean} "
         f"against the mean; KL {loss['kl']['spliced']:.3f} nats against {loss['kl']['zero']:.2f} "

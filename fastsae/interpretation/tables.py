@@ -53,6 +53,14 @@ def by_language_model(row: Mapping[str, Any]) -> bool:
     return row["label_source"] not in (None, "", RULE)
 
 
+def with_interval(found: Mapping[str, Any], digits: int = 2) -> str:
+    """'0.85 [0.80, 0.90]' of an estimate as JSON holds it; without an interval only its value."""
+    value = f"{found['value']:.{digits}f}"
+    if not found["interval"]:
+        return value
+    return f"{value} [{', '.join(f'{end:.{digits}f}' for end in found['interval'])}]"
+
+
 def csv_text(rows: list[dict], columns: Sequence[str]) -> str:
     """CSV of dicts; numbers with six digits.
 
