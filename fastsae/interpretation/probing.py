@@ -200,17 +200,25 @@ def dense_probe(columns: Matrix, inside: np.ndarray, first: np.ndarray) -> np.nd
     """(n_categories,) AUC on the held-out half of ridge regressions of all categories on all
     columns, fitted on the other half, which chooses their penalty too; arguments as in
     `sparse_probe`."""
-    from sklearn.linear_model import RidgeCV
-
     if not columns.shape[1]:
         return np.full(len(inside), np.nan)
     stop_if_asked()
-    target = inside[:, first].T.astype(np.float64)
+    predicted = ridge_predictions(columns, inside.T.astype(np.float64), first, PENALTIES)
+    return aucs(predicted.reshape(-1, len(inside)), inside[:, ~first])
+
+
+def ridge_predictions(
+    columns: Matrix, target: np.ndarray, first: np.ndarray, penalties: np.ndarray
+) -> np.ndarray:
+    """Predictions for the held-out half, (n_held_out,) or (n_held_out, n_targets), of a ridge
+    regression of target (n,) or (n, n_targets) on columns (n, p) of unit variance, fitted on the
+    half `first` (n,), which chooses one of `penalties` too."""
+    from sklearn.linear_model import RidgeCV
+
     fit_on, apply_to = scaled(columns, first)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of columns that are constant in this half
-        predicted = RidgeCV(PENALTIES).fit(fit_on, target).predict(apply_to)
-    return aucs(np.asarray(predicted).reshape(-1, len(inside)), inside[:, ~first])
+        return np.asarray(RidgeCV(penalties).fit(fit_on, target[first]).predict(apply_to))
 
 
 def scaled(columns: Matrix, first: np.ndarray) -> tuple[Matrix, Matrix]:

@@ -17,7 +17,7 @@ from fastsae.interpretation.categories import (
     dense_blocks,
     first_half,
 )
-from fastsae.interpretation.probing import KINDS, estimate
+from fastsae.interpretation.probing import KINDS, estimate, ridge_predictions
 from fastsae.interpretation.significance import auc_intervals, correlation_intervals
 from fastsae.runtime.packages import postpone_init
 from fastsae.runtime.stops import stop_if_asked
@@ -222,20 +222,14 @@ def held_out_scores(
     Args: sources {name: (n, p) dense or CSR}; target (n,); first (n,) bool, the finding half, which
     also chooses the penalty. held_out: AUC for a target of 0 and 1, else R2; None without columns.
     """
-    from sklearn.linear_model import RidgeCV
     from sklearn.metrics import r2_score, roc_auc_score
-    from sklearn.preprocessing import StandardScaler
 
     result = {}
     for name, columns in sources.items():
         stop_if_asked()
         held_out = None
         if columns.shape[1]:
-            scaler = StandardScaler(with_mean=isinstance(columns, np.ndarray)).fit(columns[first])
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of columns that are constant in this half
-                model = RidgeCV(PENALTIES).fit(scaler.transform(columns[first]), target[first])
-            predicted = model.predict(scaler.transform(columns[~first]))
+            predicted = ridge_predictions(columns, target, first, PENALTIES)
             held_out = finite(
                 (roc_auc_score if is_binary(target) else r2_score)(target[~first], predicted)
             )
