@@ -12,7 +12,8 @@ def whole():
     intro = (
         "Written by `experiments/pages/numbers.py` from the files here; each names its settings, "
         "seeds, commit and machine. "
-        "The README has the table that sets them beside the paper."
+        "docs/measured.md has the table that sets them beside the paper. Category AUCs take the "
+        "maximum of a feature over an example's tokens; stage 3's take the mean."
     )
     figures = [f"![{name}]({name}.png)" for name in present()]
     return (

@@ -68,8 +68,18 @@ def model_at_hand(
     if device == "cpu":
         from fastsae.lm.cpu_kernels import quicken
 
+        copy_the_rest(model, stack.layers)
         quicken(stack)
     return model, ""
+
+
+def copy_the_rest(model: Any, blocks: Any) -> None:
+    """Put every parameter but the blocks' matrices into memory of its own. These are about to be
+    packed; then nothing holds the weights' file, which is mapped, in memory."""
+    matrices = {id(each) for each in blocks.parameters() if each.ndim > 1}
+    for parameter in model.parameters():
+        if id(parameter) not in matrices:
+            parameter.data = parameter.data.clone()
 
 
 def some_held_out(

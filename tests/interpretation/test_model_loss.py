@@ -190,3 +190,19 @@ def test_a_run_gets_its_figures(tmp_path, planted, run_main):
     (tmp_path / "interpretations.jsonl").unlink()
     assert run_main("interpret_sae", *planted) == 0
     assert (metrics.read_bytes(), card.read_bytes()) == before
+
+
+def test_parameters_outside_the_blocks_have_memory_of_their_own(model):
+    """So that a weights' file, mapped, can go once the blocks' matrices are packed; tied ones stay
+    tied, and nothing computes otherwise."""
+    import copy
+
+    copied = copy.deepcopy(model)
+    copied.lm_head.weight = copied.model.embed_tokens.weight
+    before = {name: (p.data_ptr(), p.clone()) for name, p in copied.named_parameters()}
+    model_loss.copy_the_rest(copied, copied.model.layers)
+    for name, parameter in copied.named_parameters():
+        address, value = before[name]
+        matrix = ".layers." in name and parameter.ndim > 1
+        assert (parameter.data_ptr() == address) is matrix and torch.equal(parameter, value)
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
