@@ -36,6 +36,8 @@ LABEL_FIELD: str | None  # dataset field with a category, for category_auc; none
 TEXT_FIELD: str = "text"           # dataset field or column that holds a plain text (one user
                                    # turn); another than text goes before messages. Of a .txt:
                                    # line or paragraph, what is a text
+ACTIVATIONS_PATH: str | None = None  # stages 2 and 3: an array (rows, width) of another program, a
+                                     # .npy, .npz or .npz:name, in place of stage 1's; none = those
 MAX_EXAMPLES: int | None = None    # [2..] use only the first so many examples; none = all
 MAX_TRAIN_TOKENS: int | None = None  # [2..] train on the first so many tokens only, in the order of
                                      # the data; none = all

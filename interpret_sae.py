@@ -104,6 +104,8 @@ def main():
 
     progress.step("looking at what is there")
     checkpoint_path, sae_meta = inputs.chosen_sae(settings)
+    if inputs.without_texts(settings):
+        return describe_rows(settings, checkpoint_path, sae_meta, started)
     backend = chosen_backend(settings)
     metadata = describe(settings, checkpoint_path, sae_meta, backend)
     folder = settings.output_dir
@@ -141,6 +143,21 @@ def main():
     outputs.print_results(features, work, folder)
     outputs.print_summary(folder, features.rows, started)
     return outputs.exit_code(features.rows)
+
+
+def describe_rows(settings, checkpoint_path, sae_meta, started):
+    """The tables of another program's activations, which have rows but no texts."""
+    from fastsae.interpretation import row_features
+
+    folder = settings.output_dir
+    metadata = row_features.describe(settings, checkpoint_path, sae_meta)
+    storage.claim(folder / outputs.JSONL, "--output-dir")
+    if outputs.up_to_date(folder, metadata):
+        row_features.print_summary(folder, outputs.read_rows(folder), started, "unchanged")
+        return
+    storage.require_writable([folder / outputs.JSONL, folder / outputs.CSV])
+    progress.step("reading the rows")
+    row_features.interpret(settings, sae_meta, metadata, checkpoint_path, started)
 
 
 def print_features_of_text(settings):

@@ -4,7 +4,8 @@ Matryoshka objective).
     python train_sae.py --m 512 --k 8 --matryoshka-prefixes 64,512
     python train_sae.py --seed 0,1,2 --k 4,8,16           # nine from one reading of the data
 
-Reads `activations/activations_layer{LAYER_IDX}.npz`. Writes `checkpoints/<run>/SAE_....pt` (which
+Reads `activations/activations_layer{LAYER_IDX}.npz`, or with ACTIVATIONS_PATH an array of another
+program. Writes `checkpoints/<run>/SAE_....pt` (which
 `hypothesaes.sae.load_model` reads), `metrics.json` with the final figures, `metrics.jsonl` with one
 line per epoch, `training.png` with their curves, `README.md`, a model card, and with EXPORT folders
 for other libraries; while it trains, `SAE_....resume.jsonl` with a line per epoch and
@@ -147,6 +148,8 @@ def main():
 def require_named_dataset(settings, source):
     """The run's folder has the name of a dataset unless RUN_NAME is set: refuse activations of
     another one."""
+    if settings.ACTIVATIONS_PATH is not None:
+        return
     named, used = settings.DATASET_PATH, source["dataset_path"]
     names = [config.run_name_of(path) for path in (named, used)]
     if named.startswith("hf:"):  # whose revision is pinned in the metadata only
@@ -172,11 +175,14 @@ def train_all(plans, source, parts, settings):
     from fastsae.training.loop import train
     from fastsae.training.stream_loop import train_on_stream
 
-    print(
-        f"activations: {described(source['model_name'])}, "
-        f"layer {source['settings']['LAYER_IDX']}, {source['n_examples']:,} examples of "
-        f"{source['dataset_path']}"
-    )
+    if source.get("foreign"):
+        about = f"{source['n_examples']:,} rows of {source['d_model']:,} numbers"
+    else:
+        about = (
+            f"{described(source['model_name'])}, layer {source['settings']['LAYER_IDX']}, "
+            f"{source['n_examples']:,} examples"
+        )
+    print(f"activations: {about} of {source['dataset_path']}")
     progress.step("reading the activations")
     device = choose_device(settings.DEVICE)
     device = "cpu" if device == "mps" else device  # which has no sparse products

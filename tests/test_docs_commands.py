@@ -135,6 +135,9 @@ def tiny(tmp_path_factory, tiny_llama, forks):
     (folder / "corpus.txt").write_text("\n".join(texts))
     reviews = [f'"{text}, or so",{i % 5}' for i, text in enumerate(texts)]
     (folder / "reviews.csv").write_text("\n".join(["review,stars", *reviews]))
+    generator = np.random.default_rng(0)
+    np.save(folder / "embeddings.npy", generator.standard_normal((40, 6)).astype(np.float32))
+    (folder / "rows.csv").write_text("\n".join(["topic", *(f"t{i % 2}" for i in range(40))]))
     gemma = folder / "gemma" / "layer_0" / "width_16" / "average_l0_4"
     gemma.mkdir(parents=True)
     weights = np.random.default_rng(0).normal(size=(2, 16, 8)).astype(np.float32)
@@ -154,7 +157,7 @@ def run(stages, folder, script, flags, output, **environment):
     for name, value in (TINY | flags).items():
         if name in known_flags([script]):
             value = value and value.replace("MODEL", str(folder / "model"))
-            if name in ("--dataset-path", "--sae-path", "--init-from"):
+            if name in ("--dataset-path", "--activations-path", "--sae-path", "--init-from"):
                 value = str(folder / value)
             words += [name] if value is None else [name, value]
     return stages.run(script.removesuffix(".py"), *words, output=output, environment=environment)
@@ -169,7 +172,13 @@ def test_the_command_does_what_it_says(command, tiny, tmp_path):
     # forks know no subprocesses, so the three stages run one after the other
     names = config.STAGES if script == "run_pipeline.py" else [script]
     assert not set(flags) - known_flags(names)
-    if "--dataset-path" in flags and names[0] != config.STAGES[0]:
+    if "--activations-path" in flags and names[0] == config.STAGES[2]:
+        data = {"--activations-path": flags["--activations-path"]}
+        done = run(stages, folder, config.STAGES[1], data, output)
+        assert done["code"] == 0, done["err"]
+    elif "--activations-path" in flags:
+        pass  # there is no stage before it
+    elif "--dataset-path" in flags and names[0] != config.STAGES[0]:
         data = {"--dataset-path": flags["--dataset-path"]}
         done = run(stages, folder, config.STAGES[0], data, output)
         assert done["code"] == 0, done["err"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsae.activations import compression
+from fastsae.activations import compression, foreign
 from fastsae.runtime.artifacts import CHUNK_BYTES, read_npz, refusing_damage
 from fastsae.runtime.digests import Held
 from fastsae.runtime.errors import EnvironmentFailure, InputError
@@ -55,6 +55,8 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     run."""
     from fastsae.runtime.artifacts import read_npz_metadata
 
+    if foreign.is_foreign(path):
+        return foreign.read_metadata(path)
     shards = find_shards(path)
     metadata = [read_npz_metadata(p) for p in shards or [Path(path)]]
     if len({m["fingerprint"] for m in metadata}) > 1 or any(
@@ -78,6 +80,8 @@ def open_activations(path: Path | str) -> dict[str, Any]:
 
     Every byte is checked against its CRC once, here. Raises as `read_npz`.
     """
+    if foreign.is_foreign(path):
+        return foreign.open_activations(path)
     shards = find_shards(path)
     if not shards:
         raise InputError(f"{path}: not found. run {MAKER} first, or check --output-dir.")

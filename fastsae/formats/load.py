@@ -111,23 +111,23 @@ def check_fit(
             "give an autoencoder of this model, or extract with the model it was trained on."
         )
     its_layer = meta["activations"]["settings"]["LAYER_IDX"]
-    if its_layer is not None and its_layer != layer:
+    if None not in (its_layer, layer) and its_layer != layer:
         problems.append(
             f"{setting}: {path} was trained after {its_layer} blocks, "
             f"{activations_path} holds layer {layer}. "
             f"give --layer-idx {its_layer} here and to extract_activations.py."
         )
-    if its_layer is not None:
+    if None not in (its_layer, layer):
         problems += _other_place(path, meta["activations"], activations_path, activations_meta)
     if problems:
         raise InputError(*problems)
     its_model, model = meta["activations"].get("model_name"), activations_meta["model_name"]
-    if its_model and short_name(its_model) != short_name(model):
+    if its_model and model and short_name(its_model) != short_name(model):
         print(
             f"note: {path} was trained on {short_name(its_model)}; "
             f"the activations are of {short_name(described(model))}."
         )
-    if its_layer is None:
+    if its_layer is None and layer is not None:
         print(f"note: {path} does not say which layer it was trained on; taken for layer {layer}.")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.activations import files
+from fastsae.activations.foreign import is_foreign
 from fastsae.data.readers.folder_digests import dataset_sha256
 from fastsae.formats.source import locate
 from fastsae.runtime import artifacts
@@ -29,6 +30,11 @@ def chosen_sae(settings: Settings) -> tuple[Path, dict[str, Any]]:
         "activations": source,
         "inputs": {"activations": source["fingerprint"]},
     }
+
+
+def without_texts(settings: Settings) -> bool:
+    """Whether the activations are an array of another program, which has rows and no texts."""
+    return settings.ACTIVATIONS_PATH is not None and is_foreign(settings.ACTIVATIONS_PATH)
 
 
 def named_checkpoint(run_dir: Path) -> Path:

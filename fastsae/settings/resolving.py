@@ -23,7 +23,14 @@ from fastsae.settings.suggestions import nearest_name
 from fastsae.settings.values import Settings
 
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
-PATH_SETTINGS = ("DATASET_PATH", "OUTPUT_DIR", "CACHE_DIR", "INIT_FROM", "SAE_PATH")
+PATH_SETTINGS = (
+    "DATASET_PATH",
+    "ACTIVATIONS_PATH",
+    "OUTPUT_DIR",
+    "CACHE_DIR",
+    "INIT_FROM",
+    "SAE_PATH",
+)
 
 
 def resolve(project: Path, presets: Any, scripts: tuple, argv: list[str] | None = None) -> Settings:

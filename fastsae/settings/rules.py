@@ -16,7 +16,7 @@ from fastsae.settings.flags import flag_name
 from fastsae.settings.folders import folder_advice, folder_format
 from fastsae.settings.kinds import AUTO, shown
 from fastsae.settings.limits import Limits, each, problems_with
-from fastsae.settings.values import LONGEST_NAME
+from fastsae.settings.values import LONGEST_NAME, foreign_file
 
 FEATURES = {"M", "K", "AUX_K", "MATRYOSHKA_PREFIXES"}
 HUB_REVISION = re.compile(r"([\w.-]+/[\w.-]+)@([\w./-]+)")
@@ -141,7 +141,7 @@ def check_several(values: dict[str, Any], limits: dict[str, Limits], require: Re
 def check_paths(values: dict[str, Any], require: Require) -> None:
     """The dataset is there, and outputs go to a folder."""
     reads_it = {"BATCH_TOKENS", "N_TOP_NEURONS"} & set(values) and values.get("TEXT") is None
-    if reads_it and "DATASET_PATH" in values:
+    if reads_it and "DATASET_PATH" in values and values.get("ACTIVATIONS_PATH") is None:
         path = values["DATASET_PATH"]
         what, remedy = "is not a file", "give your data with --dataset-path FILE.jsonl"
         there = path.startswith(HUB) or os.path.isfile(path)
@@ -149,6 +149,7 @@ def check_paths(values: dict[str, Any], require: Require) -> None:
             there = folder_format(path) is not None
             what, remedy = ("", "") if there else folder_advice(path)
         require(there, "DATASET_PATH", f"{path} {what}", remedy)
+    check_foreign(values, require)
     for name in ("OUTPUT_DIR", "CACHE_DIR"):
         require(
             values.get(name) != "",
@@ -165,6 +166,44 @@ def check_paths(values: dict[str, Any], require: Require) -> None:
             f"{nearest} is not a folder",
             f"choose another --{flag_name(name)}",
         )
+
+
+def check_foreign(values: dict[str, Any], require: Require) -> None:
+    """An array of another program is there, and asked of the stages that can use it."""
+    path = values.get("ACTIVATIONS_PATH")
+    if path is None:
+        return
+    require(
+        os.path.isfile(foreign_file(path)[0]),
+        "ACTIVATIONS_PATH",
+        f"{path} is not a file",
+        "give a .npy or .npz with an array (rows, width)",
+    )
+    require(
+        "BATCH_TOKENS" not in values,
+        "ACTIVATIONS_PATH",
+        "stage 1 makes activations and reads none",
+        "give it to train_sae.py and interpret_sae.py",
+    )
+    require(
+        values.get("STREAM_BYTES") is None,
+        "STREAM_BYTES",
+        "an array of another program is no stream",
+        "leave it out",
+    )
+    for name in ("TARGET_FIELD", "TARGET_VALUE", "NEURONPEDIA_SET"):
+        require(
+            values.get(name) is None,
+            name,
+            "needs texts, and an array of another program has none",
+            "leave it out",
+        )
+    require(
+        not values.get("EXPORT"),
+        "EXPORT",
+        "other libraries name the place in a model, which an array does not",
+        "leave --export out",
+    )
 
 
 def check_extraction(values: dict[str, Any], require: Require) -> None:

@@ -39,6 +39,14 @@ def activations_stem(layer: int, hook: str = "resid_post") -> str:
     return f"activations_layer{layer}{'' if hook == 'resid_post' else f'_{hook}'}"
 
 
+def foreign_file(path: str) -> tuple[str, str | None]:
+    """(the file, the array that is named in it) of an ACTIVATIONS_PATH: `a.npz:x`, `a.npy`."""
+    if os.path.exists(path):
+        return path, None
+    file, separator, member = path.rpartition(":")
+    return (file, member) if separator and file.endswith(".npz") else (path, None)
+
+
 class Settings:
     """The settings of one run, frozen: `settings.M`, `settings.source["M"]`, `settings.values`.
 
@@ -107,14 +115,19 @@ class Settings:
 
     @property
     def activations_path(self) -> Path:
-        """The activations of LAYER_IDX and HOOK."""
+        """The activations of LAYER_IDX and HOOK, or those of another program."""
+        if self.values.get("ACTIVATIONS_PATH"):
+            return Path(self.ACTIVATIONS_PATH)
         stem = activations_stem(self.LAYER_IDX, self.values.get("HOOK", "resid_post"))
         return self.output_dir / "activations" / f"{stem}.npz"
 
     @property
     def run_dir(self) -> Path:
         """The folder of what stage 2 writes."""
-        return self.output_dir / "checkpoints" / (self.RUN_NAME or run_name_of(self.DATASET_PATH))
+        named = self.DATASET_PATH
+        if self.values.get("ACTIVATIONS_PATH"):
+            named = os.path.splitext(foreign_file(self.ACTIVATIONS_PATH)[0])[0]
+        return self.output_dir / "checkpoints" / (self.RUN_NAME or run_name_of(named))
 
     def flags_for(self, script: str) -> list[str]:
         """The flags of this run that `script` understands, as command-line arguments."""

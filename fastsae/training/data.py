@@ -56,15 +56,24 @@ class Tokens:
         self.activations = data["activations"]
         self.fingerprint = json.loads(str(data["metadata"]))["fingerprint"]
         norms = np.concatenate([token_norms(block) for block in self._blocks()])
+        is_foreign = "groups" in data
         if not np.isfinite(norms).all():
-            raise InputError(
-                f"{path}: token {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity, "
-                "or is too long. delete the file and run extract_activations.py with --dtype "
-                "float32."
+            what, remedy = (
+                "token",
+                "delete the file and run extract_activations.py with --dtype float32",
             )
-        texts = text_numbers(
-            data["token_ids"], np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        )
+            if is_foreign:
+                what, remedy = "row", "leave such rows out"
+            raise InputError(
+                f"{path}: {what} {int(np.argmin(np.isfinite(norms)))} holds NaN or infinity, "
+                f"or is too long. {remedy}."
+            )
+        if is_foreign:  # an array of another program, which says what belongs together
+            texts = data["groups"]
+        else:
+            texts = text_numbers(
+                data["token_ids"], np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            )
         self.part = split_texts(texts, validation_fraction, test_fraction, seed)  # (n_examples,)
         self.example = np.repeat(np.arange(len(lengths)), lengths)  # (n_tokens,)
         part = self.part[self.example]  # (n_tokens,)

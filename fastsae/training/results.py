@@ -35,7 +35,8 @@ def write_beside(
         print(f"stage 3 reads {first.path.name}, the first of {len(plans)}")
     for path in metas:
         bring_up_to_date(path, settings.EXPORT or ())
-    write_card(settings.run_dir, metas)
+    if not metas[first.path]["activations"].get("foreign"):  # it says where in a model to use it
+        write_card(settings.run_dir, metas)
     return metas
 
 
