@@ -35,7 +35,7 @@ from fastsae.runtime.errors import EnvironmentFailure, InputError
 {SETTINGS}
 
 def main():
-    started = progress.start(quiet=False)
+    started = progress.start(quiet="--quiet" in sys.argv)
     does = [flag.partition("=")[2] for flag in sys.argv if flag.startswith("--run-name=")]
     does = does[0] if does else "write"
     print("flags:", json.dumps(sys.argv[1:]))
@@ -178,6 +178,20 @@ def test_an_error_of_the_stage_is_raised_here(pretended, capsys, does, kind, mes
             and str(pretended.parent) in path.read_text()
         ):
             path.unlink()
+
+
+def test_quiet_shows_nothing_and_gives_the_same(pretended, capsys):
+    states = []
+
+    class Bars(notebook._Bar):
+        def show(self, line):
+            states.append(line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(notebook, "_Bar", Bars)
+        trained = fastsae.train(quiet=True)
+    assert trained.path.name == "SAE_a.pt" and not states
+    assert capsys.readouterr() == ("", "")
 
 
 def test_features_without_a_label_are_no_error(pretended, capsys):
