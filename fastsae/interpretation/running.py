@@ -136,10 +136,11 @@ def _effects(features, model):
 def _as_text(written, evidence):
     """The texts of a prompt, without the prefix that all examples share, and of what follows it."""
     example = written["example"]
-    own = max(0, evidence.own_start(example) - written["start"])
+    own = evidence.own_start(example) - written["start"]
+    cut = "… " if own < 0 else ""
     ways = (effects.UNCHANGED, *effects.SIGNS, effects.RANDOM)
     return {
         "line": int(evidence.data["example_ids"][example]),
-        "prompt": "".join(evidence.texts_of(written["prompt"])[own:]),
+        "prompt": cut + "".join(evidence.texts_of(written["prompt"])[max(0, own) :]),
         **{name: "".join(evidence.texts_of(written[name])) for name in ways},
     }

@@ -342,3 +342,29 @@ def test_where_the_model_is_not_run(stand_in, monkeypatch, capsys):
     running.add_what_the_model_tells(stand_in)
     assert "m: is damaged" in stand_in.run_table["effects"]["not_measured"]
     assert capsys.readouterr().err.startswith("warning: ")
+
+
+def test_a_prompt_is_shown_without_the_prefix_that_all_examples_share():
+    evidence = SimpleNamespace(
+        data={"example_ids": np.array([4, 7])},
+        own_start=lambda example: 2,
+        texts_of=lambda ids: [f"<{i}>" for i in ids],
+    )
+    ways = {"unchanged": [5], "removed": [], "added": [6, 7], "random": [8]}
+    for start, shown in (
+        (0, "<2><3>"),
+        (1, "<1><2><3>"),
+        (2, "<0><1><2><3>"),
+        (3, "… <0><1><2><3>"),
+    ):
+        found = running._as_text(
+            {"example": 1, "start": start, "prompt": [0, 1, 2, 3], **ways}, evidence
+        )
+        assert found == {
+            "line": 7,
+            "prompt": shown,
+            "unchanged": "<5>",
+            "removed": "",
+            "added": "<6><7>",
+            "random": "<8>",
+        }

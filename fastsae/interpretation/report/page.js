@@ -41,6 +41,10 @@ const figure = x => x === 0 ? "0"  // of any scale
   : Math.abs(x) < 999.5 ? x.toPrecision(3) : Math.round(x).toLocaleString("en");
 const count = x => x.toLocaleString("en");
 const visible = text => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍");
+// A token that stands alone: what has no glyph is named by its code.
+const nameOf = text => !/^[\p{Z}\p{C}\p{M}]+$/u.test(text) ? visible(text)
+  : [...text].map(one => one === " " ? "␠" : /[\n\t\r]/.test(one) ? visible(one)
+    : `U+${one.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`).join("");
 
 // Data: deflated JSON in base64. The details of a feature stand in a part with its neighbours, which
 // is unpacked when one of them is opened; the last few parts are kept.

@@ -6,7 +6,7 @@ function bars(items, className, far, scale) {
     const bar = make("span", { class: "bar" });
     bar.style.width = `${Math.max(1, 100 * Math.abs(value) / top)}%`;
     return make("li", {},
-      make("span", { class: "what", title: what, dir: "auto" }, visible(what).replace(/^ $/, "␠")),
+      make("span", { class: "what", title: what, dir: "auto" }, nameOf(what)),
       bar, make("span", { class: "far number" }, far(value)));
   }));
 }
@@ -155,7 +155,7 @@ function effectNodes(f) {
     make("dd", { dir: "auto" }, newlines(written[key]))]));
   return [heading(term("effect", "What it does"), term("kl", "KL divergence"), " of the next token, nats"), list, said,
     ...(ways ? [heading("How the model goes on", `row ${written.line}, after`),
-      make("p", { class: "tokens", dir: "auto" }, "… ", newlines(written.prompt)), ways] : [])];
+      make("p", { class: "tokens", dir: "auto" }, newlines(written.prompt)), ways] : [])];
 }
 
 function panel(f) {

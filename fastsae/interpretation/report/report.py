@@ -272,6 +272,8 @@ def effects_data(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if found is None:
         return None
     written = found["continuations"]
+    if written and len(written["prompt"]) > PROMPT_SHOWN:
+        written = {**written, "prompt": f"… {written['prompt'][-PROMPT_SHOWN:]}"}
     return {
         "tokens": found["n_tokens"],
         "passages": found["n_passages"],
@@ -284,7 +286,7 @@ def effects_data(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
             }
             for name in SIGNS
         },
-        "written": written and {**written, "prompt": written["prompt"][-PROMPT_SHOWN:]},
+        "written": written,
     }
 
 

@@ -555,6 +555,10 @@ def test_in_a_browser(planted, run_main, tmp_path, browser, monkeypatch):
     assert (
         browser.execute_script("return getComputedStyle(document.body).backgroundColor") != before
     )
+    names = {" ": "␠", "\ufe0f": "U+FE0F", " \n": "␠⏎", "a b": "a b", "e\u0301": "e\u0301"}
+    assert names == {
+        text: browser.execute_script("return nameOf(arguments[0])", text) for text in names
+    }
     other = next(j for j in everything if j != river)
     visit(browser, f"{url}#feature={other}")
     assert "What it does" not in browser.find_element("id", "panel").text  # the model was not run
