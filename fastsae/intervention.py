@@ -361,7 +361,7 @@ def steering(
     section on steering).
 
     direction (d_model,). With `answer_only` the prompt stays as it is but for its last token, which
-    the answer's first comes from.
+    the answer's first comes from; only for models with a key-value cache, see `generate`.
     """
     direction, alphas = torch.as_tensor(direction), torch.as_tensor(alphas, dtype=torch.float32)
 
@@ -394,11 +394,12 @@ def generate(
     layer: int | HookPoint | None = None,
     function: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations of prompts (batch, length), with a key-value cache: a list of lists of
-    token ids, one per row.
+    """Greedy continuations of prompts (batch, length): a list of lists of token ids, one per row.
 
     A row ends with the first of `stop_ids`, which it keeps, or after `n_new` tokens. `function`, as
-    for `replaced`, acts on the stream after `layer` blocks of every forward pass.
+    for `replaced`, acts on the stream after `layer` blocks of every forward pass: on the prompt,
+    then on each token written; of a model that gives no key-value cache (Mamba, RWKV), on all that
+    there is each time.
     """
     ids, cache = prompts.to(model.device), None
     written, running = [[] for _ in prompts], [True] * len(prompts)
@@ -409,12 +410,13 @@ def generate(
     with steered, head_given(model, lambda x: x[:, -1:] if x.ndim == 3 else x):
         for _ in range(n_new):
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, best = out.past_key_values, out.logits[:, -1].float().argmax(-1)  # (batch,)
+            cache = getattr(out, "past_key_values", None)
+            best = out.logits[:, -1].float().argmax(-1)  # (batch,)
             for row, token in enumerate(best.tolist()):
                 if running[row]:
                     written[row].append(token)
                     running[row] = token not in stop_ids
             if not any(running):
                 break
-            ids = best[:, None]
+            ids = best[:, None] if cache is not None else torch.cat([ids, best[:, None]], 1)
     return written

@@ -289,13 +289,14 @@ def in_four_ways(
     random = added.norm(dim=1, keepdim=True) * direction.to(rows)
 
     def apply(stream):
-        new = stream.clone()
-        # of a token written there is one at a time
-        counts = (
-            usable if stream.shape[1] == usable.shape[1] else torch.ones(n, 1, dtype=torch.bool)
-        )
+        new, n_prompt = stream.clone(), usable.shape[1]
+        # with a cache the tokens written come one at a time, else behind the prompt
+        first = 0 if stream.shape[1] < n_prompt else n_prompt - 1
+        n_written = stream.shape[1] - (n_prompt if first else 0)
+        counts = torch.ones(n, n_written, dtype=torch.bool)
+        counts = torch.cat([usable, counts], 1) if first else counts
         new[n : 2 * n] = without(sae, stream[n : 2 * n], features, counts)
-        new[2 * n :, -1] += torch.cat([added, random]).to(new)
+        new[2 * n :, first:] += torch.cat([added, random]).to(new)[:, None]
         return new
 
     return apply

@@ -187,6 +187,27 @@ def test_a_known_feature_writes_what_it_should(known):
     )
 
 
+def test_a_model_without_a_cache_writes_the_same():
+    """GPT-1 and Mamba give none: all tokens are read again for each that is written."""
+    model, passages = llama(), some_passages([0, 1, 2], n=12)
+    rows = torch.nn.functional.normalize(
+        torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    strength = dict.fromkeys(range(3), 2.0)
+    given = (an_sae(rows[:3]), 2, passages, strength, rows[3], [])
+    cached, plain = continuations(model, *given), type(model).forward
+
+    def without_cache(self, *arguments, **options):
+        out = plain(self, *arguments, **{**options, "past_key_values": None})
+        return SimpleNamespace(logits=out.logits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "forward", without_cache)
+        assert continuations(model, *given) == cached
+    different = [each["added"] != each["unchanged"] for each in cached.values()]
+    assert any(different) and any(e["removed"] != e["unchanged"] for e in cached.values())
+
+
 def test_the_divergence_of_a_known_feature_by_hand(known):
     """After A, x = (3, 1): logits 5 x / rms. Without the feature (0, 1), added once more (6, 1);
     only what follows A counts, and an example that ends with it tells nothing."""

@@ -13,7 +13,7 @@ import transformers
 from experiments.benchmarks import families as benchmark
 from experiments.shared import families
 from experiments.shared.families import FAMILIES, Family
-from fastsae.intervention import next_token_losses
+from fastsae.intervention import generate, next_token_losses, replaced
 from fastsae.lm import checks, cpu_kernels, decoders, first_blocks, loading, places, residual
 from fastsae.runtime.errors import InputError
 
@@ -80,6 +80,24 @@ def test_a_stream_put_back_as_it_was_changes_no_loss(built, name):
     assert abs(found["same"].ce - found["clean"].ce)[1:5].max() <= 1e-5
     zeros = next_token_losses(model, 2, examples, {"zeros": lambda x, token: x * 0})
     assert abs(zeros["zeros"].ce - zeros["clean"].ce)[1:5].max() > 1e-3
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("name", ["GPT-1", "Gemma 2", "RecurrentGemma", "Jamba", "Mamba", "RWKV"])
+def test_a_text_goes_on_as_it_does_when_all_is_read_again(built, name):
+    """With a key-value cache, a state, or neither; a token-wise change of the stream included."""
+    model, _ = built(FAMILIES[name])
+    prompts = ids = torch.arange(20, 32).view(2, 6)
+
+    def halved(stream):
+        return 0.5 * stream
+
+    written = generate(model, prompts, n_new=5, stop_ids=[], layer=2, function=halved)
+    with torch.inference_mode(), replaced(model, 2, halved):
+        for _ in range(5):
+            best = model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1)
+            ids = torch.cat([ids, best[:, None]], 1)
+    assert written == ids[:, 6:].tolist()
 
 
 # What is refused
