@@ -86,9 +86,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Interpreted:
-    """What `interpret` wrote: the report, and the table in two formats."""
+    """What `interpret` wrote: the report, which an array of another program has not (None),
+    and the table in two formats."""
 
-    html: Path
+    html: Path | None
     csv: Path
     jsonl: Path
     summary: dict[str, Any] = field(repr=False)
@@ -135,8 +136,9 @@ def interpret(**settings: Any) -> Interpreted | None:
     summary = _run("interpret", settings)
     if not summary:
         return None
-    html = Path(summary["path"])
-    return Interpreted(html, html.with_suffix(".csv"), html.with_suffix(".jsonl"), summary)
+    path = Path(summary["path"])
+    html = path if path.suffix == ".html" else None
+    return Interpreted(html, path.with_suffix(".csv"), path.with_suffix(".jsonl"), summary)
 
 
 def _run(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ COLUMNS = (
     "density",
     "mean_activation",
     "max_activation",
-    *(f"top_row_{i}" for i in range(1, N_TOP + 1)),
+    *(f"top_example_{i}" for i in range(1, N_TOP + 1)),
     "best_category",
     "category_auc",
     "matryoshka_level",
@@ -274,7 +274,7 @@ def feature_rows(
             for row, value in zip(found.top.example[j], found.top.value[j])
             if row >= 0
         ]
-        shown = [f"{row} ({value:.4g}){_text_of(texts, row)}" for row, value in top]
+        shown = [f"row {row} ({value:.4g}){_text_of(texts, row)}" for row, value in top]
         rows.append(
             {
                 "feature": j,
@@ -282,7 +282,7 @@ def feature_rows(
                 "density": count / max(found.n_kept, 1),
                 "mean_activation": float(found.total[j] / count) if count else None,
                 "max_activation": float(found.maximum[j]),
-                **{f"top_row_{i}": text for i, text in enumerate(shown, 1)},
+                **{f"top_example_{i}": text for i, text in enumerate(shown, 1)},
                 "top_rows": [row for row, _ in top],
                 "top_values": [value for _, value in top],
                 "best_category": "",
@@ -315,5 +315,5 @@ def _print(
     for row in best[:N_TOP]:
         auc = row["category_auc"] or math.nan
         category = f" ({row['best_category']}, AUC {auc:.2f})" if row["best_category"] else ""
-        print(f"  {row['feature']}: strongest on row {row['top_row_1'][:100]}{category}")
+        print(f"  {row['feature']}: strongest on {row['top_example_1'][:100]}{category}")
     print(f"wrote {folder / CSV} and {JSONL}; without texts there are no labels and no report")

@@ -15,6 +15,7 @@ from small import small
 
 from fastsae.activations import files, foreign
 from fastsae.interpretation import row_features
+from fastsae.interpretation.frames import read_table
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.sae.autoencoder import new_sae
 from fastsae.training.data import Tokens
@@ -203,7 +204,7 @@ def test_the_pass_over_the_rows_equals_a_dense_one(monkeypatch):
         assert np.allclose(row["top_values"], dense[order, j])
         assert row["matryoshka_level"] == ("coarse" if j < 3 else "fine")
         if order:
-            assert row["top_row_1"].endswith(f": text {order[0] + 1}")
+            assert row["top_example_1"].endswith(f": text {order[0] + 1}")
 
 
 @pytest.mark.parametrize(
@@ -275,9 +276,11 @@ def test_stages_2_and_3_with_an_array_alone(tmp_path, run_main, capsys):
     rows, before = (list(csv.DictReader(io.StringIO(each))) for each in (text, first))
     assert len(rows) == 16 and {row["best_category"] for row in rows} & {"k0", "k1"}
     assert [row["density"] for row in rows] == [row["density"] for row in before]
-    top = next(row for row in rows if row["top_row_1"])["top_row_1"]
-    number = int(top.split(" ")[0])
-    assert top.endswith(f": =row {number - 1}")
+    top = next(row for row in rows if row["top_example_1"])["top_example_1"]
+    number = int(top.split(" ")[1])
+    assert top.startswith("row ") and top.endswith(f": =row {number - 1}")
+    pandas = pytest.importorskip("pandas")
+    assert isinstance(read_table(tmp_path / "out").density.sum(), float) and pandas
     assert run_main("interpret_sae", *flags, *table) == 0
     assert "up to date: " in capsys.readouterr().out
     np.savez(path, x=x + 1, groups=np.arange(300))

@@ -200,6 +200,34 @@ def test_a_cell_without_end_is_refused_before_it_fills_the_memory(tmp_path, monk
     assert f"{path}:5: begins a paragraph of more than" in outcome(lambda: read(path))[1][0]
 
 
+MUTATED = {
+    "d.csv": 'id,text,topic\r\n1,"one, ""x""\r\nmore",a\r\n2,two,b\r\n3,"three",\r\n',
+    "d.tsv": 'text\tb\nx "y"\t1\n"q\tr"\t2\n',
+    "d.txt": "One.\nTwo é.\n\nThree\n",
+    "d.csv.gz": "text,b\none,x\ntwo,y\n",
+}
+INSERTED = (b'"', b"\0", b"\r", b"\n", b",", b"\xff\xfe", b"\xef\xbb\xbf", b'{"a": 1}', b"")
+
+
+@pytest.mark.parametrize("name", MUTATED)
+def test_mutated_texts_meet_the_documented_errors_only(tmp_path, name):
+    whole, n_refused = MUTATED[name].encode(), 0
+    whole = gzip.compress(whole) if name.endswith(".gz") else whole
+    for i in range(120):
+        chosen, content = random.Random(f"{name} {i}"), bytearray(whole)
+        for _ in range(1 + i % 3):
+            at = chosen.randrange(len(content))
+            content[at : at + chosen.randrange(6)] = chosen.choice(INSERTED)
+        path = put(tmp_path, name, bytes(content))
+        try:
+            read(path, label_field="topic")
+        except InputError as error:
+            n_refused += 1
+            lines = str(error).splitlines()
+            assert all(". " in line and line.isprintable() for line in lines), content
+    assert 30 <= n_refused <= 120
+
+
 # Compressed files
 
 KINDS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}

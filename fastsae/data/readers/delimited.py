@@ -37,7 +37,7 @@ def opened(source: Source) -> Iterator[Iterator[Row]]:
 
 @contextlib.contextmanager
 def _long_cells():
-    """csv takes cells up to 131,072 characters unless told otherwise, for the whole process."""
+    """csv takes cells up to 131,072 characters unless set otherwise, for the whole process."""
     before = csv.field_size_limit(min(LONGEST, sys.maxsize))
     try:
         yield
