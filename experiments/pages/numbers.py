@@ -76,6 +76,7 @@ def written(text):
         ("STUDIES", studies_table.table),
         ("RESULT", demo_result),
         ("STREAM", stream_result),
+        ("STORAGE", storage_result),
         ("DATASETS", datasets_table),
     ):
         begin = f"<!-- {name.lower()}: written by experiments/pages/numbers.py -->"
@@ -121,6 +122,34 @@ def stream_result():
         f"and {r['cpu_seconds_in_turn']:.0f} CPU seconds); the checkpoints have the same bytes "
         "(`experiments/results/stream.json`). " + mixing_result(result("stream_mixing"))
     )
+
+
+def storage_result():
+    """What 8 bits a value cost an autoencoder."""
+    if (r := result("storage")) is None:
+        return ""
+    n_bytes, noise = r["bytes"], r["noise"]
+    lines = [
+        f"On {r['n_tokens_compared']:,} test tokens of the demo (`results/storage.json`)"
+        f" the file has {n_bytes['int8'] / n_bytes['float16']:.2f} of float16's bytes, and a value "
+        f"is off by {noise['root_mean_square_in_deviations']:.4f} standard deviations of its "
+        f"dimension (root mean square). That is {noise['int8']:.1e} of the variance; with a scale "
+        f"per row alone it would be {noise['row scale alone']:.1e}.",
+        "",
+        "| autoencoder | normalised MSE | given int8's tokens | trained on int8's tokens "
+        "| seeds differ by | same active features |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in r["trainings"].items():
+        cells = [
+            f"{found['normalized_mse']:.4f}",
+            f"{100 * found['given_int8_change']:+.3f} %",
+            f"{100 * found['trained_on_int8_change']:+.2f} %",
+            f"{100 * found['seed_spread']:.2f} %",
+            f"{100 * found['same_features']:.2f} %",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def mixing_result(r):
