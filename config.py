@@ -66,7 +66,8 @@ QUIET: bool = False                # print only warnings, errors and each stage'
                                    # no progress bars
 # fmt: on
 
-# Each sets exactly these: a name that has a value in a file is refused here, as that would win.
+# Each sets at least what has no value above. Others may be added: a preset wins over a constant as
+# it is shipped, a constant that was edited over the preset, a flag over both.
 PRESETS = {
     "demo": {
         "MODEL_NAME": "SmolLM2-135M-Instruct",
@@ -75,12 +76,18 @@ PRESETS = {
         "DATASET_PATH": "data/cognitive_actions.jsonl",
         "LABEL_FIELD": "cognitive_action",
     },
+    # for one GPU of 80 GB; docs/scale.md has what it takes, and what changes for 24 GB
     "llama-3.1-8b": {
         "MODEL_NAME": "meta-llama/Llama-3.1-8B-Instruct",
         "LAYER_IDX": 12,
         "MAX_LENGTH": 8192,
         "DATASET_PATH": "dataset.jsonl",
         "LABEL_FIELD": None,
+        "STORAGE_DTYPE": "int8",
+        "M": 32_768,
+        "K": 64,
+        "LEARNING_RATE": 2e-4,
+        "BATCH_SIZE": 4096,
     },
 }
 

@@ -81,11 +81,10 @@ def command_of(script: Path, project: Path) -> str:
 
 def about_setting(name: str, setting: dict[str, Any], presets: dict[str, dict]) -> str:
     """What a setting means, its limits and its default."""
-    defaults = (
-        {"": setting["value"]}
-        if setting["has_value"]
-        else {f"{preset}: ": values.get(name) for preset, values in presets.items()}
-    )
+    defaults = {"": setting["value"]} if setting["has_value"] else {}
+    for preset, values in presets.items():
+        if name in values or not setting["has_value"]:
+            defaults[f"{preset}: "] = values.get(name)
     default = "; ".join(f"{preset}{kinds.as_typed(value)}" for preset, value in defaults.items())
     limits = in_words(setting["limits"])
     return f"{setting['comment']}{f' ({limits})' if limits else ''} [{default}]"

@@ -16,7 +16,7 @@ from fastsae.settings.declarations import (
     shipped,
     strangers,
 )
-from fastsae.settings.flags import flag_name, parse_flags
+from fastsae.settings.flags import parse_flags
 from fastsae.settings.help_page import help_text
 from fastsae.settings.rules import check_values, complete
 from fastsae.settings.suggestions import nearest_name
@@ -34,7 +34,8 @@ PATH_SETTINGS = (
 
 
 def resolve(project: Path, presets: Any, scripts: tuple, argv: list[str] | None = None) -> Settings:
-    """Settings of config.py and of `scripts`: flags beat files, files beat the preset.
+    """Settings of config.py and of `scripts`: flags beat constants that were edited, these beat the
+    preset, and the preset beats what is shipped.
 
     Prints --help and exits 0, or prints every problem at once and exits 2.
     """
@@ -62,7 +63,7 @@ def resolve(project: Path, presets: Any, scripts: tuple, argv: list[str] | None 
     for name, setting in declared.items():
         if name in given:
             values[name], source[name] = given[name], "flag"
-        elif setting["has_value"]:
+        elif setting["has_value"] and (name not in presets[preset] or is_edited(name, setting)):
             values[name], source[name] = setting["value"], setting["file"]
         else:
             values[name], source[name] = presets[preset][name], f"preset {preset}"
@@ -108,9 +109,9 @@ def read_files(paths: list[Path], script: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_presets(presets: Any, declared: dict[str, dict], project: Path) -> list[str]:
-    """A line for each name that a preset sets without effect or does not set.
+    """A line for each name in a preset that cannot be set there, or that a preset leaves open.
 
-    A preset sets exactly the settings that are declared without a value, so no edit is shadowed.
+    A preset sets at least the settings that are declared without a value.
     """
     if (
         not isinstance(presets, dict)
@@ -133,27 +134,26 @@ def check_presets(presets: Any, declared: dict[str, dict], project: Path) -> lis
             if name not in values
         ]
         for name in values:
-            problem = not_for_presets(name, declared, project)
+            problem = not_for_presets(name, declared)
             problems += [f"PRESETS: {preset!r} sets {problem}"] if problem else []
     return problems
 
 
-def not_for_presets(name: Any, declared: dict[str, dict], project: Path) -> str | None:
+def not_for_presets(name: Any, declared: dict[str, dict]) -> str | None:
     """What is wrong with a preset setting this name; None if nothing is."""
-    home = home_of(name) or declared.get(name, {}).get("file")
-    if not home:
-        near = nearest_name(str(name), [each for file in CORE for each in shipped().get(file, {})])
-        remedy = f"perhaps {near} is meant" if near else "leave it out"
-        return f"{name!r}, which is not a setting. {remedy}."
-    if shipped().get(home, {}).get(name, {}).get("by_preset"):
+    if name == "PRESET":
+        return "PRESET, which is what names it. leave it out."
+    if home_of(name) or name in declared:
         return None
-    setting = declared.get(name) or settings_in(project / home)[0].get(name, {})
-    if not setting.get("has_value", True):
-        return None
-    return (
-        f"{name}, which has a value in {home} that would win. edit it there, or give "
-        f"--{flag_name(name)}; leave it out of the preset."
-    )
+    near = nearest_name(str(name), [each for file in CORE for each in shipped().get(file, {})])
+    remedy = f"perhaps {near} is meant" if near else "leave it out"
+    return f"{name!r}, which is not a setting. {remedy}."
+
+
+def is_edited(name: str, setting: dict[str, Any]) -> bool:
+    """Whether a constant has another value than it is shipped with."""
+    about = shipped().get(setting["file"], {}).get(name)
+    return about is None or kinds.as_type(setting["value"], setting["type"]) != default_of(about)
 
 
 def absolute(name: str, value: Any, base: Path) -> Any:

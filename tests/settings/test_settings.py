@@ -390,14 +390,9 @@ PRESET = {
 @pytest.mark.parametrize(
     "preset, expected",
     [
-        (
-            {**PRESET, "M": 16384},
-            "PRESETS: 'demo' sets M, which has a value in train_sae.py that would win.",
-        ),
-        (
-            {**PRESET, "SEED": 3},
-            "PRESETS: 'demo' sets SEED, which has a value in config.py that would win.",
-        ),
+        ({**PRESET, "PRESET": "demo"}, "PRESETS: 'demo' sets PRESET, which is what names it."),
+        ({**PRESET, "M": "many"}, "M: expected int, got 'many'. edit it in PRESETS of config.py."),
+        ({**PRESET, "K": 10_000}, "K: 10000 active features of only M=256."),
         (
             {**PRESET, "LAYR_IDX": 3},
             "PRESETS: 'demo' sets 'LAYR_IDX', which is not a setting. perhaps LAYER_IDX is meant.",
@@ -422,6 +417,9 @@ PRESET = {
 @pytest.mark.parametrize("scripts", [config.STAGES, config.STAGES[:1]])
 def test_a_preset_that_cannot_be_obeyed(project, refused, preset, expected, scripts):
     project.presets = {"demo": preset}
+    if scripts == config.STAGES[:1] and expected[0] in "MK":
+        project.read(scripts=scripts)  # which has neither
+        return
     (line,) = refused(scripts=scripts)
     assert line.startswith(f"error: {expected}")
 
@@ -433,6 +431,20 @@ def test_a_preset_may_set_what_every_preset_sets(project):
     assert project.read().M == 1024 and project.read("--preset", "other").M == 2048
     # a stage that has no M is not in its way
     assert project.read(scripts=config.STAGES[:1]).LAYER_IDX == 3
+
+
+def test_a_preset_wins_over_what_is_shipped_and_an_edit_over_the_preset(project):
+    project.presets = {"demo": PRESET, "other": {**PRESET, "M": 2048, "STORAGE_DTYPE": "int8"}}
+    other = ("--preset", "other")
+    assert project.read().M == 256
+    found = project.read(*other)
+    assert (found.M, found.source["M"]) == (2048, "preset other")
+    assert (found.STORAGE_DTYPE, found.K, found.source["K"]) == ("int8", 8, "train_sae.py")
+    assert found.MATRYOSHKA_PREFIXES == (512, 2048)
+    assert project.read(*other, "--m", "64").M == 64
+    project.edit("train_sae.py", "M", "M: int = 1024")
+    found = project.read(*other)
+    assert (found.M, found.source["M"]) == (1024, "train_sae.py")
 
 
 def test_a_value_in_the_file_wins_over_a_preset_that_may_set_it(project):
