@@ -13,12 +13,16 @@ from fastsae.settings.values import Settings
 
 
 def configuration_and_tokenizer(settings: Settings, deepest: int) -> tuple[Any, Any]:
-    """(configuration, tokenizer) of the model, which must have the deepest layer."""
-    from fastsae.lm import loading
+    """(configuration, tokenizer) of the model, which must have the deepest layer, and on DEVICE the
+    room for its blocks up to there."""
+    from fastsae.lm import devices, loading, memory
 
     source = {"revision": settings.MODEL_REVISION, "cache_dir": settings.CACHE_DIR}
     model_config = loading.load_config(settings.MODEL_NAME, **source)
     loading.check_layer(model_config, deepest, settings.MODEL_NAME)
+    device = devices.choose_device(settings.DEVICE)
+    dtype = devices.choose_dtype(settings.DTYPE, device)
+    memory.require_memory(model_config, deepest, dtype, device=device, name=settings.MODEL_NAME)
     return model_config, loading.load_tokenizer(settings.MODEL_NAME, **source)
 
 

@@ -1,15 +1,13 @@
 """What a training run cannot do: have more memory than there is, or go on without a finite loss."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from fastsae.runtime.errors import InputError
+from fastsae.runtime.memory import memory_of
 from fastsae.settings.architectures import ARCHITECTURES
 
 COPIES = 5  # of the weights: themselves, the best so far, gradients, Adam's two moments
-CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def bytes_needed(m: int, d: int, n_autoencoders: int = 1) -> int:
@@ -18,30 +16,6 @@ def bytes_needed(m: int, d: int, n_autoencoders: int = 1) -> int:
     Activations and a batch's features come on top, so that less than this is never enough.
     """
     return 2 * m * d * 4 * COPIES * n_autoencoders
-
-
-def memory_of(device: str) -> int | None:
-    """Bytes of memory of a device in all, as far as this process may use them; None if unknown."""
-    if device.partition(":")[0] == "cuda":
-        import torch
-
-        try:
-            return torch.cuda.get_device_properties(device).total_memory
-        except (RuntimeError, AssertionError, AttributeError):
-            return None
-    try:
-        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    except (AttributeError, ValueError, OSError):
-        return None
-    limits += [int(text) for path in CGROUPS if (text := _text_of(path)).isdigit()]
-    return min(limits)
-
-
-def _text_of(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
 
 
 def require_memory(m: int, d: int, n_autoencoders: int, device: str) -> None:

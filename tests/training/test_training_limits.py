@@ -4,9 +4,11 @@ blame."""
 import pytest
 from conftest import planted_tokens
 
+from fastsae.runtime import memory
 from fastsae.runtime.errors import InputError
+from fastsae.runtime.memory import memory_of
 from fastsae.training import limits
-from fastsae.training.limits import bytes_needed, cause_of_divergence, memory_of, require_memory
+from fastsae.training.limits import bytes_needed, cause_of_divergence, require_memory
 
 DEFAULTS = {"LEARNING_RATE": 5e-4, "SPARSITY_COEFFICIENT": 5.0}
 
@@ -83,7 +85,7 @@ def test_the_memory_of_this_machine_is_known():
 
 def test_a_limit_of_the_container_counts(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("123456789\n")
-    monkeypatch.setattr(limits, "CGROUPS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
+    monkeypatch.setattr(memory, "CGROUPS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
     assert memory_of("cpu") == 123456789
     (tmp_path / "memory.max").write_text("max\n")
     assert memory_of("cpu") > 123456789
