@@ -37,6 +37,7 @@ def require_memory(
     if needed is not None and there is not None and needed > there:
         kind = str(dtype).removeprefix("torch.")
         raise InputError(
-            f"MODEL_NAME: {n_blocks} block{'s' * (n_blocks > 1)} of {name} take {needed / 1e9:,.1f} GB in {kind}, "
-            f"{device} has {there / 1e9:,.1f} GB. choose a smaller model, or lower --layer-idx."
+            f"MODEL_NAME: the blocks of {name} up to {n_blocks} take {needed / 1e9:,.1f} GB in "
+            f"{kind}, {device} has {there / 1e9:,.1f} GB. choose a smaller model, or lower "
+            "--layer-idx."
         )

@@ -3,10 +3,14 @@
 import pytest
 import torch
 import transformers
+from conftest import PROJECT
 
+import config
+from fastsae.activations.compression import bytes_of
 from fastsae.lm import memory
 from fastsae.lm.memory import require_memory, weight_bytes
 from fastsae.runtime.errors import InputError
+from fastsae.training.limits import bytes_needed
 
 LLAMA_8B = transformers.LlamaConfig(
     vocab_size=128_256,
@@ -36,6 +40,27 @@ def test_a_tiny_model_has_what_its_weights_have():
     assert weight_bytes(config, 2, torch.float32) == 4 * (count - last)
 
 
+def test_the_arithmetic_of_the_preset_is_what_the_page_says():
+    """docs/scale.md, for `--preset llama-3.1-8b`."""
+    page = (PROJECT / "docs" / "scale.md").read_text(encoding="utf-8")
+    preset = config.PRESETS["llama-3.1-8b"]
+    d, m = LLAMA_8B.hidden_size, preset["M"]
+    rows = {
+        "stage 1, 12 of 32 blocks": weight_bytes(LLAMA_8B, preset["LAYER_IDX"], torch.bfloat16),
+        "Adam and the best weights": bytes_needed(m, d),
+        "buffer of a million tokens": bytes_of(10**6, d, preset["STORAGE_DTYPE"]),
+    }
+    for what, needed in rows.items():
+        (line,) = [line for line in page.splitlines() if what in line]
+        assert f"| {needed / 1e9:.1f} GB |" in line, line
+    assert f"M = 131,072 with {bytes_needed(131_072, d) / 1e9:.1f} GB is too much" in page
+    assert f"M = {m:,}, of which K = {preset['K']} are active" in page
+    assert f"prefixes of {m // 4:,} and {m:,}, batches of {preset['BATCH_SIZE']:,} tokens" in page
+    total = sum(rows.values()) / 1e9 + 1
+    assert f"| {total:.0f} GB and a batch of stage 1 |" in page
+    assert f"{bytes_of(10**8, d, 'int8') / 1e9:.0f} GB in all" in page
+
+
 def test_what_cannot_be_built_is_not_judged():
     assert weight_bytes(None, 1, torch.float32) is None
     require_memory(None, 1, torch.float32, device="cpu", name="m")
@@ -45,7 +70,7 @@ def test_the_line(monkeypatch):
     monkeypatch.setattr(memory, "memory_of", lambda device: 4 * 10**9)
     with pytest.raises(
         InputError,
-        match=r"^MODEL_NAME: 12 blocks of m take 6.3 GB in bfloat16, cuda:0 has 4.0 GB. "
+        match=r"^MODEL_NAME: the blocks of m up to 12 take 6.3 GB in bfloat16, cuda:0 has 4.0 GB. "
         r"choose a smaller model, or lower --layer-idx.$",
     ):
         require_memory(LLAMA_8B, 12, torch.bfloat16, device="cuda:0", name="m")
@@ -61,4 +86,4 @@ def test_stage_1_asks_before_it_reads_the_data(tmp_path, tiny_llama, run_main, m
     flags += ["--layer-idx", 1, "--device", "cpu", "--output-dir", tmp_path / "out"]
     assert run_main("extract_activations", *flags) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert line.startswith("error: MODEL_NAME: 1 block of ") and "cpu has 0.0 GB" in line
+    assert line.startswith("error: MODEL_NAME: the blocks of ") and "cpu has 0.0 GB" in line
