@@ -23,6 +23,7 @@ from tiny_world import KEY, WORDS, answer
 import config
 
 ELSEWHERE = {  # what a command holds: the file that runs it, or what CI does with it
+    "^srun ": "tests/runtime/test_cluster.py",
     "run_pipeline.py$": "tests/test_pipeline.py",
     "-m pytest -q$": ".ci/run",
     "^.ci/run": ".ci/run",

@@ -39,7 +39,8 @@ def start(device: str) -> None:
         return
     store = _meet(rank, size)
     if device.startswith("cuda"):
-        _require_own_devices(store, rank, size, device)
+        say_device(store, rank, device)
+        require_own_device(store, rank, size, device)
     # Counts and flags are kept on the CPU, which NCCL does not serve.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
@@ -122,17 +123,26 @@ def _await_answer(host, port):
             time.sleep(0.2)
 
 
-def _require_own_devices(store, rank, size, device):
-    """NCCL needs a CUDA device for each process."""
+def say_device(store: Any, rank: int, device: str) -> None:
+    """Tell the others which GPU of which machine this process has; numbers do not say it, for each
+    may see other ones."""
     properties = torch.cuda.get_device_properties(device)
     store.set(f"device/{rank}", f"{os.uname().nodename} {getattr(properties, 'uuid', device)}")
+
+
+def require_own_device(store: Any, rank: int, size: int, device: str) -> None:
+    """InputError if two processes have said that they have the same GPU: NCCL needs one for
+    each."""
     taken = [store.get(f"device/{other}") for other in range(size)]
-    if len(set(taken)) < size:
-        mine = [other for other in range(size) if taken[other] == taken[rank]]
-        raise InputError(
-            f"DEVICE: {ranks.listed(mine)} would train on the same {device}. "
-            "start one process for each GPU, with --device cuda."
-        )
+    # this process and who shares with it, or others who share
+    for gpu in (taken[rank], *taken):
+        sharing = [other for other in range(size) if taken[other] == gpu]
+        if len(sharing) > 1:
+            raise InputError(
+                f"DEVICE: {ranks.listed(sharing)} would train on the same GPU, {device}. "
+                "start one process for each GPU, with --device cuda, and let LOCAL_RANK tell "
+                "those of a machine apart."
+            )
 
 
 def wait_for_all() -> None:

@@ -243,12 +243,14 @@ def test_processes_that_share_a_cuda_device_are_refused(monkeypatch):
         store.set("device/2", f"{os.uname().nodename} GPU-3")
         store.set(f"device/{1 - rank}", f"{os.uname().nodename} {other}")
         if rank == 0:
-            distributed._require_own_devices(store, 0, 3, "cuda:0")
+            distributed.say_device(store, 0, "cuda:0")
+            distributed.require_own_device(store, 0, 3, "cuda:0")
             continue
         with pytest.raises(
-            InputError, match="^DEVICE: ranks 0 and 1 would train on the same cuda:0"
+            InputError, match="^DEVICE: ranks 0 and 1 would train on the same GPU, cuda:0"
         ):
-            distributed._require_own_devices(store, 1, 3, "cuda:0")
+            distributed.say_device(store, 1, "cuda:0")
+            distributed.require_own_device(store, 1, 3, "cuda:0")
 
 
 def test_a_stop_is_left_to_all_where_others_wait(monkeypatch):

@@ -1,5 +1,7 @@
 """A pretended machine with two CUDA devices, for tests on a CPU.
 
+CUDA_VISIBLE_DEVICES says which of them a process sees, as with real ones.
+
 Within `pretended()` every tensor keeps its numbers on the CPU and carries a device of its own. A
 TorchFunctionMode sees each call that Python makes into torch and refuses what CUDA refuses: tensors
 of two devices in one call, .numpy() of a device's, oneDNN's operators, a generator of the CPU's,
@@ -16,6 +18,7 @@ memory, speed, and the order of sums.
 
 import collections
 import contextlib
+import os
 import sys
 import types
 from unittest import mock
@@ -92,6 +95,12 @@ NOT_DETERMINISTIC = {"median", "nanmedian", "kthvalue", "histc", "put_"}
 IF_FLOATING = {"cumsum", "cumsum_"}
 
 
+def visible_devices():
+    """Numbers of the machine's devices that this process sees."""
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return list(range(N_DEVICES)) if text is None else [int(n) for n in text.split(",") if n]
+
+
 class Refused(RuntimeError):
     """What PyTorch would refuse with a real CUDA device."""
 
@@ -128,6 +137,7 @@ class PretendedCuda(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
+        self.visible = visible_devices()
         self.current, self.launches = 0, 0
         self.waits = collections.Counter()
         # of each device (target, value): copies on their way to pinned memory
@@ -142,7 +152,7 @@ class PretendedCuda(TorchFunctionMode):
         if device.type != "cuda":
             return device
         number = self.current if device.index is None else device.index
-        if number >= N_DEVICES:
+        if number >= len(self.visible):
             raise Refused("CUDA error: invalid device ordinal")
         return torch.device("cuda", number)
 
@@ -431,7 +441,7 @@ def pretended():
 
     fakes = {
         "is_available": lambda: True,
-        "device_count": lambda: N_DEVICES,
+        "device_count": lambda: len(mode.visible),
         "set_device": mode.set_device,
         "Event": Event,
         "current_device": lambda: mode.current,
@@ -444,7 +454,7 @@ def pretended():
         "get_device_properties": lambda device=None: types.SimpleNamespace(
             name="pretended",
             total_memory=80 << 30,
-            uuid=f"GPU-{mode.whole('cuda' if device is None else device).index}",
+            uuid=f"GPU-{mode.visible[mode.whole('cuda' if device is None else device).index]}",
         ),
         "synchronize": lambda device=None: current_stream(device).synchronize(),
     }
