@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--name", default="stream", help="of the result")
     parser.add_argument("--buffer-tokens", type=int, default=190_000)
     parser.add_argument("--budget", type=float, default=0.05, help="part of all rows' bytes")
+    parser.add_argument("--sample", type=float, default=0.04, help="part that is not streamed")
     parser.add_argument("--minutes", type=float, default=9.0, help="of a step, then it stops")
     parser.add_argument("train", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -196,7 +197,7 @@ def step_write(args: argparse.Namespace) -> None:
 
 def extract(args: argparse.Namespace, folder: str, budget: int) -> list[str]:
     """The command of stage 1."""
-    own = ["--layer-idx", args.layer, "--label-field", "none", "--sample-fraction", 0.04]
+    own = ["--layer-idx", args.layer, "--label-field", "none", "--sample-fraction", args.sample]
     if args.small_model:
         own += ["--model-name", args.work_dir / "model"]
     return command_of(args, "extract_activations.py", folder, budget, *own)
@@ -379,6 +380,7 @@ def train_shuffled(flags: list[str]) -> int:
             a, b = self.ends[number - 1], self.ends[number]
             order = self.order[a:b]
             bounds = stream_data.batch_bounds(len(order), self.batch_size)
+            self.n_batches = len(bounds) - 1
             for start, end in list(zip(bounds, bounds[1:]))[first:]:
                 yield torch.from_numpy(self.rows[order[start:end]]).float()
 

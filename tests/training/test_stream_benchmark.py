@@ -58,7 +58,7 @@ def test_a_small_benchmark(tmp_path):
     command = [
         sys.executable, "-m", "experiments.benchmarks.stream", "--work-dir", tmp_path / "w",
         "--small-model", "--tokens", 30_000, "--buffer-tokens", 4_500, "--budget", 0.5,
-        "--layer", 2,
+        "--layer", 2, "--sample", 0.2,
     ]  # fmt: skip
     results = tmp_path / "results"
     done = subprocess.run(
