@@ -38,8 +38,9 @@ M: int = 256                  # [1..2**26] features
 K: int | tuple[int, ...] = 8  # [1..] active features per token; batchtopk: on average. Several
                               # values here, of SPARSITY_COEFFICIENT or SEED: an autoencoder for
                               # each combination, from one reading of the data
-N_EPOCHS: int = 100           # [1..] at most; see PATIENCE
-LEARNING_RATE: float = 5e-4   # (0..1e38] of Adam
+N_EPOCHS: int = 30            # [1..] at most; see PATIENCE
+LEARNING_RATE: float | None = None  # (0..1e38] of Adam, at first; none = by M, BATCH_SIZE and the
+                              # model's width, 0.004 in the demo
 
 # Sparsity:
 MATRYOSHKA_PREFIXES: str | tuple[int, ...] | None = "auto"  # lengths of nested prefixes of features
@@ -62,8 +63,8 @@ PATIENCE: int = 5                   # [1..] epochs without a better validation l
 BATCH_SIZE: int = 512               # [2..] tokens per step
 SELECT_DTYPE: str = "float32"       # {float32, bfloat16} bfloat16 picks the top K from a coarser
                                     # product: faster, their values stay float32
-LR_SCHEDULE: str = "constant"       # {constant, linear, cosine} how it falls over the last
-                                    # fifth of the steps
+LR_SCHEDULE: str = "linear"         # {constant, linear, cosine} how LEARNING_RATE falls to 0 over
+                                    # all steps
 WARMUP_STEPS: int = 0               # [0..] steps over which it and SPARSITY_COEFFICIENT rise first
 INIT_FROM: str | None = None        # autoencoder to go on from: a .pt, a folder of SAELens,
                                     # sparsify, ..., or saelens:RELEASE/ID; none = random

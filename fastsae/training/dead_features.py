@@ -5,7 +5,7 @@ import torch
 MOST_AT_ONCE = 8192  # dead features that one step tries to revive
 SHORTEST = 131_072  # tokens, however small the autoencoder
 STEPS = 256  # at least so many steps, however large the batch
-CHANCES = 4096  # times that the average feature fires meanwhile, K / M of all tokens
+CHANCES = 1024  # times that the average feature fires meanwhile, K / M of all tokens
 CHANCES_LIMIT = 10_000_000  # tokens, beyond which CHANCES alone does not go
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from fastsae.runtime.errors import InputError
 from fastsae.runtime.memory import memory_of
 from fastsae.settings.architectures import ARCHITECTURES
+from fastsae.training.usual import D_MODEL, learning_rate
 
 COPIES = 5  # of the weights: themselves, the best so far, gradients, Adam's two moments
 
@@ -30,21 +31,19 @@ def require_memory(m: int, d: int, n_autoencoders: int, device: str) -> None:
         )
 
 
-def cause_of_divergence(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """The setting to blame for a loss that is not finite: the one furthest above its default."""
+def cause_of_divergence(values: Mapping[str, Any]) -> str:
+    """The setting to blame for a loss that is not finite: the one furthest above what is usual."""
     architecture = ARCHITECTURES[values["ARCHITECTURE"]]
-    usual = {"LEARNING_RATE": defaults.get("LEARNING_RATE")}
+    rate = learning_rate(values["ARCHITECTURE"], values["M"], D_MODEL, values["BATCH_SIZE"])
+    usual = {"LEARNING_RATE": rate}
     if architecture.coefficient:
         usual["SPARSITY_COEFFICIENT"] = architecture.weight
-    above = {name: values[name] / default if default else 1.0 for name, default in usual.items()}
-    return max(above, key=lambda name: above[name], default="LEARNING_RATE")
+    return max(usual, key=lambda name: values[name] / usual[name])
 
 
-def no_finite_loss(
-    values: Mapping[str, Any], defaults: Mapping[str, Any], epoch: int, of: str = ""
-) -> InputError:
+def no_finite_loss(values: Mapping[str, Any], epoch: int, of: str = "") -> InputError:
     """What to raise after an epoch without a finite loss; `of` names the one of several."""
-    name = cause_of_divergence(values, defaults)
+    name = cause_of_divergence(values)
     flag = name.lower().replace("_", "-")
     return InputError(
         f"{name}: the loss{f' of {of}' * bool(of)} is not a number after epoch {epoch}. "

@@ -244,7 +244,7 @@ def note_line(run: PlannedRun, line: dict[str, Any]) -> None:
     plan = run.plan
     if not math.isfinite(line["loss"] + line["normalized_mse"]):
         name = plan.path.name if plan.several else ""
-        raise no_finite_loss(plan.settings.values, plan.settings.defaults, line["epoch"], name)
+        raise no_finite_loss(plan.settings.values, line["epoch"], name)
     run.end_epoch(line)
     if distributed.world()[0] == 0:
         # not metrics.jsonl: until this run has ended, an earlier one's files stand together

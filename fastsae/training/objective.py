@@ -20,7 +20,7 @@ AUX_COEF = 1 / 32  # weight of the loss of AUX_K
 JUMPRELU_BANDWIDTH = 1.0  # width around its threshold in which a pre-activation moves the threshold
 JUMPRELU_LOSS = "target"  # its penalty: target: (L0 - K) squared * 2 / K; step: L0
 CLIP_GRAD: float | None = 1.0  # bound of the gradient's norm; None = no bound
-LR_DECAY_FRACTION = 0.2  # part of N_EPOCHS over which the learning rate falls
+LR_DECAY_FRACTION = 1.0  # last part of all steps, over which the learning rate falls
 # decoder rows at the start, b_dec (of a sample), and encoder rows / decoder rows; None = by least
 # squares. `initialise` has the choices; HypotheSAEs' are xavier, median and 1
 INIT_DIRECTIONS, INIT_CENTRE = "mixed", "median"

@@ -12,6 +12,7 @@ from fastsae.sae import autoencoder
 from fastsae.settings.values import Settings
 from fastsae.training import objective
 from fastsae.training.dead_features import tokens_until_dead
+from fastsae.training.usual import learning_rate
 
 
 class Plan(NamedTuple):
@@ -45,7 +46,7 @@ def make_plans(settings: Settings, source: dict[str, Any], decisive: Iterable[st
     )
     plans = []
     for seed, k, coefficient in choices:
-        own = own_settings(settings, k, coefficient)
+        own = own_settings(settings, k, coefficient, source.get("d_model", 0))
         path = settings.run_dir / checkpoint_name(own, seed)
         start = start_of(settings.INIT_FROM, path)
         inputs = {"activations": source["fingerprint"]}
@@ -57,10 +58,19 @@ def make_plans(settings: Settings, source: dict[str, Any], decisive: Iterable[st
     return plans
 
 
-def own_settings(settings: Settings, k: int, coefficient: float | None) -> Settings:
-    """The settings of one autoencoder, with what follows from its own and the code's constants."""
-    dead_after = settings.DEAD_AFTER_TOKENS or tokens_until_dead(settings.M, k, settings.BATCH_SIZE)
-    own = {"K": k, "SPARSITY_COEFFICIENT": coefficient, "DEAD_AFTER_TOKENS": dead_after}
+def own_settings(settings: Settings, k: int, coefficient: float | None, d: int) -> Settings:
+    """The settings of one autoencoder of activations (n, d), with what follows from its own and
+    the code's constants."""
+    m, batch_size = settings.M, settings.BATCH_SIZE
+    usual_rate = learning_rate(
+        settings.ARCHITECTURE, m, d, batch_size, going_on=settings.INIT_FROM is not None
+    )
+    own = {
+        "K": k,
+        "SPARSITY_COEFFICIENT": coefficient,
+        "DEAD_AFTER_TOKENS": settings.DEAD_AFTER_TOKENS or tokens_until_dead(m, k, batch_size),
+        "LEARNING_RATE": settings.LEARNING_RATE or usual_rate,
+    }
     if recorded_as := objective.about(settings.values).coefficient:
         own[recorded_as] = coefficient
     return settings.replace(**own, **objective.constants())

@@ -342,6 +342,38 @@ def test_stability_study_runs_on_tiny_settings(monkeypatch, tmp_path):
     assert f"| 16 | 2 | {result['runs'][1]['mean_max_cosine']:.3f} |" in words("stability", result)
 
 
+@pytest.mark.exhaustive
+def test_training_defaults_are_compared_seed_by_seed(monkeypatch, tmp_path):
+    flags = ["--max-examples", 12, "--layer-idx", 1, "--m", 8, "--k", 2, "--seeds", "0,1"]
+    cases = "default,rate x 2,fall over the last fifth"
+    earlier = {"settings": {}, "cases": {}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "training_defaults.json").write_text(
+        json.dumps({"runs": {"earlier": earlier}})
+    )
+    result = run_study(monkeypatch, tmp_path, "training_defaults", *flags, "--cases", cases)
+    assert result["runs"].pop("earlier") == earlier
+    (entry,) = result["runs"].values()
+    assert list(entry["cases"]) == cases.split(",")
+    default, doubled, later = entry["cases"].values()
+    assert default["flags"] == "" and "percent_over_default" not in default
+    assert doubled["flags"] == "--learning-rate 0.008"
+    changes = [
+        100 * (ours / its - 1)
+        for ours, its in zip(doubled["normalized_mse"], default["normalized_mse"])
+    ]
+    assert doubled["percent_over_default"] == pytest.approx(sum(changes) / 2, abs=1e-3)
+    assert later["normalized_mse"] != default["normalized_mse"]  # the constant arrived
+
+
+def test_intervals_of_few_seeds_by_hand():
+    from experiments.studies.training_defaults import mean_interval
+
+    # Student's t with one degree of freedom: 12.706 standard errors
+    assert mean_interval([1.0, 3.0]) == pytest.approx([2 - 12.706, 2 + 12.706], abs=1e-3)
+    assert mean_interval([1.0]) is None
+
+
 def test_quick_studies_time_each_study_in_a_folder_of_its_own(monkeypatch, tmp_path, capsys):
     from experiments.benchmarks import quick_studies
     from experiments.shared import provenance

@@ -17,11 +17,11 @@ from fastsae.training.run import TrainingRun
 
 
 def test_the_rule_by_hand():
-    """4,096 M / K tokens, from 131,072 to 10 million, and 256 steps at least."""
+    """1,024 M / K tokens, from 131,072 to 10 million, and 256 steps at least."""
     assert tokens_until_dead(256, 8, 512) == 131_072  # the demo
     assert tokens_until_dead(16, 8, 64) == 131_072
-    assert tokens_until_dead(4608, 32, 512) == 4096 * 144
-    assert tokens_until_dead(65_536, 32, 4096) == 4096 * 2048  # 2,048 steps
+    assert tokens_until_dead(4608, 32, 512) == 1024 * 144
+    assert tokens_until_dead(65_536, 32, 4096) == 1024 * 2048  # 512 steps
     assert tokens_until_dead(131_072, 1, 4096) == 10_000_000
     assert tokens_until_dead(1024, 32, 16_384) == 256 * 16_384
 
@@ -30,7 +30,7 @@ def test_the_rule_by_hand():
     ("flags", "expected"),
     [
         ([], 131_072),
-        (["--m", 512, "--k", 2], 4096 * 256),
+        (["--m", 512, "--k", 2], 1024 * 256),
         (["--dead-after-tokens", 99], 99),
         (["--batch-size", 1000], 256_000),
     ],

@@ -159,7 +159,7 @@ def test_only_a_checkpoint_of_the_same_settings_is_reused(
     assert checkpoint_of(tmp_path).read_bytes() == first
     assert run("--learning-rate", 0.01) == 0
     out = capsys.readouterr().out
-    assert "LEARNING_RATE 0.0005 -> 0.01" in out and "up to date" not in out
+    assert "LEARNING_RATE 0.004 -> 0.01" in out and "up to date" not in out
     assert (tmp_path / "checkpoints" / "test" / "SAE_M=16_K=2.old-1.pt").read_bytes() == first
     assert run("--k", 3) == 0
     assert metrics_of(tmp_path)["checkpoint"] == "SAE_M=16_K=3.pt"
