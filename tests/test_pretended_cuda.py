@@ -214,6 +214,10 @@ def test_all_stages_give_what_the_cpu_gives(tmp_path, cpu, run_stages, device):
     assert found["normalized_mse"] == pytest.approx(expected["normalized_mse"], abs=0.03)
     for name in ("interpretations.html", "interpretations.csv", "interpretations.jsonl"):
         assert (there / name).exists()
+    # stage 3 goes on without what a model that fails would tell: it did not
+    with (there / "interpretations.jsonl").open() as lines:
+        table = json.loads(next(lines))["run_table"]
+    assert table["effects"]["n_features"] > 0 and "recovered" in table["model_loss"]
 
 
 def test_the_defaults_of_precision(tmp_path, cpu, run_stages):
