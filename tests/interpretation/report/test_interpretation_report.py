@@ -318,8 +318,9 @@ def test_whether_a_run_is_good_is_said_beside_its_nulls():
     assert third[1] == "partly" and "8 of 9 features have a rule" in third[2]
     assert said(probed((0.1, -0.1, 0.3), (0, -0.1, 0.1)))[1][1] == "no"
     assert said(probed((0.1, 0.05, 0.2), (0.1, 0.01, 0.2)), n_dead=0)[1][1] == "yes"
-    # without categories random directions are the null
-    assert said({})[1][1] == "yes" and "of a random direction with 0.60" in said({})[1][2]
+    # without categories random directions are the null, which is the weaker one
+    assert said({})[1][1] == "partly" and "of a random direction with 0.60" in said({})[1][2]
+    assert said({}, mean_detection_auc=0.64)[1][1] == "no"
     assert [entry[1] for entry in overview.verdict({}, {"n_features": 1, "n_dead": 0}, {})] == [
         "unknown"
     ] * 3
