@@ -17,6 +17,7 @@ import sys
 import config
 from experiments.pages import studies_page, studies_table
 from experiments.shared.provenance import PROJECT, RESULTS
+from fastsae.interpretation import effects
 from fastsae.interpretation.run_table import plus_minus
 from fastsae.lm.names import described
 from fastsae.settings import declarations
@@ -309,6 +310,8 @@ def measured():
             f"({t.get('measured_on', 'validation')} examples), L0 {t['l0']:.1f}, "
             f"{100 * t['dead_fraction']:.1f} % dead."
         )
+        if done := effects.sentence(r.get("run_table", {}).get("effects")):
+            parts[-1] += f" {done[:1].upper()}{done[1:]}."
     if (r := result("nulls")) is not None:
         parts.append(nulls(r))
     if (r := result("compare_cognitive_500")) is not None:

@@ -205,8 +205,8 @@ def _adds(counts, table):
         found, chance = counts["mean_detection_auc"], counts["mean_detection_auc_random"]
         sentence = (
             f"Five examples of a feature tell where else it fires with an AUC of {found:.2f}, of a "
-            f"random direction with {chance:.2f}; there are no categories to compare with random "
-            "tokens on, which come nearer to trained features."
+            f"random direction with {chance:.2f}; there are no categories on which to compare with "
+            "random tokens, which come nearer to trained features."
         )
         # partly at most: random tokens reach about as much as features do (docs/measured.md)
         return question, GRADES[1 if found - chance > 0.05 else 2], sentence
