@@ -6,10 +6,11 @@ added up, BatchTopK's choice and threshold and the counters of dead features loo
 N processes do what one does with the same batch.
 """
 
+import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastsae.runtime import ranks, stops
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 
 PATIENCE = timedelta(minutes=30)  # of a process that waits for another one
+_apart = False  # see `apart`
 
 
 def world() -> tuple[int, int]:
@@ -153,7 +155,18 @@ def wait_for_all() -> None:
 
 def together() -> bool:
     """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized()
+    return not _apart and dist.is_available() and dist.is_initialized()
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Here this process works alone, whatever the others do: nothing is added up."""
+    global _apart
+    _apart = True
+    try:
+        yield
+    finally:
+        _apart = False
 
 
 def share(n: int) -> slice:

@@ -53,11 +53,20 @@ def kernels() -> Any:
 @functools.cache
 def usable(device: str) -> bool:
     """Whether a step can be taken by kernels there: on CUDA, with Triton, if a trial of them gives
-    what `sparse_step` gives. Triton needs a C compiler besides; a trial that fails is a warning."""
-    if not device.startswith("cuda") or importlib.util.find_spec("triton") is None:
+    what `sparse_step` gives. Triton needs a C compiler besides; a trial that fails is a warning.
+
+    Of several processes all take the kernels or none.
+    """
+    return device.startswith("cuda") and not distributed.anywhere(not _works(device))
+
+
+def _works(device):
+    """Whether Triton is there and a trial, of this process alone, gives what it should."""
+    if importlib.util.find_spec("triton") is None:
         return False
     try:
-        error = trial(device)
+        with distributed.apart():
+            error = trial(device)
     except Exception as failure:  # whatever Triton, the compiler or the driver raise
         brief = (str(failure) or type(failure).__name__).splitlines()[0][:200]
         print(f"warning: training goes on without kernels of its own, slower ({brief}).")

@@ -201,6 +201,20 @@ def test_kernels_are_tried_first(usable, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_all_processes_take_kernels_or_none(usable, monkeypatch):
+    """The trial is each one's own: another process may have no Triton, and never come to it."""
+    found = []
+
+    def trial(device):
+        found.append(module.distributed.together())
+        return 0.0
+
+    monkeypatch.setattr(module.distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module, "trial", trial)
+    monkeypatch.setattr(module.distributed, "anywhere", lambda flag: True)
+    assert not usable("cuda:0") and found == [False] and module.distributed.together()
+
+
 def test_kernels_that_fail_or_miss_are_left_out_aloud(usable, monkeypatch, capsys):
     def no_compiler():
         raise RuntimeError("Failed to find C compiler\nmore")

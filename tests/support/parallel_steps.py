@@ -3,10 +3,13 @@ environment that torchrun would set."""
 
 import os
 import sys
+from unittest import mock
 
+import kernel_twins
 import torch
 
 from fastsae.runtime import distributed as parallel
+from fastsae.sae import kernel_step
 from fastsae.sae.dense_step import dense_step
 from fastsae.sae.sparse_step import sparse_step
 from fastsae.training.run import TrainingRun
@@ -23,6 +26,9 @@ def steps(batch, out):
         rows, dead = x[parallel.share(len(x))], run.tokens_since_fired > 10
         if variant in ("jumprelu", "gated"):
             loss, fired = dense_step(run.sae, rows, dead, sparsity=0.1, bandwidth=0.5, target_l0=4)
+        elif variant.startswith("kernels"):
+            with mock.patch.object(kernel_step, "kernels", kernel_twins.launched):
+                loss, fired, _ = kernel_step.kernel_step(run.sae, rows, dead, aux_coef=0.3)
         else:
             loss, fired = sparse_step(run.sae, rows, dead, aux_coef=0.3)
         found[variant] = {n: parallel.total(p.grad).clone() for n, p in run.sae.named_parameters()}

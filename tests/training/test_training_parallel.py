@@ -80,6 +80,8 @@ VARIANTS = {
     "batchtopk": {"use_batch_topk": True},
     "jumprelu": {"architecture": "jumprelu"},
     "gated": {"architecture": "gated"},
+    "kernels": {"prefix_lengths": [16, 64]},
+    "kernels, batchtopk": {"use_batch_topk": True},
 }
 
 
