@@ -86,7 +86,6 @@ PRESETS = {
         "STORAGE_DTYPE": "int8",
         "M": 32_768,
         "K": 64,
-        "LEARNING_RATE": 2e-4,
         "BATCH_SIZE": 4096,
     },
 }
