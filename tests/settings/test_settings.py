@@ -249,7 +249,7 @@ def test_names_inside_functions_are_their_own(project):
             "train_sae.py",
             "LEARNING_RATE",
             "LEARNING_RATE = 1e999",
-            "LEARNING_RATE: expected a finite float, got inf. edit it in train_sae.py.",
+            "LEARNING_RATE: expected a finite float or none, got inf. edit it in train_sae.py.",
         ),
         (
             "config.py",
