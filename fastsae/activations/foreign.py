@@ -5,9 +5,12 @@ An .npz can hold `groups` (n,) beside it: rows of one group go to one part of th
 arrays one is named: `file.npz:name`.
 """
 
+import contextlib
 import functools
 import os
 import re
+import tokenize
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from fastsae.runtime.digests import state_of
 from fastsae.runtime.errors import EnvironmentFailure, InputError
 from fastsae.settings.values import foreign_file
 
+# besides DAMAGE, what numpy raises for a header that makes no sense
+OF_HEADERS = (TypeError, KeyError, SyntaxError, tokenize.TokenError, UserWarning)
 GROUPS = ("groups", "group")
 IN_MEMORY = 1 << 30  # bytes of a compressed array, which cannot be read in place
 REMEDY = "save it with numpy.save or numpy.savez as an array (rows, width) of float32"
@@ -59,7 +64,7 @@ def is_foreign(path: Path | str) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
             names = set(archive.namelist())
-    except (OSError, zipfile.BadZipFile, NotImplementedError):
+    except artifacts.DAMAGE:  # is said by who reads it
         return False
     return not {"metadata.npy", "seq_lengths.npy"} & names
 
@@ -129,7 +134,7 @@ def _shown_member(path):
 def _arrays(path):
     """(ForeignRows, numbers of the groups or None)."""
     file, member = foreign_file(str(path))
-    try:
+    with _damage_named(file):
         if file.endswith(".npy"):
             with open(file, "rb") as opened:
                 shape, fortran, dtype = _header(opened)
@@ -139,15 +144,26 @@ def _arrays(path):
                 raise ValueError("has another size than its header says")
             return _as_rows(file, np.memmap(file, dtype, "r", start, shape)), None
         with zipfile.ZipFile(file) as archive:
-            return _of_archive(path, file, member, archive)
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-        what = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+            return _of_archive(file, member, archive)
+
+
+@contextlib.contextmanager
+def _damage_named(file):
+    """Whatever reading a damaged array raises as one line; errors of the machine pass."""
+    try:
+        with warnings.catch_warnings():  # of a header that only Python 2 or damage writes
+            warnings.simplefilter("error", UserWarning)
+            yield
+    except (*artifacts.DAMAGE, *OF_HEADERS) as error:
+        if artifacts.is_of_machine(error):
+            raise
+        what = (str(error) or type(error).__name__).splitlines()[0][:150]
         raise InputError(
             f"{file}: cannot be read as an array ({_printable(what).rstrip('.')}). {REMEDY}."
         ) from None
 
 
-def _of_archive(path, file, member, archive):
+def _of_archive(file, member, archive):
     headers = {}
     for name in archive.namelist():
         if name.endswith(".npy"):

@@ -341,12 +341,12 @@ def refusing_damage(path: Path | str, made_by: str) -> Iterator[None]:
             f"{path}: has no member {name}, so it is not a file of this project. run {made_by}."
         ) from None
     except DAMAGE as error:
-        if _is_of_machine(error):
+        if is_of_machine(error):
             raise
         raise EnvironmentFailure(_npz_damage(path, error, made_by)) from None
 
 
-def _is_of_machine(error):
+def is_of_machine(error: BaseException) -> bool:
     """Whether the machine, not the file's content, is the cause of one of DAMAGE."""
     of_content = getattr(error, "errno", None) in (None, errno.EINVAL)
     return not of_content or cause_in_machine(error, missing=False) is not None
@@ -369,7 +369,7 @@ def read_foreign_npz(path: Path | str) -> dict[str, np.ndarray]:
             raise ValueError(f"{text[0]} holds no numbers")
         return found
     except DAMAGE as error:
-        if _is_of_machine(error):
+        if is_of_machine(error):
             raise
         raise EnvironmentFailure(
             f"{path}: damaged, or not a plain .npz ({_brief(error)}). get another copy."
@@ -555,7 +555,7 @@ def read_foreign_checkpoint(path: Path | str) -> Any:
                 if (bad := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {bad}")
     except DAMAGE as error:
-        if _is_of_machine(error):
+        if is_of_machine(error):
             raise
         raise EnvironmentFailure(
             f"{path}: damaged, or a part of a file ({_brief(error)}). get another copy."

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import pickle
+import random
 import re
 from types import SimpleNamespace
 
@@ -132,6 +133,25 @@ def test_damage_is_one_line(tmp_path, outcome):
             assert code in (2, 3) and line.startswith(f"error: {path}: ")
     (tmp_path / "c.npy").write_bytes(pickle.dumps(Exploding()))
     assert outcome(lambda: files.open_activations(tmp_path / "c.npy"))[0] == 2
+
+
+@pytest.mark.parametrize("how", ["npy", "npz", "compressed"])
+def test_mutated_arrays_meet_the_documented_errors_only(tmp_path, how):
+    whole = saved(tmp_path / "a", X[:6], how, **({} if how == "npy" else {"groups": np.arange(6)}))
+    content, n_refused = whole.read_bytes(), 0
+    path = tmp_path / f"b{whole.suffix}"
+    for i in range(150):
+        chosen, changed = random.Random(f"{how} {i}"), bytearray(content)
+        for _ in range(1 + i % 3):
+            at = chosen.randrange(len(changed))
+            changed[at : at + chosen.randrange(3)] = chosen.randbytes(chosen.randrange(3))
+        path.write_bytes(changed[: chosen.randrange(len(changed))] if i % 5 == 0 else changed)
+        try:
+            files.open_activations(path)["activations"][:]
+        except (InputError, EnvironmentFailure) as error:
+            n_refused += 1
+            assert ". " in str(error) and str(error).isprintable()
+    assert n_refused >= 75
 
 
 def test_the_files_of_stage_1_are_not_taken_for_others(tmp_path, write_activations):
