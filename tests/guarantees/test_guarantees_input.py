@@ -455,7 +455,11 @@ BAD_FLAGS = [  # script, flags, what the line begins with
     ),
     ("train_sae", ["--k", 257], "K: 257 active features of only M=256"),
     ("train_sae", ["--m", 8.5], "M: expected int, got '8.5'"),
-    ("train_sae", ["--learning-rate", "nan"], "LEARNING_RATE: expected a finite float, got nan"),
+    (
+        "train_sae",
+        ["--learning-rate", "nan"],
+        "LEARNING_RATE: expected a finite float or none, got nan",
+    ),
     (
         "train_sae",
         ["--m", 512, "--matryoshka-prefixes", "64,256"],
