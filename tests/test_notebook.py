@@ -309,6 +309,12 @@ def test_without_the_scripts(monkeypatch, tmp_path):
 
 
 NOTEBOOK = PROJECT / "docs" / "notebook.ipynb"
+# what the summary of each stage names
+WRITTEN = {
+    "extract": "activations_layer1.npz",
+    "train": "SAE_a.pt",
+    "interpret": "interpretations.html",
+}
 
 
 def test_the_guides_example_has_settings_that_exist(monkeypatch, tmp_path):
@@ -320,7 +326,7 @@ def test_the_guides_example_has_settings_that_exist(monkeypatch, tmp_path):
 
     def run(stage, settings):
         given[stage] = notebook.flags_of(stage, PROJECT / notebook.SCRIPTS[stage], settings)
-        path = tmp_path / "activations_layer1.npz"
+        path = tmp_path / WRITTEN[stage]
         return {"path": str(path), "layers": [1], "n_examples": 2, "n_tokens": 9}
 
     monkeypatch.setattr(notebook, "_run", run)
@@ -328,7 +334,17 @@ def test_the_guides_example_has_settings_that_exist(monkeypatch, tmp_path):
     exec(code, names)
     assert "--m=1024" in given["train"] and "--label-field=topic" in given["interpret"]
     assert names["activations"].n_tokens == 9 and hasattr(names["trained"], "load")
-    assert names["interpreted"].html.parent == tmp_path
+    assert names["interpreted"].html == tmp_path / "interpretations.html"
+    assert names["interpreted"].csv == tmp_path / "interpretations.csv"
+
+
+def test_an_array_of_another_program_has_no_report(monkeypatch, tmp_path):
+    """Stage 3 then names its table, and there are the table's two forms."""
+    path = tmp_path / "interpretations.csv"
+    monkeypatch.setattr(notebook, "_run", lambda stage, settings: {"path": str(path)})
+    found = fastsae.interpret()
+    assert found.html is None and found.csv == path
+    assert found.jsonl == tmp_path / "interpretations.jsonl"
 
 
 def test_the_notebook_is_kept_without_outputs():
