@@ -131,8 +131,9 @@ def storage_result():
         return ""
     n_bytes, noise = r["bytes"], r["noise"]
     lines = [
-        f"On {r['n_tokens_compared']:,} test tokens of the demo (`results/storage.json`)"
-        f" the file has {n_bytes['int8'] / n_bytes['float16']:.2f} of float16's bytes, and a value "
+        f"On {r['n_tokens_compared']:,} test tokens of the demo "
+        "(`experiments/results/storage.json`) "
+        f"the file has {n_bytes['int8'] / n_bytes['float16']:.2f} of float16's bytes, and a value "
         f"is off by {noise['root_mean_square_in_deviations']:.4f} standard deviations of its "
         f"dimension (root mean square). That is {noise['int8']:.1e} of the variance; with a scale "
         f"per row alone it would be {noise['row scale alone']:.1e}.",
@@ -144,13 +145,21 @@ def storage_result():
     for name, found in r["trainings"].items():
         cells = [
             f"{found['normalized_mse']:.4f}",
-            f"{100 * found['given_int8_change']:+.3f} %",
+            f"{round(100 * found['given_int8_change'], 3) + 0.0:+.3f} %",
             f"{100 * found['trained_on_int8_change']:+.2f} %",
             f"{100 * found['seed_spread']:.2f} %",
             f"{100 * found['same_features']:.2f} %",
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name}, {epochs_of(r, name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def epochs_of(r, name):
+    """How long a training of the storage benchmark was."""
+    flags = r["settings"]["trainings"][name]
+    if "--n-epochs" not in flags:
+        return "as by default"
+    return f"{flags[flags.index('--n-epochs') + 1]} epochs"
 
 
 def mixing_result(r):
