@@ -28,6 +28,7 @@ from fastsae.training.feeding import room_for
 CHUNK_ROWS = 1024
 # and at least so many chunks come into the pool at a time, so that it holds many examples
 CHUNKS_PER_PART = 64
+BLOCK_VALUES = 1 << 24  # of activations whose norms are taken at a time: 64 MB as float32
 
 
 class Tokens:
@@ -128,7 +129,8 @@ class Tokens:
         """Whether the test part has tokens of which figures can be made."""
         return len(self.test) >= 2
 
-    def _blocks(self, size=65536):
+    def _blocks(self):
+        size = max(1, BLOCK_VALUES // self.activations.shape[1])
         for start in range(0, len(self.activations), size):
             yield np.asarray(self.activations[start : start + size])
             release(self.activations)
