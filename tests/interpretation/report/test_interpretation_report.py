@@ -584,6 +584,12 @@ def test_the_first_page_and_its_terms_in_a_browser(planted, run_main, tmp_path, 
     visit(browser, url)
     page = browser.find_element("id", "overview")
     assert page.is_displayed() and "cat_river" in page.text and "Is this run good?" in page.text
+    # a grade colours the edge of its sentence, not the text's ground
+    grounds = browser.execute_script(
+        "return ['yes', 'partly', 'no'].map(grade => { const li = $('overview').querySelector("
+        "'.verdict li'); li.className = grade; return getComputedStyle(li).backgroundColor; })"
+    )
+    assert grounds == ["rgba(0, 0, 0, 0)"] * 3
     best = browser.execute_script(
         "return [...document.querySelectorAll('.categories li')]"
         ".map(li => [li.children[0].textContent, li.children[3].textContent])"
