@@ -199,7 +199,16 @@ def test_features_without_a_label_are_no_error(pretended, capsys):
     assert "warning: some have no label" in capsys.readouterr().err
 
 
-def test_an_interrupt_saves_and_is_raised(pretended, capsys):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt here, also where the tests were started in the background,
+    which a shell does with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_saves_and_is_raised(pretended, capsys, interruptible):
     """As a notebook interrupts its kernel: a signal to this process, which the stage is told of."""
 
     def interrupt():

@@ -248,8 +248,8 @@ def test_work_grows_with_the_length_only(smol_tokenizer, make):
     small, large = (Example(1, make(n)) for n in (500, 12_000))
     chat = ChatTokenizer(smol_tokenizer, max_length=64)
     chat([small])
-    fast = min(seconds(chat, [small]) for _ in range(3))
-    assert seconds(chat, [large]) < 24 * 4 * fast
+    fast = min(seconds(chat, [small]) for _ in range(5))
+    assert min(seconds(chat, [large]) for _ in range(3)) < 24 * 8 * fast
 
 
 def test_no_more_of_a_text_is_tokenised_than_is_kept(smol_tokenizer, monkeypatch):

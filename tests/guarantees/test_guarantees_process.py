@@ -73,6 +73,8 @@ ALLOWED = {  # (path, call): why
     ("fastsae/runtime/artifacts.py", "write_text"): "storage's own",
     ("fastsae/training/monitoring.py", "figure.savefig"): "into memory",
     ("fastsae/formats/export.py", "save"): "into memory",
+    ("fastsae/formats/export.py", "torch.save"): "into memory",
+    ("fastsae/runtime/progress.py", "os.write"): "into the pipe of a notebook",
     (
         "fastsae/training/loop.py",
         "run.save",
@@ -83,6 +85,7 @@ ALLOWED = {  # (path, call): why
     ): "a member of a zip archive in a file of storage",
     ("fastsae/training/monitoring.py", "SummaryWriter"): "TensorBoard's own log, if asked for",
     ("fastsae/activations/files.py", "np.memmap"): "mode r",
+    ("fastsae/activations/foreign.py", "np.memmap"): "mode r",
     ("fastsae/lm/embedded.py", "model.save_pretrained"): "into a scratch folder of storage",
     ("fastsae/lm/embedded.py", "archive.extract"): "the same",
     ("fastsae/lm/embedded.py", "tokenizer.save_pretrained"): "the same",

@@ -125,10 +125,9 @@ def test_tables_report_and_summary_agree(tmp_path, planted, run_main, capsys):
     page = (tmp_path / "interpretations.html").read_text()
     data = read_report(page)
     assert {str(f["id"]) for f in data["features"] if f["category"]} == set(named)
-    assert (
-        head["summary"]["n_with_category"] == len(named)
-        and f"categories: {len(named)} features separate one" in out
-    )
+    assert head["summary"]["n_with_category"] == len(named)
+    # a count over a threshold does not stand alone where probes say what it is worth
+    assert "features separate one" not in out and "training added" in out
     assert head["summary"]["n_above_auc_bound"] == sum(
         float(row["category_auc"] or 0) > 0.8 for row in rows
     )
