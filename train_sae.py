@@ -38,7 +38,8 @@ M: int = 256                  # [1..2**26] features
 K: int | tuple[int, ...] = 8  # [1..] active features per token; batchtopk: on average. Several
                               # values here, of SPARSITY_COEFFICIENT or SEED: an autoencoder for
                               # each combination, from one reading of the data
-N_EPOCHS: int = 30            # [1..] at most; see PATIENCE
+N_EPOCHS: int | None = None   # [1..] at most, see PATIENCE; none = by tokens and BATCH_SIZE: 30
+                              # in the demo, at most 100
 LEARNING_RATE: float | None = None  # (0..1e38] of Adam, at first; none = by M, BATCH_SIZE and the
                               # model's width, 0.004 in the demo
 

@@ -211,7 +211,7 @@ def test_flags_reach_the_stages_that_know_them(monkeypatch, tmp_path):
         (["--max-examples", "some"], "MAX_EXAMPLES"),
         (["--matryoshka-prefixes", "64,,256"], "MATRYOSHKA_PREFIXES"),
         (["--matryoshka-prefixes", "64;256"], "MATRYOSHKA_PREFIXES"),
-        (["--n-epochs", "none"], "N_EPOCHS"),
+        (["--patience", "none"], "PATIENCE"),
         (["--learning-rate", "nan"], "LEARNING_RATE"),
         (["--learning-rate", "inf"], "LEARNING_RATE"),
         (["--llm-timeout=-inf"], "LLM_TIMEOUT"),

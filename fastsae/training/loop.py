@@ -91,7 +91,7 @@ def train(plans: list[Plan], tokens: Tokens, settings: Settings, device: str) ->
     failed: dict[Path, str] = {}
     saver = Saver(SAVE_EVERY)
     bar = progress.bar(
-        settings.N_EPOCHS,
+        max(run.plan.settings.N_EPOCHS for run in runs),
         "training",
         "epoch",
         at_most=True,

@@ -1,7 +1,8 @@
 """Which autoencoders one command trains, where each goes, and what identifies it."""
 
 import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from fastsae.sae import autoencoder
 from fastsae.settings.values import Settings
 from fastsae.training import objective
 from fastsae.training.dead_features import tokens_until_dead
-from fastsae.training.usual import learning_rate
+from fastsae.training.usual import epochs, learning_rate
 
 
 class Plan(NamedTuple):
@@ -46,7 +47,7 @@ def make_plans(settings: Settings, source: dict[str, Any], decisive: Iterable[st
     )
     plans = []
     for seed, k, coefficient in choices:
-        own = own_settings(settings, k, coefficient, source.get("d_model", 0))
+        own = own_settings(settings, k, coefficient, source)
         path = settings.run_dir / checkpoint_name(own, seed)
         start = start_of(settings.INIT_FROM, path)
         inputs = {"activations": source["fingerprint"]}
@@ -58,18 +59,26 @@ def make_plans(settings: Settings, source: dict[str, Any], decisive: Iterable[st
     return plans
 
 
-def own_settings(settings: Settings, k: int, coefficient: float | None, d: int) -> Settings:
-    """The settings of one autoencoder of activations (n, d), with what follows from its own and
-    the code's constants."""
+def own_settings(
+    settings: Settings, k: int, coefficient: float | None, source: Mapping[str, Any]
+) -> Settings:
+    """The settings of one autoencoder of the activations with this metadata, with what follows
+    from its own and the code's constants."""
     m, batch_size = settings.M, settings.BATCH_SIZE
     usual_rate = learning_rate(
-        settings.ARCHITECTURE, m, d, batch_size, going_on=settings.INIT_FROM is not None
+        settings.ARCHITECTURE,
+        m,
+        source.get("d_model", 0),
+        batch_size,
+        going_on=settings.INIT_FROM is not None,
     )
+    n_tokens = min(source.get("n_tokens", 0), settings.MAX_TRAIN_TOKENS or math.inf)
     own = {
         "K": k,
         "SPARSITY_COEFFICIENT": coefficient,
         "DEAD_AFTER_TOKENS": settings.DEAD_AFTER_TOKENS or tokens_until_dead(m, k, batch_size),
         "LEARNING_RATE": settings.LEARNING_RATE or usual_rate,
+        "N_EPOCHS": settings.N_EPOCHS or epochs(n_tokens, batch_size),
     }
     if recorded_as := objective.about(settings.values).coefficient:
         own[recorded_as] = coefficient

@@ -1,10 +1,10 @@
-"""The learning rate where none is set."""
+"""The learning rate and the epochs where none are set."""
 
 import pytest
 from conftest import planted_tokens
 
 from fastsae.runtime import artifacts
-from fastsae.training.usual import learning_rate
+from fastsae.training.usual import epochs, learning_rate
 
 
 def test_rates_by_hand():
@@ -17,6 +17,14 @@ def test_rates_by_hand():
     assert learning_rate("standard", 256, 576, 512) == 0.002
     assert learning_rate("topk", 256, 576, 512, going_on=True) == 0.0005
     assert learning_rate("topk", 256, 0, 512) == 0.004  # of a width that nobody recorded
+
+
+def test_epochs_by_hand():
+    assert epochs(81_366, 512) == 30  # the demo: 4700 * 512 / 81,366 = 29.6
+    assert epochs(41_570, 512) == 58  # 57.9
+    assert epochs(1_000, 512) == epochs(81_366, 4096) == 100
+    assert epochs(10**9, 512) == 30
+    assert epochs(0, 512) == 100  # of files that do not say how many tokens they hold
 
 
 @pytest.mark.parametrize("flags, rate", [([], 0.001), (["--learning-rate", "0.02"], 0.02)])
