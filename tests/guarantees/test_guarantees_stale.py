@@ -41,7 +41,7 @@ CHANGES = {
         "PATIENCE": 3,
         "BATCH_SIZE": 32,
         "LEARNING_RATE": 0.02,
-        "LR_SCHEDULE": "linear",
+        "LR_SCHEDULE": "cosine",
         "WARMUP_STEPS": 2,
         "BUFFER_TOKENS": 300,
         "VALIDATION_FRACTION": 0.2,
