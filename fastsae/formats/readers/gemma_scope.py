@@ -21,17 +21,7 @@ def read(path: Path, values: dict[str, np.ndarray]) -> Parts:
     weights = Tensors(
         path, {name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()}
     )
-    w_enc = weights.take("W_enc", None, None)
-    d, m = w_enc.shape
-    parts = Parts(
-        w_enc.t().contiguous(),
-        weights.take("W_dec", m, d),
-        weights.take("b_enc", m),
-        weights.take("b_dec", d),
-        "jumprelu",
-        weights.take("threshold", m),
-    )
-    weights.finish()
+    parts = parts_of(weights, "W_enc", "W_dec")
     try:
         hook_point = HookPoint.of_gemma_scope(os.path.abspath(path))
     except ValueError as error:
@@ -46,3 +36,20 @@ def read(path: Path, values: dict[str, np.ndarray]) -> Parts:
         "model_name": None,
     }
     return parts.centre_input()
+
+
+def parts_of(weights: Tensors, encoder: str, decoder: str) -> Parts:
+    """`Parts` of the five arrays of a JumpReLU, of which two are named `encoder` (d, M) and
+    `decoder` (M, d). InputError where one is missing, misshapen or unknown."""
+    w_enc = weights.take(encoder, None, None)
+    d, m = w_enc.shape
+    parts = Parts(
+        w_enc.t().contiguous(),
+        weights.take(decoder, m, d),
+        weights.take("b_enc", m),
+        weights.take("b_dec", d),
+        "jumprelu",
+        weights.take("threshold", m),
+    )
+    weights.finish()
+    return parts

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from fastsae.formats.parts import Config, Parts, about_place, read_config, read_safetensors
+from fastsae.formats.readers.gemma_scope import parts_of
 from fastsae.lm.hook_points import HookPoint
 from fastsae.runtime.errors import InputError
 
@@ -22,18 +23,7 @@ def read(path: Path) -> Parts:
     if config.get("architecture", str, "jump_relu") != "jump_relu":
         config.refuse("architecture", "is not jump_relu. choose another autoencoder")
     place = _place(config, where)
-    weights = read_safetensors(path)
-    w_enc = weights.take("w_enc", None, None)
-    d, m = w_enc.shape
-    parts = Parts(
-        w_enc.t().contiguous(),
-        weights.take("w_dec", m, d),
-        weights.take("b_enc", m),
-        weights.take("b_dec", d),
-        "jumprelu",
-        weights.take("threshold", m),
-    )
-    weights.finish()
+    parts = parts_of(read_safetensors(path), "w_enc", "w_dec")
     parts.about = {
         "format": "gemma scope 2",
         **about_place(place),
