@@ -31,6 +31,16 @@ def shortened(config: Any, n_blocks: int) -> Any | None:
     return shorter if whole == part else None
 
 
+def without_weights(config: Any) -> Any:
+    """The model of a configuration with shapes alone, which take no memory. Raises what its author
+    chose to raise."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def _shorten(text, n_all, n_blocks):
     """Let a configuration have `n_blocks` blocks, lists with a value for each block included."""
     for name, value in list(vars(text).items()):
@@ -42,11 +52,7 @@ def _shorten(text, n_all, n_blocks):
 def _description(config, n_blocks):
     """{address: what is there} of the modules of a model of this configuration, its blocks after
     the first `n_blocks` left out."""
-    import torch
-    import transformers
-
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    model = without_weights(config)
     stack = decoder_stack(model)
     if len(stack.layers) < n_blocks:
         raise InputError("fewer blocks than asked for")

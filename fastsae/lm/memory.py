@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fastsae.lm.decoders import decoder_stack
+from fastsae.lm.first_blocks import without_weights
 from fastsae.runtime.errors import InputError
 from fastsae.runtime.memory import memory_of
 
@@ -13,13 +14,8 @@ if TYPE_CHECKING:
 def weight_bytes(config: Any, n_blocks: int, dtype: "torch.dtype") -> int | None:
     """Bytes of the first `n_blocks` blocks of a model and of what stands before them, in `dtype`;
     None where the model cannot be built without its weights."""
-    import torch
-    import transformers
-
     try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        stack = decoder_stack(model)
+        stack = decoder_stack(without_weights(config))
     except Exception:  # whatever is wrong with it is said where it is loaded
         return None
     count = sum(parameter.numel() for parameter in stack.module.parameters())
