@@ -25,18 +25,8 @@ from experiments.shared.provenance import PROJECT, environment, module_command, 
 BATCH_TOKENS, D_MODEL = 16384, 4096  # of Llama-3.1-8B on CUDA
 N_EXAMPLES, MAX_LENGTH = 50_000, 512
 MEDIANS, SIGMA = (60, 250), 0.8
-MODEL: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "pad_token_id": 2,
-}
 LARGER: dict[str, Any] = {
-    **MODEL,
+    "pad_token_id": 2,
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 16,
