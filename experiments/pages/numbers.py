@@ -121,7 +121,20 @@ def stream_result():
         f"of memory; {r['seconds_at_once']:.0f} s at once and {r['seconds_in_turn']:.0f} s in turn "
         f"on two cores that did much other work (load {load:.0f}; {r['cpu_seconds_at_once']:.0f} "
         f"and {r['cpu_seconds_in_turn']:.0f} CPU seconds); the checkpoints have the same bytes "
-        "(`experiments/results/stream.json`). " + mixing_result(result("stream_mixing"))
+        "(`experiments/results/stream.json`). "
+        + mixing_result(result("stream_mixing"))
+        + kill_result()
+    )
+
+
+def kill_result():
+    """How many interruptions of a stream were tried and survived."""
+    if (r := result("kill_stream")) is None:
+        return ""
+    trials = ", ".join(f"{each['survived']} {kind}" for kind, each in r["trials"].items())
+    return (
+        f" Interrupted at every operation of either side, all survived: {trials} "
+        "(`experiments/results/kill_stream.json`)."
     )
 
 

@@ -167,7 +167,7 @@ def test_both_sides_killed_at_random_with_the_smallest_budget(world, worker, out
         assert checkpoints(worker.out) == outcome.trained, number
         assert not list((worker.out / FOLDER).glob("*.npz"))
 
-    chosen = points(range(30), 2, thinned=3)
+    chosen = points(range(30), 2, thinned=4)
     for number in chosen:
         torment(number)
     tally("streams of which both sides were killed at random", len(chosen), 30)

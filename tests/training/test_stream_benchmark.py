@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import PROJECT
 
-from experiments.benchmarks import stream
+from experiments.benchmarks import kill_stream, stream
 
 WORK = """\
 import signal, sys, time
@@ -51,6 +51,17 @@ def test_a_stage_that_fails_ends_the_benchmark(tmp_path):
     with pytest.raises(SystemExit) as stop:
         stream.measured(args, "train", "alone", [[sys.executable, "-c", "raise SystemExit(3)"]])
     assert stop.value.code == 3
+
+
+def test_counts_of_trials_are_read_from_what_pytest_prints():
+    printed = (
+        "..\nguarantees: 1,204 of 4,816 kill points survived, 7 full-disk points\n"
+        "6 passed in 3.21s\n"
+    )
+    assert kill_stream.counts(printed) == {
+        "kill points survived": [1204, 4816],
+        "full-disk points": [7, 7],
+    }
 
 
 @pytest.mark.exhaustive
