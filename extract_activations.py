@@ -175,6 +175,8 @@ def describe(settings, layer, inputs):
     if settings.PROCESSING == "block":
         decisive["BLOCK_LENGTH"] = settings.BLOCK_LENGTH
         del decisive["MAX_LENGTH"]
+        if reading.DIALOGUES_IN_BLOCKS != "joined":
+            decisive["DIALOGUES_IN_BLOCKS"] = reading.DIALOGUES_IN_BLOCKS
     if settings.STREAM_BYTES:
         decisive.update(settings.select(streaming.DECISIVE))
     return artifacts.new_metadata(

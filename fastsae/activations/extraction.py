@@ -148,7 +148,10 @@ class Forward:
     ) -> None:
         import torch
 
-        model.require_length(int(table.lengths.max(initial=0)))
+        firsts = 0 if table.positions is None else table.positions
+        model.require_length(int((table.lengths + firsts).max(initial=0)))
+        if table.positions is not None:
+            model.require_positions()
         self.model, self.table, self.starts = model, table, table.starts
         self.batch_tokens = batch_tokens
         self.storage_dtype = storage_dtype
@@ -235,7 +238,7 @@ class Forward:
         if len(batch) > 1 and len(batch) * longest > self.batch_tokens:
             return self._halves(batch)
         try:
-            streams = self.model(self._padded(batch), self.prefix)
+            streams = self.model(self._padded(batch), self.prefix, self._first_positions(batch))
             real = self._real(batch)
             rows = {
                 layer: stored(stream, real, self.storage_dtype, pin=self.pin)
@@ -278,6 +281,14 @@ class Forward:
             start = self.starts[i] + self.n_prefix
             ids[row, :length] = torch.from_numpy(self.table.ids[start : start + length])
         return ids
+
+    def _first_positions(self, batch):
+        """(len(batch),) int64 position of each row's first token; None where all begin at 0."""
+        import torch
+
+        if self.table.positions is None:
+            return None
+        return torch.from_numpy(self.table.positions[batch].astype(np.int64))
 
     def _copied(self):
         """A CUDA event that comes when the rows on their way have arrived on the host; None where

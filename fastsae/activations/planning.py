@@ -89,6 +89,7 @@ def reordered(table: TokenTable, order: np.ndarray) -> TokenTable:
         table.lines[order],
         table.n_truncated,
         table.n_control_strings,
+        None if table.positions is None else table.positions[order],
     )
 
 

@@ -19,6 +19,7 @@ from fastsae.data.token_spool import TokenSpool
 from fastsae.data.tokenization import (
     ChatTokenizer,
     TokenTable,
+    cut_apart,
     cut_blocks,
     mark_shared_prefix,
     tokenise,
@@ -27,6 +28,12 @@ from fastsae.runtime import progress, ranks
 from fastsae.runtime.errors import InputError
 from fastsae.settings import dataset_names
 from fastsae.settings.values import Settings
+
+# What the dialogues of a block see of each other with BLOCK_LENGTH, for studies: joined: all that
+# stands before them in the block; apart: nothing, at the same positions (block-diagonal attention);
+# apart, positions from 0: nothing, each part of a dialogue as if it were read alone. A part is an
+# example of the file, and its number is that of its block.
+DIALOGUES_IN_BLOCKS = "joined"
 
 
 def read_tokens(
@@ -54,6 +61,11 @@ def spool_tokens(
     """`read_tokens` for a stream: the tokens are in files of `folder`, and there are no more of
     them than MAX_TRAIN_TOKENS needs beside the sample."""
     in_blocks = settings.PROCESSING == "block"
+    if in_blocks and DIALOGUES_IN_BLOCKS != "joined":
+        raise InputError(
+            f"STREAM_BYTES: a stream cannot read the dialogues of blocks {DIALOGUES_IN_BLOCKS}. "
+            "leave it out."
+        )
     incoming = Incoming(settings, dataset_path, sha256, tokenizer)
     spool = TokenSpool(Path(folder))
     enough = None
@@ -169,10 +181,13 @@ def labelled(settings: Settings, examples: Iterable[Example]) -> Iterator[Exampl
 
 
 def blocks_of(table: TokenTable, block_length: int) -> tuple[TokenTable, int]:
-    """(all tokens in blocks of equal length, how many are left over); InputError below two."""
-    blocks, n_left_over = cut_blocks(table, block_length)
-    require_blocks(len(blocks.lengths), len(table.ids), block_length)
-    return blocks, n_left_over
+    """(all tokens in blocks of equal length, or with DIALOGUES_IN_BLOCKS their parts, how many are
+    left over); InputError below two blocks."""
+    require_blocks(len(table.ids) // block_length, len(table.ids), block_length)
+    if DIALOGUES_IN_BLOCKS == "joined":
+        return cut_blocks(table, block_length)
+    own_positions = {"apart": False, "apart, positions from 0": True}[DIALOGUES_IN_BLOCKS]
+    return cut_apart(table, block_length, own_positions=own_positions)
 
 
 def require_blocks(n_blocks: int, n_tokens: int, block_length: int) -> None:

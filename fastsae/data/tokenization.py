@@ -341,6 +341,8 @@ class TokenTable:
     lines: np.ndarray
     n_truncated: int = 0
     n_control_strings: int = 0
+    # (n_examples,) int32, position of each example's first token; None: 0 for all
+    positions: np.ndarray | None = None
 
     @property
     def has_content(self) -> bool:
@@ -389,7 +391,13 @@ def tokenise(
         np.concatenate(column) if column else np.zeros(0, np.int32) for column in columns
     )
     return TokenTable(
-        ids, kind, role, np.array(lengths, np.int32), np.array(all_lines, np.int32), *counts
+        ids,
+        kind,
+        role,
+        np.array(lengths, np.int32),
+        np.array(all_lines, np.int32),
+        n_truncated=counts[0],
+        n_control_strings=counts[1],
     )
 
 
@@ -406,6 +414,32 @@ def cut_blocks(table: TokenTable, block_length: int) -> tuple[TokenTable, int]:
         np.arange(1, n + 1, dtype=np.int32),
         0,
         table.n_control_strings,
+    ), rest
+
+
+def cut_apart(
+    table: TokenTable, block_length: int, *, own_positions: bool = False
+) -> tuple[TokenTable, int]:
+    """The tokens of `cut_blocks`, each dialogue's part of a block as an example of its own, so that
+    no dialogue sees another: (TokenTable, tokens left over at the end).
+
+    This is block-diagonal attention. Tokens have the positions that they have in the block, or
+    with `own_positions` those from 0 on. The line of an example is the number of its block.
+    """
+    n, rest = divmod(len(table.ids), block_length)
+    end = n * block_length
+    edges = np.arange(0, end + 1, block_length)
+    starts = np.unique(np.concatenate([table.starts[table.starts < end], edges]))
+    begins = starts[:-1]
+    return TokenTable(
+        table.ids[:end],
+        table.kind[:end],
+        table.role[:end],
+        np.diff(starts).astype(np.int32),
+        (begins // block_length + 1).astype(np.int32),
+        0,
+        table.n_control_strings,
+        None if own_positions else (begins % block_length).astype(np.int32),
     ), rest
 
 

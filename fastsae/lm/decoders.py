@@ -82,12 +82,17 @@ class Decoder:
         """Drop the later blocks, so that their memory is free. A run must end before them."""
         setattr(self.module, self._list_name, self.layers[:n_blocks])
 
-    def run(self, ids: "torch.Tensor", cache: Any = None) -> None:
+    def run(
+        self, ids: "torch.Tensor", cache: Any = None, positions: "torch.Tensor | None" = None
+    ) -> None:
         """Call the blocks on ids (batch, length) for the sake of their hooks, until one raises
-        `Enough`. `cache`: keys and values of tokens before them, which the run extends."""
+        `Enough`. `cache`: keys and values of tokens before them, which the run extends;
+        `positions` (batch, length): of the tokens, where they do not follow from the two."""
         options = {"input_ids": ids, "past_key_values": cache, "use_cache": cache is not None}
         if cache is None:
             del options["past_key_values"]
+        if positions is not None:
+            options["position_ids"] = positions
         with contextlib.suppress(Enough):
             self.module(**{name: options[name] for name in options if self.takes(name)})
 

@@ -98,13 +98,17 @@ class ResidualModel:
         ]
 
     def __call__(
-        self, ids: "torch.Tensor", prefix: "Prefix | None" = None
+        self,
+        ids: "torch.Tensor",
+        prefix: "Prefix | None" = None,
+        first: "torch.Tensor | None" = None,
     ) -> "dict[int, torch.Tensor]":
         """(batch, length) int tensor, padded on the right with any id -> {layer: (batch, length,
         d_model)} on the device.
 
         No attention mask is needed: attention is causal, so no real token ever sees the padding
-        that follows it. `prefix`, from `read_prefix`, stands before every row.
+        that follows it. `prefix`, from `read_prefix`, stands before every row. `first` (batch,)
+        int64: the position of each row's first token, where it is not 0 (or that after the prefix).
         """
         import torch
 
@@ -115,9 +119,20 @@ class ResidualModel:
                 cache = self._cache([(k.expand(rows), v.expand(rows)) for k, v in prefix])
             elif self.keeps_nothing:
                 cache = empty_cache(self.stack.config)
-            self.stack.run(ids.to(self.device, non_blocking=True), cache)
+            positions = None
+            if first is not None:
+                positions = (first[:, None] + torch.arange(ids.shape[1])).to(self.device)
+            self.stack.run(ids.to(self.device, non_blocking=True), cache, positions)
             streams, self._streams = self._streams, {}
             return streams
+
+    def require_positions(self) -> None:
+        """InputError if the model cannot be told its tokens' positions."""
+        if not self.stack.takes("position_ids"):
+            raise InputError(
+                f"DIALOGUES_IN_BLOCKS: {type(self.stack.module).__name__} takes no positions. "
+                "choose joined, or apart, positions from 0."
+            )
 
     def _agrees_with_empty_cache(self):
         """Whether streams come out the same, to the bit, with a cache that keeps nothing."""

@@ -226,7 +226,7 @@ def test_batches_are_halved_when_memory_runs_out(llama, smol_tokenizer, dataset,
             (),
             {
                 **vars(limited),
-                "__call__": lambda self, ids, prefix: call(ids),
+                "__call__": lambda self, ids, *_: call(ids),
                 "require_length": lambda self, n: None,
             },
         )()
