@@ -1,5 +1,7 @@
 """Bootstrap intervals of the studies: resampled examples, and seeds where there are few of them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -49,3 +51,13 @@ def widened(of_examples: np.ndarray, of_both: np.ndarray, n_seeds: int) -> np.nd
     of_examples, of_both: (n_draws,), of resampled examples alone and of both.
     """
     return of_examples + seed_factor(n_seeds) * (of_both - of_examples)
+
+
+def mean_interval(values: Sequence[float]) -> list[float] | None:
+    """95 % interval of the mean of a few values, by Student's t; None of a single one."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return [float(np.mean(values)) - half, float(np.mean(values)) + half]

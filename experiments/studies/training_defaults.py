@@ -20,6 +20,7 @@ from pathlib import Path
 
 import config
 from experiments.shared.provenance import RESULTS, commit, run_stage, write_result
+from experiments.shared.statistics import mean_interval
 from experiments.shared.sweeps import DATA_SETTINGS, listed, passed_on, quick_settings, rounded
 
 ARCHITECTURE: str = "topk"  # whose defaults
@@ -142,16 +143,6 @@ def summed_up(figures, default):
         summary["percent_interval"] = mean_interval(changes)
     means = {name: statistics.mean(figures[name]) for name in FIGURES[1:]}
     return {**summary, **means, "seconds": figures["seconds"]}
-
-
-def mean_interval(values):
-    """95 % interval of the mean of a few values, by Student's t; None of a single one."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return [statistics.mean(values) - half, statistics.mean(values) + half]
 
 
 if __name__ == "__main__":

@@ -367,7 +367,7 @@ def test_training_defaults_are_compared_seed_by_seed(monkeypatch, tmp_path):
 
 
 def test_intervals_of_few_seeds_by_hand():
-    from experiments.studies.training_defaults import mean_interval
+    from experiments.shared.statistics import mean_interval
 
     # Student's t with one degree of freedom: 12.706 standard errors
     assert mean_interval([1.0, 3.0]) == pytest.approx([2 - 12.706, 2 + 12.706], abs=1e-3)

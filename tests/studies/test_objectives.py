@@ -1,0 +1,200 @@
+"""The objectives beside the default: their gradients against autograd, planted tokens with
+structure, and what is computed from the figures; then the study on tiny data."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_studies_truth import run_study
+from tiny_world import WORDS
+
+from experiments.shared import objective_steps as steps, planted, trainings
+from experiments.studies import objectives
+from fastsae.sae.autoencoder import new_sae
+from fastsae.sae.dense_step import dense_step
+from fastsae.sae.initialisation import initialise
+from fastsae.sae.sparse_step import sparse_step
+
+M, D, N = 12, 6, 16
+TOPK = functools.partial(sparse_step, aux_coef=0.0)
+
+
+def started(architecture="topk", prefixes=None):
+    """(an autoencoder with random weights, a batch (N, D))."""
+    sae = new_sae(
+        {
+            "input_dim": D,
+            "m_total_neurons": M,
+            "k_active_neurons": 3,
+            "prefix_lengths": prefixes,
+            "architecture": architecture,
+        }
+    ).eval()
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((N, D)).astype(np.float32))
+    initialise(sae, x, 0)
+    with torch.no_grad():  # encoder rows of their own
+        sae.encoder.weight.add_(0.3 * torch.randn(M, D, generator=torch.manual_seed(1)))
+    return sae, x
+
+
+def gradients(sae, step, x):
+    """{parameter: the gradient that a step fills}."""
+    sae.zero_grad(set_to_none=True)
+    step(sae, x, torch.zeros(M, dtype=torch.bool))
+    return {name: value.grad.clone() for name, value in sae.named_parameters()}
+
+
+def test_nearness_by_hand_and_its_gradient():
+    rows = torch.tensor([[1.0, 0], [0.6, 0.8], [-1, 0]], requires_grad=True)
+    value, gradient = steps.nearness(rows.detach())
+    # the first two are nearest to each other at 0.6, the third has none above 0
+    assert value == pytest.approx(2 * 0.36 / 3)
+    products = (rows @ rows.t()).fill_diagonal_(-9)
+    products.max(1).values.clamp_min(0).square().mean().backward()
+    assert torch.allclose(gradient, rows.grad)
+
+
+def test_the_orthogonal_term_reaches_the_decoder():
+    sae, x = started()
+    plain = gradients(sae, TOPK, x)
+    with_term = gradients(sae, functools.partial(steps.orthogonal_step, base=TOPK, weight=2.0), x)
+    expected = 2 * steps.nearness(sae.decoder.weight.detach().t())[1].t()
+    assert torch.allclose(
+        with_term["decoder.weight"] - plain["decoder.weight"], expected, atol=1e-6
+    )
+    assert torch.equal(with_term["encoder.weight"], plain["encoder.weight"])
+
+
+def test_aligned_gradients_go_through_the_move():
+    base = functools.partial(dense_step, sparsity=0.5, bandwidth=1.0, target_l0=None)
+    sae, x = started("standard")
+    found = gradients(sae, functools.partial(steps.aligned_step, base=base), x)
+    sae.zero_grad(set_to_none=True)
+    rows = steps.aligned_rows(sae.encoder.weight, sae.decoder.weight.t())
+    assert torch.allclose((rows * sae.decoder.weight.t()).sum(1), torch.ones(M))
+    features = torch.relu((x - sae.input_bias) @ rows.t() + sae.neuron_bias)
+    error = (sae.decoder(features) + sae.input_bias - x).square().sum(1).mean()
+    (error + 0.5 * features.sum(1).mean()).backward()
+    for name, value in sae.named_parameters():
+        assert torch.allclose(found[name], value.grad, atol=1e-5), name
+
+
+def test_contrast_by_hand():
+    now, before = torch.tensor([[2.0, 0], [0, 3]]), torch.tensor([[1.0, 0], [0, 1]])
+    # cosines 1 with its own and 0 with the other: -log(e / (e + 1)) in every row and column
+    assert steps.contrast(now, before) == pytest.approx(np.log(1 + np.exp(-1)))
+    assert steps.contrast(now, before.flip(0)) == pytest.approx(np.log(1 + np.exp(1)))
+
+
+def test_pairs_add_the_gradient_of_the_contrast():
+    sae, x = started(prefixes=[4, M])
+    plain = gradients(sae, TOPK, x)
+    found = gradients(sae, functools.partial(steps.pairs_step, base=TOPK, weight=0.7), x)
+    sae.zero_grad(set_to_none=True)
+    pre = sae.encoder(x - sae.input_bias) + sae.neuron_bias
+    kept = torch.relu(pre) * (pre >= pre.topk(3, dim=1).values[:, -1:])
+    (0.7 * steps.contrast(*kept[:, :4].chunk(2))).backward()
+    for name in ("encoder.weight", "neuron_bias", "input_bias"):
+        assert torch.allclose(found[name] - plain[name], sae.get_parameter(name).grad, atol=1e-6)
+    assert torch.equal(found["decoder.weight"], plain["decoder.weight"])
+
+
+def test_annealed_k_by_hand():
+    found = [steps.annealed_k(8, 256, step, 100) for step in (0, 25, 50, 99)]
+    assert found == [32, 20, 8, 8]
+    assert steps.annealed_k(8, 16, 0, 100) == 16  # no more than there are features
+
+
+def test_pairs_of_rows_are_neighbours_of_one_example():
+    rows = trainings.Rows(torch.arange(10.0)[:, None], np.array([1, 2, 6, 7]))
+    for batch in rows.batches(4, 5, 0, True):
+        now, before = batch.flatten().chunk(2)
+        assert torch.equal(before, now - 1) and set(now.tolist()) <= {1, 2, 6, 7}
+    served = torch.cat(list(rows.batches(5, 2, 0, False))).flatten()
+    assert sorted(served.tolist()) == list(range(10))  # all, before any comes again
+
+
+def test_a_threshold_lets_exactly_k_fire():
+    sae, x = started("batchtopk")
+    trainings.fire_exactly(sae, x, 2)
+    pre = sae.encoder(x - sae.input_bias) + sae.neuron_bias
+    assert int((pre > sae.threshold).sum()) == 2 * N
+
+
+def test_correlated_directions_are_active_as_often_as_asked():
+    world = planted.correlated(32000, seed=0, n_groups=2, size=2, d=8, correlation=0.8)
+    assert world.active.mean(0) == pytest.approx(np.linspace(0.2, 0.03, 4), abs=0.03)
+    together = np.corrcoef(world.active.T)
+    partner = np.argsort(-together, axis=1)[:, 1]
+    assert (partner[partner] == np.arange(4)).all()  # two groups of two
+    assert together[np.arange(4), partner].min() > 0.15
+    after = np.corrcoef(world.active[1:, 0], world.active[:-1, 0])[0, 1]
+    assert after > 0.4  # activity lasts
+
+
+def test_children_need_their_parent():
+    world = planted.hierarchical(16000, seed=0, n_parents=3, children=2, d=12)
+    assert world.parent.tolist() == [-1, -1, -1, 0, 0, 1, 1, 2, 2]
+    for child in range(3, 9):
+        assert not (world.active[:, child] & ~world.active[:, world.parent[child]]).any()
+    assert world.active.mean(0)[3:] == pytest.approx(np.full(6, 0.12 * 0.4), abs=0.015)
+    clean = world.active @ world.directions
+    assert np.abs(world.tokens).max() < 2.1 * np.abs(clean).max()
+
+
+def test_recovery_of_the_truth_and_of_an_absorbed_parent():
+    world = planted.hierarchical(8000, seed=0, n_parents=2, children=1, d=8)
+    found = planted.recovery(world, world.directions, world.active)
+    assert found == pytest.approx({"mcc": 1, "f1": 1, "absorbed": 0})
+    fires = world.active.copy()
+    fires[:, 0] &= ~world.active[:, 2]  # the first parent is silent where its child is active
+    assert planted.recovery(world, world.directions, fires)["absorbed"] == pytest.approx(0.5)
+
+
+def test_figures_at_equal_l0_by_hand():
+    runs = [{"l0": [4.0], "error": [1.0]}, {"l0": [16.0], "error": [3.0]}]
+    found = objectives.at_equal_l0(runs, 8)
+    assert found["error"] == pytest.approx([2.0]) and found["l0"] == pytest.approx([8.0])
+    assert found["l0 trained"] == [4, 16]
+    assert objectives.at_equal_l0(runs[:1], 8) is runs[0]
+
+
+def test_changes_are_taken_seed_by_seed():
+    default = {"error": [1.0, 2.0]}
+    found = objectives.summed_up({"error": [1.5, 2.5]}, default)["error"]
+    assert found["mean"] == 2 and found["change"] == pytest.approx(0.5)
+    assert found["change_interval"] == pytest.approx([0.5, 0.5])
+    assert "change" not in objectives.summed_up(default, default)["error"]
+
+
+def test_stability_by_hand():
+    first, second = np.eye(3)[:2], np.eye(3)[[1, 2]]
+    found = objectives.stability([first, second])
+    assert found["stability"] == pytest.approx([0.5, 0.5]) and found["in_all_seeds"] == [0.5]
+
+
+TINY = ["--layer-idx", 1, "--label-field", "topic", "--m", 16, "--k", 2, "--seeds", "0,1"]
+TINY += ["--steps", 8, "--planted-steps", 8, "--n-planted", 2560, "--batch-size", 64]
+TINY += ["--n-loss-examples", 1, "--n-splits", 1]
+
+
+@pytest.mark.exhaustive
+def test_the_study_runs_on_tiny_settings(monkeypatch, tmp_path, tiny_llama):
+    texts = [" ".join((WORDS * 3)[i : i + 6 + i % 9]) + f" {i}" for i in range(40)]
+    rows = [{"text": text, "topic": f"t{i % 2}"} for i, text in enumerate(texts)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*TINY, "--model-name", tiny_llama, "--dataset-path", tmp_path / "texts.jsonl"]
+    result = run_study(monkeypatch, tmp_path, "objectives", *flags)
+    (dataset,) = result["datasets"].values()
+    assert set(dataset["objectives"]) == set(steps.OBJECTIVES)
+    assert set(result["planted"]["correlated"]) == set(steps.OBJECTIVES)
+    for name, row in dataset["objectives"].items():
+        if not steps.OBJECTIVES[name].dense:
+            assert row["l0"]["mean"] == pytest.approx(2, abs=0.6)
+        assert 0 <= row["probe 1"]["mean"] <= 1 and len(row["loss_recovered"]["values"]) == 2
+    monkeypatch.setattr(objectives, "planted_run", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr(trainings, "train", lambda *_, **__: pytest.fail("made again"))
+    again = run_study(monkeypatch, tmp_path, "objectives", *flags)
+    assert again["datasets"] == result["datasets"]
