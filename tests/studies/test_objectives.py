@@ -1,5 +1,6 @@
 """The objectives beside the default: their gradients against autograd, planted tokens with
-structure, and what is computed from the figures; then the study on tiny data."""
+structure, and what is computed from the figures; which K a sweep recommends; then the studies on
+tiny data."""
 
 import functools
 import json
@@ -11,7 +12,7 @@ from test_studies_truth import run_study
 from tiny_world import WORDS
 
 from experiments.shared import objective_steps as steps, planted, trainings
-from experiments.studies import objectives
+from experiments.studies import objectives, sparsity
 from fastsae.sae.autoencoder import new_sae
 from fastsae.sae.dense_step import dense_step
 from fastsae.sae.initialisation import initialise
@@ -175,6 +176,48 @@ def test_stability_by_hand():
     assert found["stability"] == pytest.approx([0.5, 0.5]) and found["in_all_seeds"] == [0.5]
 
 
+def test_the_least_value_lies_between_the_ks_tried():
+    at = {k: (np.log2(k) - 3.3) ** 2 for k in (2, 4, 8, 16)}
+    assert sparsity.least_at(at) == pytest.approx(2**3.3)
+    assert sparsity.least_at({2: 1.0, 4: 2.0, 8: 3.0}) == 2  # least at the end of the range
+    assert sparsity.least_at({2: 1.0, 4: 1.0, 8: 1.0}) == 2
+
+
+def test_statistics_of_a_decoder_by_hand():
+    sae = new_sae({"input_dim": 2, "m_total_neurons": 4, "k_active_neurons": 1}).eval()
+    with torch.no_grad():
+        sae.decoder.weight.copy_(torch.tensor([[1.0, 0, -1, 0.6], [0, 1, 0, 0.8]]))
+        sae.input_bias.copy_(torch.tensor([1.0, 0]))
+    x = torch.tensor([[3.0, 1], [2, 5]])  # less the bias (2, 1) and (1, 5)
+    # projections 2, 1, -2, 2 and 1, 5, -1, 4.6: from the largest 5, 4.6, 2, 2, 1, 1, -1, -2
+    found = sparsity.decoder_statistics(sae, x, 0.25)
+    assert found["projection"] == pytest.approx(2)  # behind 0.25 x 4 of each of two tokens
+    assert sparsity.decoder_statistics(sae, x, 0.5)["projection"] == pytest.approx(1)
+    # |cosines| of the six pairs: 0, 1, 0.6, 0, 0.8, 0.6
+    assert found["cosine"] == pytest.approx(3 / 6)
+
+
+def test_a_k_is_recommended_by_each_statistic_with_the_interval_of_the_seeds():
+    cells = [
+        {"seed": seed, "k": k, "projection": abs(np.log2(k) - 2), "cosine": -k, "probe 1": -k}
+        for seed in (0, 1)
+        for k in (2, 4, 8)
+    ]
+    found = sparsity.recommended(cells)
+    assert found["projection"]["k"] == pytest.approx(4) and not found["projection"]["at_the_edge"]
+    assert found["projection"]["interval"] == pytest.approx([4, 4])
+    assert found["cosine"]["k"] == 8 and found["cosine"]["at_the_edge"]
+    assert found["probe 1"]["k"] == 2 and "probe 5" not in found
+
+
+def texts(folder):
+    """The path of a small dataset with two topics."""
+    rows = [" ".join((WORDS * 3)[i : i + 6 + i % 9]) + f" {i}" for i in range(40)]
+    lines = [json.dumps({"text": row, "topic": f"t{i % 2}"}) for i, row in enumerate(rows)]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return folder / "texts.jsonl"
+
+
 TINY = ["--layer-idx", 1, "--label-field", "topic", "--m", 16, "--k", 2, "--seeds", "0,1"]
 TINY += ["--steps", 8, "--planted-steps", 8, "--n-planted", 2560, "--batch-size", 64]
 TINY += ["--n-loss-examples", 1, "--n-splits", 1]
@@ -182,10 +225,7 @@ TINY += ["--n-loss-examples", 1, "--n-splits", 1]
 
 @pytest.mark.exhaustive
 def test_the_study_runs_on_tiny_settings(monkeypatch, tmp_path, tiny_llama):
-    texts = [" ".join((WORDS * 3)[i : i + 6 + i % 9]) + f" {i}" for i in range(40)]
-    rows = [{"text": text, "topic": f"t{i % 2}"} for i, text in enumerate(texts)]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = [*TINY, "--model-name", tiny_llama, "--dataset-path", tmp_path / "texts.jsonl"]
+    flags = [*TINY, "--model-name", tiny_llama, "--dataset-path", texts(tmp_path)]
     result = run_study(monkeypatch, tmp_path, "objectives", *flags)
     (dataset,) = result["datasets"].values()
     assert set(dataset["objectives"]) == set(steps.OBJECTIVES)
@@ -198,3 +238,23 @@ def test_the_study_runs_on_tiny_settings(monkeypatch, tmp_path, tiny_llama):
     monkeypatch.setattr(trainings, "train", lambda *_, **__: pytest.fail("made again"))
     again = run_study(monkeypatch, tmp_path, "objectives", *flags)
     assert again["datasets"] == result["datasets"]
+
+
+@pytest.mark.exhaustive
+def test_the_sweep_runs_on_tiny_settings(monkeypatch, tmp_path, tiny_llama):
+    flags = ["--layer-idx", 1, "--model-name", tiny_llama, "--dataset-path", texts(tmp_path)]
+    flags += ["--label-field", "topic", "--ms", "16,32", "--ks", "2,4,8", "--few-ks", "2"]
+    flags += ["--steps", 6, "--planted-steps", 6, "--n-planted", 2560, "--planted-ks", "3,6"]
+    flags += ["--planted-seeds", "0,1", "--batch-size", 64, "--n-splits", 1]
+    result = run_study(monkeypatch, tmp_path, "sparsity", *flags)
+    (dataset,) = result["datasets"].values()
+    whole = {(each["m"], each["k"]) for each in dataset["cells"] if each["share"] == 1}
+    assert whole == {(16, 2), (16, 4), (32, 2), (32, 4), (32, 8)}
+    tokens = [
+        {each["n_tokens"] for each in dataset["cells"] if each["share"] == s} for s in (1, 0.25)
+    ]
+    assert max(tokens[1]) < 0.5 * min(tokens[0])
+    assert set(dataset["recommended"]) == {"16", "32"}
+    assert [world["true_l0"] for world in result["planted"]["worlds"]] == pytest.approx(
+        [4.4, 4.4, 11, 11], rel=0.1
+    )
