@@ -168,3 +168,26 @@ def remembered(path: str | Path, key: dict[str, Any], compute: Callable[[], Any]
     value = compute()
     artifacts.append_line(Path(path), {"key": name, "value": value})
     return value
+
+
+class Journal:
+    """What a study computed piece by piece, read once; a piece is remembered as `remembered` has
+    it."""
+
+    def __init__(self, path: str | Path) -> None:
+        from fastsae.runtime import artifacts
+
+        self.path = Path(path)
+        lines = artifacts.read_lines(path)
+        self.known = {line["key"]: line["value"] for line in lines if {"key", "value"} <= set(line)}
+
+    def remembered(self, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """What `compute()` returned, JSON-able, when this code was asked for `key` before; else
+        that, written down."""
+        from fastsae.runtime import artifacts
+
+        name = artifacts.fingerprint("study", key, {"code": code_version()})
+        if name not in self.known:
+            self.known[name] = compute()
+            artifacts.append_line(self.path, {"key": name, "value": self.known[name]})
+        return self.known[name]
