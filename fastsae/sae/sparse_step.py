@@ -15,6 +15,7 @@ by row and column.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ TINY = 1e-12  # floor of a batch's variance, so that constant batches divide by 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # not on CPUs without AVX-512
 HAS_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+NUMPY_BEATS = 2  # threads of PyTorch that choose the largest of short rows slower than one of NumPy
 BLOCK_ROWS = 512  # rows of pre-activations at a time on a CPU: 512 x 4,608 floats are 9 MB
 
 
@@ -63,7 +65,7 @@ class SparseActivations:
 
     def times(self, dense: torch.Tensor) -> torch.Tensor:
         """(n_rows, M) @ (M, d) -> (n_rows, d)."""
-        return self._csr(self.value) @ dense
+        return weighted_sums(self.crow(), self.column, self.value, dense)
 
     def dots(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """<left[row], right[column]> for each entry, (nnz,): left (n_rows, d), right (M, d)."""
@@ -82,19 +84,30 @@ class SparseActivations:
         """
         order = _rising(self.column, self.n_columns)
         crow = _pointers(self.column, self.n_columns)
-        return [
-            torch.sparse_csr_tensor(
-                crow, row[order], value[order], (self.n_columns, len(dense)), check_invariants=False
-            )
-            @ dense
-            for row, value, dense in pairs
-        ]
+        return [weighted_sums(crow, row[order], value[order], dense) for row, value, dense in pairs]
 
     def keep(self, mask: torch.Tensor) -> "SparseActivations":
         """The entries where `mask` (nnz,) is true, or whose numbers it lists in rising order."""
         return SparseActivations(
             self.row[mask], self.column[mask], self.value[mask], self.n_rows, self.n_columns
         )
+
+
+def weighted_sums(
+    pointers: torch.Tensor, column: torch.Tensor, value: torch.Tensor, dense: torch.Tensor
+) -> torch.Tensor:
+    """(n, d): the product of a sparse (n, m) matrix, whose row i has the entries
+    pointers[i] : pointers[i + 1] of column and value (nnz,), with dense (m, d).
+
+    On a CPU each row is a weighted bag of embeddings, whose kernel is four to six times as fast as
+    the product of CSR tensors.
+    """
+    if dense.device.type == "cpu":
+        return torch.nn.functional.embedding_bag(
+            column, dense, pointers, mode="sum", per_sample_weights=value, include_last_offset=True
+        )
+    size = (len(pointers) - 1, len(dense))
+    return torch.sparse_csr_tensor(pointers, column, value, size, check_invariants=False) @ dense
 
 
 def _pointers(index, n):
@@ -127,22 +140,43 @@ def _full(column, value, n_columns):
 
 
 def top_columns(pre: torch.Tensor, k: int) -> torch.Tensor:
-    """Columns of the k largest entries of each row of `pre` (rows, M), (rows, k) in any order.
+    """Columns of the k largest entries of each row of `pre` (rows, M), (rows, k), rising.
 
-    For large M in two exact rounds: columns fall into groups, the k largest lie in the k groups
-    with the largest maxima, and only those groups are searched.
+    Where M is large in two exact rounds: columns fall into groups, the k largest lie in the k
+    groups with the largest maxima, and only those groups are searched.
     """
     n_columns = pre.shape[1]
-    n_groups = next(
-        (n_columns // size for size in (12, 8, 16, 6, 4) if n_columns % size == 0), n_columns
-    )
-    if pre.is_cuda or n_columns < 1024 or n_groups < 4 * k:
-        return pre.topk(k, dim=1, sorted=False).indices
+    # with which both rounds search about equally many
+    most = math.isqrt(n_columns // k)
+    size = next(size for size in range(most, 0, -1) if n_columns % size == 0)
+    if pre.is_cuda or size < 3:
+        return rising(largest(pre, k))
+    n_groups = n_columns // size
     # (rows, k)
-    best_groups = pre.view(len(pre), -1, n_groups).amax(1).topk(k, dim=1, sorted=False).indices
-    # (rows, k * group size)
+    best_groups = largest(pre.view(len(pre), size, n_groups).amax(1), k)
+    # (rows, k * size)
     candidates = (best_groups[:, None] + torch.arange(0, n_columns, n_groups)[:, None]).flatten(1)
-    return candidates.gather(1, pre.gather(1, candidates).topk(k, dim=1, sorted=False).indices)
+    return rising(candidates.gather(1, largest(pre.gather(1, candidates), k)))
+
+
+def largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Columns of the k largest of each row of `values` (rows, n), (rows, k) in any order.
+
+    One thread of NumPy takes a third of the time of one of PyTorch's, so up to two of them.
+    """
+    if values.device.type != "cpu" or torch.get_num_threads() > NUMPY_BEATS:
+        return values.topk(k, dim=1, sorted=False).indices
+    n = values.shape[1]
+    # NumPy has no bfloat16
+    order = values.float().numpy().argpartition(n - k, axis=1)
+    return torch.from_numpy(order[:, n - k :])
+
+
+def rising(columns: torch.Tensor) -> torch.Tensor:
+    """`columns` (rows, k) sorted in each row."""
+    if columns.device.type != "cpu" or torch.get_num_threads() > NUMPY_BEATS:
+        return columns.sort(dim=1).values
+    return torch.from_numpy(np.sort(columns.numpy(), axis=1))
 
 
 def _blocks(sae, x_centred, dtype):
@@ -201,7 +235,7 @@ def _top_k(sae, x_centred, dtype):
     column = torch.empty(n, k, dtype=torch.long, device=device)
     value = torch.empty(n, k, device=device)
     for first, pre in _blocks(sae, x_centred, dtype):
-        column[first : first + len(pre)] = chosen = top_columns(pre, k).sort(dim=1).values
+        column[first : first + len(pre)] = chosen = top_columns(pre, k)
         value[first : first + len(pre)] = pre.gather(1, chosen)
     return column, value
 

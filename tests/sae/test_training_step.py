@@ -7,7 +7,7 @@ from hypothesaes.sae import SparseAutoencoder
 
 from fastsae.sae.autoencoder import new_sae, reference_step
 from fastsae.sae.initialisation import initialise
-from fastsae.sae.sparse_step import sparse_step
+from fastsae.sae.sparse_step import sparse_step, top_columns, weighted_sums
 
 VARIANTS = {
     "topk": {},
@@ -139,13 +139,46 @@ def test_batchtopk_threshold_starts_at_the_first_batch():
     assert float(sae.threshold) == pytest.approx(float(pre.flatten().topk(4 * 50).values[-1]))
 
 
-@pytest.mark.parametrize(("m", "k"), [(256, 8), (4608, 32), (1536, 5), (3000, 700)])
-def test_top_columns_are_the_largest(m, k):
-    from fastsae.sae.sparse_step import top_columns
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("m", "k"), [(256, 8), (4608, 32), (1536, 5), (3000, 700), (97, 3), (5, 5)]
+)
+def test_top_columns_are_the_largest(m, k, dtype, threads, monkeypatch):
+    """By NumPy with few threads, by PyTorch with many; of equal entries it may take either."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    pre = torch.randn(40, m, generator=torch.Generator().manual_seed(1)).to(dtype)
+    columns = top_columns(pre, k)
+    assert (columns.diff(dim=1) > 0).all()
+    found = pre.gather(1, columns).sort(dim=1, descending=True).values
+    assert torch.equal(found, pre.topk(k, dim=1).values)
 
-    pre = torch.randn(40, m, generator=torch.Generator().manual_seed(1))
-    expected = pre.topk(k, dim=1).indices.sort(1).values
-    assert torch.equal(top_columns(pre, k).sort(1).values, expected)
+
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("m", [256, 97])
+def test_top_columns_have_what_is_not_a_number(m, threads, monkeypatch):
+    """So the loss is not a number either, and the run stops."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    pre = torch.randn(6, m)
+    pre[2, 50] = torch.nan
+    assert 50 in top_columns(pre, 4)[2]
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3, 1], [0, 0, 0], [4]])
+@pytest.mark.parametrize("d", [1, 12, 20])
+def test_weighted_sums_are_the_dense_product(counts, d):
+    """Rows without entries are 0; `dense` may be a part of a wider one, or transposed."""
+    generator = torch.Generator().manual_seed(2)
+    pointers = torch.tensor([0, *counts]).cumsum(0).int()
+    column = torch.randint(0, 7, (sum(counts),), generator=generator).int()
+    value = torch.randn(sum(counts), generator=generator)
+    wide = torch.randn(7, d + 3, generator=generator)
+    matrix = torch.zeros(len(counts), 7)
+    rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    matrix.index_put_((rows, column.long()), value, accumulate=True)
+    for dense in (wide[:, :d].contiguous(), wide[:, :d], wide.t().contiguous().t()[:, :d]):
+        found = weighted_sums(pointers, column, value, dense)
+        torch.testing.assert_close(found, matrix @ dense)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
