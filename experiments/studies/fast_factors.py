@@ -20,6 +20,7 @@ and K. An interrupted run goes on by the same command. docs/fast.md reads them.
 import itertools
 import json
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +87,7 @@ def main():
         "settings": recorded(settings),
         "commit": commit(),
         "train_tokens": n_tokens,
+        "cpu_minutes": sum(value["cpu_seconds"] for value in values.values()) / 60,
         "data": counts(settings, work),
         **result,
         "positions_differ_by": positions_differ_by(settings, work),
@@ -182,7 +184,7 @@ class AtLayer:
 
     def measure(self, cell, n_tokens, how, device, with_features):
         """Train the autoencoder of a cell; JSON-able figures of it."""
-        tokens = self.sources[cell.source]
+        started, tokens = time.process_time(), self.sources[cell.source]
         rows = tokens.some(
             n_tokens, cell.seed, openings=bool(cell.openings), sinks=bool(cell.sinks)
         )
@@ -206,6 +208,7 @@ class AtLayer:
         }
         if with_features:
             value["features"] = self.evidence.of(sae)
+        value["cpu_seconds"] = time.process_time() - started
         return value
 
 
