@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from experiments.shared.fast_measures import ATTENTION
 from experiments.shared.fast_tokens import encoded
 from experiments.shared.heldout import MAX_NORM_RATIO
 from experiments.shared.statistics import seed_factor
@@ -196,14 +197,15 @@ def whole_model(settings: Any) -> Any:
 
 def summed_up(values: Mapping[Any, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of each group of cells that differ in the seed alone the mean of each figure over seeds, and
-    its difference to FAST's of the same seed; intervals are of the seeds alone (Student's t), None
-    with one seed."""
+    its difference to FAST's of the same seed, openings and sinks kept or dropped as there (of a
+    plain text, which has no openings, to FAST without); intervals are of the seeds alone (Student's
+    t), None with one seed."""
     groups: dict[tuple, dict[int, Mapping[str, Any]]] = {}
     for cell, value in values.items():
         groups.setdefault(tuple(cell[1:4]), {})[cell.seed] = value["features"]
-    fast = groups.get(("alone", 0, 0), {})
     rows = []
     for (source, openings, sinks), by_seed in groups.items():
+        fast = groups.get(("alone", openings if source in ATTENTION else 0, sinks), {})
         row: dict[str, Any] = {"source": source, "openings": openings, "sinks": sinks}
         for name in (*FIGURES, "detection_random"):
             found = {s: v[name] for s, v in by_seed.items() if v.get(name) is not None}
