@@ -27,6 +27,7 @@ from fastsae.settings.values import foreign_file
 OF_HEADERS = (TypeError, KeyError, SyntaxError, tokenize.TokenError, UserWarning)
 GROUPS = ("groups", "group")
 IN_MEMORY = 1 << 30  # bytes of a compressed array, which cannot be read in place
+OF_STAGE_1 = r"activations_layer\d+[^/]*\.npz$"  # how its files are called
 REMEDY = "save it with numpy.save or numpy.savez as an array (rows, width) of float32"
 
 
@@ -54,18 +55,19 @@ class ForeignRows:
 def is_foreign(path: Path | str) -> bool:
     """Whether this names an array of another program rather than a file of stage 1.
 
-    Where stage 1 writes, nothing else is meant.
+    Where stage 1 writes, nothing else is meant. Of an archive that is damaged or none at all the
+    name decides: only stage 1 calls its files activations_layer12.npz.
     """
     file, member = foreign_file(str(path))
     if file.endswith(".npy") or member:
         return True
-    if re.search(r"(^|/)activations/activations_layer\d+[^/]*\.npz$", file):
+    if re.search(rf"(^|/)activations/{OF_STAGE_1}", file):
         return False
     try:
         with zipfile.ZipFile(file) as archive:
             names = set(archive.namelist())
-    except artifacts.DAMAGE:  # is said by who reads it
-        return False
+    except artifacts.DAMAGE as error:  # is said by who reads it
+        return not (artifacts.is_of_machine(error) or re.search(rf"(^|/){OF_STAGE_1}", file))
     return not {"metadata.npy", "seq_lengths.npy"} & names
 
 
@@ -159,7 +161,8 @@ def _damage_named(file):
             raise
         what = (str(error) or type(error).__name__).splitlines()[0][:150]
         raise InputError(
-            f"{file}: cannot be read as an array ({_printable(what).rstrip('.')}). {REMEDY}."
+            f"{file}: cannot be read as an array ({_printable(what).rstrip('.')}). "
+            f"copy it again, or {REMEDY}."
         ) from None
 
 

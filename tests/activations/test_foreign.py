@@ -130,7 +130,8 @@ def test_damage_is_one_line(tmp_path, outcome):
         for content in contents:
             path.write_bytes(content)
             code, (line,) = outcome(lambda path=path: files.open_activations(path))
-            assert code in (2, 3) and line.startswith(f"error: {path}: ")
+            assert code == 2 and line.startswith(f"error: {path}: ")
+            assert "numpy.sav" in line and "extract_activations" not in line
     (tmp_path / "c.npy").write_bytes(pickle.dumps(Exploding()))
     assert outcome(lambda: files.open_activations(tmp_path / "c.npy"))[0] == 2
 
@@ -161,6 +162,12 @@ def test_the_files_of_stage_1_are_not_taken_for_others(tmp_path, write_activatio
     np.savez(path, x=X)
     assert not foreign.is_foreign(path)  # what lies there and is not of stage 1 is refused
     with pytest.raises((InputError, EnvironmentFailure)):
+        files.read_metadata(path)
+    path = tmp_path / "copied" / path.name
+    path.parent.mkdir()
+    assert not foreign.is_foreign(path)  # its shards may be there
+    path.write_bytes(b"PK damaged")
+    with pytest.raises(EnvironmentFailure, match=r"run extract_activations\.py"):
         files.read_metadata(path)
 
 
