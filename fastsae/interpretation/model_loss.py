@@ -76,10 +76,14 @@ def model_at_hand(
 def copy_the_rest(model: Any, blocks: Any) -> None:
     """Put every parameter but the blocks' matrices into memory of its own. These are about to be
     packed; then nothing holds the weights' file, which is mapped, in memory."""
+    from fastsae.lm.mapped_weights import clean_mappings, give_back
+
     matrices = {id(each) for each in blocks.parameters() if each.ndim > 1}
+    mappings = clean_mappings()
     for parameter in model.parameters():
         if id(parameter) not in matrices:
-            parameter.data = parameter.data.clone()
+            mapped, parameter.data = parameter.data, parameter.data.clone()
+            give_back([mapped], mappings)
 
 
 def some_held_out(

@@ -28,6 +28,7 @@ KINDS = ("random tokens", "random directions")  # of dictionaries that nobody tr
 PENALTIES = np.logspace(-1, 5, 7)  # of the dense probe, on columns of unit variance
 LEAST_TEXTS = 4  # of a category, or either half would have one
 MOST_CATEGORIES = 64  # probed, the commonest
+TOGETHER = 16  # categories whose regressions are fitted at a time
 TOLERANCE, MOST_STEPS = 1e-3, 30  # of a logistic regression: the AUC is the measure
 
 
@@ -124,76 +125,98 @@ def sparse_probe(
     """
     finding, testing = columns[first], columns[~first]
     found_in, tested_in = inside[:, first], inside[:, ~first]
-    order = ranking(finding, found_in)
-    n_columns = columns.shape[1]
     result = np.full((len(ks), len(inside)), np.nan)
-    largest = min(max(ks), n_columns)
-    if not n_columns:
+    if not columns.shape[1]:
         return result
-    scores = np.zeros((len(ks), testing.shape[0], len(inside)))
-    by_column = [side.tocsc() if sparse.issparse(side) else side for side in (finding, testing)]
-    for category, worth in enumerate(order):
+    worth = ranking(finding, found_in)  # (n_categories, p)
+    best = np.argsort(-np.abs(worth), axis=1, kind="stable")[:, : max(ks)]
+    signs = np.sign(np.take_along_axis(worth, best[:, :1], axis=1))
+    chosen, place = np.unique(best, return_inverse=True)
+    place = place.reshape(best.shape)
+    for start in range(0, len(inside), TOGETHER):
         stop_if_asked()
-        best = np.argsort(-np.abs(worth), kind="stable")[:largest]
+        some = slice(start, start + TOGETHER)
+        # (n_categories, n, k) of each half
         fit_on, apply_to = (
-            side[:, best].toarray() if sparse.issparse(side) else side[:, best]
-            for side in by_column
+            dense_columns(side, chosen)[:, place[some]].swapaxes(0, 1)
+            for side in (finding, testing)
         )
         for i, k in enumerate(ks):
-            k = min(k, n_columns)
             if k == 1:  # a regression on one column orders examples as the column does
-                scores[i, :, category] = np.sign(worth[best[0]]) * apply_to[:, 0]
+                scores = signs[some] * apply_to[:, :, 0]
             else:
-                scores[i, :, category] = logistic_scores(
-                    fit_on[:, :k], found_in[category], apply_to[:, :k]
-                )
-    for i in range(len(ks)):
-        result[i] = aucs(scores[i], tested_in)
+                scores = logistic_scores(fit_on[:, :, :k], found_in[some], apply_to[:, :, :k])
+            result[i, some] = aucs(scores.T, tested_in[some])
     return result
 
 
+def dense_columns(columns: Matrix, chosen: np.ndarray) -> np.ndarray:
+    """(n, len(chosen)) these columns of a matrix, dense or sparse."""
+    if isinstance(columns, np.ndarray):
+        return columns[:, chosen]
+    return columns.tocsc()[:, chosen].toarray()
+
+
 def logistic_scores(fit_on: np.ndarray, inside: np.ndarray, apply_to: np.ndarray) -> np.ndarray:
-    """(n,) log-odds of `apply_to` (n, k) by a logistic regression of `inside` (m,) bool on `fit_on`
-    (m, k), columns in units of their standard deviation."""
-    if inside.all() or not inside.any():
-        return np.zeros(len(apply_to))
-    centre, scale = fit_on.mean(0), fit_on.std(0)
+    """(n_categories, n) log-odds of `apply_to` (n_categories, n, k) by logistic regressions of
+    `inside` (n_categories, m) bool on `fit_on` (n_categories, m, k), columns in units of their
+    standard deviation; 0 for a category that has all examples or none."""
+    centre, scale = fit_on.mean(1, keepdims=True), fit_on.std(1, keepdims=True)
     scale = np.where(scale > 0, scale, 1)
-    return ((apply_to - centre) / scale) @ _logistic_weights((fit_on - centre) / scale, inside)
+    weights = np.zeros((len(inside), fit_on.shape[2]))
+    mixed = np.flatnonzero(inside.any(1) & ~inside.all(1))
+    units = (fit_on[mixed] - centre[mixed]) / scale[mixed]
+    weights[mixed] = logistic_weights(units, inside[mixed])
+    return np.matmul((apply_to - centre) / scale, weights[:, :, None])[:, :, 0]
 
 
-def _logistic_weights(x: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """(k,) weights of the logistic regression of inside (m,) bool on x (m, k), with an intercept
-    and half the squared length of the weights as penalty: those of scikit-learn's
-    LogisticRegression(solver="newton-cholesky", tol=TOLERANCE).
+def logistic_weights(x: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """(n_categories, k) weights of logistic regressions of inside (n_categories, m) bool on x
+    (n_categories, m, k), with an intercept and half the squared length of the weights as penalty:
+    those of scikit-learn's LogisticRegression(solver="newton-cholesky", tol=TOLERANCE).
 
     Thousands of fits this small are made, and scikit-learn looks at its arguments ten times as long
-    as it computes.
+    as it computes. Here all categories take their Newton steps together.
     """
-    design = np.column_stack([x, np.ones(len(x))]).astype(np.float64)
-    n, target = len(x), inside.astype(np.float64)
-    penalty = np.append(np.full(x.shape[1], 1 / n), 0.0)
+    n_categories, n, k = x.shape
+    design = np.concatenate([x, np.ones((n_categories, n, 1))], axis=2, dtype=np.float64)
+    target = inside.astype(np.float64)
+    penalty = np.append(np.full(k, 1 / n), 0.0)
 
-    def loss(weights):
-        odds = design @ weights
-        return np.mean(np.logaddexp(0, odds) - target * odds) + penalty @ weights**2 / 2
+    def loss(rows, weights):
+        odds = _times(design[rows], weights)
+        fit = (np.logaddexp(0, odds) - target[rows] * odds).mean(1)
+        return fit + (penalty * weights**2).sum(1) / 2
 
-    weights, now, moved = np.zeros(len(penalty)), np.log(2), np.inf
+    weights = np.zeros((n_categories, k + 1))
+    now, moved = np.full(n_categories, np.log(2)), np.full(n_categories, np.inf)
     for _ in range(MOST_STEPS):
-        chance = expit(design @ weights)
-        gradient = design.T @ (chance - target) / n + penalty * weights
-        if np.abs(gradient).max() <= TOLERANCE and moved <= TOLERANCE:
+        chance = expit(_times(design, weights))
+        gradient = _times(design.swapaxes(1, 2), chance - target) / n + penalty * weights
+        at_end = (np.abs(gradient).max(1) <= TOLERANCE) & (moved <= TOLERANCE)
+        going = np.flatnonzero(~at_end)
+        if not len(going):
             break
-        curvature = (design.T * (chance * (1 - chance) / n)) @ design + np.diag(penalty + 1e-12)
-        step = np.linalg.solve(curvature, gradient)
-        worth = float(gradient @ step)  # what a whole step promises, twice
+        some, spread = design[going], chance[going] * (1 - chance[going]) / n
+        curvature = (some * spread[:, :, None]).swapaxes(1, 2) @ some
+        curvature += np.diag(penalty + 1e-12)
+        step = np.linalg.solve(curvature, gradient[going][:, :, None])[:, :, 0]
+        worth = (gradient[going] * step).sum(1)  # what a whole step promises, twice
+        value = loss(going, weights[going] - step)
         for _ in range(20):  # shorter until it keeps a part of the promise
-            value = loss(weights - step)
-            if value <= now - worth / 2**11:
+            long = np.flatnonzero(value > now[going] - worth / 2**11)
+            if not len(long):
                 break
-            step, worth = step / 2, worth / 2
-        weights, now, moved = weights - step, value, float(step @ curvature @ step) / 2
-    return weights[:-1]
+            step[long], worth[long] = step[long] / 2, worth[long] / 2
+            value[long] = loss(going[long], weights[going[long]] - step[long])
+        weights[going] -= step
+        now[going], moved[going] = value, (step * _times(curvature, step)).sum(1) / 2
+    return weights[:, :-1]
+
+
+def _times(matrices, vectors):
+    """(n, a) the products of matrices (n, a, b) with vectors (n, b)."""
+    return np.matmul(matrices, vectors[:, :, None])[:, :, 0]
 
 
 def dense_probe(columns: Matrix, inside: np.ndarray, first: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastsae.lm.checks import equal_up_to_rounding, sample_for
 from fastsae.lm.decoders import Decoder, Enough, stream_of
+from fastsae.lm.mapped_weights import clean_mappings, give_back
 from fastsae.runtime.machine_errors import is_out_of_memory
 
 LONGEST_PLAIN = 512  # tokens up to which attention as plain products beats the fused kernel
@@ -40,13 +41,15 @@ def quicken(stack: Decoder) -> None:
         and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     ):
         return
-    ids, verdicts = sample_for(stack.config), {}
+    ids, verdicts, mappings = sample_for(stack.config), {}, clean_mappings()
     for number, block in enumerate(stack.layers):
+        weights = list(block.parameters())
         built = tuple((name, type(module)) for name, module in block.named_modules())
         if built not in verdicts:
             verdicts[built] = _tried(stack, number, ids)
         elif verdicts[built]:
             replace_products(block)
+        give_back(weights, mappings)
     if stack.config._attn_implementation == "sdpa":
         _try_plain_attention(stack, ids)
 

@@ -51,23 +51,26 @@ def test_intervals_hold_the_truth():
 @pytest.mark.parametrize("k", [1, 2, 16])
 @pytest.mark.parametrize("n, share", [(20, 0.5), (60, 0.1), (700, 0.3), (3000, 0.02)])
 def test_a_logistic_regression_is_scikit_learns(n, share, k):
-    """Also where columns are equal, constant, or tell the category without a mistake."""
+    """Also where columns are equal, constant, or tell the category without a mistake, and where
+    the categories that are fitted together take different numbers of steps."""
     generator = np.random.default_rng(n + k)
-    inside = generator.permutation(np.arange(n) < share * n)
-    for strength in (0, 1, 50):
-        x = np.maximum(generator.standard_normal((n, k)) + strength * inside[:, None], 0)
-        x[:, 1:3] = x[:, :1]
-        x = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
-        x[:, 3:4] = 0
+    strengths = np.array([0, 1, 50])
+    inside = np.stack([generator.permutation(np.arange(n) < share * n) for _ in strengths])
+    x = generator.standard_normal((3, n, k)) + strengths[:, None, None] * inside[:, :, None]
+    x = np.maximum(x, 0)
+    x[:, :, 1:3] = x[:, :, :1]
+    x = (x - x.mean(1, keepdims=True)) / np.where(x.std(1) > 0, x.std(1), 1)[:, None]
+    x[:, :, 3:4] = 0
+    found, scores = probing.logistic_weights(x, inside), probing.logistic_scores(x, inside, x)
+    for i in range(len(strengths)):
         slow = LogisticRegression(solver="newton-cholesky", tol=probing.TOLERANCE, max_iter=30)
-        expected = slow.fit(x, inside).coef_[0]
-        found = probing._logistic_weights(x, inside)
-        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
-        scores = probing.logistic_scores(x, inside, x)
-        assert roc_auc_score(inside, scores) == pytest.approx(
-            roc_auc_score(inside, x @ expected), abs=1e-3
+        expected = slow.fit(x[i], inside[i]).coef_[0]
+        np.testing.assert_allclose(found[i], expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
+        assert roc_auc_score(inside[i], scores[i]) == pytest.approx(
+            roc_auc_score(inside[i], x[i] @ expected), abs=1e-3
         )
-    assert not probing.logistic_scores(x, np.ones(n, bool), x).any()
+    inside[1] = True  # a category that has all examples
+    assert not probing.logistic_scores(x, inside, x)[1].any()
 
 
 def planted(n=600, seed=0):
