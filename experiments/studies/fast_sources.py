@@ -116,6 +116,7 @@ def extract(settings, work, datasets):
             "--layer-idx",
             listed(settings.LAYERS),
             "--label-field=none",
+            "--storage-dtype=float16",
             "--output-dir",
             work / folder.replace(" ", "_"),
             "--dataset-path",
