@@ -25,13 +25,11 @@ import torch
 
 from fastsae.runtime import distributed
 from fastsae.sae import Autoencoder
+from fastsae.sae.products import linear
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 TINY = 1e-12  # floor of a batch's variance, so that constant batches divide by something
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# not on CPUs without AVX-512
-HAS_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 NUMPY_BEATS = 2  # threads of PyTorch that choose the largest of short rows slower than one of NumPy
 BLOCK_ROWS = 512  # rows of pre-activations at a time on a CPU: 512 x 4,608 floats are 9 MB
 
@@ -188,14 +186,6 @@ def _blocks(sae, x_centred, dtype):
     # one block of no rows where there are none
     for first in range(0, max(len(x), 1), max(size, 1)):
         yield first, linear(x[first : first + size], weight, bias)
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T + bias. On a CPU by oneDNN where PyTorch has it, twice as fast as MKL on
-    processors that are not Intel's."""
-    if x.device.type != "cpu" or not HAS_ONEDNN or (x.dtype == torch.bfloat16 and not HAS_BFLOAT16):
-        return torch.addmm(bias, x, weight.t())
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def active_entries(

@@ -11,6 +11,7 @@ from small import small
 from source_tree import PROJECT, python_files
 
 from fastsae.formats.load import load_sae
+from fastsae.sae import products
 from fastsae.sae.architectures import REGISTRY
 from fastsae.sae.architectures.jumprelu import Jump
 from fastsae.sae.autoencoder import decode, encode, inference_form, new_sae
@@ -54,6 +55,38 @@ def dense_features(sae, x):
         pre = pre + (1 - scores) * ((x - sae.input_bias) @ rows.t())
     pre = pre + sae.neuron_bias
     return pre * (pre > sae.threshold) if sae.architecture == "jumprelu" else torch.relu(pre)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_product_has_the_gradients_of_torchs(onednn, monkeypatch):
+    """Of both sides, or of one alone; the weight may be a transpose, as the decoder's is."""
+    monkeypatch.setattr(products, "HAS_ONEDNN", onednn and products.HAS_ONEDNN)
+    torch.manual_seed(0)
+    sides = [torch.randn(9, 5), torch.randn(5, 7).t(), torch.randn(9, 7)]  # x, weight, gradient
+    for needed in ([True, True], [True, False], [False, True]):
+        x, weight = (t.clone().requires_grad_(n) for t, n in zip(sides, needed))
+        expected = torch.nn.functional.linear(x, weight)
+        found = products.product(x, weight)
+        torch.testing.assert_close(found, expected)
+        wanted = [t for t in (x, weight) if t.requires_grad]
+        torch.testing.assert_close(
+            torch.autograd.grad(found, wanted, sides[2]),
+            torch.autograd.grad(expected, wanted, sides[2]),
+        )
+
+
+@pytest.mark.parametrize("architecture", DENSE)
+@pytest.mark.parametrize("rows", [7, 30])
+def test_blocks_of_a_batch_add_up_to_it(architecture, rows, monkeypatch):
+    """Also where the last one is smaller; JumpReLU's aim is of each token, so it adds up too."""
+    options = {"sparsity": 0.3, "bandwidth": 0.5, "target_l0": 4}
+    results = []
+    for size in (1000, rows):
+        sae, x = make(architecture)
+        monkeypatch.setattr("fastsae.sae.dense_step.BLOCK_ROWS", size)
+        loss, fired = dense_step(sae, x, None, **options)
+        results.append([loss, fired, *(p.grad for p in sae.parameters())])
+    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize(

@@ -634,9 +634,9 @@ def test_activations_replaced_while_training_begins(
 
 
 def test_a_cpu_without_bfloat16(monkeypatch):
-    from fastsae.sae import sparse_step
+    from fastsae.sae import products
 
-    monkeypatch.setattr(sparse_step, "HAS_BFLOAT16", False)
+    monkeypatch.setattr(products, "HAS_BFLOAT16", False)
     monkeypatch.setattr(
         torch.ops.mkldnn, "_linear_pointwise", lambda *_: pytest.fail("such a CPU refuses it")
     )
@@ -646,7 +646,7 @@ def test_a_cpu_without_bfloat16(monkeypatch):
         torch.randn(4).bfloat16(),
     )
     torch.testing.assert_close(
-        sparse_step.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias)
+        products.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias)
     )
 
 

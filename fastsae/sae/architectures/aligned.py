@@ -9,6 +9,7 @@ import torch
 
 from fastsae.sae import Autoencoder
 from fastsae.sae.architectures.base import Architecture, Penalty, State, squared_error
+from fastsae.sae.products import product
 from fastsae.settings.architectures import About
 
 
@@ -28,7 +29,7 @@ class Aligned(Architecture):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error + coefficient * L1, the features from the moved encoder rows."""
         rows = aligned(sae.encoder.weight, sae.decoder.weight)
-        features = torch.relu((x - sae.input_bias) @ rows.t() + sae.neuron_bias)  # (B, M)
+        features = torch.relu(product(x - sae.input_bias, rows) + sae.neuron_bias)  # (B, M)
         l1 = features.sum(1).mean()
         return squared_error(sae, features, x) + penalty.coefficient * l1, features
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fastsae.sae import Autoencoder
+from fastsae.sae.products import product
 from fastsae.settings.architectures import About
 
 State = dict[str, torch.Tensor]  # of `sae.state_dict()`
@@ -71,12 +72,13 @@ class Architecture:
 
 def pre_activations(sae: Autoencoder, x: torch.Tensor) -> torch.Tensor:
     """(B, M) of a batch x (B, d)."""
-    return sae.encoder(x - sae.input_bias) + sae.neuron_bias
+    return product(x - sae.input_bias, sae.encoder.weight) + sae.neuron_bias
 
 
 def squared_error(sae: Autoencoder, features: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Of the reconstruction from features (B, M): summed over dimensions, mean over tokens."""
-    return (sae.decoder(features) + sae.input_bias - x).square().sum(1).mean()
+    reconstruction = product(features, sae.decoder.weight) + sae.input_bias
+    return (reconstruction - x).square().sum(1).mean()
 
 
 def saelens_threshold(sae: Autoencoder, state: State) -> State:

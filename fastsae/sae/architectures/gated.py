@@ -11,6 +11,7 @@ from fastsae.sae.architectures.base import (
     saelens_threshold,
     squared_error,
 )
+from fastsae.sae.products import product
 from fastsae.settings.architectures import About
 
 
@@ -42,11 +43,11 @@ class Gated(Architecture):
         The gates' reconstruction goes through a frozen decoder, as in the paper (SAELens trains the
         decoder on it too).
         """
-        projection = sae.encoder(x - sae.input_bias)  # (B, M)
+        projection = product(x - sae.input_bias, sae.encoder.weight)  # (B, M)
         gate = projection + sae.gate_bias
         features = (gate > 0) * torch.relu(projection * sae.log_magnitude.exp() + sae.neuron_bias)
         opened = torch.relu(gate)
-        by_gates = opened @ sae.decoder.weight.detach().t() + sae.input_bias.detach()
+        by_gates = product(opened, sae.decoder.weight.detach()) + sae.input_bias.detach()
         loss = (
             squared_error(sae, features, x)
             + penalty.coefficient * opened.sum(1).mean()
