@@ -8,8 +8,10 @@ the command line and ends with its exit code.
 """
 
 import ast
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -23,6 +25,21 @@ def set_constant(assignment: str) -> None:
     holder = find(owner)
     getattr(holder, name)
     setattr(holder, name, value_of(text))
+
+
+@contextlib.contextmanager
+def other_values(assignments: Iterable[str]) -> Iterator[None]:
+    """Within, the constants have these values, as of `set_constant`; then their own again."""
+    before = []
+    try:
+        for assignment in assignments:
+            owner, name = assignment.partition("=")[0].rsplit(".", 1)
+            before.append((find(owner), name, getattr(find(owner), name)))
+            set_constant(assignment)
+        yield
+    finally:
+        for holder, name, value in reversed(before):
+            setattr(holder, name, value)
 
 
 def find(place: str) -> Any:

@@ -4,9 +4,10 @@ training does.
     # a JSON list of flags on each line
     python -m experiments.shared.sweeps train_sae.py < jobs.jsonl
 
-Each run is the script's own `main()` with those flags, as from the command line; what it prints is
-shown when it fails, else only its warnings, alike ones once, in the end. Ends with the exit code of
-the first run that failed. `run_many` does this from an experiment.
+Each run is the script's own `main()` with those flags, as from the command line;
+`fastsae.MODULE.NAME=value` among them is another value of a constant, for this run. What it prints
+is shown when it fails, else only its warnings, alike ones once, in the end. Ends with the exit code
+of the first run that failed. `run_many` does this from an experiment.
 """
 
 import collections
@@ -20,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.shared import provenance
+from experiments.shared import constants, provenance
 from fastsae.settings.flags import as_flags
 
 if TYPE_CHECKING:
@@ -118,9 +119,10 @@ def main() -> int:
     jobs = [json.loads(line) for line in sys.stdin]
     warnings = collections.Counter()
     for number, flags in enumerate(jobs, 1):
-        sys.argv = [str(script.__file__), *flags]
+        assigned = [flag for flag in flags if flag.startswith("fastsae.")]
+        sys.argv = [str(script.__file__), *(flag for flag in flags if flag not in assigned)]
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), constants.other_values(assigned):
             code = run_stage(script.main)
         if code:
             print(f"{printed.getvalue()}{' '.join(flags)}: exit code {code}", file=sys.stderr)

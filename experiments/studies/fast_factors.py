@@ -17,6 +17,7 @@ Results are added to experiments/results/<NAME>.json, one entry for each dataset
 and K. An interrupted run goes on by the same command. docs/fast.md reads them.
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -121,7 +122,7 @@ def run_cells(settings, work, datasets, n_tokens):
     device = "cpu" if chosen == "mps" else chosen  # which has no sparse products
     how = in_memory.stage_settings(*training_flags(settings))
     middle = settings.LAYERS[len(settings.LAYERS) // 2]
-    inputs = fingerprints(settings, work)
+    inputs = functools.cache(functools.partial(fingerprints, work))
     values, at = {}, {}
     for number, cell in enumerate(grid(settings), 1):
         with_features = (
@@ -133,7 +134,7 @@ def run_cells(settings, work, datasets, n_tokens):
             "training": how.select(["ARCHITECTURE", "M", "K", "SPARSITY_COEFFICIENT", "N_EPOCHS"]),
             "batch": how.BATCH_SIZE,
             "features": with_features,
-            "inputs": inputs[cell.layer],
+            "inputs": inputs(cell.layer, with_features),
         }
 
         def compute(cell=cell, with_features=with_features):
@@ -157,15 +158,13 @@ def training_flags(settings):
     return [*flags, "--matryoshka-prefixes=none"]
 
 
-def fingerprints(settings, work):
-    """{layer: fingerprints of the activations that a cell's figures depend on}."""
+def fingerprints(work, layer, with_features):
+    """Of the activations that a cell's figures depend on."""
     from fastsae.activations.files import read_metadata
 
-    folders = (*fast_measures.ATTENTION, *TEXTS, "held_out_alone", "held_out_whole", "labelled")
-    return {
-        layer: [read_metadata(activations(work, name, layer))["fingerprint"] for name in folders]
-        for layer in settings.LAYERS
-    }
+    folders = (*fast_measures.ATTENTION, *TEXTS, "held_out_alone", "held_out_whole")
+    names = [*folders, "labelled"] if with_features else folders
+    return [read_metadata(activations(work, name, layer))["fingerprint"] for name in names]
 
 
 class AtLayer:

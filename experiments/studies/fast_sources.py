@@ -9,8 +9,7 @@ import numpy as np
 import config
 from experiments.shared import fast_measures, heldout
 from experiments.shared.fast_tokens import Tested, Tokens
-from experiments.shared.provenance import run_stage
-from experiments.shared.sweeps import MODEL_SETTINGS, listed, passed_on
+from experiments.shared.sweeps import MODEL_SETTINGS, listed, passed_on, run_many
 
 APART = "fastsae.data.reading.DIALOGUES_IN_BLOCKS=apart"
 FROM_ZERO = f"{APART}, positions from 0"
@@ -108,21 +107,25 @@ def extract(settings, work, datasets):
         **{text: (text, block) for text in TEXTS},
         "labelled": ("labelled", alone),
     }
-    passed = [name for name in MODEL_SETTINGS if name != "MAX_LENGTH"]
-    for folder, (name, flags) in parts.items():
-        run_stage(
-            "extract_activations.py",
-            *passed_on(settings, passed),
-            "--layer-idx",
-            listed(settings.LAYERS),
-            "--label-field=none",
-            "--storage-dtype=float16",
-            "--output-dir",
-            work / folder.replace(" ", "_"),
-            "--dataset-path",
-            datasets[name],
-            *flags,
-        )
+    if not settings.FEATURE_SEEDS:
+        del parts["labelled"]
+    passed = passed_on(settings, [name for name in MODEL_SETTINGS if name != "MAX_LENGTH"])
+    common = [*passed, "--layer-idx", listed(settings.LAYERS), "--label-field=none"]
+    run_many(
+        "extract_activations.py",
+        [
+            [
+                *common,
+                "--storage-dtype=float16",
+                "--output-dir",
+                work / folder.replace(" ", "_"),
+                "--dataset-path",
+                datasets[name],
+                *flags,
+            ]
+            for folder, (name, flags) in parts.items()
+        ],
+    )
 
 
 def activations(work, folder, layer):

@@ -11,8 +11,9 @@ import torch
 from conftest import planted_tokens, put_activations
 from tiny_world import WORDS
 
-from experiments.shared import factors, fast_measures, fast_tokens, in_memory, provenance
+from experiments.shared import constants, factors, fast_measures, fast_tokens, in_memory, provenance
 from experiments.studies import fast_factors, fast_sources
+from fastsae.data import reading
 from fastsae.sae.autoencoder import decode, encode, load_checkpoint, new_sae
 
 
@@ -276,6 +277,15 @@ def test_intervals_hold_the_truth_where_seeds_vary():
     assert held >= 16
 
 
+def test_constants_have_other_values_for_one_job_only():
+    first = reading.DIALOGUES_IN_BLOCKS
+    name = "fastsae.data.reading.DIALOGUES_IN_BLOCKS"
+    with pytest.raises(KeyError), constants.other_values([f"{name}=apart", f"{name}=other"]):
+        assert reading.DIALOGUES_IN_BLOCKS == "other"
+        raise KeyError
+    assert reading.DIALOGUES_IN_BLOCKS == first == "joined"
+
+
 @pytest.fixture
 def study(tmp_path, tiny_llama, run_main, monkeypatch):
     """Run the study in this process, its stages too, on 36 dialogues; returns the result's runs."""
@@ -304,7 +314,9 @@ def study(tmp_path, tiny_llama, run_main, monkeypatch):
     def run(*flags):
         monkeypatch.setattr(provenance, "RESULTS", tmp_path)
         monkeypatch.setattr(fast_factors, "RESULTS", tmp_path)
-        monkeypatch.setattr(fast_sources, "run_stage", in_process)
+        monkeypatch.setattr(
+            fast_sources, "run_many", lambda script, jobs: [in_process(script, *j) for j in jobs]
+        )
         given = {
             "output-dir": tmp_path / "out",
             "model-name": tiny_llama,
