@@ -48,6 +48,7 @@ MEASURES = {
     "MSE, without openings and sinks": Measure(SETS[2], False),
     "MSE_st": Measure(f"{SETS[0]}, special", False),
     "MSE_st, without sinks": Measure(f"{SETS[1]}, special", False),
+    "MSE_st, without openings and sinks": Measure(f"{SETS[2]}, special", False),
 }
 
 

@@ -142,8 +142,9 @@ def write_figure(path: Path, figure: "Figure") -> None:
 
 
 @functools.cache
-def code_version() -> str:
-    """sha256 (hex) of the project's Python files: what other code computed is not remembered."""
+def code_version(leaving_out: tuple[str, ...] = ()) -> str:
+    """sha256 (hex) of the project's Python files: what other code computed is not remembered.
+    leaving_out: files and folders that change nothing of it."""
     digest = hashlib.sha256()
     for path in sorted(
         [
@@ -152,7 +153,9 @@ def code_version() -> str:
             *PROJECT.glob("experiments/**/*.py"),
         ]
     ):
-        digest.update(path.relative_to(PROJECT).as_posix().encode() + path.read_bytes())
+        name = path.relative_to(PROJECT).as_posix()
+        if not any(name == each or name.startswith(f"{each}/") for each in leaving_out):
+            digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -172,12 +175,12 @@ def remembered(path: str | Path, key: dict[str, Any], compute: Callable[[], Any]
 
 class Journal:
     """What a study computed piece by piece, read once; a piece is remembered as `remembered` has
-    it."""
+    it. leaving_out: code that has no part in the pieces."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, leaving_out: tuple[str, ...] = ()) -> None:
         from fastsae.runtime import artifacts
 
-        self.path = Path(path)
+        self.path, self.leaving_out = Path(path), leaving_out
         lines = artifacts.read_lines(path)
         self.known = {line["key"]: line["value"] for line in lines if {"key", "value"} <= set(line)}
 
@@ -186,7 +189,7 @@ class Journal:
         that, written down."""
         from fastsae.runtime import artifacts
 
-        name = artifacts.fingerprint("study", key, {"code": code_version()})
+        name = artifacts.fingerprint("study", key, {"code": code_version(self.leaving_out)})
         if name not in self.known:
             self.known[name] = compute()
             artifacts.append_line(self.path, {"key": name, "value": self.known[name]})

@@ -12,7 +12,7 @@ from conftest import planted_tokens, put_activations
 from tiny_world import WORDS
 
 from experiments.shared import constants, factors, fast_measures, fast_tokens, in_memory, provenance
-from experiments.studies import fast_factors, fast_sources
+from experiments.studies import fast_factors, fast_sources, fast_summary
 from fastsae.data import reading
 from fastsae.sae.autoencoder import decode, encode, load_checkpoint, new_sae
 
@@ -313,7 +313,7 @@ def study(tmp_path, tiny_llama, run_main, monkeypatch):
 
     def run(*flags):
         monkeypatch.setattr(provenance, "RESULTS", tmp_path)
-        monkeypatch.setattr(fast_factors, "RESULTS", tmp_path)
+        monkeypatch.setattr(fast_summary, "RESULTS", tmp_path)
         monkeypatch.setattr(
             fast_sources, "run_many", lambda script, jobs: [in_process(script, *j) for j in jobs]
         )
