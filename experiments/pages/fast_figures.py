@@ -8,7 +8,17 @@ import sys
 import numpy as np
 
 from experiments.pages import fast_page
-from experiments.pages.fast_page import MSE, MSE_ST, NORMALISED, STEP_NAMES, Run
+from experiments.pages.fast_page import (
+    BOTH,
+    COMPARED,
+    MSE_ST,
+    MSE_ST_CLEAN,
+    MSE_ST_ORDINARY,
+    NORMALISED,
+    PAPERS,
+    STEP_NAMES,
+    Run,
+)
 from experiments.shared.fast_measures import ATTENTION, ON
 from experiments.shared.provenance import RESULTS, write_figure
 
@@ -21,6 +31,15 @@ MARK_NAMES = {
     (1, 0): "openings kept",
     (1, 1): "both kept",
 }
+GAP_ROWS = (
+    (PAPERS, MSE_ST, "alone"),
+    (PAPERS, MSE_ST_CLEAN, "alone"),
+    (PAPERS, NORMALISED, "alone"),
+    (PAPERS, NORMALISED, "whole"),
+    (BOTH, MSE_ST_ORDINARY, "alone"),
+    (BOTH, NORMALISED, "alone"),
+    (BOTH, NORMALISED, "whole"),
+)
 PART_COLOURS = ("#2a6fbb", "#d98a29", "#5aa36f", "#8d6cab", "#c8553d", "#b8860b", "#8a8a8a")
 
 
@@ -84,23 +103,23 @@ def draw_cells(found: dict[str, Run]):
 
 def draw_gaps(found: dict[str, Run]):
     """The gap of each measure as a row of steps, on dialogues alone and in blocks."""
-    figure, axes = figure_of(found, 3.6)
-    rows = [(measure, on) for measure in (MSE_ST, MSE, NORMALISED) for on in ON]
+    figure, axes = figure_of(found, 4.2)
     for axis, (name, run) in zip(axes, found.items()):
-        for place, (measure, on) in enumerate(reversed(rows)):
-            gap = fast_page.gap_of(run, fast_page.mean_layer(run), measure, fast_page.BOTH, on)
+        for place, (gap_name, measure, on) in enumerate(reversed(GAP_ROWS)):
+            gap = fast_page.gap_of(run, fast_page.mean_layer(run), measure, gap_name, on)
             assert gap is not None  # of every run
             ends = {1: 0.0, -1: 0.0}
-            for step, colour in zip(gap["steps"], STEP_COLOURS):
+            for step in gap["steps"]:
                 side = 1 if step["value"] > 0 else -1
+                colour = STEP_COLOURS[list(STEP_NAMES).index((step["factor"], step["from"]))]
                 axis.barh(place, step["value"], left=ends[side], color=colour, height=0.6)
                 ends[side] += step["value"]
             low, high = gap["total"]["interval"]
             axis.plot([low, high], [place, place], color="black", lw=1)
             axis.plot(gap["total"]["value"], place, "|", color="black", markersize=12)
-        read = {"alone": "alone", "whole": "in blocks"}
-        names = [f"{fast_page.short(m).partition(',')[0]}, {read[on]}" for m, on in reversed(rows)]
-        axis.set_yticks(range(len(rows)), names, fontsize=8)
+        axis.set_yticks(
+            range(len(GAP_ROWS)), [row_name(*r) for r in reversed(GAP_ROWS)], fontsize=7
+        )
         axis.axvline(0, color="black", lw=0.6)
         axis.set_title(f"{name}: log2 of BT(F) / FAST", fontsize=10)
         axis.grid(alpha=0.3, axis="x")
@@ -110,13 +129,21 @@ def draw_gaps(found: dict[str, Run]):
     return figure
 
 
+def row_name(gap: str, measure: str, on: str) -> str:
+    """What a row of the gaps is called."""
+    kept = {PAPERS: "all kept", BOTH: "FAST: dropped, BT(F): kept"}[gap]
+    tokens = "" if measure == MSE_ST else f" ({fast_page.short(measure).partition(', ')[2]})"
+    read = {"alone": "alone", "whole": "in blocks"}[on]
+    return f"{measure.partition(',')[0]}{tokens}\n{kept}; {read}"
+
+
 def draw_shares(found: dict[str, Run]):
     """What the largest factors and interactions have of the sum of squares."""
     figure, axes = figure_of(found, 3.2)
     for axis, (name, run) in zip(axes, found.items()):
         columns = [
             (measure, {tuple(p["factors"]): p["share"] for p in row["shares"]})
-            for measure in (NORMALISED, MSE, MSE_ST)
+            for measure in COMPARED
             for row in run["shares"]
             if (row["measure"], row["layer"]) == (measure, fast_page.mean_layer(run))
         ]
@@ -130,7 +157,7 @@ def draw_shares(found: dict[str, Run]):
             axis.barh(place, 1 - left, left=left, color=PART_COLOURS[-1], height=0.6)
         for key, colour in zip([*shown, ("all others",)], PART_COLOURS):
             axis.barh(0, 0, color=colour, label=" with ".join(key))
-        names = [fast_page.short(measure).partition(",")[0] for measure, _ in columns]
+        names = [fast_page.short(measure).replace(", ", ",\n") for measure, _ in columns]
         axis.set_yticks(range(len(columns)), names, fontsize=8)
         axis.set_xlim(0, 1)
         axis.set_title(f"{name}: share of the sum of squares", fontsize=10)

@@ -174,15 +174,13 @@ def remembered(path: str | Path, key: dict[str, Any], compute: Callable[[], Any]
 
 
 class Journal:
-    """What a study computed piece by piece, read once; a piece is remembered as `remembered` has
-    it. leaving_out: code that has no part in the pieces."""
+    """What a study computed piece by piece; a piece is remembered as `remembered` has it. Several
+    processes may add to one. leaving_out: code that has no part in the pieces."""
 
     def __init__(self, path: str | Path, leaving_out: tuple[str, ...] = ()) -> None:
-        from fastsae.runtime import artifacts
-
         self.path, self.leaving_out = Path(path), leaving_out
-        lines = artifacts.read_lines(path)
-        self.known = {line["key"]: line["value"] for line in lines if {"key", "value"} <= set(line)}
+        self.known: dict[str, Any] = {}
+        self._size = 0
 
     def remembered(self, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """What `compute()` returned, JSON-able, when this code was asked for `key` before; else
@@ -191,6 +189,18 @@ class Journal:
 
         name = artifacts.fingerprint("study", key, {"code": code_version(self.leaving_out)})
         if name not in self.known:
+            self._read()
+        if name not in self.known:
             self.known[name] = compute()
             artifacts.append_line(self.path, {"key": name, "value": self.known[name]})
         return self.known[name]
+
+    def _read(self):
+        """Take over what is in the file, if there is more of it than before."""
+        from fastsae.runtime import artifacts
+
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self._size:
+            lines = artifacts.read_lines(self.path)
+            self.known |= {li["key"]: li["value"] for li in lines if {"key", "value"} <= set(li)}
+            self._size = size

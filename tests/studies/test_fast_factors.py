@@ -277,6 +277,17 @@ def test_intervals_hold_the_truth_where_seeds_vary():
     assert held >= 16
 
 
+def test_a_journal_remembers_what_other_processes_wrote(tmp_path):
+    one, other = (provenance.Journal(tmp_path / "pieces.jsonl", ("experiments",)) for _ in range(2))
+    assert one.remembered({"n": 1}, lambda: [1]) == [1]
+    assert other.remembered({"n": 1}, lambda: None) == [1]
+    assert other.remembered({"n": 2}, lambda: [2]) == [2]
+    assert one.remembered({"n": 2}, lambda: None) == [2]
+    # other code, other pieces
+    again = provenance.Journal(tmp_path / "pieces.jsonl")
+    assert again.remembered({"n": 1}, lambda: [3]) == [3]
+
+
 def test_constants_have_other_values_for_one_job_only():
     first = reading.DIALOGUES_IN_BLOCKS
     name = "fastsae.data.reading.DIALOGUES_IN_BLOCKS"
