@@ -1,14 +1,15 @@
-"""Thirty features drawn by a seed, with what a reader sees of them, to be judged by a person.
+"""Thirty features drawn by a seed, with what a reader sees of them, to be judged.
 
     python -m experiments.benchmarks.label_sample --output-dir results/demo
-    python -m experiments.benchmarks.label_sample --judgements judged.json --output-dir results/demo
+    python -m experiments.benchmarks.label_sample --judgements judged.json --reader "a colleague" \\
+        --output-dir results/demo
 
 Reads a folder that run_pipeline.py has filled. The first command prints each feature's label, its
 strongest examples and its ordinary ones, each with its share of the feature's maximum, the shaded
 token between « », and nothing of how the label was made or scored. `judged.json` holds
 {"<feature>": ["right", "why"], ...}; right: the label tells where the feature fires in nearly all
-of the examples above 0.3, of which alone it speaks; partial: in some, or it names much that they do
-not show; useless: it does not help. The second command writes
+of the examples above 0.3 (all but one), of which alone it speaks; partial: in some, or it names
+much that they do not show; useless: it does not help. The second command writes
 experiments/results/label_sample.json: the texts, the labels, the judgements and their counts.
 With --before the labels are the four most characteristic tokens, which were the labels once.
 """
@@ -33,6 +34,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--judgements", type=Path)
+    parser.add_argument("--reader", default="one reader", help="who judged, as a result says it")
     parser.add_argument("--before", action="store_true")
     parser.add_argument("--sample-seed", type=int, default=0)
     args, flags = parser.parse_known_args()
@@ -62,7 +64,11 @@ def main():
     counts = {verdict: sum(one["verdict"] == verdict for one in sample) for verdict in VERDICTS}
     write_result(
         "label_sample_before" if args.before else "label_sample",
-        {"dataset": str(settings.DATASET_PATH), "sample_seed": args.sample_seed},
+        {
+            "dataset": str(settings.DATASET_PATH),
+            "sample_seed": args.sample_seed,
+            "reader": args.reader,
+        },
         {"counts": counts, "features": sample},
     )
 

@@ -2,6 +2,7 @@
 dictionaries beside it."""
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from fastsae.interpretation.evidence import Evidence
-    from fastsae.interpretation.nulls import Untrained
+    from fastsae.interpretation.nulls import Dictionary, Untrained
 
 NAMED = ("M", "K", "MATRYOSHKA_PREFIXES", "N_EPOCHS")  # settings that a result says of a run
 
@@ -26,9 +27,15 @@ class Finished(NamedTuple):
         return {name: self.meta["settings"][name] for name in NAMED}
 
 
-def finished(folder: Path, dataset: str, label_field: str | None = None) -> Finished:
+def finished(
+    folder: Path,
+    dataset: str,
+    label_field: str | None = None,
+    beside: "Callable[[Path, Mapping[str, Any]], Sequence[Dictionary]] | None" = None,
+) -> Finished:
     """The run under `folder`, with one pass over its activations; `dataset`: the file they were
-    made from, whose `label_field` becomes the examples' labels."""
+    made from, whose `label_field` becomes the examples' labels. `beside`, given the activations and
+    the checkpoint's metadata, returns more dictionaries that see the same tokens."""
     from fastsae.activations.files import open_activations
     from fastsae.data.datasets import read_dataset
     from fastsae.formats.load import load_sae
@@ -39,9 +46,8 @@ def finished(folder: Path, dataset: str, label_field: str | None = None) -> Fini
     metrics_path = next(folder.glob("checkpoints/*/metrics.json"))
     sae, meta = load_sae(metrics_path.with_name(json.loads(metrics_path.read_text())["checkpoint"]))
     source = meta["activations"]
-    data = open_activations(
-        folder / "activations" / f"activations_layer{source['settings']['LAYER_IDX']}.npz"
-    )
+    path = folder / "activations" / f"activations_layer{source['settings']['LAYER_IDX']}.npz"
+    data = open_activations(path)
     examples = read_dataset(
         dataset, text_field="text", label_field=label_field, only_lines=data["example_ids"]
     )
@@ -54,6 +60,7 @@ def finished(folder: Path, dataset: str, label_field: str | None = None) -> Fini
     untrained = nulls.prepare(
         sae, data, **bounds, not_trained_on=np.array(unseen, np.int64), seed=0
     )
+    untrained.dictionaries.extend(beside(path, meta) if beside else [])
     tokenizer = load_tokenizer(source["model_name"])
     evidence = Evidence(sae, data, examples, tokenizer, bounds, n_top=1, watch=untrained.watch)
     return Finished(evidence, untrained.finish(), meta)

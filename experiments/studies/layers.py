@@ -8,10 +8,11 @@ one extraction pass.
 
 Drives the three stages: stage 1 once for all layers, then stages 2 and 3 for each layer and seed
 with the same settings; all their flags work here. Per layer: median norm of the stream and
-attention sinks, normalised MSE on held-out examples, features with a category AUC above the bound
-with as many under shuffled labels, and token purity, the share of a feature's activation that lies
-on its commonest token (1: a token detector). Work is kept under OUTPUT_DIR/layers, so that a run
-that was stopped continues. Writes experiments/results/layers.json and .png.
+attention sinks, normalised MSE on held-out examples, AUC of probes of the categories on 16 features
+beside 16 of random tokens (as stage 3 measures it, mean over the tokens of an example), and token
+purity, the share of a feature's activation that lies on its commonest token (1: a token detector).
+Work is kept under OUTPUT_DIR/layers, so that a run that was stopped continues. Writes
+experiments/results/layers.json and .png.
 """
 
 import importlib.util
@@ -127,7 +128,10 @@ def one_seed(settings, root, layer, seed):
         *flags,
     )
     run_stage(
-        "interpret_sae.py", *settings.flags_for("interpret_sae.py"), *flags, "--n-top-neurons", 0
+        "interpret_sae.py",
+        *settings.flags_for("interpret_sae.py"),
+        *flags,
+        *("--n-top-neurons", 0, "--no-run-model"),
     )
     metrics = json.loads((folder / "checkpoints" / "sae" / "metrics.json").read_text())
     head, *rows = artifacts.read_lines(folder / "interpretations.jsonl")
@@ -136,9 +140,7 @@ def one_seed(settings, root, layer, seed):
     )
     return {
         **{name: metrics[name] for name in ("normalized_mse", "l0", "dead_fraction", "epochs")},
-        "n_above_auc_bound": head["summary"].get("n_above_auc_bound"),
-        "n_above_auc_bound_shuffled": head["summary"].get("n_above_auc_bound_shuffled"),
-        "median_category_auc": head["summary"].get("median_category_auc"),
+        **probed(head["run_table"].get("probing")),
         "mean_token_purity": float(np.nanmean(purity)),
         "share_purity_above_half": float(np.mean(purity[~np.isnan(purity)] > 0.5)),
         "mean_special_token_share": float(
@@ -146,6 +148,19 @@ def one_seed(settings, root, layer, seed):
                 [r["special_token_share"] for r in rows if r["special_token_share"] is not None]
             )
         ),
+    }
+
+
+def probed(found):
+    """What 16 features tell of the categories, beside 16 of random tokens; None without labels."""
+    sources = found["sparse_probing"]["16"] if found else {}
+    return {
+        name: sources[source]["value"] if source in sources else None
+        for name, source in (
+            ("probe_auc", "features"),
+            ("probe_auc_random_tokens", "random tokens"),
+            ("probe_auc_stream", "stream"),
+        )
     }
 
 
@@ -191,14 +206,14 @@ def purity_of(checkpoint, folder, layer, settings):
 def show(rows):
     print(
         f"{'layer':>5}{'norm':>9}{'sinks':>7}{'norm. MSE':>11}{'dead %':>8}"
-        f"{'AUC > bound':>13}{'shuffled':>10}{'median AUC':>12}"
+        f"{'probe AUC':>11}{'random tokens':>15}{'stream':>8}"
         f"{'purity':>8}"
     )
     for r in rows:
         auc = (
-            f"{r['n_above_auc_bound']:>13.1f}{r['n_above_auc_bound_shuffled']:>10.1f}{r['median_category_auc']:>12.3f}"
-            if "n_above_auc_bound" in r
-            else f"{'no labels':>35}"
+            f"{r['probe_auc']:>11.3f}{r['probe_auc_random_tokens']:>15.3f}{r['probe_auc_stream']:>8.3f}"
+            if "probe_auc" in r
+            else f"{'no labels':>34}"
         )
         print(
             f"{r['layer']:>5}{r['median_norm']:>9.1f}{r['n_sinks']:>7}{r['normalized_mse']:>11.3f}"
@@ -226,8 +241,8 @@ def draw(path, rows):
     for panel, name, label, colour in (
         (panels[1], "normalized_mse", None, "#3b6ea5"),
         (panels[3], "mean_token_purity", None, "#3b6ea5"),
-        (panels[2], "n_above_auc_bound", "labels", "#3b6ea5"),
-        (panels[2], "n_above_auc_bound_shuffled", "shuffled labels", "#999"),
+        (panels[2], "probe_auc", "features", "#3b6ea5"),
+        (panels[2], "probe_auc_random_tokens", "random tokens", "#999"),
     ):
         if name not in rows[0]:
             continue
@@ -236,13 +251,14 @@ def draw(path, rows):
             panel.plot(
                 [r["layer"]] * len(r["seeds"]), [s[name] for s in r["seeds"]], ".", color=colour
             )
-        panel.set_ylim(bottom=0)
+        if panel is not panels[2]:  # an AUC begins at 0.5
+            panel.set_ylim(bottom=0)
     for panel, title in zip(
         panels,
         (
             "norm of the residual stream",
             "normalised MSE, held-out examples",
-            "features with category AUC above 0.8",
+            "AUC of probes of the categories, 16 columns",
             "token purity, mean over features",
         ),
     ):

@@ -1,19 +1,24 @@
-"""What training added over dictionaries that nobody trained, with mean and max pooling, on several
-datasets.
+"""What training added over dictionaries that nobody trained, or of which one part was not trained,
+with mean and max pooling, on several datasets.
 
-    python -m experiments.studies.nulls --data demo OUT_1 data/cognitive_actions.jsonl \\
-        cognitive_action --data other OUT_2 texts.jsonl action
+    python -m experiments.studies.nulls --partly-trained \\
+        --data demo OUT_1 data/cognitive_actions.jsonl cognitive_action \\
+        --data other OUT_2 texts.jsonl action
 
 Each OUT holds the outputs of stages 1 and 2 on the dataset named behind it; then comes its field of
 categories. With either POOLING the probes of stage 3: of the categories on held-out halves, from
-the features, from random tokens and random directions as dictionaries, from the model's stream and
-from the words. And what the model loses with the reconstruction in place of its stream, as stage 3
-measures it. Writes experiments/results/<name>.json; what is there of other datasets stays.
+the features, from random tokens and random directions as dictionaries, with --partly-trained from
+autoencoders that are trained in part (`experiments/shared/partly_trained.py`), from the model's
+stream and from the words. And what the model loses with the reconstruction in place of its stream,
+as stage 3 measures it. Writes experiments/results/<name>.json; what is there of other datasets
+stays.
 """
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +41,40 @@ def main() -> None:
         metavar=("NAME", "OUTPUT_DIR", "DATASET", "FIELD"),
     )
     parser.add_argument("--name", default="nulls")
+    parser.add_argument(
+        "--partly-trained",
+        action="store_true",
+        help="train three autoencoders of each dataset in part, which takes three trainings",
+    )
     args = parser.parse_args()
     path = RESULTS / f"{args.name}.json"
     results = json.loads(path.read_text())["datasets"] if path.exists() else {}
     for name, folder, dataset, field in args.data:
-        results[name] = measured(finished(Path(folder), dataset, field))
+        parts, beside = partly_trained_beside()
+        run = finished(Path(folder), dataset, field, beside if args.partly_trained else None)
+        results[name] = {**measured(run), "partly_trained": parts}
         show(name, results[name])
     write_result(args.name, {"poolings": POOLINGS, "auc_bound": AUC_BOUND}, {"datasets": results})
+
+
+def partly_trained_beside() -> tuple[dict[str, Any], Callable[[Path, Mapping[str, Any]], list]]:
+    """({kind: figures of its reconstruction}, `beside` of `finished`, which fills that)."""
+    parts: dict[str, Any] = {}
+
+    def beside(path, meta):
+        from experiments.shared import partly_trained
+
+        tokens, found = partly_trained.tokens_of(path, meta), []
+        for kind in partly_trained.KINDS:
+            started = time.process_time()
+            sae = partly_trained.trained(kind, meta, tokens)
+            parts[kind] = partly_trained.figures(sae, tokens)
+            parts[kind]["cpu_seconds"] = round(time.process_time() - started, 1)
+            print(f"{kind}: {parts[kind]}", file=sys.stderr)
+            found.append(partly_trained.as_dictionary(kind, sae))
+        return found
+
+    return parts, beside
 
 
 def measured(run: Finished) -> dict[str, Any]:
@@ -107,15 +139,17 @@ def model_loss_of(run: Finished) -> dict[str, Any]:
 
 def show(name: str, found: dict[str, Any]) -> None:
     """The figures of a dataset on the terminal."""
-    from fastsae.interpretation.run_table import model_loss_sentence, probing_rows, verdict
+    from fastsae.interpretation.run_table import model_loss_sentence, plus_minus, verdict
 
     print(f"{name}: {model_loss_sentence(found['model_loss'])}")
     for pooling in POOLINGS:
-        head, rows = probing_rows(found[pooling]["probing"])
-        print(f"  {pooling} pooling: {', '.join(head[1:])}")
-        for source, *shown in rows:
+        probing = found[pooling]["probing"]
+        by_k, dense = probing["sparse_probing"], probing["dense_probing"]
+        print(f"  {pooling} pooling: {', '.join(by_k)} columns, all")
+        for source in dense:
+            shown = [plus_minus(each[source]) for each in (*by_k.values(), dense)]
             print(f"    {source:<34}{'  '.join(shown)}")
-        print(f"    {verdict(found[pooling]['probing'])}")
+        print(f"    {verdict(probing)}")
 
 
 if __name__ == "__main__":

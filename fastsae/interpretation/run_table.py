@@ -50,7 +50,8 @@ def core_figures(sae_meta: Mapping[str, Any], statistics: "Statistics") -> dict[
 class Probed:
     """The examples that are probed, their categories, and each source's columns for them.
 
-    sources: {name: [(n, p) matrix of each draw]}; one where nothing is drawn.
+    sources: {name: [(n, p) matrix of each draw]}; one where nothing is drawn. dictionaries: the
+    names of those that the autoencoder is compared with.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Probed:
         place = np.searchsorted(statistics.pooled_examples, self.examples)
         own = statistics.pooled_max if pooling == "max" else statistics.pooled_mean
         self.sources: dict[str, list[Matrix]] = {FEATURES: [own[place]]}
+        self.dictionaries = list(untrained.pooled)
         for kind, draws in untrained.pooled.items():
             self.sources[kind] = [getattr(pooled, pooling)[rows] for pooled in draws]
         self.sources[STREAM] = [untrained.stream[rows]]
@@ -134,8 +136,8 @@ def probe(probed: Probed, bound: float, seed: int) -> dict[str, Any] | None:
                 str(k): over_splits((sparse_aucs[FEATURES] - sparse_aucs[kind])[:, i].mean(1))
                 for i, k in enumerate(KS)
             }
-            for kind in KINDS
-            if kind in sparse_aucs
+            for kind in sparse_aucs
+            if kind in probed.dictionaries
         },
         "auc_bound": bound,
         "n_with_category": {name: over_splits(found[:, 0], 0) for name, found in counts.items()},

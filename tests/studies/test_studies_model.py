@@ -640,7 +640,8 @@ def test_layers_of_a_tiny_model(tiny, study, run_main, tmp_path, monkeypatch):
         assert row["normalized_mse"] == pytest.approx(
             np.mean([s["normalized_mse"] for s in row["seeds"]])
         )
-        assert 0 <= row["n_above_auc_bound_shuffled"] <= 16
+        assert 0.5 < row["probe_auc_stream"] <= 1 and 0 < row["probe_auc"] <= 1
+        assert row["probe_auc"] == pytest.approx(np.mean([s["probe_auc"] for s in row["seeds"]]))
     assert result["layers"][0]["median_norm"] < result["layers"][1]["median_norm"]
     # up to date, the same again
     assert study("layers", *study_flags)[1]["layers"] == result["layers"]
