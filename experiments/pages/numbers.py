@@ -180,7 +180,8 @@ def mixing_result(r):
     part = r["n_tokens"] // r["n_parts"]
     return (
         f"Mixing: on {r['n_tokens']:,} tokens of {r['settings']['model']}, layer "
-        f"{r['settings']['layer']}, in parts of {part:,}, the normalised MSE is "
+        f"{r['settings']['layer']} ({r['bytes_of_all_parts'] / 1e9:.1f} GB), in parts of "
+        f"{part:,}, the normalised MSE is "
         f"{r['normalized_mse']['train']:.4f}, and {r['normalized_mse']['shuffled']:.4f} after one "
         "full shuffle of the same rows (`experiments/results/stream_mixing.json`)."
     )
