@@ -15,7 +15,7 @@ import re
 import sys
 
 import config
-from experiments.pages import studies_page, studies_table
+from experiments.pages import studies_page, studies_table, training_tables
 from experiments.shared.provenance import PROJECT, RESULTS
 from fastsae.interpretation import effects
 from fastsae.interpretation.run_table import plus_minus
@@ -79,6 +79,7 @@ def written(text):
         ("STREAM", stream_result),
         ("STORAGE", storage_result),
         ("DATASETS", datasets_table),
+        ("SIZES", sizes_result),
     ):
         begin = f"<!-- {name.lower()}: written by experiments/pages/numbers.py -->"
         block = f"{begin}\n{make()}\n<!-- end -->"
@@ -106,6 +107,12 @@ def datasets_table():
             f"| {row['peak_bytes'] / 1e6:,.0f} MB |"
         )
     return "\n".join(lines)
+
+
+def sizes_result():
+    """Error and probes by tokens, M and K."""
+    r = result("sparsity")
+    return "Not measured yet." if r is None else training_tables.sizes(r)
 
 
 def stream_result():
@@ -478,6 +485,10 @@ def training():
         parts.append(architectures(r))
     if (r := result("training_defaults")) is not None:
         parts.append(training_defaults(r))
+    if (r := result("objectives")) is not None:
+        parts.append(training_tables.objectives(r))
+    if (r := result("sparsity")) is not None:
+        parts.append(training_tables.recommended(r))
     claims = [
         claim(r)
         for name, claim in (

@@ -210,6 +210,55 @@ def test_a_k_is_recommended_by_each_statistic_with_the_interval_of_the_seeds():
     assert found["probe 1"]["k"] == 2 and "probe 5" not in found
 
 
+def row(**changes):
+    """A row of a result: {figure: change} with intervals of ±0.1."""
+    return {
+        name.replace("_1", " 1"): {
+            "mean": 0.5,
+            "change": change,
+            "change_interval": [change - 0.1, change + 0.1],
+        }
+        for name, change in changes.items()
+    }
+
+
+def test_the_tables_say_who_won_where():
+    from experiments.pages import training_tables as tables
+
+    default = {"normalized_mse": {"mean": 0.5}, "probe 1": {"mean": 0.5}, "f1": {"mean": 0.5}}
+    groups = [
+        {"other": row(normalized_mse=-0.2, probe_1=0.2)},
+        {"other": row(normalized_mse=-0.3, probe_1=0.05)},
+    ]
+    settings = {"N_LOSS_EXAMPLES": 6}
+    result = {
+        "datasets": {
+            str(i): {"settings": settings, "objectives": {steps.DEFAULT: default, **group}}
+            for i, group in enumerate(groups)
+        },
+        "planted": {
+            kind: {steps.DEFAULT: default, "other": row(f1=change)}
+            for kind, change in (("correlated", -0.2), ("hierarchical", 0.2))
+        },
+    }
+    found = tables.outcomes(result)["other"]
+    assert found == {"better": ["normalised MSE"], "worse": ["F1"]}
+    text = tables.objectives(result)
+    assert "| 0 | other | 0.500 (-0.200 ±0.100) | 0.500 (+0.200 ±0.100) |" in text
+    assert "other: better everywhere in normalised MSE and worse somewhere in F1." in text
+
+
+def test_a_recommended_k_says_whether_it_lies_at_an_edge():
+    from experiments.pages import training_tables as tables
+
+    assert (
+        tables.k_text({"k": 8.04, "interval": [7, 9.26], "at_the_edge": False}) == "8.0 [7.0, 9.3]"
+    )
+    assert tables.k_text({"k": 2.0, "interval": [1, 3], "at_the_edge": True}) == "2.0 (edge)"
+    cells = [{"n_tokens": 10, "m": 4, "k": 2, "error": e} for e in (1.0, 2.0)]
+    assert tables.averaged(cells) == [{"n_tokens": 10, "m": 4, "k": 2, "error": 1.5}]
+
+
 def texts(folder):
     """The path of a small dataset with two topics."""
     rows = [" ".join((WORDS * 3)[i : i + 6 + i % 9]) + f" {i}" for i in range(40)]
