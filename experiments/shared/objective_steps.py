@@ -46,6 +46,8 @@ OBJECTIVES = {
     "batchtopk, prefixes": Objective("batchtopk"),
     "batchtopk": Objective("batchtopk", prefixes=False),
     "aligned": Objective(adds="aligned"),
+    "topk, aligned": Objective(prefixes=False, adds="aligned"),
+    "batchtopk, aligned": Objective("batchtopk", prefixes=False, adds="aligned"),
     "orthogonal": Objective(adds="orthogonal"),
     "annealed K": Objective(adds="annealed"),
     "temporal pairs": Objective(adds="pairs"),

@@ -54,6 +54,7 @@ N_PLANTED: int = 64000  # planted tokens, a quarter of them held out
 N_LOSS_EXAMPLES: int = 6  # test examples for loss recovered
 N_SPLITS: int = 3  # half splits for the probes
 PARTS: str = "planted,dataset"  # what to measure
+NAMES: str = "all"  # objectives, with semicolons; the others' figures stay
 CHOICES: str | None = None  # name of another result's dataset whose choices are taken
 NAME: str = "objectives"  # of the result
 QUICK: bool = False  # two seeds, fewer steps
@@ -78,13 +79,19 @@ def main():
     result = {name: result.get(name, {}) for name in ("datasets", "planted")}
     study = Study(settings)
     name = Path(settings.DATASET_PATH).stem
-    given = settings.CHOICES and result["datasets"][settings.CHOICES]["choices"]
-    choices = given or study.choices()
+    given = result["datasets"].get(settings.CHOICES, {}).get("choices", {})
+    choices = study.choices(given)
     if "dataset" in parts:
-        result["datasets"][name] = rounded(study.on_dataset(choices))
+        found = rounded(study.on_dataset(choices))
+        result["datasets"][name] = merged(result["datasets"].get(name, {}), found)
     if "planted" in parts:
-        result["planted"] = rounded(study.on_planted(choices))
+        result["planted"] = merged(result["planted"], rounded(study.on_planted(choices)))
     write_result(settings.NAME, {"ks": KS, "rates": RATES, "weights": WEIGHTS}, result)
+
+
+def merged(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """`found`, with the objectives of an earlier result that were not measured now."""
+    return {name: {**earlier.get(name, {}), **value} for name, value in found.items()}
 
 
 class Study:
@@ -95,6 +102,8 @@ class Study:
         self.work = settings.output_dir / "checkpoints" / settings.NAME
         self.sizes: dict[str, Any] = {"m": settings.M, "k": settings.K}
         self.sizes["batch_size"] = settings.BATCH_SIZE
+        asked = list(OBJECTIVES) if settings.NAMES == "all" else settings.NAMES.split(";")
+        self.names = [DEFAULT, *(name for name in asked if name != DEFAULT)]
 
     @functools.cached_property
     def dataset(self) -> Any:
@@ -162,11 +171,15 @@ class Study:
         sae, meta = load_checkpoint(path)
         return sae, meta["seconds"]
 
-    def choices(self) -> dict[str, dict[str, float]]:
+    def choices(self, given: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         """{objective: its rate, and the weight of what it adds or the coefficient with K active
-        features}, by validation examples."""
+        features}, by validation examples where none are given."""
         found: dict[str, dict[str, float]] = {}
-        for name, objective in OBJECTIVES.items():
+        for name in self.names:
+            if name in given:
+                found[name] = given[name]
+                continue
+            objective = OBJECTIVES[name]
             chosen: dict[str, float] = {}
             if objective.dense:
                 chosen["coefficient"] = self.coefficient(name)
@@ -230,7 +243,7 @@ class Study:
     def on_dataset(self, choices: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Figures of every objective, and their differences from the default's."""
         rows = {}
-        for name in OBJECTIVES:
+        for name in self.names:
             variants = self.variants(name, choices[name])
             runs = [self.runs(name, chosen) for chosen in variants]
             rows[name] = at_equal_l0(runs, self.settings.K)
@@ -277,7 +290,7 @@ class Study:
             "settings": {"commit": commit(), "steps": self.settings.PLANTED_STEPS}
         }
         for kind in PLANTED:
-            rows = {name: self.recoveries(kind, name, choices[name]) for name in OBJECTIVES}
+            rows = {name: self.recoveries(kind, name, choices[name]) for name in self.names}
             for name, row in rows.items():
                 show(f"{kind} {name}", row)
             result[kind] = {name: summed_up(rows[name], rows[DEFAULT]) for name in rows}

@@ -210,6 +210,12 @@ def test_a_k_is_recommended_by_each_statistic_with_the_interval_of_the_seeds():
     assert found["probe 1"]["k"] == 2 and "probe 5" not in found
 
 
+def test_objectives_that_were_measured_before_stay():
+    earlier = {"objectives": {"a": 1, "b": 2}, "choices": {"b": 3}}
+    found = objectives.merged(earlier, {"objectives": {"b": 4}, "choices": {"b": 5}})
+    assert found == {"objectives": {"a": 1, "b": 4}, "choices": {"b": 5}}
+
+
 def row(**changes):
     """A row of a result: {figure: change} with intervals of ±0.1."""
     return {
