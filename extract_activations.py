@@ -12,11 +12,12 @@ continues. The result must fit on the disk once, and never into memory; of the d
 ids are kept.
 """
 
-from fastsae.runtime import early_stop
+from fastsae.runtime import early_stop, threads
 from fastsae.settings import startup
 
 if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
+    threads.share_cores()
     startup.explain_slips()  # of config.py, which is imported below
 
 import hashlib

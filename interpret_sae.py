@@ -17,12 +17,13 @@ INTERPRETER_MODEL is set, excerpts of the data go to that endpoint and the answe
 tested on half of the texts, and nothing is sent anywhere.
 """
 
-from fastsae.runtime import blas, early_stop
+from fastsae.runtime import blas, early_stop, threads
 from fastsae.settings import startup
 
 if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
     blas.in_one_thread()
+    threads.share_cores()
     startup.explain_slips()  # of config.py, which is imported below
 
 from pathlib import Path

@@ -13,11 +13,12 @@ for other libraries; while it trains, `SAE_....resume.jsonl` with a line per epo
 bytes. Activations beyond BUFFER_TOKENS stay on the disk.
 """
 
-from fastsae.runtime import early_stop
+from fastsae.runtime import early_stop, threads
 from fastsae.settings import startup
 
 if __name__ == "__main__":
     early_stop.listen()  # before anything else is loaded
+    threads.share_cores()
     startup.explain_slips()  # of config.py, which is imported below
 
 import shlex

@@ -78,6 +78,7 @@ def unknown_settings(text: str, declared: set[str]) -> set[str]:
 OTHERS = {  # variables of the environment, constants of modules, flags of other programs
     *("OPENAI_API_KEY", "OPENAI_KEY_SAE", "OPENAI_BASE_URL", "HTTPS_PROXY", "SSL_CERT_FILE"),
     *("WORLD_SIZE", "LOCAL_RANK", "FASTSAE_CACHE", "FASTSAE_RESULTS", "SPARSIFY_DISABLE_TRITON"),
+    *("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "KMP_BLOCKTIME"),
     *("HELP", "HELP_ALL", "CHECK", "QUICK", "EXHAUSTIVE"),
 }
 

@@ -1,5 +1,5 @@
 """This project's training against HypotheSAEs' own `fit`: same activations, same split by example,
-same hyperparameters.
+same M, K, prefixes and batch size; learning rate, epochs and stopping as each has them by default.
 
     python -m experiments.benchmarks.hypothesaes --name compare_cognitive_500 --seeds 0 1 2 \\
         --flags "--dataset-path ../shared/data/cognitive_actions_1350.jsonl --max-examples 500"
@@ -46,7 +46,7 @@ def main():
     )
     write_result(
         args.name,
-        {"flags": args.flags, "seeds": args.seeds},
+        {"flags": args.flags, "seeds": args.seeds, "rate_and_epochs": "of each by default"},
         {"runs": rows, "mean": mean, "hypothesaes_seconds_over_ours_median": ratio},
     )
 
@@ -90,9 +90,6 @@ def compare(folder):
         activations[usable & validation].float(),
         show_progress=False,
         batch_size=chosen["BATCH_SIZE"],
-        learning_rate=chosen["LEARNING_RATE"],
-        n_epochs=chosen["N_EPOCHS"],
-        patience=chosen["PATIENCE"],
     )
     seconds = time.perf_counter() - started
     return {

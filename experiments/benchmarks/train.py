@@ -7,10 +7,13 @@ size, learning rate and tokens.
 
 For each shape every trainer runs a few steps in turn, --rounds times over: tokens/s is the median
 (initialisation left out). Then each trains once on the same batches, and its normalised MSE on
-held-out examples is taken by one piece of code from its own reconstructions. `reach` is the time
-ours takes to come to the normalised MSE at which HypotheSAEs' `fit` ends after three epochs. Writes
-experiments/results/bench_train.json, one part at a time with --part, so that no run needs the
-machine for long.
+held-out examples is taken by one piece of code from its own reconstructions. `converged` is the
+time that HypotheSAEs' `fit` takes with its own rate, batch size and early stopping, and the time in
+which ours, with its own rate, schedule and epochs, comes to the normalised MSE at which that ends.
+`dense` is the speed of the architectures without a K beside SAELens'. Writes
+experiments/results/bench_train.json, one part and shape at a time with --part and --shapes, so that
+no run needs the machine for long. On a machine that others use, --clock cpu counts the seconds of
+one thread in place of the clock's.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.shared.provenance import RESULTS, write_result
+from experiments.shared.provenance import RESULTS, commit, write_result
 
 SHAPES: dict[
     str, tuple[int, int, int, list[int] | None, int, int]
@@ -34,8 +37,14 @@ SHAPES: dict[
     "4608,32": (4608, 32, 4096, None, 6, 28),
 }
 LEARNING_RATE = 5e-4
+# rows of `converged` by shape; of the large one fewer, as HypotheSAEs takes minutes for these
+CONVERGED_ROWS: dict[str, int | None] = {"256,8,prefixes": None, "256,8": None, "4608,32": 16384}
+MEASURED_EVERY = 0.25  # epochs of ours after which its normalised MSE is taken
+DENSE = {"standard": 5.0, "jumprelu": 6.0, "gated": 5.0}  # their coefficients, as train_sae.py's
 START = {"encoder_scale": None, "directions": "mixed"}  # as train_sae.py's defaults
-PARTS = ("speed", "quality", "reach")
+PARTS = ("speed", "quality", "converged", "dense")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = time.perf_counter
 os.environ["TQDM_DISABLE"] = "1"  # no peer's progress bar
 
 
@@ -47,7 +56,9 @@ def main():
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
+    use_clock(args.clock)
     for package, name in (("sae_lens", "sae-lens"), ("sparsify", "eai-sparsify")):
         if importlib.util.find_spec(package) is None:
             print(
@@ -57,12 +68,14 @@ def main():
     train, validation = load(args.activations)
     path = RESULTS / "bench_train.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    result = {part: result.get(part, {}) for part in PARTS}
+    result = {part: result.get(part, {}) for part in ("measured", *PARTS)}
     for name in args.shapes:
         for part in PARTS if args.part == "all" else [args.part]:
-            if part != "reach" or name == "4608,32":
-                result[part][name] = globals()[part](name, train, validation, args.rounds)
-                print(name, part, json.dumps(result[part][name], indent=1))
+            if part == "dense" and name != "4608,32":
+                continue
+            result[part][name] = globals()[part](name, train, validation, args.rounds)
+            result["measured"][f"{part} {name}"] = how(args.clock)
+            print(name, part, json.dumps(result[part][name], indent=1))
     write_result(
         "bench_train",
         {
@@ -81,6 +94,19 @@ def main():
         },
         result,
     )
+
+
+def use_clock(name):
+    """Take all times from the clock `name`; `cpu` counts one thread."""
+    global clock
+    clock = CLOCKS[name]
+    if name == "cpu":
+        torch.set_num_threads(1)
+
+
+def how(name):
+    """How a case was measured, as they may come from different runs."""
+    return {"clock": name, "threads": torch.get_num_threads(), "commit": commit()}
 
 
 def load(path):
@@ -120,7 +146,7 @@ def hypothesaes(x, steps, m, k, batch, prefixes):
 
     def timed(sample):
         initialise(sample)
-        started.append(time.perf_counter())
+        started.append(clock())
 
     sae.initialize_weights_ = timed
     sae.fit(
@@ -131,28 +157,30 @@ def hypothesaes(x, steps, m, k, batch, prefixes):
         n_epochs=n_epochs,
         show_progress=False,
     )
-    return time.perf_counter() - started[0], lambda x: sae.eval()(x)[0]
+    return clock() - started[0], lambda x: sae.eval()(x)[0]
 
 
 def sae_lens(kind):
     def train(x, steps, m, k, batch, prefixes):
+        from sae_lens import saes
         from sae_lens.config import LoggingConfig, SAETrainerConfig
-        from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
-        cls, config = (
-            (TopKTrainingSAE, TopKTrainingSAEConfig)
-            if kind == "topk"
-            else (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig)
-        )
+        name, settings = {
+            "topk": ("TopK", {"k": k}),
+            "batchtopk": ("BatchTopK", {"k": k}),
+            "standard": ("Standard", {"l1_coefficient": DENSE["standard"]}),
+            "jumprelu": ("JumpReLU", {"l0_coefficient": 1.0}),
+            "gated": ("Gated", {"l1_coefficient": DENSE["gated"]}),
+        }[kind]
+        cls, config = (getattr(saes, f"{name}TrainingSAE{end}") for end in ("", "Config"))
         sae = cls(
             config(
                 d_in=x.shape[1],
                 d_sae=m,
-                k=k,
                 normalize_activations="expected_average_only_in",
                 device=str(x.device),
+                **settings,
             )
         )
         options = {
@@ -165,7 +193,7 @@ def sae_lens(kind):
         trainer = SAETrainer(
             SAETrainerConfig(steps * batch, batch, **options), sae, batches(x, batch)
         )
-        started = time.perf_counter()
+        started = clock()
         trainer.fit()
         return seconds_since(started, x), sae.eval()
 
@@ -180,7 +208,7 @@ def sparsify(x, steps, m, k, batch, prefixes):
 
     sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=m, k=k), device=x.device)
     optimizer, source = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE), batches(x, batch)
-    started = time.perf_counter()
+    started = clock()
     for i in range(steps):
         rows = next(source)
         if i == 0:
@@ -197,16 +225,16 @@ def seconds_since(started, x):
     """Seconds, what the device of `x` still does included."""
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def ours(select, **start):
     def train(x, steps, m, k, batch, prefixes):
         run, step = our_run(x, m, k, batch, prefixes, select, start)
-        source, started = batches(x, batch), time.perf_counter()
+        source, started = batches(x, batch), clock()
         for _ in range(steps):
             step(next(source))
-        return time.perf_counter() - started, reconstruction_of(run.sae)
+        return clock() - started, reconstruction_of(run.sae)
 
     return train
 
@@ -233,8 +261,8 @@ def our_run(x, m, k, batch, prefixes, select, start):
     )
     function = functools.partial(sparse_step, aux_coef=1 / 32, select=select)
 
-    def step(rows):
-        run.step(function, rows, learning_rate=LEARNING_RATE, dead_after=256 * batch, clip_grad=1.0)
+    def step(rows, rate=LEARNING_RATE):
+        run.step(function, rows, learning_rate=rate, dead_after=256 * batch, clip_grad=1.0)
 
     return run, step
 
@@ -250,10 +278,10 @@ def encoder_product(dtype):
 
     def train(x, steps, m, k, batch, prefixes):
         weight, rows = torch.randn(m, x.shape[1]).to(dtype), x[:batch].to(dtype)
-        started = time.perf_counter()
+        started = clock()
         for _ in range(steps):
             rows @ weight.t()
-        return time.perf_counter() - started, None
+        return clock() - started, None
 
     return train
 
@@ -338,33 +366,132 @@ def normalized_mse(reconstruct, x):
     return error / float((x - x.mean(0)).double().square().sum())
 
 
-def reach(name, train, validation, rounds):
-    """Seconds to the normalised MSE that HypotheSAEs reaches after three epochs; the measuring
-    itself is not counted."""
-    m, k, batch, prefixes, _, _ = SHAPES[name]
-    seconds, theirs = hypothesaes(train, 3 * len(train) // batch, m, k, batch, prefixes)
-    goal, found = normalized_mse(theirs, validation), {}
-    for label, select in (
-        ("ours float32", torch.float32),
-        ("ours bfloat16 selection", torch.bfloat16),
-    ):
-        run, step = our_run(train, m, k, batch, prefixes, select, START)
-        source, spent, reached = batches(train, batch), 0.0, 2.0
-        while reached > goal and spent < seconds:
-            started = time.perf_counter()
-            step(next(source))
-            spent += time.perf_counter() - started
-            reached = normalized_mse(reconstruction_of(run.sae), validation)
-        found[label] = {
-            "seconds": round(spent, 2),
-            "steps": run.batch,
-            "normalized_mse": round(reached, 4),
-            "hypothesaes_seconds_over_it": round(seconds / spent, 1),
-        }
+def converged(name, train, validation, rounds):
+    """Seconds of HypotheSAEs' `fit` until its early stopping, and of ours until it has that
+    normalised MSE on held-out examples; measuring it is not counted.
+
+    Both with their own defaults: theirs a constant rate of 5e-4 in batches of 512, its validation
+    included; ours the falling rate and the epochs of train_sae.py.
+    """
+    m, k, _, prefixes, _, _ = SHAPES[name]
+    rows = train[: CONVERGED_ROWS[name]]
+    seconds, epochs, theirs = hypothesaes_converged(rows, validation, m, k, prefixes)
+    goal = normalized_mse(theirs, validation)
+    found = {"seconds": round(seconds, 2), "epochs": epochs, "normalized_mse": round(goal, 4)}
+    print(name, "hypothesaes", json.dumps(found))
     return {
-        "hypothesaes": {"seconds": round(seconds, 2), "normalized_mse": round(goal, 4)},
-        **found,
+        "n_train_tokens": len(rows),
+        "hypothesaes": found,
+        **{
+            label: until(goal, seconds, rows, validation, (m, k, prefixes), select)
+            for label, select in (
+                ("ours float32", torch.float32),
+                ("ours bfloat16 selection", torch.bfloat16),
+            )
+        },
     }
+
+
+def hypothesaes_converged(rows, validation, m, k, prefixes):
+    """(seconds, epochs, x -> reconstruction) of their `fit` with its defaults."""
+    from hypothesaes.sae import SparseAutoencoder
+
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(rows.shape[1], m, k, prefix_lengths=prefixes, device="cpu")
+    started = clock()
+    history = sae.fit(rows, validation, show_progress=False)
+    return clock() - started, len(history["train_loss"]), lambda x: sae.eval()(x)[0]
+
+
+def until(goal, at_most, rows, validation, shape, select):
+    """Seconds, start included, and epochs of ours with its defaults until its normalised MSE on
+    `validation` is at most `goal`, or its last epoch is done."""
+    from fastsae.training import usual
+    from fastsae.training.run import learning_rate_factor
+
+    m, k, prefixes = shape
+    batch, started = 512, clock()
+    rate = usual.learning_rate("topk", m, rows.shape[1], batch)
+    run, step = our_run(rows, m, k, batch, prefixes, select, START)
+    source, reached, n_batches = batches(rows, batch), 2.0, len(rows) // batch
+    n_steps = usual.epochs(len(rows), batch) * n_batches
+    spent, every = clock() - started, max(1, round(MEASURED_EVERY * n_batches))
+    for n_done in range(0, n_steps, every):
+        started = clock()
+        for done in range(n_done, min(n_done + every, n_steps)):
+            factor = learning_rate_factor(
+                done, n_steps=n_steps, warmup_steps=0, schedule="linear", decay_fraction=1.0
+            )
+            step(next(source), rate * factor)
+        spent += clock() - started
+        reached = normalized_mse(reconstruction_of(run.sae), validation)
+        if reached <= goal:
+            break
+    return {
+        "seconds": round(spent, 2),
+        "epochs": round(run.batch / n_batches, 2),
+        "epochs_planned": n_steps // n_batches,
+        "normalized_mse": round(reached, 4),
+        "reached": reached <= goal,
+        "hypothesaes_seconds_over_it": round(at_most / spent, 1),
+    }
+
+
+def dense(name, train, validation, rounds):
+    """{architecture: median tokens/s of SAELens and of ours, ratio}."""
+    m, k, batch, prefixes, steps, _ = SHAPES[name]
+    entrants = {("ours", kind): ours_dense(kind) for kind in DENSE}
+    if importlib.util.find_spec("sae_lens"):
+        entrants |= {("sae-lens", kind): sae_lens(kind) for kind in DENSE}
+    found = {entrant: [] for entrant in entrants}
+    for number in range(rounds + 1):
+        for entrant, trainer in entrants.items():
+            seconds = trainer(train, steps if number else 1, m, k, batch, prefixes)[0]
+            if number:  # the first is for imports and caches
+                found[entrant].append(round(steps * batch / seconds))
+    result = {kind: {} for kind in DENSE}
+    for (side, kind), values in found.items():
+        result[kind][side] = {"tokens_per_second": statistics.median(values), "all": values}
+    for row in result.values():
+        if "sae-lens" in row:
+            both = (row[side]["tokens_per_second"] for side in ("ours", "sae-lens"))
+            row["ours over it"] = round(next(both) / next(both), 2)
+    return result
+
+
+def ours_dense(kind):
+    """The trainer of our architecture `kind`, on normalised activations as train_sae.py has it."""
+
+    def train(x, steps, m, k, batch, prefixes):
+        import functools
+
+        from fastsae.sae.dense_step import dense_step
+        from fastsae.training.run import TrainingRun
+
+        config = {"input_dim": x.shape[1], "m_total_neurons": m, "k_active_neurons": k}
+        run = TrainingRun(
+            {**config, "aux_k": None, "architecture": kind},
+            x[:8192],
+            seed=0,
+            device="cpu",
+            learning_rate=LEARNING_RATE,
+            normalise="norm",
+            **START,
+        )
+        options = {"sparsity": DENSE[kind], "bandwidth": 1.0, "target_l0": k}
+        function = functools.partial(dense_step, **options)
+        source, started = batches(x, batch), clock()
+        for _ in range(steps):
+            run.step(
+                function,
+                next(source),
+                learning_rate=LEARNING_RATE,
+                dead_after=256 * batch,
+                clip_grad=1.0,
+            )
+        return clock() - started, None
+
+    return train
 
 
 if __name__ == "__main__":

@@ -356,10 +356,36 @@ def measured():
         )
     if (r := result("bench_extract")) is not None:
         parts.append(extraction_speed(r))
+    if (r := result("busy")) is not None:
+        parts.append(beside_a_busy_job(r))
     if (r := result("target_methods")) is not None:
         parts.append(target_methods(r))
     parts += labels() + training() + interpretation()
     return "\n\n".join(parts)
+
+
+def beside_a_busy_job(r):
+    """A table: the part of their speed that stages keep beside a busy job, by how threads wait."""
+    rows = [
+        f"| {name} | "
+        + " | ".join(
+            f"{100 * row['kept']:.0f} % | {100 * row['quiet_over_own']:.0f} %"
+            for row in of_stages.values()
+        )
+        + " |"
+        for name, of_stages in r["speed"].items()
+    ]
+    return "\n".join(
+        [
+            f"**Beside another busy job** (`results/busy.json`, {threads(r)}; medians of "
+            f"{r['rounds']}): the part of its quiet speed that a stage keeps beside a loop in "
+            "Python, and its quiet speed in parts of that with OpenMP's own setting.",
+            "",
+            "| | stage 1 keeps | quiet | stage 2 keeps | quiet |",
+            "|---|---:|---:|---:|---:|",
+            *rows,
+        ]
+    )
 
 
 def labels():
@@ -623,22 +649,47 @@ def training_speed(r):
         r["speed"]["4608,32"][name]["tokens_per_second"]
         for name in ("ours float32", "encoder product float32")
     )
-    reach = r["reach"]["4608,32"]
     lines += [
         "",
         f"At M = 4,608 in float32 a step of ours takes {100 * limit / own:.0f} % of the time that "
-        "PyTorch needs for the "
-        "encoder's matrix product alone (ours computes it by oneDNN, which is faster on this "
-        "processor). The normalised MSE of three "
-        "epochs of HypotheSAEs' `fit` is reached "
-        f"{reach['ours float32']['hypothesaes_seconds_over_it']:.0f} and "
-        f"{reach['ours bfloat16 selection']['hypothesaes_seconds_over_it']:.0f} times sooner "
-        "(float32, bfloat16 selection). "
-        f"Three epochs are {reach_steps(r)} steps of HypotheSAEs, of ours "
-        f"{reach['ours float32']['steps']}: this is an advantage "
-        "of the start, and says nothing of long training.",
+        "PyTorch needs for the encoder's matrix product alone (ours computes it by oneDNN, which "
+        "is faster on this processor). " + dense_speed(r.get("dense", {}).get("4608,32", {})),
     ]
+    if sentences := list(time_to_quality(r, shapes)):
+        lines += [
+            "",
+            "Time to HypotheSAEs' own quality: its `fit` with its own rate, batch size and early "
+            "stopping; ours with its defaults (rate, falling over its epochs) until it has the "
+            f"same normalised MSE on held-out examples. {' '.join(sentences)}",
+        ]
     return "\n".join(lines)
+
+
+def dense_speed(found):
+    """How many times SAELens' speed the architectures without a K have."""
+    names = [name for name in found if "ours over it" in found[name]]
+    ratios = ", ".join(f"{name} {found[name]['ours over it']:.1f}" for name in names)
+    return f"The other architectures there, in times of SAELens' speed: {ratios}." if names else ""
+
+
+def time_to_quality(r, shapes):
+    """A sentence for each shape."""
+    for shape, found in r.get("converged", {}).items():
+        theirs = found["hypothesaes"]
+        each = ", ".join(
+            f"{name.removeprefix('ours ')} {one['seconds']:.1f} s after {one['epochs']:g} epochs "
+            f"({one['hypothesaes_seconds_over_it']:.0f} times sooner)"
+            if one["reached"]
+            else f"{name.removeprefix('ours ')} not within {one['epochs']:g} epochs "
+            f"(it ends at {one['normalized_mse']:.4f} after {one['seconds']:.1f} s)"
+            for name, one in found.items()
+            if name.startswith("ours")
+        )
+        yield (
+            f"{shapes[shape]}, {found['n_train_tokens']:,} tokens: HypotheSAEs "
+            f"{theirs['normalized_mse']:.4f} in {theirs['seconds']:.0f} s, {theirs['epochs']} "
+            f"epochs; ours {each}."
+        )
 
 
 def speed_and_quality(r, shape, name):
@@ -653,11 +704,6 @@ def speed_and_quality(r, shape, name):
             f"{speed['ours bfloat16 selection over it']:.1f})"
         )
     return cell if quality is None else f"{cell}; {quality['normalized_mse']:.3f}"
-
-
-def reach_steps(r):
-    """Steps that HypotheSAEs' fit takes in three epochs of the large shape."""
-    return 3 * -(-r["settings"]["n_train_tokens"] // r["settings"]["shapes"]["4608,32"]["batch"])
 
 
 def interpretation():

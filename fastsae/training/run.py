@@ -17,6 +17,7 @@ from fastsae.sae.autoencoder import inference_form, new_sae
 from fastsae.sae.initialisation import initialise
 from fastsae.sae.metrics import IN_ALL, evaluate
 from fastsae.sae.normalisation import choose_normalisation
+from fastsae.training.adam import Adam
 from fastsae.training.data import Tokens
 from fastsae.training.dead_features import considered
 
@@ -44,7 +45,7 @@ class TrainingRun:
         # a function of the sample, so it needs no saving
         self.normalisation = choose_normalisation(normalise, sample)
         initialise(self.sae, self.normalisation(sample), seed, **start)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=learning_rate, fused=True)
+        self.optimizer = Adam(self.sae.parameters(), learning_rate)
         self.tokens_since_fired = torch.zeros(
             config["m_total_neurons"], dtype=torch.long, device=device
         )
@@ -72,7 +73,6 @@ class TrainingRun:
         many. A third value that `fill_gradients` returns is the squared norm of the gradients, and
         says that the decoder's only turns its directions already.
         """
-        self.optimizer.param_groups[0]["lr"] = learning_rate
         dead = considered(
             self.tokens_since_fired >= dead_after, self.epoch + self.batch, self.sae.aux_k or 0
         )
@@ -85,17 +85,14 @@ class TrainingRun:
             for parameter in self.sae.parameters():
                 distributed.total(parameter.grad)
         self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + n_tokens)
-        divisor = None
-        if squared_norm:
-            if clip_grad is not None:  # as clip_grad_norm_ has it, in the pass of Adam
-                divisor = ((squared_norm[0].sqrt() + 1e-6) / clip_grad).clamp_min(1.0)
-        else:
+        if not squared_norm:
             self.sae.adjust_decoder_gradient_()  # keep only what turns the decoder's directions
-            if clip_grad is not None:
-                torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip_grad)
-        # by which fused Adam divides gradients
-        self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-        self.optimizer.step()
+        divisor = None
+        if clip_grad is not None:  # as clip_grad_norm_ has it, in the pass of Adam
+            norm = squared_norm[0].sqrt() if squared_norm else gradient_norm(self.sae)
+            divisor = ((norm + 1e-6) / clip_grad).clamp_min(1.0)
+        self.optimizer.learning_rate = learning_rate
+        self.optimizer.step(divisor)
         self.sae.normalize_decoder_()
         self.loss_sum += loss * n_tokens
         self.trained_tokens += n_tokens
@@ -186,6 +183,13 @@ class TrainingRun:
         self._since = time.perf_counter()
         print(f"going on in epoch {self.epoch}, after {self.trained_tokens:,} tokens")
         return True
+
+
+@torch.no_grad()
+def gradient_norm(sae: Autoencoder) -> torch.Tensor:
+    """The length of all gradients together, 0-d."""
+    gradients = [parameter.grad for parameter in sae.parameters()]
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
 
 
 def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:

@@ -4,15 +4,18 @@ import functools
 import importlib.util
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import planted_tokens
+from conftest import PROJECT, planted_tokens
 from small import small
 
 from fastsae.sae.autoencoder import decode, encode
 from fastsae.sae.dense_step import dense_step
 from fastsae.sae.sparse_step import sparse_step
+from fastsae.training.adam import Adam
 from fastsae.training.resampling import resample
 from fastsae.training.run import TrainingRun
 
@@ -72,6 +75,52 @@ def test_resampled_features_point_at_what_is_left_over(architecture):
     run.tokens_since_fired[dead] = 101
     resample(run, x, dead_after=100, seed=0)
     assert all(torch.equal(value, run.sae.state_dict()[name]) for name, value in after.items())
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.5])
+def test_adam_is_torchs(clip_grad):
+    """Weights and moments after some steps, bounded gradients included; half of the steps after its
+    state was handed to another one. torch's own state is taken too: unfinished runs may have it."""
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    runs = [new_run(x), new_run(x)]
+    theirs = torch.optim.Adam(runs[1].sae.parameters(), lr=1e-2, fused=True)
+    fill = functools.partial(sparse_step, aux_coef=0.0)
+    for number in range(6):
+        if number in (2, 4):
+            state = (theirs if number == 2 else runs[0].optimizer).state_dict()
+            runs[0].optimizer = Adam(runs[0].sae.parameters(), 1e-2)
+            runs[0].optimizer.load_state_dict(state)
+        runs[0].step(fill, x, learning_rate=1e-2, dead_after=1000, clip_grad=clip_grad)
+        fill(runs[1].sae, x, torch.zeros(40, dtype=torch.bool))
+        runs[1].sae.adjust_decoder_gradient_()
+        if clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(runs[1].sae.parameters(), clip_grad)
+        theirs.step()
+        runs[1].sae.normalize_decoder_()
+    for ours, other in zip(runs[0].sae.parameters(), runs[1].sae.parameters()):
+        torch.testing.assert_close(ours, other)
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(
+                runs[0].optimizer.state[ours][name], theirs.state[other][name]
+            )
+
+
+def new_run(x):
+    config = {"input_dim": 12, "m_total_neurons": 40, "k_active_neurons": 4, "aux_k": 0}
+    return TrainingRun(config, x, seed=0, device="cpu", learning_rate=1e-2)
+
+
+def test_a_step_loads_no_compiler():
+    """torch.optim.Adam would import PyTorch's: more than a second of each start of stage 2."""
+    code = (
+        "import sys, torch; from fastsae.training.adam import Adam; "
+        "weight = torch.nn.Parameter(torch.ones(3)); weight.grad = torch.ones(3); "
+        "Adam([weight], 0.1).step(); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
 
 
 def test_resampling_revives_what_would_stay_dead():
