@@ -14,7 +14,7 @@ from experiments.shared.sweeps import MODEL_SETTINGS, listed, passed_on, run_man
 APART = "fastsae.data.reading.DIALOGUES_IN_BLOCKS=apart"
 FROM_ZERO = f"{APART}, positions from 0"
 TEXTS = ("own text", "manual")  # read in whole blocks; they have no openings
-N_POSITIONS = 25  # held-out dialogues on which positions in the block and from 0 are compared
+N_POSITION_BLOCKS = 2  # held out, on which positions in the block and from 0 are compared
 SPARE = 1.03  # more tokens than are trained on, for the sinks that are dropped
 
 
@@ -66,8 +66,9 @@ def write_datasets(settings, work):
         return np.sort(rest[: int(np.searchsorted(np.cumsum(per_dialogue), needed)) + 1])
 
     training = with_tokens(table.kind != SHARED_PREFIX)
-    for name, chosen in (("training", training), ("held_out", held_out), ("few", held_out)):
-        chosen = chosen[:N_POSITIONS] if name == "few" else chosen
+    ends = np.cumsum(table.lengths[held_out])
+    few = held_out[: int(np.searchsorted(ends, N_POSITION_BLOCKS * settings.BLOCK_LENGTH)) + 1]
+    for name, chosen in (("training", training), ("held_out", held_out), ("few", few)):
         rows = (heldout.as_row(examples[i], None, settings.TEXT_FIELD) for i in chosen)
         artifacts.write_text(paths[name], "".join(rows))
     contents = (
