@@ -47,10 +47,10 @@ LEARNING_RATE: float | None = None  # (0..1e38] of Adam, at first; none = by M, 
 # Sparsity:
 MATRYOSHKA_PREFIXES: str | tuple[int, ...] | None = "auto"  # lengths of nested prefixes of features
                                     # (arXiv 2503.17547), rising, the last = M; auto: M / 4 and M
-                                    # for topk and batchtopk; none = no prefixes
+                                    # for topk, batchtopk and aligned; none = no prefixes
 SPARSITY_COEFFICIENT: float | tuple[float, ...] | None = None  # [0..1e38] weight of the penalty on
-                                    # active features. standard, gated, aligned: of their L1, none =
-                                    # 5; jumprelu: of (L0 - K) squared * 2 / K, none = 6; the others
+                                    # active features. standard, gated: of their L1, none = 5;
+                                    # jumprelu: of (L0 - K) squared * 2 / K, none = 6; the others
                                     # have none
 AUX_K: int | None = None            # [0..] dead features that try to explain what is left over;
                                     # none = 2 K, 0 = off

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastsae.sae import Autoencoder
+from fastsae.sae.architectures import aligned
 from fastsae.sae.dense_step import dense_step
 from fastsae.sae.sparse_step import active_entries, sparse_step
 
@@ -65,7 +66,7 @@ def step_of(objective: Objective, weight: float, coefficient: float) -> Step:
     else:
         base = functools.partial(sparse_step, aux_coef=AUX_COEF)
     added: dict[str | None, Callable[..., Any]] = {
-        "aligned": functools.partial(aligned_step, base=base),
+        "aligned": aligned.ARCHITECTURE.around(base),
         "orthogonal": functools.partial(orthogonal_step, base=base, weight=weight),
         "pairs": functools.partial(pairs_step, base=base, weight=weight),
     }
@@ -76,28 +77,6 @@ def annealed_k(k: int, m: int, step: int, n_steps: int) -> int:
     """Active features at a step: ANNEALED_FROM times K at first, then falling to K linearly."""
     left = max(0.0, 1 - step / (ANNEALED_OVER * n_steps))
     return min(m, round(k * (1 + (ANNEALED_FROM - 1) * left)))
-
-
-def aligned_rows(encoder: torch.Tensor, decoder: torch.Tensor) -> torch.Tensor:
-    """(M, d) encoder rows moved along the decoder's rows (M, d), of length 1, to an inner product
-    of 1 with them: the constraint of arXiv 2605.18629."""
-    return encoder + (1 - (encoder * decoder).sum(1, keepdim=True)) * decoder
-
-
-def aligned_step(
-    sae: Autoencoder, x: torch.Tensor, dead: torch.Tensor, *, base: Step
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`base` with the moved rows as the encoder, gradients going through the move."""
-    rows, decoder = sae.encoder.weight.data, sae.decoder.weight.detach().t()  # (M, d)
-    product = (rows * decoder).sum(1, keepdim=True)  # (M, 1)
-    sae.encoder.weight.data = aligned_rows(rows, decoder)
-    loss, fired = base(sae, x, dead)
-    gradient = sae.encoder.weight.grad
-    sae.encoder.weight.data = rows
-    along = (gradient * decoder).sum(1, keepdim=True)
-    sae.decoder.weight.grad += ((1 - product) * gradient - along * rows).t()
-    sae.encoder.weight.grad = gradient - along * decoder
-    return loss, fired
 
 
 def orthogonal_step(

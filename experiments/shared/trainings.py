@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.shared.objective_steps import Objective, aligned_rows, annealed_k, step_of
+from experiments.shared.objective_steps import Objective, annealed_k, step_of
 from fastsae.sae import Autoencoder
+from fastsae.sae.architectures.aligned import aligned
 
 RATE = 4e-3  # of Adam at M = 256 and a batch of 512, as stage 2 has it
 CLIP_GRAD = 1.0
@@ -91,8 +92,7 @@ def train(
     run.sae.k_active_neurons = k
     if objective.adds == "aligned":
         with torch.no_grad():
-            rows_of = run.sae.decoder.weight.t()
-            run.sae.encoder.weight.copy_(aligned_rows(run.sae.encoder.weight, rows_of))
+            run.sae.encoder.weight.copy_(aligned(run.sae.encoder.weight, run.sae.decoder.weight))
     return run.result()
 
 

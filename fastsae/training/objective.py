@@ -9,6 +9,7 @@ import torch
 
 from fastsae.formats.load import trained_architecture
 from fastsae.sae import kernel_step
+from fastsae.sae.architectures import REGISTRY
 from fastsae.sae.autoencoder import reference_step
 from fastsae.sae.dense_step import dense_step
 from fastsae.sae.sparse_step import sparse_step
@@ -87,14 +88,15 @@ def step_function(values: Values, n_done: int, device: str) -> Step:
         n_warmup = values["SPARSITY_WARMUP_STEPS"]
         warmup = min(1.0, (n_done + 1) / n_warmup) if n_warmup else 1.0
         return functools.partial(dense_step, **penalty(values, warmup))
+    architecture = REGISTRY[about(values).name]
     if ENGINE == "reference":
-        return functools.partial(reference_step, aux_coef=AUX_COEF)
+        return architecture.around(functools.partial(reference_step, aux_coef=AUX_COEF))
     select = getattr(torch, values["SELECT_DTYPE"])
-    if ENGINE == "auto" and kernel_step.usable(device):
+    if ENGINE == "auto" and architecture.by_kernels and kernel_step.usable(device):
         return functools.partial(
             kernel_step.kernel_step, aux_coef=AUX_COEF, select=select, most_dead=MOST_AT_ONCE
         )
-    return functools.partial(sparse_step, aux_coef=AUX_COEF, select=select)
+    return architecture.around(functools.partial(sparse_step, aux_coef=AUX_COEF, select=select))
 
 
 def penalty(values: Values, warmup: float = 1.0) -> dict[str, Any]:

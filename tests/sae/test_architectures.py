@@ -2,6 +2,7 @@
 folded away, whole runs."""
 
 import ast
+import functools
 import json
 
 import pytest
@@ -13,11 +14,13 @@ from source_tree import PROJECT, python_files
 from fastsae.formats.load import load_sae
 from fastsae.sae import products
 from fastsae.sae.architectures import REGISTRY
+from fastsae.sae.architectures.aligned import aligned
 from fastsae.sae.architectures.jumprelu import Jump
-from fastsae.sae.autoencoder import decode, encode, inference_form, new_sae
+from fastsae.sae.autoencoder import decode, encode, inference_form, new_sae, reference_step
 from fastsae.sae.dense_step import dense_step
 from fastsae.sae.initialisation import initialise
 from fastsae.sae.normalisation import Normalisation, choose_normalisation
+from fastsae.sae.sparse_step import sparse_step
 from fastsae.settings.architectures import ARCHITECTURES, DENSE, FOLDER
 
 
@@ -49,10 +52,6 @@ def dense_features(sae, x):
         return (pre + sae.gate_bias > 0) * torch.relu(
             pre * sae.log_magnitude.exp() + sae.neuron_bias
         )
-    if sae.architecture == "aligned":
-        rows = sae.decoder.weight.t()
-        scores = torch.einsum("md,md->m", sae.encoder.weight, rows)
-        pre = pre + (1 - scores) * ((x - sae.input_bias) @ rows.t())
     pre = pre + sae.neuron_bias
     return pre * (pre > sae.threshold) if sae.architecture == "jumprelu" else torch.relu(pre)
 
@@ -154,13 +153,9 @@ def test_losses_by_hand():
 
     Standard: 1 + 5 * 3 = 16. JumpReLU, threshold 2: L0 = 1, so 1 + 5 * 1 = 6, and with target 3: 1
     + 5 * 2 / 3 * 4. Gated, gate_bias (-1, 0), magnitudes as they are: gates (2, 0), by_gates (2,
-    0), so 1 + 5 * 2 + (1 + 1) = 13. Aligned, encoder rows (0.5, 0) and (0, 0.5), which it moves to
-    identity: as standard.
+    0), so 1 + 5 * 2 + (1 + 1) = 13.
     """
-    x, expected = (
-        torch.tensor([[3.0, -1.0]]),
-        {"standard": 16, "jumprelu": 6, "gated": 13, "aligned": 16},
-    )
+    x, expected = (torch.tensor([[3.0, -1.0]]), {"standard": 16, "jumprelu": 6, "gated": 13})
     for architecture in DENSE:
         sae = new_sae(
             {
@@ -178,8 +173,6 @@ def test_losses_by_hand():
                 sae.gate_bias[0] = -1
             if architecture == "jumprelu":
                 sae.threshold.fill_(2)
-            if architecture == "aligned":
-                sae.encoder.weight.mul_(0.5)
         options = {"sparsity": 5.0, "bandwidth": 0.1, "target_l0": None}
         loss, fired = dense_step(sae, x, None, **options)
         assert float(loss) == pytest.approx(expected[architecture]) and fired.tolist() == [
@@ -190,6 +183,48 @@ def test_losses_by_hand():
             assert float(
                 dense_step(sae, x, None, **{**options, "target_l0": 3})[0]
             ) == pytest.approx(1 + 40 / 3)
+
+
+def test_aligned_gradients_go_through_the_move():
+    """The gradients of the moved rows, by HypotheSAEs' own loss, then autograd through the move."""
+    sae, x = make("aligned")
+    dead = torch.zeros(sae.m_total_neurons, dtype=torch.bool)
+    step = REGISTRY["aligned"].around(functools.partial(sparse_step, aux_coef=1 / 32))
+    kept = sae.encoder.weight.detach().clone()
+    loss, fired = step(sae, x, dead)
+    found = {name: value.grad.clone() for name, value in sae.named_parameters()}
+    assert torch.equal(sae.encoder.weight, kept)  # the learned rows themselves
+
+    rows = kept.clone().requires_grad_()
+    columns = sae.decoder.weight.detach().clone().requires_grad_()
+    moved = aligned(rows, columns)
+    assert torch.allclose((moved * columns.t()).sum(1), torch.ones(sae.m_total_neurons))
+    with torch.no_grad():
+        sae.encoder.weight.copy_(moved)
+    twin, fired_twin = reference_step(sae, x, dead, aux_coef=1 / 32)
+    assert float(loss) == pytest.approx(float(twin), rel=1e-5) and torch.equal(fired, fired_twin)
+    through = (moved * sae.encoder.weight.grad).sum() + (columns * sae.decoder.weight.grad).sum()
+    through.backward()
+    assert torch.allclose(found["encoder.weight"], rows.grad, atol=1e-6)
+    assert torch.allclose(found["decoder.weight"], columns.grad, atol=1e-6)
+    for name in ("input_bias", "neuron_bias"):
+        assert torch.allclose(found[name], sae.get_parameter(name).grad, atol=1e-6)
+
+
+def test_an_aligned_one_is_kept_as_the_batchtopk_one_that_it_equals(
+    tmp_path, write_activations, run_main
+):
+    tokens, _ = planted_tokens(2000, 16, 24, 3)
+    flags = [*SMALL, "--architecture", "aligned", "--n-epochs", 3, "--export", "saelens"]
+    assert run_main("train_sae", *write_activations(tokens, [10] * 200), *flags) == 0
+    path = next((tmp_path / "checkpoints" / "test").glob("SAE_*.pt"))
+    sae, meta = load_sae(path)
+    assert sae.architecture == "batchtopk" and meta["settings"]["ARCHITECTURE"] == "aligned"
+    products = (sae.encoder.weight * sae.decoder.weight.t()).sum(1)
+    assert torch.allclose(products, torch.ones(sae.m_total_neurons), atol=1e-5)
+    card = (path.parent / "README.md").read_text()
+    assert "batchtopk (trained as aligned)" in card
+    assert list(path.parent.glob("*.saelens/sae_weights.safetensors"))
 
 
 def peer(architecture, sae, *, target_l0=None):
@@ -311,7 +346,7 @@ SMALL = small(m=48, k=3, max_norm_ratio=None, n_epochs=40, batch_size=256, learn
         ["gated", "--sparsity-coefficient", 2.0],
         ["jumprelu", "fastsae.training.objective.JUMPRELU_LOSS=step", "--warmup-steps", 100],
         ["batchtopk"],
-        ["aligned", "--sparsity-coefficient", 0.5],
+        ["aligned"],
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )

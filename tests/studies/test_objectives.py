@@ -14,7 +14,6 @@ from tiny_world import WORDS
 from experiments.shared import objective_steps as steps, planted, trainings
 from experiments.studies import objectives, sparsity
 from fastsae.sae.autoencoder import new_sae
-from fastsae.sae.dense_step import dense_step
 from fastsae.sae.initialisation import initialise
 from fastsae.sae.sparse_step import sparse_step
 
@@ -66,20 +65,6 @@ def test_the_orthogonal_term_reaches_the_decoder():
         with_term["decoder.weight"] - plain["decoder.weight"], expected, atol=1e-6
     )
     assert torch.equal(with_term["encoder.weight"], plain["encoder.weight"])
-
-
-def test_aligned_gradients_go_through_the_move():
-    base = functools.partial(dense_step, sparsity=0.5, bandwidth=1.0, target_l0=None)
-    sae, x = started("standard")
-    found = gradients(sae, functools.partial(steps.aligned_step, base=base), x)
-    sae.zero_grad(set_to_none=True)
-    rows = steps.aligned_rows(sae.encoder.weight, sae.decoder.weight.t())
-    assert torch.allclose((rows * sae.decoder.weight.t()).sum(1), torch.ones(M))
-    features = torch.relu((x - sae.input_bias) @ rows.t() + sae.neuron_bias)
-    error = (sae.decoder(features) + sae.input_bias - x).square().sum(1).mean()
-    (error + 0.5 * features.sum(1).mean()).backward()
-    for name, value in sae.named_parameters():
-        assert torch.allclose(found[name], value.grad, atol=1e-5), name
 
 
 def test_contrast_by_hand():

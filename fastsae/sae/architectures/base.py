@@ -6,6 +6,7 @@ largest pre-activations of a token or every pre-activation above the threshold (
 `autoencoder.encode` computes: only training, the start and other libraries' layouts differ.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from fastsae.sae.products import product
 from fastsae.settings.architectures import About
 
 State = dict[str, torch.Tensor]  # of `sae.state_dict()`
+# fills the gradients of a batch: step(sae, x (B, d), dead (M,) bool) -> (loss, fired (M,))
+Step = Callable[[Autoencoder, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Architecture:
     what is its own."""
 
     about: About
+    by_kernels = True  # whether `kernel_step` trains it on CUDA, if it picks K
 
     def prepare(self, sae: Autoencoder) -> None:
         """Give a fresh `hypothesaes.sae.SparseAutoencoder` the parameters of its own, if any."""
@@ -56,6 +60,10 @@ class Architecture:
         `about.picks_k`.
         """
         raise NotImplementedError(f"{self.about.name} is trained by sparse_step")
+
+    def around(self, step: Step) -> Step:
+        """The step that trains it, made of the one that trains those that pick K."""
+        return step
 
     def inference_state(self, state: State) -> State:
         """The weights of the architecture `about.form` that computes the same."""
