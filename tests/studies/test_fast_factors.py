@@ -12,7 +12,8 @@ from conftest import planted_tokens, put_activations
 from tiny_world import WORDS
 
 from experiments.shared import constants, factors, fast_measures, fast_tokens, in_memory, provenance
-from experiments.studies import fast_factors, fast_sources, fast_summary
+from experiments.studies import fast_factors, fast_features, fast_sources, fast_summary
+from fastsae.activations.files import open_activations
 from fastsae.data import reading
 from fastsae.sae.autoencoder import decode, encode, load_checkpoint, new_sae
 
@@ -215,6 +216,46 @@ def test_features_of_the_template_by_hand(dialogues):
         for bias in (sae.input_bias, sae.neuron_bias):
             bias.zero_()
     assert fast_tokens.template_share(sae, tokens) == 0.5  # the third never fires
+
+
+def test_pooled_features_are_means_over_ordinary_tokens(dialogues):
+    data = open_activations(dialogues[0])
+    sae, tokens = random_sae(), fast_tokens.Tokens(dialogues[0], dialogues[0])
+    assert fast_features.max_norm_of(data) == pytest.approx(tokens.max_norm)
+    x = torch.from_numpy(np.array(data["activations"], np.float32))
+    entries = encode(sae, x)
+    dense = np.zeros((40, 16), np.float32)
+    dense[entries.row.numpy(), entries.column.numpy()] = entries.value.numpy()
+    ordinary = ~tokens.opening & ~tokens.sink
+    expected = [dense[ordinary & (tokens.dialogue == i)].mean(0) for i in range(4)]
+    assert fast_features.pooled(sae, data).toarray() == pytest.approx(np.array(expected), rel=1e-5)
+
+
+def test_differences_to_fast_are_of_the_same_tokens_and_seed():
+    def value(rule):
+        return {"features": dict.fromkeys((*fast_features.FIGURES, "detection_random"), rule)}
+
+    cell = fast_factors.Cell
+    values = {
+        cell(1, "alone", 0, 0, 0): value(0.5),
+        cell(1, "alone", 1, 0, 0): value(0.9),
+        cell(1, "alone", 1, 0, 1): value(0.7),
+        cell(1, "whole", 1, 0, 0): value(0.6),
+        cell(1, "whole", 1, 0, 1): value(0.6),
+        cell(1, "manual", 1, 0, 0): value(0.2),
+        cell(1, "whole", 0, 0, 0): value(None),
+    }
+    rows = {(r["source"], r["openings"]): r for r in fast_features.summed_up(values)}
+    whole = rows["whole", 1]["rule_f1_above_fast"]
+    assert whole["value"] == pytest.approx(-0.2)
+    # Student's t of two values, -0.3 and -0.1: 12.706 times 0.1
+    assert whole["interval"] == pytest.approx([-0.2 - 1.2706, -0.2 + 1.2706], abs=1e-3)
+    # a text has no openings, and is compared with FAST without them
+    assert rows["manual", 1]["rule_f1_above_fast"] == {
+        "value": pytest.approx(-0.3),
+        "interval": None,
+    }
+    assert rows["whole", 0]["rule_f1"] is None and rows["whole", 0]["rule_f1_above_fast"] is None
 
 
 def planted_errors(random, n_seeds, spread):
