@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from experiments.shared.provenance import RESULTS, commit, write_result
+from fastsae.runtime import threads
 
 SHAPES: dict[
     str, tuple[int, int, int, list[int] | None, int, int]
@@ -59,6 +60,7 @@ def main():
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
     use_clock(args.clock)
+    threads.share_cores()  # as stage 2 does; the peers' threads have it too
     for package, name in (("sae_lens", "sae-lens"), ("sparsify", "eai-sparsify")):
         if importlib.util.find_spec(package) is None:
             print(
