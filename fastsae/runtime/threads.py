@@ -9,6 +9,7 @@ threads have to wait for a core, a second team, which does nothing, makes them m
 the same to the bit, as they would not with fewer threads.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -26,11 +27,18 @@ def share_cores() -> None:
     """Watch, in a thread, whether the machine is busy, and let OpenMP's threads sleep early while
     it is. Nothing happens where a user has set how long they wait, or outside Linux."""
     if TASKS.exists() and not any(name in os.environ for name in DECIDE):
-        threading.Thread(target=watch, daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # no thread may be started
+            threading.Thread(target=watch, daemon=True).start()
 
 
 def watch() -> None:
-    """Look at the waits of this process's threads for as long as it lives."""
+    """Look at the waits of this process's threads for as long as it lives, or until something
+    prevents it (too many open files, no further thread): the stage goes on without."""
+    with contextlib.suppress(Exception):
+        _watch()
+
+
+def _watch():
     sharing = Sharing()
     waits, since = seconds_waited(), time.monotonic()
     while True:
@@ -84,7 +92,8 @@ class Crowd(threading.Thread):
 
     def run(self) -> None:
         """Make a team by an operation that is large enough for one, and keep it."""
-        import torch  # loaded, or being loaded: this then waits for it
+        with contextlib.suppress(Exception):  # PyTorch is broken, or memory is short
+            import torch  # loaded, or being loaded: this then waits for it
 
-        torch.zeros(1 << 18).add_(1)
+            torch.zeros(1 << 18).add_(1)
         self.over.wait()

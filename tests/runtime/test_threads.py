@@ -43,6 +43,24 @@ def test_nothing_is_watched_outside_linux(started, monkeypatch, tmp_path):
     assert not started[1].wait(0.05)
 
 
+def test_a_process_that_may_start_no_thread_goes_on(started, monkeypatch):
+    def refused(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    threads.share_cores()
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError("no thread")])
+def test_what_prevents_the_watch_ends_it_silently(error, monkeypatch, capsys):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(threads, "seconds_waited", fails)
+    threads.watch()
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("after", "busy"),
     [
