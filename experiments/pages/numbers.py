@@ -25,6 +25,8 @@ from fastsae.settings.help_page import markdown_table
 
 LABELS = ("labels_demo", "labels_cognitive_1350", "labels_gsm8k")  # results of benchmarks/labels.py
 NULLS = ("random tokens", "random directions")
+# of studies.nulls and studies.target_methods, as they are shown
+DATASETS = ("demo", "cognitive_actions_1350", "gsm8k_dialogues_1319")
 
 
 def main():
@@ -268,8 +270,7 @@ def what_training_added():
     """What the features of the demo, and of a larger dataset, tell beyond random tokens."""
     if (r := result("nulls")) is None:
         return ""
-    names = ("demo", "cognitive_actions_1350", "gsm8k_dialogues_1319")
-    demo, more, maths = (r["datasets"][name]["mean"] for name in names)
+    demo, more, maths = (r["datasets"][name]["mean"] for name in DATASETS)
 
     def auc(found, source):
         return plus_minus(found["probing"]["sparse_probing"]["16"][source], digits=2)
@@ -287,6 +288,11 @@ def what_training_added():
     )
 
 
+def in_order(r):
+    """(name, result) of each dataset of a study, in the order of DATASETS."""
+    return sorted(r["datasets"].items(), key=lambda each: DATASETS.index(each[0]))
+
+
 def nulls(r):
     """A table of what the features tell of the categories, beside what needs no training."""
     lines = [
@@ -298,9 +304,10 @@ def nulls(r):
         "| training added | the stream, all columns |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, found in r["datasets"].items():
+    for name, found in in_order(r):
         p = found["mean"]["probing"]
-        sparse = [plus_minus(each) for each in p["sparse_probing"]["16"].values()]
+        sources = ("features", *NULLS, "stream", "words")
+        sparse = [plus_minus(p["sparse_probing"]["16"][source]) for source in sources]
         added = plus_minus(p["added_by_training"]["random tokens"]["16"], "+")
         dense = plus_minus(p["dense_probing"]["stream"])
         cells = [name, *sparse, added, dense]
@@ -310,11 +317,36 @@ def nulls(r):
         "With the maximum over an example's tokens instead of the mean: "
         + "; ".join(
             f"{name} {plus_minus(found['max']['probing']['sparse_probing']['16']['features'])}"
-            for name, found in r["datasets"].items()
+            for name, found in in_order(r)
         )
         + ".",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *partly_trained(r)])
+
+
+def partly_trained(r):
+    """Lines of a table: autoencoders of which one part stays at random directions."""
+    datasets = {name: d for name, d in in_order(r) if d["partly_trained"]}
+    lines = [
+        "Autoencoders of which one part stays where it was drawn at random (nearly frozen: within "
+        "a cosine of 0.8 of it), otherwise trained alike, as in "
+        "[arXiv 2602.14111](https://arxiv.org/abs/2602.14111): normalised MSE of test examples, "
+        "AUC as above, and what training that part too added.",
+        "",
+        "| dataset | all trained | decoder frozen | decoder nearly frozen | encoder frozen |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in datasets.items():
+        p = found["mean"]["probing"]
+        aucs, added = p["sparse_probing"]["16"], p["added_by_training"]
+        cells = [f"{found['core']['normalized_mse']:.3f}; {plus_minus(aucs['features'])}"]
+        cells += [
+            f"{part['normalized_mse']:.3f}; {plus_minus(aucs[kind])}; "
+            f"{plus_minus(added[kind]['16'], '+')}"
+            for kind, part in found["partly_trained"].items()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def measured():
@@ -427,8 +459,8 @@ def labels():
         return ["\n".join(head)]
     now, then = after["counts"], before["counts"]
     read = (
-        f"Of {sum(now.values())} features of the demo drawn by a seed, one reader, who knew both "
-        "kinds of label, counted "
+        f"Of {sum(now.values())} features of the demo drawn by a seed, "
+        f"{after['settings'].get('reader', 'one reader')}, knowing both kinds of label, counted "
         f"{now['right']} rules as right, {now['partial']} as partly right and {now['useless']} as "
         f"useless; of the four tokens that were the labels before, {then['right']}, "
         f"{then['partial']} and {then['useless']} (`results/label_sample.json`, "
@@ -439,14 +471,17 @@ def labels():
 
 def target_methods(r):
     """A table of ways to choose features for a target, and what predicts it without them."""
-    datasets = r["datasets"]
+    datasets = dict(in_order(r))
     lines = [
         "**What predicts a target** (`results/target_methods.json`, means over targets and "
         f"{r['settings']['seeds']} half splits): "
         "of the features chosen on one half, the correlation on the other of the first, the mean "
         "of the first 5, and what a ridge "
         f"regression on the first {r['settings']['n_selected']} predicts there. The first line is "
-        "the default.",
+        "the default. The second table is what it gives for each target: the AUC of its first "
+        "hypothesis on the other half (of numbers the correlation), and the ridge regression on "
+        f"all {r['settings']['n_selected']} beside others. Brackets and ± are 95 % intervals, "
+        "± over half splits.",
         "",
         "| features by | "
         + " | ".join(
@@ -469,10 +504,28 @@ def target_methods(r):
             for row, d in zip(rows, datasets.values())
         ]
         lines.append(f"| {rows[0]['method']}, {rows[0]['pooling']} | {' | '.join(cells)} |")
-    for source in ("all features", "activations themselves", "bag of words"):
-        cells = [f"{d['measure']} {d['beside'][source]['held_out']:.3f}" for d in datasets.values()]
-        lines.append(f"| {source} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *hypotheses(datasets)])
+
+
+def hypotheses(datasets):
+    """Lines of a table: what predicts each target by default, and what does without features."""
+    rows = [(name, *each) for name, d in datasets.items() for each in d["hypotheses"].items()]
+    names = list(rows[0][2]["sources"])
+    lines = [
+        f"| target | first hypothesis | {' | '.join(names)} |",
+        "|---|---" + "|---" * len(names) + "|",
+    ]
+    for dataset, target, found in rows:
+        first = found["first"][0]
+        value = first["held_out_auc"]
+        value = first["held_out_correlation"] if value is None else value
+        shown = f"{value:.2f} [{first['held_out_low']:.2f}, {first['held_out_high']:.2f}]"
+        cells = [
+            f"{found['measure']} {plus_minus({**each, 'value': each['held_out']}, digits=2)}"
+            for each in found["sources"].values()
+        ]
+        lines.append(f"| {dataset}: {target.split(' = ')[-1]} | {shown} | {' | '.join(cells)} |")
+    return lines
 
 
 def extraction_speed(r):

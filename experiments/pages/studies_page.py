@@ -12,8 +12,9 @@ def whole():
     intro = (
         "Written by `experiments/pages/numbers.py` from the files here; each names its settings, "
         "seeds, commit and machine. "
-        "docs/measured.md has the table that sets them beside the paper. Category AUCs take the "
-        "maximum of a feature over an example's tokens; stage 3's take the mean."
+        "docs/measured.md has the table that sets them beside the paper. The category AUCs of the "
+        "study of FAST take the maximum of a feature over an example's tokens; stage 3's, and the "
+        "probes of layers, take the mean."
     )
     figures = [f"![{name}]({name}.png)" for name in present()]
     return (
@@ -230,12 +231,11 @@ def ablated(r):
 def layers(r):
     """The table "which layer?"."""
     rows, s = r["layers"], r["settings"]
-    labelled = "n_above_auc_bound" in rows[0]
+    labelled = "probe_auc" in rows[0]
     evidence = [
-        f"{x['n_above_auc_bound']:.1f} ({x['n_above_auc_bound_shuffled']:.1f}) | "
-        f"{x['median_category_auc']:.3f}"
+        f"{x['probe_auc']:.3f} | {x['probe_auc_random_tokens']:.3f} | {x['probe_auc_stream']:.3f}"
         if labelled
-        else "no labels |"
+        else "- | - | -"
         for x in rows
     ]
     lines = [
@@ -252,30 +252,27 @@ def layers(r):
     examples = f"{s['MAX_EXAMPLES']} examples, " if s.get("MAX_EXAMPLES") else ""
     counts = ""
     if labelled:
-        excess = [
-            [seed["n_above_auc_bound"] - seed["n_above_auc_bound_shuffled"] for seed in x["seeds"]]
-            for x in rows
-        ]
-        means = [sum(values) / len(values) for values in excess]
+        best_told = max(rows, key=lambda x: x["probe_auc"])
+        added = [x["probe_auc"] - x["probe_auc_random_tokens"] for x in rows]
         verdict = {
-            "yes": "agrees with this",
-            "no": "does not agree with this",
-            "open": "is not distinguishable from chance by these seeds",
+            "yes": "agrees with these seeds",
+            "no": "does not agree with these seeds",
+            "open": "cannot be told by these seeds",
         }
         counts = (
-            f" Of {s['M']} features {min(means):.0f} to {max(means):.0f} more than under shuffled "
-            "labels separate a category, most "
-            f"at layer {rows[means.index(max(means))]['layer']}. That middle layers hold the most "
-            f"meaning {verdict[middle_wins(r)]}."
+            f" The categories are told best at layer {best_told['layer']} (AUC "
+            f"{best_told['probe_auc']:.3f}, from {min(x['probe_auc'] for x in rows):.3f}); "
+            f"training added {min(added):+.3f} to {max(added):+.3f} over random tokens. That "
+            f"middle layers hold the most meaning {verdict[middle_wins(r)]}."
         )
     return "\n".join(
         [
             "**Which layer** ([table](layers.json); one extraction pass, "
             f"{examples}M = {s['M']}, K = {s['K']}, seeds per layer: {s['N_SEEDS']}):",
             "",
-            "| layer | median norm | sinks | normalised MSE | features with AUC > 0.8 (shuffled "
-            "labels) | median AUC | token purity |",
-            "|---:|---:|---:|---:|---:|---:|---:|",
+            "| layer | median norm | sinks | normalised MSE | AUC of probes on 16 features "
+            "| on 16 of random tokens | on 16 dimensions of the stream | token purity |",
+            "|---:|---:|---:|---:|---:|---:|---:|---:|",
             *lines,
             "",
             f"Normalised MSE is lowest at layer {best['layer']} and highest at layer "
@@ -286,25 +283,20 @@ def layers(r):
 
 
 def middle_wins(r):
-    """Do layers of the middle third separate categories better than the others: "yes" if one does
-    so in all its seeds, "no", or "open"."""
-    excess = {
-        x["layer"]: [
-            seed["n_above_auc_bound"] - seed["n_above_auc_bound_shuffled"] for seed in x["seeds"]
-        ]
-        for x in r["layers"]
-    }
+    """Do features of layers of the middle third tell the categories better than those of the
+    others: "yes" if one does so in all its seeds, "no", or "open", as it is with one seed."""
+    told = {x["layer"]: [seed["probe_auc"] for seed in x["seeds"]] for x in r["layers"]}
     middle = [
         values
-        for layer, values in excess.items()
+        for layer, values in told.items()
         if r["n_blocks"] / 3 <= layer <= 2 * r["n_blocks"] / 3
     ]
     outer = [
         values
-        for layer, values in excess.items()
+        for layer, values in told.items()
         if not r["n_blocks"] / 3 <= layer <= 2 * r["n_blocks"] / 3
     ]
-    if not middle or not outer:
+    if not middle or not outer or min(map(len, told.values())) < 2:
         return "open"
     if max(min(values) for values in middle) > max(max(values) for values in outer):
         return "yes"

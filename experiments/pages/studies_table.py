@@ -266,14 +266,14 @@ def steer(r):
 
 
 def layers(r):
-    if "n_above_auc_bound" not in r["layers"][0]:
+    if "probe_auc" not in r["layers"][0]:
         return
     here = ", ".join(
-        f"{x['n_above_auc_bound'] - x['n_above_auc_bound_shuffled']:.0f} at {x['layer']}"
+        f"{x['probe_auc']:.2f} ({x['probe_auc_random_tokens']:.2f}) at {x['layer']}"
         for x in r["layers"]
     )
     yield (
-        "features with category AUC above 0.8, less those under shuffled labels, by layer",
+        "AUC of probes of the categories on 16 features (of random tokens), by layer",
         "middle layers are the semantic ones (a tutorial's rule)",
         here,
         middle_wins(r),

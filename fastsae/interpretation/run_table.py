@@ -266,7 +266,7 @@ def plus_minus(found: Mapping[str, Any] | None, sign: str = "", digits: int = 3)
         return "-"
     low, high = found["interval"]
     half = max(found["value"] - low, high - found["value"])  # one end may be at a bound
-    return f"{found['value']:{sign}.{digits}f} ±{half:.{digits}f}"
+    return f"{found['value']:{sign}z.{digits}f} ±{half:.{digits}f}"
 
 
 def counted(columns: Matrix, probed: Probed, seed: int, bound: float) -> tuple[float, float]:

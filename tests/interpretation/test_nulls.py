@@ -220,6 +220,7 @@ def test_what_is_said_of_the_figures():
         }
 
     assert plus_minus(an_estimate(0.5, 0.25)) == "0.500 ±0.250" and plus_minus(None) == "-"
+    assert plus_minus(an_estimate(-0.0001, 0.25), "+") == "+0.000 ±0.250"
     assert "(more)" in verdict(part(an_estimate(0.2, 0.1)))
     assert "(less)" in verdict(part(an_estimate(-0.2, 0.1)))
     assert "(no difference that can be told)" in verdict(part(an_estimate(0.05, 0.1)))

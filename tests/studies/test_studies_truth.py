@@ -168,18 +168,14 @@ def words(name, result):
         ({4: [10, 12], 15: [20, 21], 28: [18, 20]}, "open"),
         ({4: [10, 12], 15: [11, 12], 28: [18, 20]}, "no"),
         ({4: [10, 12], 28: [18, 20]}, "open"),
+        ({4: [10], 15: [20], 28: [18]}, "open"),
     ],
 )
 def test_middle_layers_win_only_beyond_their_seeds(counts, verdict):
     from experiments.pages import studies_page
 
     rows = [
-        {
-            "layer": layer,
-            "seeds": [
-                {"n_above_auc_bound": n + 3, "n_above_auc_bound_shuffled": 3} for n in values
-            ],
-        }
+        {"layer": layer, "seeds": [{"probe_auc": n / 30} for n in values]}
         for layer, values in counts.items()
     ]
     assert studies_page.middle_wins({"n_blocks": 30, "layers": rows}) == verdict

@@ -246,4 +246,4 @@ def _beside(found):
     above."""
     low, high = found["interval"]
     word = "less" if low > 0 else "more" if high < 0 else "as well"
-    return f"{word} (difference {found['value']:+.2f} ±{(high - low) / 2:.2f})"
+    return f"{word} (difference {found['value']:+z.2f} ±{(high - low) / 2:.2f})"
