@@ -165,7 +165,8 @@ def recommended(r: Mapping[str, Any]) -> str:
     lines = [head, "|---|" + "---:|" * 7]
     for world in (r["planted"] or {"worlds": []})["worlds"]:
         shown = [k_text(world["recommended"].get(name)) for name in (*names[:2], "best f1")]
-        about = f"| planted, {world['objective']} | {world['true_l0']:.1f} | "
+        how = "at right angles" if world["orthonormal"] else "at random"
+        about = f"| planted {how}, {world['objective']} | {world['true_l0']:.1f} | "
         lines.append(f"{about}{' | '.join(shown)} | | | |")
     for dataset, found in r["datasets"].items():
         for m, advice in found["recommended"].items():

@@ -44,11 +44,13 @@ def correlated(
     probabilities: tuple[float, float] = (0.2, 0.03),
     correlation: float = 0.6,
     lasting: float = 0.8,
+    orthonormal: bool = False,
 ) -> Planted:
     """n_groups x size directions, those of a group active together more often than by chance.
 
     probabilities: of the first and the last direction, falling linearly; correlation: of the
-    latents of a group; lasting: of a latent with itself at the next token.
+    latents of a group; lasting: of a latent with itself at the next token; orthonormal: directions
+    at right angles to each other, else at random.
     """
     generator = np.random.default_rng(seed)
     g = n_groups * size
@@ -58,7 +60,10 @@ def correlated(
     together = generator.standard_normal((n // LENGTH, LENGTH, n_groups)) * np.sqrt(correlation)
     latent = in_sequence(steps + together[..., group], np.full(g, lasting))
     active = (latent < norm.ppf(share)).reshape(-1, g)
-    return tokens_of(active, random_directions(g, d, generator), np.full(g, -1), generator)
+    directions = random_directions(g, d, generator)
+    if orthonormal:
+        directions = np.linalg.qr(directions.T)[0].T  # (g, d), d >= g
+    return tokens_of(active, directions, np.full(g, -1), generator)
 
 
 def hierarchical(

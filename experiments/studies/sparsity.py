@@ -17,6 +17,7 @@ an interruption.
 """
 
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ N_SPLITS: int = 3  # half splits for the probes
 N_SHARE: float = 0.25  # of the features, the rank at which a projection is read
 PLANTED_KS: tuple[int, ...] = (2, 3, 4, 6, 8, 11, 15, 20)  # tried on planted tokens
 PLANTED_SHARES: tuple[float, ...] = (0.4, 1.0)  # times how often planted directions are active
+ORTHONORMAL: tuple[int, ...] = (0, 1)  # 1: planted directions at right angles, 0: at random
 PLANTED_SEEDS: tuple[int, ...] = (0, 1, 2, 3)  # of directions, tokens and first weights
 PLANTED_STEPS: int = 1500  # of training on planted tokens
 N_PLANTED: int = 64000  # tokens
@@ -64,7 +66,7 @@ def main():
     result = json.loads(path.read_text("utf-8")) if path.exists() else {}
     result = {name: result.get(name, {}) for name in ("datasets", "planted")}
     if "planted" in parts:
-        result["planted"] = rounded(on_planted(settings))
+        result["planted"] = with_earlier(result["planted"], rounded(on_planted(settings)))
     if "dataset" in parts:
         result["datasets"][Path(settings.DATASET_PATH).stem] = rounded(on_dataset(settings))
     write_result(settings.NAME, {"probes": PROBES, "n_share": settings.N_SHARE}, result)
@@ -188,17 +190,18 @@ def on_planted(settings: Any) -> dict[str, Any]:
     """{worlds: for each number of active directions and objective what every K finds of them, and
     which K each statistic recommends}."""
     worlds = []
-    for share in settings.PLANTED_SHARES:
+    for orthonormal, share in itertools.product(settings.ORTHONORMAL, settings.PLANTED_SHARES):
         for name in PLANTED_OBJECTIVES:
             cells = []
             for seed in settings.PLANTED_SEEDS:
                 own = settings.select(("BATCH_SIZE", "PLANTED_STEPS", "N_PLANTED", "N_SHARE"))
                 for k in settings.PLANTED_KS:
                     key = {"planted": share, "objective": name, "seed": seed, "k": k}
+                    key["orthonormal"] = orthonormal
                     found = remembered(
                         journal(settings),
                         {**own, **key},
-                        lambda: planted_cell(settings, share, name, seed, k),
+                        lambda: planted_cell(settings, share, orthonormal, name, seed, k),
                     )
                     cells.append({"seed": seed, "k": k, **found})
             l0 = float(np.mean([each["true_l0"] for each in cells]))
@@ -206,14 +209,27 @@ def on_planted(settings: Any) -> dict[str, Any]:
             worlds.append(
                 {
                     "true_l0": l0,
+                    "orthonormal": orthonormal,
                     "objective": name,
+                    "commit": commit(),
                     "cells": cells,
                     "recommended": {**recommended(cells), "best f1": by_f1},
                 }
             )
             print(f"L0 {l0:.1f}, {name}: {worlds[-1]['recommended']}", flush=True)
     about = settings.select(("PLANTED_STEPS", "BATCH_SIZE", "N_PLANTED"))
-    return {"settings": {**about, "commit": commit()}, "worlds": worlds}
+    return {"settings": about, "worlds": worlds}
+
+
+def with_earlier(earlier: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """`found`, behind the worlds of an earlier result that were not measured now."""
+
+    def which(world: Mapping[str, Any]) -> tuple[Any, ...]:
+        return world["orthonormal"], world["objective"], round(world["true_l0"], 1)
+
+    now = {which(world) for world in found["worlds"]}
+    kept = [world for world in earlier.get("worlds", []) if which(world) not in now]
+    return {**found, "worlds": [*kept, *found["worlds"]]}
 
 
 def recommended_by(cells: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
@@ -227,15 +243,19 @@ def recommended_by(cells: Sequence[Mapping[str, Any]], name: str) -> dict[str, A
 
 
 @functools.lru_cache(maxsize=1)
-def planted_world(share: float, n: int, seed: int) -> Any:
+def planted_world(share: float, orthonormal: int, n: int, seed: int) -> Any:
     """Correlated directions, `share` times as often active as usual."""
     from experiments.shared import planted
 
     probabilities = (0.2 * share, 0.03 * share)
-    return planted.correlated(n, seed=seed, probabilities=probabilities)
+    return planted.correlated(
+        n, seed=seed, probabilities=probabilities, orthonormal=bool(orthonormal)
+    )
 
 
-def planted_cell(settings: Any, share: float, name: str, seed: int, k: int) -> dict[str, float]:
+def planted_cell(
+    settings: Any, share: float, orthonormal: int, name: str, seed: int, k: int
+) -> dict[str, float]:
     """What an autoencoder with k active features finds of planted directions, and its statistics;
     as many features as there are directions."""
     import torch
@@ -244,7 +264,7 @@ def planted_cell(settings: Any, share: float, name: str, seed: int, k: int) -> d
     from experiments.shared.trainings import Rows, fire_exactly, train
     from fastsae.interpretation.statistics import encode_rows
 
-    world = planted_world(share, settings.N_PLANTED, seed)
+    world = planted_world(share, orthonormal, settings.N_PLANTED, seed)
     x, n_train = torch.from_numpy(world.tokens), len(world.tokens) * 3 // 4
     rows = Rows(x[:n_train], np.arange(1, n_train))
     sae = train(

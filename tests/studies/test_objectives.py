@@ -127,6 +127,8 @@ def test_children_need_their_parent():
         assert not (world.active[:, child] & ~world.active[:, world.parent[child]]).any()
     assert world.active.mean(0)[3:] == pytest.approx(np.full(6, 0.12 * 0.4), abs=0.015)
     clean = world.active @ world.directions
+    right = planted.correlated(64, seed=0, n_groups=2, size=2, d=8, orthonormal=True).directions
+    assert np.allclose(right @ right.T, np.eye(4), atol=1e-9)
     assert np.abs(world.tokens).max() < 2.1 * np.abs(clean).max()
 
 
@@ -193,6 +195,15 @@ def test_a_k_is_recommended_by_each_statistic_with_the_interval_of_the_seeds():
     assert found["projection"]["interval"] == pytest.approx([4, 4])
     assert found["cosine"]["k"] == 8 and found["cosine"]["at_the_edge"]
     assert found["probe 1"]["k"] == 2 and "probe 5" not in found
+
+
+def test_planted_worlds_that_were_measured_before_stay():
+    first, again, other = (
+        {"orthonormal": at, "objective": "topk", "true_l0": l0, "commit": c}
+        for at, l0, c in ((0, 11.01, "a"), (0, 11.02, "b"), (1, 11.0, "c"))
+    )
+    found = sparsity.with_earlier({"worlds": [first, other]}, {"worlds": [again]})
+    assert found["worlds"] == [other, again]
 
 
 def test_objectives_that_were_measured_before_stay():
@@ -296,5 +307,5 @@ def test_the_sweep_runs_on_tiny_settings(monkeypatch, tmp_path, tiny_llama):
     assert max(tokens[1]) < 0.5 * min(tokens[0])
     assert set(dataset["recommended"]) == {"16", "32"}
     assert [world["true_l0"] for world in result["planted"]["worlds"]] == pytest.approx(
-        [4.4, 4.4, 11, 11], rel=0.1
+        2 * [4.4, 4.4, 11, 11], rel=0.1
     )
