@@ -168,7 +168,7 @@ def recommended(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         result[name] = {
             "by_seed": list(by_seed.values()),
             "k": float(2 ** logs.mean()),
-            "interval": None if ends is None else [float(2**end) for end in ends],
+            "interval": None if ends is None else np.clip(np.exp2(ends), ks[0], ks[-1]).tolist(),
             "at_the_edge": bool(np.isin(list(by_seed.values()), (ks[0], ks[-1])).any()),
         }
     return result
