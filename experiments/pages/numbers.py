@@ -692,7 +692,7 @@ def training_speed(r):
     lines = [
         f"**Training** (`results/bench_train.json`, {r['machine']['device']}, {threads(r)}; the "
         "same rows, batch "
-        f"size and learning rate; medians of {r['settings']['rounds']}): tokens/s, in brackets how "
+        f"size and learning rate; medians of {rounds_of(r['speed'])}): tokens/s, in brackets how "
         "many times faster ours is "
         "(float32 / bfloat16 selection), and normalised MSE on held-out examples after the same "
         "few tokens, each library with its own "
@@ -715,7 +715,8 @@ def training_speed(r):
         "",
         f"At M = 4,608 in float32 a step of ours takes {100 * limit / own:.0f} % of the time that "
         "PyTorch needs for the encoder's matrix product alone (ours computes it by oneDNN, which "
-        "is faster on this processor). " + dense_speed(r.get("dense", {}).get("4608,32", {})),
+        "is faster on this processor). Others used the machine at times: compare ratios. "
+        + dense_speed(r.get("dense", {}).get("4608,32", {})),
     ]
     if sentences := list(time_to_quality(r, shapes)):
         lines += [
@@ -725,6 +726,12 @@ def training_speed(r):
             f"same normalised MSE on held-out examples. {' '.join(sentences)}",
         ]
     return "\n".join(lines)
+
+
+def rounds_of(shapes):
+    """How many timings the medians of the shapes are of, in words."""
+    counts = {len(each["all"]) for found in shapes.values() for each in found.values()}
+    return " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
 
 
 def dense_speed(found):
