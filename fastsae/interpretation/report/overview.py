@@ -27,8 +27,9 @@ def category_name(value: Any, field: str | None) -> str:
 
 def commonest(names: Sequence[str], counts: Sequence[int] | np.ndarray) -> set[str]:
     """The names of tokens that are no words, and of the commonest words: those that together are
-    COMMON of all word tokens."""
-    words = [i for i, name in enumerate(names) if any(map(str.isalnum, name))]
+    COMMON of all word tokens. Numbers are neither: in texts about maths they would be the commonest
+    words, and “of” a rare one."""
+    words = [i for i, name in enumerate(names) if any(map(str.isalpha, name))]
     ordered = sorted(words, key=lambda i: -counts[i])
     seen, total = 0, sum(counts[i] for i in words)
     found = {name for name in names if not any(map(str.isalnum, name))}

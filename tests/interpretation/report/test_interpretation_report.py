@@ -265,6 +265,7 @@ def test_what_a_feature_that_means_something_is():
     names, counts = ["the", "of", "river", ".", "⏎"], [40, 30, 30, 90, 10]
     common = overview.commonest(names, counts)
     assert common == {"the", ".", "⏎"}  # 30 of 100 words are reached with the first
+    assert overview.commonest([*names, "7"], [*counts, 900]) == common  # numbers are no words
     assert overview.is_plain([("the", 0.3), ("river", 0.2)], 0.0, common)
     assert not overview.is_plain([("the", 0.1), ("river", 0.3)], 0.0, common)
     assert overview.is_plain([("river", 1.0)], 0.6, common)
