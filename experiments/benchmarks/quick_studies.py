@@ -21,6 +21,7 @@ from experiments.shared.provenance import PROJECT, RESULTS, commit, machine, wri
 
 STUDIES = (
     "fast_vs_block",
+    "fast_factors",
     "loss_recovered",
     "steer",
     "layers",

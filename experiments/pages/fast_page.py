@@ -45,9 +45,9 @@ def read() -> dict[str, Run] | None:
 
 
 def block(make: Callable[[dict[str, Run]], str]) -> str:
-    """What `make` writes from the result, or that there is none yet."""
+    """What `make` writes from the result, or that there is none yet, of topk."""
     runs = read()
-    return "Not measured yet." if runs is None else make(runs)
+    return make(runs) if runs and main_runs(runs) else "Not measured yet."
 
 
 def main_runs(runs: dict[str, Run]) -> dict[str, Run]:
@@ -103,6 +103,49 @@ def is_above(figure: dict[str, Any]) -> bool:
 def is_below(figure: dict[str, Any]) -> bool:
     """Whether an interval is below 0."""
     return max(figure["interval"]) < 0
+
+
+def answer(runs: dict[str, Run]) -> str:
+    """What the gap is made of, in a few sentences for each set of dialogues."""
+    parts = []
+    for name, run in main_runs(runs).items():
+        layer = mean_layer(run)
+        st, clean, own, blocks = (
+            gap_of(run, layer, *key)
+            for key in (
+                (MSE_ST, PAPERS, "alone"),
+                (MSE_ST_CLEAN, PAPERS, "alone"),
+                (NORMALISED, BOTH, "alone"),
+                (NORMALISED, BOTH, "whole"),
+            )
+        )
+        if not (st and clean and own and blocks):
+            continue
+        steps = ", ".join(
+            f"{STEP_NAMES[s['factor'], s['from']]} {with_interval(s, 3)}" for s in own["steps"]
+        )
+        parts.append(
+            f"- **{name}**, {in_layers(run)}: trained as in the paper, BT(F)'s MSE_st is "
+            f"{2 ** st['total']['value']:.2g} times FAST's (log2 {with_interval(st['total'])}), "
+            f"without sinks {2 ** clean['total']['value']:.2g} times (log2 "
+            f"{with_interval(clean['total'])}). On ordinary tokens the normalised MSE of the "
+            f"paper's BT(F) is {times(own)} that of this project's FAST (log2 "
+            f"{with_interval(own['total'], 3)}): {steps}. Where the held-out dialogues are in "
+            f"blocks too, it is {times(blocks)} (log2 {with_interval(blocks['total'], 3)})."
+        )
+    return "\n".join(parts)
+
+
+def in_layers(run: Run) -> str:
+    """The layers that a mean is over."""
+    layers = run["settings"]["LAYERS"]
+    named = ", ".join(map(str, layers))
+    return f"mean of layers {named}" if len(layers) > 1 else f"layer {named}"
+
+
+def times(gap: dict[str, Any]) -> str:
+    """A gap in log2 as a ratio."""
+    return f"{2 ** gap['total']['value']:.3f} times"
 
 
 def setup(runs: dict[str, Run]) -> str:
@@ -245,7 +288,7 @@ def features(runs: dict[str, Run]) -> str:
                 else:
                     values.append(above_fast(row[f"{figure}_above_fast"]))
             rows.append([f"{name}: {title}", *values])
-    return table(["", *names.values()], rows)
+    return table(["", *names.values()], rows) if rows else "Not measured yet."
 
 
 def above_fast(figure: dict[str, Any] | None) -> str:
@@ -323,7 +366,7 @@ def ordering(found: dict[str, Run], measure: str, sentence: str) -> Claim:
         if (gap := gap_of(run, mean_layer(run), measure, PAPERS, "alone"))
     ]
     named = "; ".join(f"{name} {with_interval(mean)}" for name, mean in zip(found, means))
-    said = f"clearly so in {above} of {len(totals)} layers, clearly not in {below}"
+    said = f"clearly so in {above} of {len(totals)} cases, clearly not in {below}"
     short = " / ".join(signed(mean["value"]) for mean in means)
     return Claim(sentence, verdict(above, below, len(totals)), f"{said}; log2 {named}", short)
 
@@ -350,7 +393,7 @@ def because_alone(found: dict[str, Run]) -> Claim:
             f"{with_interval(elsewhere, 3)} of {with_interval(whole['total'], 3)} where the "
             "held-out dialogues are in blocks too"
         )
-        short.append(f"{signed(seeing['value'])} of {signed(alone['total']['value'])}")
+        short.append(f"{signed(seeing['value'])}, in blocks {signed(elsewhere['value'])}")
     same = verdicts[0] if len(set(verdicts)) == 1 else UNCLEAR
     sentence = "this comes from reading each dialogue alone"
     return Claim(sentence, same, "; ".join(parts), " / ".join(short))
@@ -375,10 +418,10 @@ def plain_text(found: dict[str, Run]) -> Claim:
         ]
         values = [row["value"] for row in rows]
         every += rows
-        span = f"{signed(min(values))} to {signed(max(values))}"
+        span = " to ".join(dict.fromkeys(signed(each(values)) for each in (min, max)))
         above, below = sum(map(is_above, rows)), sum(map(is_below, rows))
         parts.append(
-            f"{title}: log2 normalised MSE {span}, clearly above in {above} of {len(rows)} layers, "
+            f"{title}: log2 normalised MSE {span}, clearly above in {above} of {len(rows)} cases, "
             f"below in {below}"
         )
         short.append(f"{title} {span}")
@@ -386,7 +429,7 @@ def plain_text(found: dict[str, Run]) -> Claim:
     return Claim("BT(P), plain text, is worse than BT(F)", said, "; ".join(parts), "; ".join(short))
 
 
-def understood(found: dict[str, Run]) -> Claim | None:
+def understood(found: dict[str, Run]) -> Claim:
     """Whether BT(F)'s features, openings and sinks kept in both, have clearly the lower rule F1 and
     detection AUC; an interval over so few seeds is wide."""
     parts, short, every = [], [], []
@@ -401,11 +444,12 @@ def understood(found: dict[str, Run]) -> Claim | None:
                 every.append(difference)
                 parts.append(f"{name} {title} {with_interval(difference, 3)}")
                 short.append(f"{name} {title} {signed(difference['value'], 3)}")
+    sentence = "FAST's features are easier to understand"
     if not every:
-        return None
+        return Claim(sentence, UNCLEAR, "not measured yet", "not measured yet")
     said = verdict(sum(map(is_below, every)), sum(map(is_above, every)), len(every))
     here = f"BT(F) - FAST: {'; '.join(parts)} (no language model judged them)"
-    return Claim("FAST's features are easier to understand", said, here, "; ".join(short))
+    return Claim(sentence, said, here, "; ".join(short))
 
 
 def steering() -> Claim | None:
@@ -443,5 +487,5 @@ def steering() -> Claim | None:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     f"FAST_{make.__name__.upper()}": functools.partial(block, make)
-    for make in (setup, claims, summary, gaps, shares, cells, features)
+    for make in (answer, setup, claims, summary, gaps, shares, cells, features)
 }

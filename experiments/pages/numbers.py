@@ -15,7 +15,7 @@ import re
 import sys
 
 import config
-from experiments.pages import studies_page, studies_table, training_tables
+from experiments.pages import fast_page, studies_page, studies_table, training_tables
 from experiments.shared.provenance import PROJECT, RESULTS
 from fastsae.interpretation import effects
 from fastsae.interpretation.run_table import plus_minus
@@ -82,6 +82,7 @@ def written(text):
         ("STORAGE", storage_result),
         ("DATASETS", datasets_table),
         ("SIZES", sizes_result),
+        *fast_page.BLOCKS.items(),
     ):
         begin = f"<!-- {name.lower()}: written by experiments/pages/numbers.py -->"
         block = f"{begin}\n{make()}\n<!-- end -->"

@@ -58,7 +58,7 @@ def test_the_ordering_is_counted_layer_by_layer():
     gaps.append(gap("MSE", fast_page.PAPERS, "alone", 0.13, layer="mean"))
     claim = fast_page.ordering({"one": run(*gaps, layers=(0, 1, 2))}, "MSE", "so it is")
     assert claim.verdict == UNCLEAR
-    assert claim.here.startswith("clearly so in 2 of 3 layers, clearly not in 1; log2 one +0.13 ")
+    assert claim.here.startswith("clearly so in 2 of 3 cases, clearly not in 1; log2 one +0.13 ")
     assert claim.short == "+0.13"
     survives = fast_page.ordering({"one": run(*gaps[:2], gaps[3], layers=(0, 1))}, "MSE", "")
     assert survives.verdict == SURVIVES
@@ -81,7 +81,7 @@ def test_reading_alone_is_the_cause_if_it_is_most_of_the_gap_and_holds_in_blocks
     assert cause(0.8, 1.0, -0.3).verdict == FAILS  # the other way where both are in blocks
     assert cause(0.8, 1.0, 0.05).verdict == UNCLEAR
     assert cause(0.05, 0.05, 0.3).verdict == UNCLEAR  # no gap to explain
-    assert cause(0.4, 1.0, 0.3).short == "+0.40 of +1.00"
+    assert cause(0.4, 1.0, 0.3).short == "+0.40, in blocks +0.30"
 
 
 def test_plain_texts_are_worse_only_if_both_are():
@@ -93,7 +93,7 @@ def test_plain_texts_are_worse_only_if_both_are():
     assert fast_page.plain_text({"one": both}).verdict == SURVIVES
     one = run(texts=[text("manual", 0.9), text("own text", 0.02)])
     claim = fast_page.plain_text({"one": one})
-    assert claim.verdict == UNCLEAR and "the dialogues' own text +0.02 to +0.02" in claim.short
+    assert claim.verdict == UNCLEAR and "the dialogues' own text +0.02" in claim.short
 
 
 def test_features_are_compared_with_the_same_tokens_kept():
@@ -107,7 +107,7 @@ def test_features_are_compared_with_the_same_tokens_kept():
         for values in ((-0.1, -0.1), (-0.1, 0.0), (0.1, 0.0))
     ]
     assert said == [SURVIVES, UNCLEAR, FAILS]
-    assert fast_page.understood({"one": run()}) is None
+    assert fast_page.understood({"one": run()}).here == "not measured yet"
 
 
 def test_steering_has_to_beat_random_directions(tmp_path, monkeypatch):
@@ -143,3 +143,13 @@ def test_numbers_and_tables_as_people_read_them():
     ]
     assert fast_page.with_interval(figure(0.5)) == "+0.50 [+0.40, +0.60]"
     assert fast_page.table(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+def test_without_a_result_the_page_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(fast_page, "RESULTS", tmp_path)
+    made = {make() for make in fast_page.BLOCKS.values()}
+    assert made == {"Not measured yet."}
+    other = run()
+    other["settings"]["ARCHITECTURE"] = "standard"
+    (tmp_path / "fast_factors.json").write_text(json.dumps({"runs": {"one": other}}))
+    assert {make() for make in fast_page.BLOCKS.values()} == made
