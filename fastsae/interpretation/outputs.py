@@ -244,6 +244,8 @@ def exit_code(rows: Sequence[Mapping[str, Any]]) -> int:
 
 def print_results(features: Features, work: "Labelling | None", folder: Path) -> None:
     """Counts over all features, and the five that the report's first page shows."""
+    from fastsae.interpretation.report.overview import category_name
+
     counts, rows = features.summary(), features.rows
     print(
         f"features: {counts['n_features']}, {counts['n_dead']} dead on these tokens; "
@@ -274,7 +276,8 @@ def print_results(features: Features, work: "Labelling | None", folder: Path) ->
     for row in (rows[j] for j in features.clearest(N_PRINTED)):
         category = ""
         if row["best_category"]:
-            category = f" ({row['best_category']}, AUC {row['category_auc']:.2f})"
+            name = category_name(row["best_category"], features.settings.LABEL_FIELD)
+            category = f" ({name}, AUC {row['category_auc']:.2f})"
         claim = "" if row["label_f1"] is None else f", F1 {row['label_f1']:.2f}"
         claim = "" if tables.by_language_model(row) else claim
         print(f"  {row['feature']}: {row['label'][:90]}{claim}{category}")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -95,3 +96,20 @@ def test_answers_go_into_the_rows_asked_about():
 def test_the_script_loads_no_torch_before_there_is_work():
     code = "import sys, interpret_sae; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+
+
+def test_a_number_as_category_is_printed_with_its_field(capsys):
+    row = {"feature": 0, "label": "“how”", "label_f1": 0.9, "label_source": "rule"}
+    row |= {"best_category": "2", "category_auc": 0.77}
+    features = SimpleNamespace(
+        rows=[row],
+        settings=SimpleNamespace(LABEL_FIELD="steps"),
+        summary=lambda: {"n_features": 1, "n_dead": 0},
+        clearest=lambda n: [0],
+        comparison=None,
+        run_table={},
+        categories=None,
+        examples=[],
+    )
+    outputs.print_results(features, None, Path("out"))
+    assert "  0: “how”, F1 0.90 (steps = 2, AUC 0.77)" in capsys.readouterr().out.splitlines()
