@@ -31,13 +31,14 @@ def objectives(r: Mapping[str, Any]) -> str:
         *table(ON_DATA, {name: found["objectives"] for name, found in r["datasets"].items()}),
     ]
     if r["planted"]:
-        kinds = {kind: r["planted"][kind] for kind in ("correlated", "hierarchical")}
+        kinds = {kind: rows for kind, rows in r["planted"].items() if kind != "settings"}
         parts += [
             "",
-            "The same on planted tokens, whose 96 directions are known: active together in groups "
-            "of 6, or children of a parent without which they are never active. MCC is the mean "
-            "cosine of the best one-to-one matching, F1 is of where matched features fire; "
-            "absorbed is by how much less often a parent's feature fires where a child is active.",
+            "The same on planted tokens, whose 96 directions are known "
+            f"({r['planted']['settings']['steps']:,} steps). Correlated: active "
+            "together in groups of 6; hierarchical: children of a parent without which they are never active. MCC is the mean cosine of "
+            "the best one-to-one matching, F1 is of where matched features fire; absorbed is by "
+            "how much less often a parent's feature fires where a child is active.",
             "",
             *table(ON_PLANTED, kinds),
         ]

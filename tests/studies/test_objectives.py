@@ -241,7 +241,8 @@ def test_the_tables_say_who_won_where():
         "planted": {
             kind: {steps.DEFAULT: default, "other": row(f1=change)}
             for kind, change in (("correlated", -0.2), ("hierarchical", 0.2))
-        },
+        }
+        | {"settings": {"steps": 1000}},
     }
     found = tables.outcomes(result)["other"]
     assert found == {"better": ["normalised MSE"], "worse": ["F1"]}
