@@ -35,10 +35,11 @@ def objectives(r: Mapping[str, Any]) -> str:
         parts += [
             "",
             "The same on planted tokens, whose 96 directions are known "
-            f"({r['planted']['settings']['steps']:,} steps). Correlated: active "
-            "together in groups of 6; hierarchical: children of a parent without which they are never active. MCC is the mean cosine of "
-            "the best one-to-one matching, F1 is of where matched features fire; absorbed is by "
-            "how much less often a parent's feature fires where a child is active.",
+            f"({r['planted']['settings']['steps']:,} steps). Correlated: active together in "
+            "groups of 6; hierarchical: children of a parent without which they are never active. "
+            "MCC is the mean cosine of the best one-to-one matching, F1 is of where matched "
+            "features fire; absorbed is by how much less often a parent's feature fires where a "
+            "child is active.",
             "",
             *table(ON_PLANTED, kinds),
         ]
