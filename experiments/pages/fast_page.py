@@ -446,7 +446,9 @@ def understood(found: dict[str, Run]) -> Claim:
                 short.append(f"{name} {title} {signed(difference['value'], 3)}")
     sentence = "FAST's features are easier to understand"
     if not every:
-        return Claim(sentence, UNCLEAR, "not measured yet", "not measured yet")
+        few = any(run["features"] for run in found.values())
+        why = "one seed only: no interval" if few else "not measured yet"
+        return Claim(sentence, UNCLEAR, why, why)
     said = verdict(sum(map(is_below, every)), sum(map(is_above, every)), len(every))
     here = f"BT(F) - FAST: {'; '.join(parts)} (no language model judged them)"
     return Claim(sentence, said, here, "; ".join(short))
